@@ -1,0 +1,41 @@
+"""ClientApp: unpack → train → pack.
+
+In simulation a node is a partition of the run's training rows; in deployment its own node
+config names it and its data. Either way nothing here names, needs or opens the FM.
+"""
+
+from __future__ import annotations
+
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from client_app.node import client_for
+from fedpft_core import wire
+from fedpft_core.errors import ReplyError, UserError
+from fedpft_core.exchange import Envelope, RefusalReply, seal
+
+app = ClientApp()
+
+
+def _answer(message: Message, context: Context) -> Message:
+    name = "?"
+    try:
+        client = client_for(dict(context.node_config), dict(context.run_config))
+        name = client.name
+        reply: Envelope = client.handle(wire.from_record(message.content))
+    except (UserError, ReplyError) as error:
+        reply = seal(RefusalReply(name, str(error)))
+    return Message(wire.to_record(reply), reply_to=message)
+
+
+@app.query()
+def query(message: Message, context: Context) -> Message:
+    """Say who this node is and how many rows it holds."""
+    return _answer(message, context)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Fine-tune the adapter on this node's rows."""
+    return _answer(message, context)

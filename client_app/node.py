@@ -1,0 +1,143 @@
+"""Who a node is: its stable name, its rows and its store, from node config and run config."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from fedpft_core import config as configs
+from fedpft_core.client import Client
+from fedpft_core.data.partition import partition
+from fedpft_core.data.tasks import Examples, Task, load_examples, load_task
+from fedpft_core.errors import UserError
+from fedpft_core.seeds import derive
+from fedpft_core.store import Store
+
+# key: (type, default); types are those of Flower's node config.
+NODE_KEYS: dict[str, tuple[type, Any]] = {
+    "partition-id": (int, -1),
+    "num-partitions": (int, 0),
+    "name": (str, ""),
+    "data-path": (str, ""),
+    "text-column": (str, "text"),
+    "text-pair-column": (str, ""),
+    "image-column": (str, ""),
+    "label-column": (str, "label"),
+    "cache-dir": (str, ""),
+    "device": (str, "cpu"),
+    "max-threads": (int, 0),
+}
+
+
+def home() -> Path:
+    """Where things go that are not told otherwise: $FEDPFT_HOME, else ~/.fedpft."""
+    return Path(os.environ.get("FEDPFT_HOME") or "~/.fedpft").expanduser()
+
+
+def client_for(node_config: Mapping[str, Any], run_config: Mapping[str, Any]) -> Client:
+    """The client a node is. Raises UserError naming the node config key that is wrong."""
+    node = _checked(node_config)
+    config = configs.from_flat(run_config)
+    if node["data-path"]:
+        return _edge_client(node)
+    if node["partition-id"] < 0 or node["num-partitions"] < 1:
+        raise UserError(
+            "this node has no data: its node config must set name and data-path "
+            "(or partition-id and num-partitions)."
+        )
+    return _simulated_client(node, config)
+
+
+def _checked(node_config: Mapping[str, Any]) -> dict[str, Any]:
+    node = {k: default for k, (_, default) in NODE_KEYS.items()}
+    for key, value in node_config.items():
+        if key not in NODE_KEYS:
+            raise UserError(f"node config: no such key {key!r} (known: {', '.join(NODE_KEYS)}).")
+        want = NODE_KEYS[key][0]
+        if not isinstance(value, want) or isinstance(value, bool):
+            raise UserError(f"node config: {key} expects {want.__name__}, got {value!r}.")
+        node[key] = value
+    return node
+
+
+def _edge_client(node: Mapping[str, Any]) -> Client:
+    if not node["name"]:
+        raise UserError("node config: a node with data-path needs a stable name.")
+    path = Path(node["data-path"])
+    columns = {
+        "text_column": node["text-column"],
+        "text_pair_column": node["text-pair-column"],
+        "image_column": node["image-column"],
+        "label_column": node["label-column"],
+    }
+
+    def load_rows(labels: tuple[str, ...]) -> Examples:
+        return load_examples(path, label_names=labels, **columns)
+
+    def count_rows() -> int:
+        return len(load_examples(path, label_names=None, **columns))
+
+    root = Path(node["cache-dir"]).expanduser() if node["cache-dir"] else home() / node["name"]
+    return Client(
+        name=node["name"],
+        count_rows=count_rows,
+        load_rows=load_rows,
+        store=Store(root / "store"),
+        device=node["device"],
+        max_threads=node["max-threads"],
+    )
+
+
+@lru_cache(maxsize=2)
+def _task(data: configs.DataConfig, seed: int) -> Task:
+    return load_task(data, seed)
+
+
+@lru_cache(maxsize=2)
+def _partitions(
+    data: configs.DataConfig, federation: configs.FederationConfig, seed: int, count: int
+) -> list[Any]:
+    labels = _task(data, seed).train.labels
+    return partition(
+        labels,
+        count,
+        federation.partition,
+        federation.dirichlet_alpha,
+        derive(seed, "partition") % 2**31,
+    )
+
+
+def partition_rows(config: configs.Config, index: int, count: int) -> Examples:
+    """The training rows of simulated client `index` of `count`."""
+    if index >= count:
+        raise UserError(f"partition-id {index} is not below num-partitions {count}.")
+    rows = _partitions(config.data, config.federation, config.run.seed, count)[index]
+    return _task(config.data, config.run.seed).train.select(rows)
+
+
+def _simulated_client(node: Mapping[str, Any], config: configs.Config) -> Client:
+    index, count = node["partition-id"], node["num-partitions"]
+
+    def load_rows(labels: tuple[str, ...]) -> Examples:
+        rows = partition_rows(config, index, count)
+        names = _task(config.data, config.run.seed).label_names
+        if names != labels:
+            raise UserError(f"client {index} has labels {names}, the server {labels}.")
+        return rows
+
+    def count_rows() -> int:
+        return len(partition_rows(config, index, count))
+
+    # Partition names sort like their numbers, so that replies are averaged in partition order.
+    name = f"client-{index:0{len(str(count - 1))}d}"
+    root = Path(config.run.dir) / "clients" if config.run.dir else home() / "clients"
+    return Client(
+        name=name,
+        count_rows=count_rows,
+        load_rows=load_rows,
+        store=Store(root),
+        shared_store=True,
+    )

@@ -1,0 +1,426 @@
+"""Turns examples into model inputs once, and serves them as length-grouped batches.
+
+Shapes: rows = examples, B = batch size, L = longest row of the batch (tokens).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedpft_core.data.tasks import Examples
+from fedpft_core.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+_POOL_BATCHES = 50
+"""Rows are sorted by length within pools of at most this many batches …"""
+_MIN_POOLS = 4
+"""… and of at most a quarter of the data, so that a small client's batches still vary."""
+_IMAGES_AT_ONCE = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Model inputs of all rows: either ragged token ids or pixels.
+
+    Ragged: row i is ``ids[offsets[i]:offsets[i + 1]]``. A plain bundle of tensors and numbers, so
+    that it can be stored with safetensors (:meth:`tensors`).
+    """
+
+    labels: torch.Tensor | None
+    """int64 (rows,), or None for unlabelled rows."""
+    ids: torch.Tensor | None = None
+    """int32 (all tokens,): the rows' token ids one after the other; None for images."""
+    offsets: torch.Tensor | None = None
+    """int64 (rows + 1,); None for images."""
+    token_types: torch.Tensor | None = None
+    """uint8 (all tokens,), aligned with ids; None if the tokenizer yields none."""
+    pixels: torch.Tensor | None = None
+    """(rows, channels, height, width): uint8 with ``scale`` and ``shift``, else float32; None for
+    texts."""
+    scale: torch.Tensor | None = None
+    """float32 (channels,): pixel_values = pixels · scale + shift; None if pixels are final."""
+    shift: torch.Tensor | None = None
+    """float32 (channels,); None with ``scale``."""
+    pad_id: int = 0
+    """Token id that fills rows up."""
+    pad_token_type: int = 0
+    """Token type that fills rows up."""
+
+    def __len__(self) -> int:
+        if self.pixels is not None:
+            return len(self.pixels)
+        return 0 if self.offsets is None else len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 (rows,): tokens per row; 1 for images."""
+        if self.offsets is None:
+            return np.ones(len(self), dtype=np.int64)
+        return np.diff(self.offsets.numpy())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that are not None, by field name."""
+        names = ("labels", "ids", "offsets", "token_types", "pixels", "scale", "shift")
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @staticmethod
+    def from_tensors(
+        tensors: Mapping[str, torch.Tensor], pad_id: int = 0, pad_token_type: int = 0
+    ) -> Encoded:
+        """The inverse of :meth:`tensors`."""
+        fields: dict[str, Any] = {"labels": None, **tensors}
+        return Encoded(**fields, pad_id=pad_id, pad_token_type=pad_token_type)
+
+
+def encode(examples: Examples, processor: Any, max_length: int) -> Encoded:
+    """Tokenise texts, or decode and normalise images, once.
+
+    Args:
+        examples: rows of any kind.
+        processor: a Hugging Face tokenizer for texts, an image processor for images.
+        max_length: tokens per row at most, special tokens included; longer rows are truncated (of
+            a pair, the longer text first). Unused for images.
+
+    Raises:
+        UserError: an image cannot be decoded (its row is named, counting from 1).
+    """
+    return _encode(examples.inputs, examples.labels, processor, max_length)
+
+
+def batches(
+    encoded: Encoded,
+    batch_size: int,
+    generator_seed: int | None,
+    group_by_length: bool = True,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Serve every row exactly once, in ceil(rows / batch_size) batches.
+
+    Args:
+        encoded: the rows.
+        batch_size: B; one batch may be smaller.
+        generator_seed: with a seed, rows are shuffled, cut into pools, sorted by length within
+            each pool, cut into batches, and the batches shuffled: a function of the seed alone.
+            With None, the longest rows come first and nothing is random (for evaluation).
+        group_by_length: False leaves out the sorting in both cases.
+
+    Yields:
+        For texts ``input_ids``, ``attention_mask`` and, where the tokenizer has them,
+        ``token_type_ids``, each int64 (B, L), padded on the right to the batch's own longest row;
+        for images ``pixel_values`` float32 (B, channels, height, width). Further ``labels`` int64
+        (B,) unless the rows have none, and ``index`` int64 (B,): the row numbers in ``encoded``.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}")
+    for rows in _batch_rows(encoded.lengths, batch_size, generator_seed, group_by_length):
+        yield _collate(encoded, rows)
+
+
+def public_batches(
+    texts: Sequence[str] | Sequence[bytes],
+    processor: Any,
+    batch_size: int,
+    length: int,
+    steps: int,
+    seed: int,
+    pack: bool = True,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Serve unlabelled rows for distillation, as often over as ``steps`` batches take.
+
+    Args:
+        texts: texts, or encoded images.
+        processor: a Hugging Face tokenizer for texts, an image processor for images.
+        batch_size: B.
+        length: tokens per row, special tokens included.
+        steps: number of batches.
+        seed: the rows' order, drawn anew every time all have been served, is a function of it.
+        pack: texts are strung together in that order and cut into rows of exactly ``length``
+            tokens, each framed by the tokenizer's special tokens, so that no step is spent on
+            padding. False: each text is a row of its own, truncated, batches grouped by length.
+
+    Yields:
+        Exactly ``steps`` batches as from :func:`batches`, without labels, and packed ones without
+        ``index``. Packed batches always have B rows; so have batches of images.
+
+    Raises:
+        UserError: there is no text (or none with a token), or an image cannot be decoded.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}")
+    if not texts:
+        raise UserError("data.public has no rows.")
+    if steps < 1:
+        return
+    if isinstance(texts[0], bytes):
+        yield from _image_stream(texts, processor, batch_size, steps, seed)
+    elif pack:
+        yield from _packed_stream(texts, processor, batch_size, length, steps, seed)
+    else:
+        encoded = _encode(texts, None, processor, length)
+        served = 0
+        epoch = 0
+        while served < steps:
+            # SeedSequence entropy must not be negative; seeds are not.
+            epoch_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+            for batch in batches(encoded, batch_size, epoch_seed):
+                if served == steps:
+                    return
+                served += 1
+                yield batch
+            epoch += 1
+
+
+def _encode(
+    inputs: Sequence[Any], labels: np.ndarray | None, processor: Any, max_length: int
+) -> Encoded:
+    import torch
+
+    targets = None if labels is None else torch.from_numpy(np.array(labels, dtype=np.int64))
+    if len(inputs) and isinstance(inputs[0], bytes):
+        return _encode_images(inputs, targets, processor)
+    if len(inputs) and isinstance(inputs[0], tuple):
+        texts: tuple[list[str], ...] = ([a for a, _ in inputs], [b for _, b in inputs])
+    else:
+        texts = (list(inputs),)
+    found: Mapping[str, Any] = {"input_ids": []}
+    if len(inputs):
+        found = processor(
+            *texts,
+            truncation=True,
+            max_length=max_length,
+            padding=False,
+            return_attention_mask=False,
+        )
+    rows = found["input_ids"]
+    ends = np.cumsum([0, *map(len, rows)])
+    types = found.get("token_type_ids")
+    return Encoded(
+        labels=targets,
+        ids=torch.from_numpy(_flat(rows, np.int32)),
+        offsets=torch.from_numpy(ends.astype(np.int64)),
+        token_types=None if types is None else torch.from_numpy(_flat(types, np.uint8)),
+        pad_id=_pad_id(processor),
+        pad_token_type=int(getattr(processor, "pad_token_type_id", 0) or 0),
+    )
+
+
+def _pad_id(tokenizer: Any) -> int:
+    # Decoders often have no pad token; the mask hides whatever stands there.
+    for name in ("pad_token_id", "eos_token_id"):
+        value = getattr(tokenizer, name, None)
+        if value is not None:
+            return int(value)
+    return 0
+
+
+def _flat(rows: Sequence[Sequence[int]], dtype: Any) -> np.ndarray:
+    total = sum(map(len, rows))
+    return np.fromiter((value for row in rows for value in row), dtype=dtype, count=total)
+
+
+def _encode_images(
+    images: Sequence[bytes], labels: torch.Tensor | None, processor: Any
+) -> Encoded:
+    import torch
+
+    parts = [
+        _raw_pixels(images, range(start, min(start + _IMAGES_AT_ONCE, len(images))), processor)
+        for start in range(0, len(images), _IMAGES_AT_ONCE)
+    ]
+    pixels = torch.cat(parts)
+    if pixels.dtype != torch.uint8:
+        return Encoded(labels=labels, pixels=pixels)
+    scale, shift = _scale_and_shift(processor)
+    return Encoded(labels=labels, pixels=pixels, scale=scale, shift=shift)
+
+
+def _raw_pixels(images: Sequence[bytes], rows: Sequence[int], processor: Any) -> torch.Tensor:
+    """Resized and cropped pixels: bytes where normalising can wait for the batch (a quarter of the
+    memory), else final float32."""
+    import torch
+
+    decoded = [_decode(images[row], row) for row in rows]
+    if _scale_and_shift(processor) is not None:
+        pixels = processor(
+            decoded, do_rescale=False, do_normalize=False, return_tensors="pt"
+        )["pixel_values"]
+        if pixels.dtype == torch.uint8:
+            return pixels.contiguous()
+    final = processor(decoded, return_tensors="pt")["pixel_values"]
+    return final.to(torch.float32).contiguous()
+
+
+def _decode(content: bytes, row: int) -> Any:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return image.convert("RGB")
+    except Exception as error:  # PIL raises a dozen kinds, SyntaxError among them
+        raise UserError(
+            f"the image in row {row + 1} cannot be decoded ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _scale_and_shift(processor: Any) -> Any:
+    """The processor's rescaling and normalisation as one affine map per channel, or None."""
+    import torch
+
+    try:
+        factor = float(processor.rescale_factor) if processor.do_rescale else 1.0
+        if not processor.do_normalize:
+            return torch.full((3,), factor), torch.zeros(3)
+        mean = torch.tensor(processor.image_mean, dtype=torch.float64)
+        deviation = torch.tensor(processor.image_std, dtype=torch.float64)
+    except (AttributeError, TypeError):
+        return None
+    if mean.shape != (3,) or deviation.shape != (3,):
+        return None
+    return (factor / deviation).float(), (-mean / deviation).float()
+
+
+def _batch_rows(
+    lengths: np.ndarray, batch_size: int, seed: int | None, group: bool
+) -> Iterator[np.ndarray]:
+    rows = len(lengths)
+    if seed is None:
+        order = np.argsort(-lengths, kind="stable") if group else np.arange(rows)
+        for start in range(0, rows, batch_size):
+            yield order[start : start + batch_size]
+        return
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(rows)
+    if group:
+        pool = batch_size * max(1, min(_POOL_BATCHES, rows // (batch_size * _MIN_POOLS)))
+        for start in range(0, rows, pool):
+            inside = order[start : start + pool]
+            order[start : start + pool] = inside[np.argsort(-lengths[inside], kind="stable")]
+    starts = np.arange(0, rows, batch_size)
+    for start in rng.permutation(starts):
+        yield order[start : start + batch_size]
+
+
+def _collate(encoded: Encoded, rows: np.ndarray) -> dict[str, torch.Tensor]:
+    import torch
+
+    index = torch.from_numpy(np.array(rows, dtype=np.int64))
+    batch: dict[str, torch.Tensor] = {}
+    if encoded.pixels is not None:
+        batch["pixel_values"] = _final_pixels(encoded.pixels[index], encoded.scale, encoded.shift)
+    else:
+        batch.update(_padded(encoded, index))
+    if encoded.labels is not None:
+        batch["labels"] = encoded.labels[index]
+    batch["index"] = index
+    return batch
+
+
+def _final_pixels(
+    pixels: torch.Tensor, scale: torch.Tensor | None, shift: torch.Tensor | None
+) -> torch.Tensor:
+    if scale is None or shift is None:
+        return pixels
+    return pixels.float() * scale[:, None, None] + shift[:, None, None]
+
+
+def _padded(encoded: Encoded, index: torch.Tensor) -> dict[str, torch.Tensor]:
+    import torch
+
+    assert encoded.ids is not None and encoded.offsets is not None
+    begin = encoded.offsets[index]
+    length = encoded.offsets[index + 1] - begin
+    width = int(length.max())
+    column = torch.arange(width)
+    real = column < length[:, None]
+    # Gathered in one go; positions beyond a row's end point at token 0 and are overwritten.
+    place = torch.where(real, begin[:, None] + column, 0)
+    ids = encoded.ids[place].long() if len(encoded.ids) else torch.zeros_like(place)
+    batch = {
+        "input_ids": torch.where(real, ids, encoded.pad_id),
+        "attention_mask": real.long(),
+    }
+    if encoded.token_types is not None:
+        types = encoded.token_types[place].long()
+        batch["token_type_ids"] = torch.where(real, types, encoded.pad_token_type)
+    return batch
+
+
+def _packed_stream(
+    texts: Sequence[Any], tokenizer: Any, batch_size: int, length: int, steps: int, seed: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    import torch
+
+    before, after = _frame(tokenizer)
+    room = length - len(before) - len(after)
+    if room < 1:
+        raise UserError(
+            f"distill.length is {length}, which the {len(before) + len(after)} special tokens of "
+            "the tokenizer fill; raise it."
+        )
+    found = tokenizer(
+        list(texts), add_special_tokens=False, truncation=False, return_attention_mask=False,
+        verbose=False,
+    )
+    rows = [np.asarray(row, dtype=np.int64) for row in found["input_ids"] if len(row)]
+    if not rows:
+        raise UserError("data.public has no row with a token.")
+    # All rows are equally long; only a corpus shorter than one row makes them shorter.
+    room = min(room, sum(map(len, rows)))
+    with_types = "token_type_ids" in found
+    supply = _endless_cuts(rows, room, seed)
+    for _ in range(steps):
+        body = np.stack([next(supply) for _ in range(batch_size)])
+        sides = [np.tile(np.array(side, dtype=np.int64), (batch_size, 1)) for side in (before, after)]
+        ids = torch.from_numpy(np.concatenate([sides[0], body, sides[1]], axis=1))
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if with_types:
+            batch["token_type_ids"] = torch.zeros_like(ids)
+        yield batch
+
+
+def _endless_cuts(rows: Sequence[np.ndarray], room: int, seed: int) -> Iterator[np.ndarray]:
+    """Pieces of ``room`` tokens; what is left at the end of an epoch (< room) is left out."""
+    epoch = 0
+    while True:
+        order = np.random.default_rng([seed, epoch]).permutation(len(rows))
+        stream = np.concatenate([rows[i] for i in order])
+        for start in range(0, len(stream) - room + 1, room):
+            yield stream[start : start + room]
+        epoch += 1
+
+
+def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens before and after a single text."""
+    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    full = list(tokenizer("a")["input_ids"])
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start], full[start + len(bare) :]
+    return [], []
+
+
+def _image_stream(
+    images: Sequence[Any], processor: Any, batch_size: int, steps: int, seed: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Images are decoded as they are served: twenty thousand would not fit into memory, and
+    decoding takes a small part of a step's time."""
+    import torch
+
+    order: list[int] = []
+    epoch = 0
+    for _ in range(steps):
+        while len(order) < batch_size:
+            order += np.random.default_rng([seed, epoch]).permutation(len(images)).tolist()
+            epoch += 1
+        rows, order = order[:batch_size], order[batch_size:]
+        pixels = _raw_pixels(images, rows, processor)
+        if pixels.dtype == torch.uint8:
+            pixels = _final_pixels(pixels, *_scale_and_shift(processor))
+        yield {"pixel_values": pixels, "index": torch.tensor(rows)}

@@ -1,0 +1,425 @@
+"""The embedded data: real prose from packages that are installed as dependencies anyway.
+
+``builtin:docstrings`` asks "which library does this sentence document?" (eight libraries), and
+``builtin:public`` is unlabelled prose from elsewhere: the standard library's docstrings and the
+long descriptions (READMEs) of the other installed dependencies.
+
+Nothing is imported to read it: packages are located by ``importlib.util.find_spec`` and their
+sources parsed. Files are visited in the order of a digest of their relative path until there are
+enough rows, so the same package versions give the same rows on every machine. The result is cached
+as a Parquet file named by a digest of those versions and of the recipe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import sys
+import sysconfig
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+from fedpft_core.data import prose
+from fedpft_core.errors import UserError
+
+RECIPE = 1
+"""Raised whenever a change here or in :mod:`prose` changes the rows: names the cache file."""
+
+LIBRARIES: tuple[str, ...] = (
+    "torch",
+    "transformers",
+    "ray",
+    "pandas",
+    "sqlalchemy",
+    "flwr",
+    "numpy",
+    "huggingface_hub",
+)
+"""The classes, in class order: the names packages are imported under."""
+
+ROWS_PER_CLASS: dict[str, int] = {"train": 560, "validation": 90, "test": 160}
+"""How many rows each class has in each split."""
+
+MIN_ROW_WORDS = 8
+"""Shortest row, in words. Successive sentences of a docstring are joined while they fit into
+prose.MAX_WORDS: on single sentences a bag of words scores about 6 points less."""
+
+ROWS_PER_FILE = 16
+"""No source file gives more rows than this, so that a split is not the style of a few files."""
+
+MASK = "library"
+"""What a library's name becomes, whichever of the eight it is."""
+
+_NAMES = re.compile(
+    r"""
+    # Distinctive enough to be replaced inside identifiers too (is_torch_available, TorchTrainer).
+    (?:the\s+)?hugging[\s_-]?face(?:[\s_-]?hub)? | 🤗
+    | (?:lib|py)?torch | transformers | numpy | pandas | sql[\s_-]?alchemy
+    | flwr | (?<![a-z])flower(?!ing) | rllib | anyscale
+    # Short ones: only where no letter is next to them, or as the first hump of a camel-case word.
+    | (?<![a-z])(?:the\s+)?(?:ray|hub|hf|pd|np|sa)(?![a-z])
+    | (?<![a-z])(?-i:Ray|Hub|H[fF])(?-i:(?=[A-Z]))
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+
+# Folders and files that hold no documentation of the library itself.
+_SKIPPED_FOLDERS = frozenset(
+    "tests test testing _testing __pycache__ _vendor vendor vendored _vendored thirdparty_files "
+    "site-packages dist-packages idlelib lib2to3 turtledemo node_modules".split()
+)
+_SKIPPED_FILE = re.compile(r"^(?:test_.*|.*_tests?|conftest|.*_pb2(?:_grpc)?)\.py$")
+
+# What `builtin:public` takes READMEs from: this project's direct dependencies and, through their
+# metadata, everything those need; so that an unrelated package beside them changes no row.
+_README_ROOTS: tuple[str, ...] = (
+    "flwr",
+    "flwr-datasets",
+    "datasets",
+    "torch",
+    "transformers",
+    "peft",
+    "safetensors",
+    "ray",
+    "PyYAML",
+    "numpy",
+    "pyarrow",
+    "pillow",
+    "scikit-learn",
+    "matplotlib",
+    "rich",
+)
+_LANGUAGE_REFERENCE = "pydoc_data/topics.py"
+"""The standard library's copy of the language reference, as a dictionary of strings."""
+
+_PUBLIC_MAX_WORDS = 120
+"""Longest public paragraph, in words; longer ones are cut at sentence ends."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DocstringRows:
+    """The rows of ``builtin:docstrings``; position i of each field belongs to row i."""
+
+    text: tuple[str, ...]
+    """One or a few sentences of one docstring, MIN_ROW_WORDS to prose.MAX_WORDS words, library
+    names masked."""
+    label: tuple[str, ...]
+    """One of LIBRARIES."""
+    split: tuple[str, ...]
+    """"train", "validation" or "test"."""
+    source: tuple[str, ...]
+    """The source file it came from, e.g. "numpy/lib/_iotools.py"."""
+
+
+def mask_names(text: str) -> str:
+    """Replace the eight libraries' names and usual aliases by MASK, in any letter case."""
+    return _NAMES.sub(MASK, text)
+
+
+def default_cache_dir() -> Path:
+    """``$FEDPFT_CACHE`` if set, else ``~/.cache/fedpft``."""
+    named = os.environ.get("FEDPFT_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "fedpft"
+
+
+def docstring_rows(cache_dir: Path | None = None) -> DocstringRows:
+    """All rows of ``builtin:docstrings``, built on first use and cached.
+
+    Balanced over LIBRARIES within each split, no two rows with the same :func:`prose.key`, and no
+    source file in more than one split.
+
+    Args:
+        cache_dir: folder of the cache; None for :func:`default_cache_dir`.
+
+    Raises:
+        UserError: one of the eight packages is not installed or has no readable sources.
+    """
+    versions = [f"{name}=={_version_of_module(name)}" for name in LIBRARIES]
+    columns = _cached(
+        "docstrings", versions, ("text", "label", "split", "source"), _build_docstrings, cache_dir
+    )
+    return DocstringRows(*(tuple(columns[c]) for c in ("text", "label", "split", "source")))
+
+
+def public_paragraphs(cache_dir: Path | None = None) -> tuple[str, ...]:
+    """All paragraphs of ``builtin:public``, built on first use and cached.
+
+    None contains a sentence of ``builtin:docstrings``, with or without its names masked.
+
+    Args:
+        cache_dir: folder of the cache; None for :func:`default_cache_dir`.
+    """
+    versions = [
+        "python==" + ".".join(map(str, sys.version_info[:3])),
+        *(f"{name}=={_version_of_module(name)}" for name in LIBRARIES),
+        *(f"{name}=={metadata.version(name)}" for name in _readme_packages()),
+    ]
+
+    def build() -> dict[str, list[str]]:
+        return _build_public(set(map(prose.key, docstring_rows(cache_dir).text)))
+
+    return tuple(_cached("public", versions, ("text",), build, cache_dir)["text"])
+
+
+def _build_docstrings() -> dict[str, list[str]]:
+    # A margin per class, because a sentence found in two libraries is dropped from both.
+    margin = {split: rows + 20 + rows // 10 for split, rows in ROWS_PER_CLASS.items()}
+    found = {name: _library_rows(name, margin) for name in LIBRARIES}
+    owners = Counter(row_key for rows in found.values() for row_key in rows)
+    kept: dict[str, dict[str, list[tuple[str, str]]]] = {}
+    for name, rows in found.items():
+        kept[name] = {split: [] for split in ROWS_PER_CLASS}
+        for row_key, (text, split, source) in rows.items():
+            if owners[row_key] == 1:
+                kept[name][split].append((text, source))
+    columns: dict[str, list[str]] = {"text": [], "label": [], "split": [], "source": []}
+    for split, quota in ROWS_PER_CLASS.items():
+        # Other versions of a package may document less; balance matters more than the number.
+        count = min(quota, *(len(kept[name][split]) for name in LIBRARIES))
+        if count < quota:
+            poorest = min(LIBRARIES, key=lambda name: len(kept[name][split]))
+            _log.warning(
+                "builtin:docstrings: %d instead of %d %s rows per class; %s has no more.",
+                count,
+                quota,
+                split,
+                poorest,
+            )
+        if count == 0:
+            raise UserError(
+                "builtin:docstrings: an installed library has too few readable docstrings; "
+                "reinstall the dependencies with their source files."
+            )
+        for name in LIBRARIES:
+            for text, source in kept[name][split][:count]:
+                columns["text"].append(text)
+                columns["label"].append(name)
+                columns["split"].append(split)
+                columns["source"].append(source)
+    return columns
+
+
+def _library_rows(name: str, quota: dict[str, int]) -> dict[str, tuple[str, str, str]]:
+    """Sentences of one library until every split has its quota: key → (text, split, source)."""
+    root = _folder_of_module(name)
+    rows: dict[str, tuple[str, str, str]] = {}
+    filled = dict.fromkeys(quota, 0)
+    for relative in _source_files(root):
+        if all(filled[split] >= quota[split] for split in quota):
+            break
+        source = f"{name}/{relative}"
+        fresh: dict[str, str] = {}
+        for raw in _texts_of_file(root / relative):
+            text = mask_names(raw)
+            text = text[0].upper() + text[1:]
+            row_key = _template(text)
+            if row_key not in rows:
+                fresh.setdefault(row_key, text)
+        # The whole file goes to the split that is furthest from its quota.
+        split = min(quota, key=lambda s: filled[s] / quota[s])
+        chosen = sorted(fresh, key=_digest)[:ROWS_PER_FILE]
+        for row_key in chosen:
+            rows[row_key] = (fresh[row_key], split, source)
+        filled[split] += len(chosen)
+    return rows
+
+
+def _template(text: str) -> str:
+    """The key rows are told apart by: like :func:`prose.key`, but without capitalised names.
+
+    "Constructs a Llama tokenizer based on …" and its forty siblings differ only in the name, and
+    would otherwise stand in train and test alike.
+    """
+    words = text.split()
+    plain = [words[0], *(w for w in words[1:] if w.lower() == w and "_" not in w)]
+    return prose.key(" ".join(plain)) if len(plain) >= 5 else prose.key(text)
+
+
+def _build_public(taken: set[str]) -> dict[str, list[str]]:
+    """Standard library paragraphs first, then READMEs by package name."""
+    seen: set[str] = set()
+    texts: list[str] = []
+
+    def add(paragraph: str) -> None:
+        for piece in _runs(
+            prose.sentences(paragraph), prose.is_readable, _PUBLIC_MAX_WORDS
+        ):
+            piece_key = prose.key(piece)
+            if piece_key in seen:
+                continue
+            seen.add(piece_key)
+            own = prose.sentences(piece)
+            keys = {prose.key(s) for s in own} | {prose.key(mask_names(s)) for s in own}
+            if not keys & taken:
+                texts.append(piece)
+
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    for relative in _source_files(stdlib):
+        source = _read(stdlib / relative)
+        texts_of_file = (
+            prose.string_values(source) if relative == _LANGUAGE_REFERENCE
+            else prose.docstrings(source)
+        )
+        for text in texts_of_file:
+            for paragraph in prose.paragraphs(text, indented=True):
+                add(paragraph)
+    for name in _readme_packages():
+        for paragraph in prose.paragraphs(_readme(name), indented=True):
+            add(paragraph)
+    return {"text": texts}
+
+
+@cache
+def _readme_packages() -> tuple[str, ...]:
+    """Installed packages that this project needs, directly or not, without the eight libraries."""
+    seen: set[str] = set()
+    queue = list(_README_ROOTS)
+    while queue:
+        name = _canonical(queue.pop())
+        if name in seen:
+            continue
+        try:
+            requirements = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        seen.add(name)
+        for requirement in requirements:
+            # What only an extra needs is not followed: whether it is there is chance.
+            if "extra ==" not in requirement and (found := re.match(r"[\w.-]+", requirement)):
+                queue.append(found.group())
+    return tuple(sorted(seen - {_canonical(name) for name in LIBRARIES}))
+
+
+def _readme(name: str) -> str:
+    message = metadata.metadata(name)
+    # Old metadata has the text as a field, newer as the body.
+    return str(message.get("Description") or "") or str(message.get_payload() or "")
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _texts_of_file(path: Path) -> Iterator[str]:
+    for docstring in prose.docstrings(_read(path)):
+        every = (s for p in prose.paragraphs(docstring) for s in prose.sentences(p))
+        for text in _runs(every, prose.is_prose, prose.MAX_WORDS):
+            if len(text.split()) >= MIN_ROW_WORDS:
+                yield text
+
+
+def _runs(
+    sentences: Iterable[str], accept: Callable[[str, int], bool], max_words: int
+) -> Iterator[str]:
+    """Join successive accepted sentences while they fit into ``max_words``; others end a run."""
+    run: list[str] = []
+    words = 0
+    for sentence in sentences:
+        usable = accept(sentence, max_words)
+        count = len(sentence.split())
+        if run and (not usable or words + count > max_words):
+            yield " ".join(run)
+            run, words = [], 0
+        if usable:
+            run.append(sentence)
+            words += count
+    if run:
+        yield " ".join(run)
+
+
+def _source_files(root: Path) -> list[str]:
+    """Python files under a folder, relative with "/", in the order of their names' digest."""
+    found: list[str] = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
+        inside = Path(folder).relative_to(root)
+        found += [
+            (inside / name).as_posix()
+            for name in names
+            if name.endswith(".py") and not _SKIPPED_FILE.match(name)
+        ]
+    return sorted(found, key=_digest)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""  # a few sources are in other encodings on purpose
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _folder_of_module(name: str) -> Path:
+    spec = find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"builtin:docstrings needs the package {name!r}, which is not installed.")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _version_of_module(name: str) -> str:
+    _folder_of_module(name)
+    try:
+        # The eight are distributed under the names they are imported by.
+        return metadata.version(name)
+    except metadata.PackageNotFoundError as error:
+        raise UserError(
+            f"builtin:docstrings needs the package {name!r}, which is not installed."
+        ) from error
+
+
+def _cached(
+    name: str,
+    versions: Iterable[str],
+    columns: Sequence[str],
+    build: Callable[[], dict[str, list[str]]],
+    cache_dir: Path | None,
+) -> dict[str, list[str]]:
+    """String columns from the cache file, or from ``build()``, which then fills the file.
+
+    A file that cannot be read is built anew. Several processes may do this at once: each writes a
+    file of its own and renames it, and all write the same content.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    digest = _digest("\n".join([f"recipe=={RECIPE}", *versions]))[:16]
+    folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
+    path = folder / f"{name}-{digest}.parquet"
+    try:
+        with pq.ParquetFile(path) as file:
+            table = file.read()
+        cached = {column: table.column(column).to_pylist() for column in columns}
+        if all(isinstance(v, str) for values in cached.values() for v in values) and cached["text"]:
+            return cached
+    except FileNotFoundError:
+        pass
+    except (pa.ArrowException, OSError, KeyError) as error:
+        _log.warning("%s: unreadable cache file is built anew (%s)", path, error)
+
+    built = build()
+    temporary: str | None = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{name}-", suffix=".tmp", dir=folder)
+        with os.fdopen(handle, "wb") as stream:
+            pq.write_table(pa.table({c: built[c] for c in columns}), stream)
+        os.replace(temporary, path)
+    except OSError as error:
+        # Only time is lost: the next use builds the rows again.
+        _log.warning("%s: built-in data is not cached (%s)", folder, error.strerror or error)
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+    return built

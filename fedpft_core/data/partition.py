@@ -1,0 +1,146 @@
+"""Shares the training rows out among simulated clients, with flwr-datasets' partitioners."""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+
+import numpy as np
+
+from fedpft_core.errors import UserError
+
+SCHEMES = ("iid", "dirichlet", "shards")
+"""Values of ``federation.partition``."""
+
+_SHARDS_PER_CLIENT = 2
+
+
+def partition(
+    labels: np.ndarray, num_partitions: int, scheme: str, alpha: float, seed: int
+) -> list[np.ndarray]:
+    """Assign every row to exactly one client.
+
+    Args:
+        labels: shape (rows,), integer class of each row.
+        num_partitions: number of clients.
+        scheme: "iid" (shuffled, equal sizes up to one row), "dirichlet" (each class is divided in
+            proportions drawn from a symmetric Dirichlet distribution; client sizes differ), or
+            "shards" (rows sorted by class, cut into two equal shards per client: a client sees
+            about two classes; the few rows that no shard holds are dealt out).
+        alpha: concentration of the Dirichlet distribution, > 0; small means uneven. Unused by the
+            other schemes.
+        seed: run seed; the same arguments give the same partitions.
+
+    Returns:
+        One ascending int64 array of row numbers per client; none is empty.
+
+    Raises:
+        UserError: an unknown scheme, alpha not above 0, fewer rows than clients, or proportions so
+            uneven that some client stays empty; names the ``federation.`` key.
+    """
+    labels = np.asarray(labels)
+    if labels.ndim != 1:
+        raise ValueError(f"labels have shape {labels.shape}, one number per row is needed")
+    if scheme not in SCHEMES:
+        raise UserError(f"federation.partition is {scheme!r}; use one of {', '.join(SCHEMES)}.")
+    if num_partitions < 1:
+        raise UserError(f"federation.clients is {num_partitions}; at least 1 is needed.")
+    if num_partitions > len(labels):
+        raise UserError(
+            f"federation.clients is {num_partitions}, but there are only {len(labels)} training "
+            "rows, so some client would have none."
+        )
+    if scheme == "dirichlet" and not (np.isfinite(alpha) and alpha > 0):
+        raise UserError(f"federation.dirichlet-alpha is {alpha:g}; it must be above 0.")
+    if scheme == "shards" and _SHARDS_PER_CLIENT * num_partitions > len(labels):
+        raise UserError(
+            f"federation.clients is {num_partitions}: federation.partition 'shards' needs "
+            f"{_SHARDS_PER_CLIENT} rows per client, and there are only {len(labels)}."
+        )
+    if num_partitions == 1:
+        return [np.arange(len(labels), dtype=np.int64)]
+    rows = _partition_rows(labels, num_partitions, scheme, float(alpha), seed)
+    _check(rows, len(labels))
+    return rows
+
+
+def _partition_rows(
+    labels: np.ndarray, num_partitions: int, scheme: str, alpha: float, seed: int
+) -> list[np.ndarray]:
+    from datasets import Dataset
+    from flwr_datasets.partitioner import (
+        DirichletPartitioner,
+        IidPartitioner,
+        Partitioner,
+        ShardPartitioner,
+    )
+
+    # The partitioners cut in the order of the data set; shuffled first, a class's rows do not go to
+    # a client in the order of the file (which is often an order by source). The row number travels
+    # as a column, because partitions are data sets.
+    rng = np.random.default_rng([zlib.crc32(b"partition"), seed])
+    row = rng.permutation(np.arange(len(labels), dtype=np.int64))
+    partitioner: Partitioner
+    if scheme == "iid":
+        partitioner = IidPartitioner(num_partitions)
+    elif scheme == "dirichlet":
+        partitioner = DirichletPartitioner(
+            num_partitions,
+            partition_by="label",
+            alpha=alpha,
+            min_partition_size=_smallest_share(len(labels), num_partitions),
+            self_balancing=False,
+            shuffle=True,
+            seed=seed,
+        )
+    else:
+        partitioner = ShardPartitioner(
+            num_partitions,
+            partition_by="label",
+            num_shards_per_partition=_SHARDS_PER_CLIENT,
+            shuffle=True,
+            seed=seed,
+        )
+    partitioner.dataset = Dataset.from_dict({"label": labels[row].tolist(), "row": row.tolist()})
+    try:
+        with warnings.catch_warnings():
+            # One warning per redrawn set of proportions; that they ran out is an error below.
+            warnings.simplefilter("ignore")
+            partitions = [
+                np.asarray(partitioner.load_partition(i)["row"], dtype=np.int64)
+                for i in range(num_partitions)
+            ]
+    except ValueError as error:
+        raise UserError(_infeasible(scheme, num_partitions, alpha, len(labels))) from error
+    # Equal shards leave a remainder of fewer rows than there are shards.
+    rest = np.setdiff1d(row, np.concatenate(partitions))
+    if scheme == "shards" and len(rest):
+        dealt = np.array_split(rng.permutation(rest), num_partitions)
+        partitions = [np.concatenate(pair) for pair in zip(partitions, dealt, strict=True)]
+    return [np.sort(rows) for rows in partitions]
+
+
+def _smallest_share(rows: int, num_partitions: int) -> int:
+    """Rows every Dirichlet client must have: a tenth of an equal share, but 1 to 10.
+
+    Proportions are drawn again (ten times at most) until they do.
+    """
+    return max(1, min(10, rows // (10 * num_partitions)))
+
+
+def _infeasible(scheme: str, num_partitions: int, alpha: float, rows: int) -> str:
+    if scheme == "dirichlet":
+        return (
+            f"federation.dirichlet-alpha {alpha:g} leaves some of the {num_partitions} clients "
+            f"with too few of the {rows} training rows; raise it, or lower federation.clients."
+        )
+    return (
+        f"federation.partition {scheme!r} cannot divide {rows} training rows among "
+        f"{num_partitions} clients; lower federation.clients."
+    )
+
+
+def _check(partitions: list[np.ndarray], rows: int) -> None:
+    joined = np.sort(np.concatenate(partitions))
+    if not np.array_equal(joined, np.arange(rows)) or min(map(len, partitions)) == 0:
+        raise RuntimeError("the partitioner lost, repeated or withheld rows")

@@ -1,0 +1,121 @@
+"""The event log of a run: one JSON object a line, appended as things happen.
+
+Everything the CLI draws and everything a report states is read from this file, so a report
+can be made again from a finished, a failed or a still running run.
+
+Every line has `t` (Unix seconds) and `event`. Events of a side run carry `arm` (the federation
+on the undistilled sub-FM has `arm = "undistilled"`) and are no part of the main run's figures.
+The other fields by event:
+
+run_started      run_dir, version, seed, method, rounds, clients_per_round, resumed_from (round)
+phase_started    phase (load | build | baselines | undistilled | distil | round | align | export)
+phase_finished   phase, seconds
+progress         phase, done, total, unit, and any of loss, round
+model            fm_parameters, fm_bytes, proxy_parameters, proxy_bytes, fm_block_parameters,
+                 proxy_block_parameters, blocks: [{block, kind, neurons, fm_neurons}]
+task             name, kind, train, validation, test (rows), labels (names), public (rows)
+nodes            count, names
+baseline         name (linear-probe | tf-idf | undistilled), accuracy, rows
+distilled        steps, seconds, loss_first, loss_last, output_error: [per block]
+round_started    round, rounds, attempt, clients (names), lr
+reply            round, client, status (ok | refused | error | need), seconds, examples, loss,
+                 reason
+round_finished   round, seconds, train_seconds, overhead_seconds, loss, examples, good, bad
+evaluation       round, model (proxy | fm), split, accuracy, loss, rows, seconds
+bytes            round, client, direction (down | up), kind (package | patch | adapter | counts
+                 | control), bytes
+alignment        round, neurons, share, loss_before, loss_after, digest_from, digest_to,
+                 seconds, blocks: [{block, error_before, error_after}]
+agreement        round, when (start | before-align | after-align | end), cosine, relative_l2,
+                 head_cosine, blocks: [{block, cosine, relative_l2}]
+adapter          round, norm
+memory           process (server), peak_rss_bytes
+files            paths: {name: path}
+warning          text
+run_finished     seconds
+run_failed       reason
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class EventLog:
+    """Appends events to a file; each line is written whole, so a reader never sees half a line."""
+
+    def __init__(self, path: Path | None) -> None:
+        """With `path` None events are kept in memory only (`self.seen`)."""
+        self.path = path
+        self.seen: list[dict[str, Any]] = []
+        self._file = None
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _drop_torn_tail(path)
+            self._file = open(path, "ab", buffering=0)
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Append one event. A write that fails (full disk) raises OSError."""
+        line = {"t": round(time.time(), 3), "event": event} | fields
+        if self._file is None:
+            self.seen.append(line)
+            return
+        data = (json.dumps(line, separators=(",", ":"), allow_nan=True) + "\n").encode()
+        while data:
+            data = data[self._file.write(data) :]
+
+    def tagged(self, **more: Any) -> TaggedLog:
+        """A view that adds the same fields to each of its events."""
+        return TaggedLog(self, more)
+
+    def offset(self) -> int:
+        """Bytes written so far (events, when in memory)."""
+        return self._file.seek(0, os.SEEK_END) if self._file else len(self.seen)
+
+    def rewind(self, offset: int) -> None:
+        """Forget what came after `offset`: a resumed run writes it again."""
+        if self._file is not None:
+            self._file.truncate(offset)
+        else:
+            del self.seen[offset:]
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+
+class TaggedLog:
+    """An event log that marks whatever passes through it."""
+
+    def __init__(self, log: EventLog, more: dict[str, Any]) -> None:
+        self.log, self.more = log, more
+
+    def emit(self, event: str, **fields: Any) -> None:
+        self.log.emit(event, **self.more, **fields)
+
+
+def _drop_torn_tail(path: Path) -> None:
+    """Cut a half-written last line, which a killed process may have left."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    if data and not data.endswith(b"\n"):
+        path.write_bytes(data[: data.rfind(b"\n") + 1])
+
+
+def read_events(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (offset after the line, event) for each whole line from byte `offset` on."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            yield offset, json.loads(line)

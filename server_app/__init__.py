@@ -1,0 +1,1 @@
+"""The Flower ServerApp: owns the FM, builds the proxy, runs the rounds."""

@@ -1,0 +1,158 @@
+"""ServerApp: load → build → distil → rounds (train, average, evaluate, align) → export."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedpft_core import __version__, adapters, baselines
+from fedpft_core import config as configs
+from fedpft_core.config import Config
+from fedpft_core.errors import RunError, UserError
+from fedpft_core.events import EventLog
+from server_app.bench import Bench, peak_rss_bytes, phase
+from server_app.checkpoint import Checkpoints
+from server_app.runfolder import RunFolder
+from server_app.strategy import Events, State, Strategy
+from server_app.transport import FlowerTransport, Transport
+
+log = logging.getLogger("fedpft")
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Entry point of `flwr run`. A failure raises, so that Flower reports the run as failed."""
+    config = configs.from_flat(context.run_config)
+    with RunFolder.open(config) as folder:
+        log.info("run folder: %s", folder.path)
+        run(replace(config, run=folder.run_config), FlowerTransport(grid), folder.events)
+
+
+def run(config: Config, transport: Transport, events: EventLog) -> None:
+    """A whole run in `config.run.dir`. Raises UserError or RunError with one clear sentence."""
+    start = time.perf_counter()
+    try:
+        _run(config, transport, events)
+    except (UserError, RunError) as error:
+        events.emit("run_failed", reason=str(error))
+        raise
+    except OSError as error:
+        events.emit("run_failed", reason=f"run.dir = {config.run.dir}: {error}")
+        raise
+    except Exception as error:
+        events.emit("run_failed", reason=f"internal error: {type(error).__name__}: {error}")
+        raise
+    events.emit("run_finished", seconds=time.perf_counter() - start)
+
+
+def _run(config: Config, transport: Transport, events: EventLog) -> None:
+    checkpoints = Checkpoints(Path(config.run.dir) / "checkpoints", keep=config.run.checkpoints)
+    saved = checkpoints.latest() if config.run.resume else None
+    if saved is not None:
+        events.rewind(saved.events_offset)
+    f = config.federation
+    events.emit(
+        "run_started", run_dir=config.run.dir, version=__version__, seed=config.run.seed,
+        rounds=f.rounds, clients_per_round=f.clients_per_round,
+        resumed_from=saved.round if saved else None,
+    )  # fmt: skip
+
+    bench, package = Bench.load(config, events)
+    if saved is not None:
+        state = saved.restore(bench, package)
+    else:
+        (Path(config.run.dir) / "plan.json").write_text(bench.plan.to_json(), encoding="utf-8")
+        if config.run.baselines:
+            with phase(events, "baselines"):
+                baselines.score(bench.fm, bench.processor, bench.task, config, events)
+            undistilled(config, transport, events, bench, package)
+        bench.distil()
+        state = bench.fresh_state(bench.repack(package))
+        bench.agreement(0, "start", start=True)
+        bench.score(0, "proxy")
+        bench.score(0, "fm")
+
+    strategy = Strategy(config, transport, events)
+    strategy.wait_for_nodes()
+    last = min(f.rounds, config.run.stop_after or f.rounds)
+    for round in range(state.round + 1, last + 1):
+        with phase(events, "round", round=round):
+            one_round(config, strategy, bench, state, round, events)
+            checkpoints.save(state, bench, events.offset())
+        events.emit("memory", process="server", peak_rss_bytes=peak_rss_bytes())
+    if last < f.rounds:
+        raise RunError(f"stopped after round {last} as run.stop-after asks; resume to go on")
+
+    with phase(events, "export"):
+        bench.plug(state.adapter)
+        bench.agreement(state.round, "end")
+        folder = Path(config.run.dir) / "adapter"
+        adapters.export(bench.fm, folder, bench.source)
+        events.emit("files", paths={"adapter": str(folder), "plan": f"{config.run.dir}/plan.json"})
+
+
+def one_round(
+    config: Config, strategy: Strategy, bench: Bench, state: State, round: int, events: Events
+) -> None:
+    """Clients train, the server averages, both models are scored, the proxy is re-aligned."""
+    start = time.perf_counter()
+    due = alignment_due(config, bench, round)
+    outcome = strategy.run_round(state, round, config.align.inactive if due else "")
+    state.adapter, state.round = outcome.adapter, round
+    bench.plug(state.adapter)
+    events.emit("adapter", round=round, norm=adapters.norm(state.adapter))
+    scored = bench.score(round, "proxy").seconds + bench.score(round, "fm").seconds
+    events.emit(
+        "round_finished", round=round, seconds=time.perf_counter() - start,
+        exchange_seconds=outcome.seconds, evaluate_seconds=scored,
+        train_seconds=outcome.train_seconds, loss=outcome.loss,
+        examples=outcome.examples, good=outcome.good, bad=outcome.bad,
+    )  # fmt: skip
+    if due:
+        assert outcome.counts is not None
+        bench.align(state, round, outcome.counts)
+
+
+def alignment_due(config: Config, bench: Bench, round: int) -> bool:
+    """Every t rounds, and not after the last, where nobody would train on the result."""
+    t = config.align.interval
+    due = t > 0 and round % t == 0 and round < config.federation.rounds
+    return due and bool(bench.plan.pruned)
+
+
+def undistilled(
+    config: Config, transport: Transport, events: EventLog, bench: Bench, package: Any
+) -> None:
+    """The same federation on the pruned but undistilled sub-FM: what distillation is worth.
+
+    Same partitions, sampling, seeds and steps; only its end is scored.
+    """
+    if not bench.plan.pruned or config.distill.method == "none":
+        return
+    arm = events.tagged(arm="undistilled")
+    with phase(events, "undistilled"):
+        strategy = Strategy(config, transport, arm)
+        strategy.wait_for_nodes()
+        state = bench.fresh_state(package)
+        for round in range(1, config.federation.rounds + 1):
+            outcome = strategy.run_round(state, round, "")
+            state.adapter, state.round = outcome.adapter, round
+            events.emit(
+                "progress", phase="undistilled", done=round, total=config.federation.rounds,
+                unit="rounds", loss=outcome.loss,
+            )  # fmt: skip
+        bench.plug(state.adapter)
+        from fedpft_core.training import evaluate
+
+        score = evaluate(bench.fm, bench.score_rows, config.run.eval_batch_size)
+        events.emit(
+            "baseline", name="undistilled", accuracy=score.accuracy, rows=score.rows,
+            split=config.run.eval_split,
+        )  # fmt: skip

@@ -1,0 +1,308 @@
+"""The server's workbench: FM and proxy side by side, with the rows to measure them on."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedpft_core import adapters, distill, measure, models, sub_fm
+from fedpft_core.config import Config
+from fedpft_core.data.batches import Encoded, encode, public_batches
+from fedpft_core.data.public import load_public
+from fedpft_core.data.tasks import Task, load_task
+from fedpft_core.errors import UserError
+from fedpft_core.exchange import Package, tensor_digest
+from fedpft_core.families import base_model
+from fedpft_core.proxy import PatchedWeights, make_package, make_patch
+from fedpft_core.seeds import derive, numpy_stream
+from fedpft_core.training import Counts, Score, evaluate
+from server_app.strategy import Events, State
+
+Tensors = dict[str, Tensor]
+
+
+@contextmanager
+def phase(events: Events, name: str, **fields: Any) -> Iterator[None]:
+    """Emit the start and the end of a phase with its seconds."""
+    events.emit("phase_started", phase=name, **fields)
+    start = time.perf_counter()
+    yield
+    events.emit("phase_finished", phase=name, seconds=time.perf_counter() - start, **fields)
+
+
+def progress(events: Events, name: str, unit: str, **fields: Any) -> Callable[..., None]:
+    """A progress callback (done, total, loss) that emits at most five events a second."""
+    last = 0.0
+
+    def report(done: int, total: int, loss: float | None = None) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < 0.2 and done < total:
+            return
+        last = now
+        more = fields if loss is None else fields | {"loss": loss}
+        events.emit("progress", phase=name, done=done, total=total, unit=unit, **more)
+
+    return report
+
+
+def pick_device(wanted: str) -> torch.device:
+    """`auto` → the first accelerator, else the CPU. Raises UserError when there is none such."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise UserError(f"run.device: expected auto, cpu, cuda or cuda:N, got {wanted!r}.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"run.device = {wanted}: no CUDA device is available here.")
+    return device
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far, bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@dataclass
+class Bench:
+    """FM and proxy with adapters attached, and what they are measured on."""
+
+    config: Config
+    events: Events
+    task: Task
+    public: list[Any]
+    processor: Any
+    fm: nn.Module
+    proxy: nn.Module
+    plan: sub_fm.Plan
+    spec: adapters.AdapterSpec
+    source: str
+    score_rows: Encoded
+    gradient_rows: Encoded
+    device: torch.device
+
+    @staticmethod
+    def load(config: Config, events: Events) -> tuple[Bench, Package]:
+        """Load FM and data, make the plan, build the proxy. Also returns the proxy as a package.
+
+        Raises UserError for anything wrong with model, data or plan.
+        """
+        torch.set_num_threads(config.run.threads or torch.get_num_threads())
+        with phase(events, "load"):
+            device = pick_device(config.run.device)
+            task = load_task(config.data, config.run.seed)
+            kind = task.kind
+            loaded = models.load(config.model, task.label_names, kind, config.run.seed)
+            public = load_public(
+                config.data.public,
+                config.data.image_column or config.data.text_column,
+                kind,
+                (task.train, task.validation, task.test),
+                config.data.max_public_rows,
+                derive(config.run.seed, "public") % 2**31,
+            )
+            length = config.data.max_length
+            _check_lengths(config, loaded)
+            scored = task.test if config.run.eval_split == "test" else task.validation
+            score_rows = encode(scored, loaded.processor, length)
+            # A fixed random part: the first rows of a file may all be of one kind.
+            stream = numpy_stream(config.run.seed, "gradient-rows")
+            rows = stream.permutation(len(task.validation))[: config.run.gradient_rows]
+            gradient_rows = encode(task.validation.select(rows), loaded.processor, length)
+            events.emit(
+                "task", name=task.name, kind=kind, train=len(task.train),
+                validation=len(task.validation), test=len(task.test),
+                labels=list(task.label_names), public=len(public),
+            )  # fmt: skip
+        with phase(events, "build"):
+            plan = sub_fm.make_plan(loaded.model, config.plan, config.run.seed)
+            proxy = sub_fm.build(loaded.model, plan)
+            spec = adapters.make_spec(loaded.family, plan, loaded.fresh, config.lora)
+            _emit_model(events, loaded, proxy, plan)
+            package = make_package(
+                proxy, plan, spec, loaded.processor, kind, task.label_names, length
+            )
+            fm = adapters.attach(loaded.model, spec).to(device)
+            proxy = adapters.attach(proxy, spec, plan).to(device)
+        bench = Bench(
+            config, events, task, public, loaded.processor, fm, proxy, plan, spec,
+            loaded.source, score_rows, gradient_rows, device,
+        )  # fmt: skip
+        return bench, package
+
+    def plug(self, adapter: Tensors) -> None:
+        """Put one adapter on both models."""
+        adapters.load(self.fm, adapter)
+        adapters.load(self.proxy, adapter, self.plan)
+
+    def score(self, round: int, which: str) -> Score:
+        """Evaluate the proxy or the FM with the adapter now plugged in."""
+        model = self.fm if which == "fm" else self.proxy
+        total = len(self.score_rows)
+        report = progress(self.events, "evaluate", "rows", round=round, model=which)
+        result = evaluate(
+            model, self.score_rows, self.config.run.eval_batch_size, lambda n: report(n, total)
+        )
+        self.events.emit(
+            "evaluation", round=round, model=which, split=self.config.run.eval_split,
+            accuracy=result.accuracy, loss=result.loss, rows=result.rows, seconds=result.seconds,
+        )  # fmt: skip
+        return result
+
+    def agreement(self, round: int, when: str, start: bool = False) -> None:
+        """Record how alike the adapter gradients of FM and proxy are on validation rows."""
+        if not len(self.gradient_rows) or self.plan.is_full:
+            return
+        found = measure.gradient_agreement(
+            self.fm, self.proxy, self.plan, self.gradient_rows, self.config.train.batch_size, b_only=start
+        )
+        self.events.emit("agreement", round=round, when=when, **found)
+
+    def _public_batches(self, steps: int, *purpose: str | int) -> Iterator[Any]:
+        d = self.config.distill
+        seed = derive(self.config.run.seed, "public-batches", *purpose)
+        return public_batches(self.public, self.processor, d.batch_size, d.length, steps, seed)
+
+    def distil(self) -> None:
+        """Layer-level distillation of the proxy, before FL."""
+        d = self.config.distill
+        if d.method == "none" or not d.steps or not self.plan.pruned:
+            return
+        with phase(self.events, "distil"):
+            probe = list(self._public_batches(4, "probe"))
+            before = distill.output_error(self.fm, self.proxy, self.plan, probe)
+            first, last, seconds = distill.distil(
+                self.fm, self.proxy, self.plan, self._public_batches(d.steps, "distil"), d,
+                steps=d.steps, lr=d.lr, alpha=d.alpha,
+                noise_seed=derive(self.config.run.seed, "distil"),
+                on_step=progress(self.events, "distil", "steps"),
+            )  # fmt: skip
+            after = distill.output_error(self.fm, self.proxy, self.plan, probe)
+            self.events.emit(
+                "distilled", steps=d.steps, seconds=seconds, loss_first=first, loss_last=last,
+                error_before=before, output_error=after,
+            )  # fmt: skip
+
+    def repack(self, package: Package) -> Package:
+        """The package with the proxy's present weights (after distillation)."""
+        live = {
+            k.removeprefix("base_model.model.").replace(".base_layer.", "."): t
+            for k, t in self.proxy.state_dict().items()
+        }
+        weights = {k: live[k].detach().cpu().clone().contiguous() for k in package.weights}
+        return Package(package.meta, package.files, weights)
+
+    def trained_names(self) -> list[str]:
+        """Names in the package of the weights alignment may move."""
+        names = PatchedWeights(self.plan)
+        return sorted(
+            names.name(block, part)
+            for block, ffn in sub_fm.pruned_ffns(self.proxy, self.plan).items()
+            for part in ffn.parts()
+        )
+
+    @torch.no_grad()
+    def load_frozen(self, weights: Tensors) -> None:
+        """Copy aligned weights, named as in the package, into the proxy."""
+        live = dict(base_model(self.proxy).named_parameters())
+        for name, value in weights.items():
+            live[name].copy_(value)
+
+    def fresh_state(self, package: Package) -> State:
+        """The state before round 1."""
+        digests = {k: tensor_digest(t) for k, t in package.weights.items()}
+        adapter = adapters.initial(self.fm, self.spec, self.config.run.seed)
+        self.plug(adapter)
+        return State(0, adapter, package, digests, package.digest())
+
+    def align(self, state: State, round: int, counts: Counts) -> None:
+        """Neuron-level distillation at the current adapter; extends `state` by a patch.
+
+        Teacher and student both carry the aggregate adapter, which stays as it is.
+        """
+        a, d = self.config.align, self.config.distill
+        with phase(self.events, "align", round=round):
+            start = time.perf_counter()
+            self.plug(state.adapter)
+            self.agreement(round, "before-align")
+            rates = {b: distill.apoz(counts.inactive[b], counts.tokens[b]) for b in counts.inactive}
+            chosen = distill.choose_neurons(
+                rates, a.proportion, a.selection, derive(self.config.run.seed, "choose", round)
+            )
+            probe = list(self._public_batches(4, "probe"))
+            before = distill.output_error(self.fm, self.proxy, self.plan, probe)
+            first, last, _ = distill.distil(
+                self.fm, self.proxy, self.plan,
+                self._public_batches(a.steps, "align", round), d,
+                steps=a.steps, lr=a.lr, alpha=0.0, chosen=chosen,
+                noise_seed=derive(self.config.run.seed, "align", round),
+                on_step=progress(self.events, "align", "steps", round=round),
+            )  # fmt: skip
+            after = distill.output_error(self.fm, self.proxy, self.plan, probe)
+            patch, package = make_patch(
+                self.proxy, self.plan, chosen, state.package, state.digests, self.config.wire.patch
+            )
+            state.package, state.digest = package, patch.target
+            state.patches.append(patch)
+            self.agreement(round, "after-align")
+            self.events.emit(
+                "alignment", round=round, neurons=sum(len(i) for i in chosen.values()),
+                share=a.proportion, loss_before=first, loss_after=last,
+                digest_from=patch.source, digest_to=patch.target,
+                seconds=time.perf_counter() - start,
+                blocks=[
+                    {"block": b, "error_before": before[b], "error_after": after[b]}
+                    for b in self.plan.pruned
+                ],
+            )  # fmt: skip
+
+
+def _check_lengths(config: Config, loaded: models.Loaded) -> None:
+    if loaded.family.kind != "text":
+        return
+    limit = loaded.family.longest_input(loaded.model.config)
+    for key, length in (
+        ("data.max-length", config.data.max_length),
+        ("distill.length", config.distill.length),
+    ):
+        if length > limit:
+            raise UserError(f"{key} = {length} is more than the {limit} tokens the model can read.")
+
+
+def _emit_model(
+    events: Events, loaded: models.Loaded, proxy: nn.Module, plan: sub_fm.Plan
+) -> None:
+    fm_parameters, fm_bytes = models.size(loaded.model)
+    proxy_parameters, proxy_bytes = models.size(proxy)
+    fm_blocks, proxy_blocks = (loaded.family.block_list(m) for m in (loaded.model, proxy))
+    events.emit(
+        "model",
+        name=loaded.source,
+        fm_parameters=fm_parameters,
+        fm_bytes=fm_bytes,
+        proxy_parameters=proxy_parameters,
+        proxy_bytes=proxy_bytes,
+        fm_block_parameters=sub_fm.block_parameters(loaded.model, list(fm_blocks)),
+        proxy_block_parameters=sub_fm.block_parameters(proxy, list(proxy_blocks)),
+        blocks=[
+            {
+                "block": i,
+                "kind": entry.state,
+                "neurons": {"whole": plan.fm_neurons, "dropped": 0}.get(
+                    entry.state, len(entry.kept)
+                ),
+                "fm_neurons": plan.fm_neurons,
+            }
+            for i, entry in enumerate(plan.blocks)
+        ],
+    )
