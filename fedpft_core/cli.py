@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import shutil
 import sys
 import time
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from . import __version__, config
 from .config import Scalar
 from .errors import RunError, UserError
+from .events import EventLog
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -256,8 +258,8 @@ def _conclude(
     from . import launch, report
 
     if not outcome.completed or follower.failure:
-        log = outcome.log.read_text(encoding="utf-8", errors="replace")
-        found = outcome.details or launch.last_error(log) or f"Flower says {outcome.status}"
+        text = outcome.log.read_text(encoding="utf-8", errors="replace")
+        found = outcome.details or launch.last_error(text) or f"Flower says {outcome.status}"
         return _failed(folder, follower.failure or f"{found} (log: {outcome.log})")
     if not follower.finished:
         if args.superlink is not None and not follower.count:
@@ -266,9 +268,16 @@ def _conclude(
             )
             return 0
         return _failed(
-            folder, f"Flower completed the run, but the run did not (log: {outcome.log})."
+            folder, f"Flower completed the run, but its end was not recorded (log: {outcome.log})."
         )
-    summary = report.write(folder)
+    with _writing(folder):
+        if outcome.peak_bytes:
+            # The server, the file's only other writer, has ended.
+            log = EventLog(folder / EVENTS_FILE)
+            log.emit("memory", process="all processes, summed", peak_rss_bytes=outcome.peak_bytes)
+            log.close()
+        summary = report.write(folder)
+    console.print(report.headline(summary), highlight=False, markup=False)
     for table in report.render(summary):
         console.print(table)
     return 0
@@ -352,9 +361,10 @@ def command_config(args: argparse.Namespace, console: Console) -> int:
         flat = config.to_flat(config.Config())
         print(yaml.safe_dump(config.to_tree(flat), sort_keys=False), end="")
     else:
+        from rich import box
         from rich.table import Table
 
-        table = Table("key", "type", "default", "allowed", "meaning")
+        table = Table("key", "type", "default", "allowed", "meaning", box=box.SIMPLE_HEAD)
         table.columns[0].no_wrap = True
         for row in key_rows():
             table.add_row(*row)
@@ -391,13 +401,15 @@ def command_inspect(args: argparse.Namespace, console: Console) -> int:
 
 
 def _print_table(console: Console, table: Mapping[str, Any]) -> None:
+    from rich import box
     from rich.table import Table
 
     rows = [[_cell(v) for v in row] for row in table["rows"]]
-    shown = Table(title=table.get("title"), title_justify="left")
+    shown = Table(box=box.SIMPLE_HEAD, title=table.get("title"), title_justify="left")
     for i, name in enumerate(table["columns"]):
-        numeric = any(isinstance(row[i], int | float) for row in table["rows"] if i < len(row))
-        shown.add_column(str(name), justify="right" if numeric else "left")
+        cells = [row[i] for row in rows if row[i]]
+        numeric = all(re.fullmatch(r"[-+]?[\d,.e/ %x+-]+", cell) for cell in cells)
+        shown.add_column(str(name), justify="right" if numeric and cells else "left")
     for row in rows:
         shown.add_row(*row)
     console.print(shown)

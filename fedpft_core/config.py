@@ -131,7 +131,7 @@ class DistillConfig:
 class AlignConfig:
     """Neuron-level distillation between rounds (paper section 4.3)."""
 
-    interval: int = _key(0, "rounds t between alignments, 0 = never", low=0)
+    interval: int = _key(2, "rounds t between alignments, 0 = never", low=0)
     proportion: float = _key(
         1.0, "share p of each pruned block's neurons re-aligned", above=0.0, high=1.0
     )
@@ -222,8 +222,14 @@ class RunConfig:
         "test", "rows scored after each round: `test` or `validation`",
         choices=("test", "validation"),
     )
+    evaluate_every: int = _key(
+        1, "rounds between evaluations of both models; the last round always is", low=1
+    )
     eval_batch_size: int = _key(64, "rows per evaluation batch", low=1)
-    baselines: bool = _key(True, "also score the linear probe, TF-IDF and undistilled sub-FM")
+    baselines: bool = _key(True, "also score a linear probe and TF-IDF")
+    undistilled: bool = _key(
+        True, "also run the federation on the undistilled sub-FM, for the final table"
+    )
     gradient_rows: int = _key(
         64, "validation rows on which adapter gradients of both models are compared, 0 = none",
         low=0,

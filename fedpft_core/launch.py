@@ -51,12 +51,17 @@ _WATCHED = ("flower-superexec", "flwr-simulation")
 
 @dataclass(frozen=True)
 class Result:
-    """How Flower says a run ended."""
+    """How Flower says a run ended.
+
+    `peak_bytes` is the largest sum of resident memory over all processes of the run, looked at
+    every two seconds; memory that processes share is counted in each. 0 = not ours to measure.
+    """
 
     status: str
     details: str
     run_id: str
     log: Path
+    peak_bytes: int = 0
 
     @property
     def completed(self) -> bool:
@@ -120,6 +125,14 @@ class Brood:
             with contextlib.suppress(psutil.Error):
                 found |= {Path(word).name for word in process.cmdline()[:3]}
         return found
+
+    def memory(self) -> int:
+        """Resident memory of the living, bytes."""
+        total = 0
+        for process in self._known:
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_info().rss
+        return total
 
     def end(self, patience: float = 5.0) -> list[psutil.Process]:
         """End them all: asked first, forced after `patience` seconds. Returns survivors."""
@@ -591,6 +604,7 @@ def _wait(
 ) -> Result:
     """Wait until the run is over, or until a process it cannot do without has died."""
     seen: set[str] = set()
+    peak = 0
     gone_since: float | None = None
     next_scan = 0.0
     while flower.streaming():
@@ -600,8 +614,9 @@ def _wait(
             raise RunError(f"the SuperLink ended with status {superlink.returncode} during the run")
         if time.monotonic() < next_scan:
             continue
-        next_scan = time.monotonic() + 1.0
+        next_scan = time.monotonic() + 2.0
         brood.scan()
+        peak = max(peak, brood.memory())
         now = brood.names().intersection(_WATCHED)
         seen |= now
         # Flower notices a dead process only when its heartbeat has been missing for a minute.
@@ -622,7 +637,7 @@ def _wait(
         tick()
         time.sleep(0.5)
         status, details = flower.status(run_id)
-    return Result(status or "unknown", details, run_id, flower.log)
+    return Result(status or "unknown", details, run_id, flower.log, peak)
 
 
 # ---------------------------------------------------------------- deployment

@@ -21,6 +21,7 @@ PHASES = {
     "baselines": "baselines",
     "build": "building the sub-FM",
     "distil": "distillation",
+    "undistilled": "same federation, undistilled sub-FM",
     "round": "round",
     "align": "alignment",
     "evaluate": "evaluation",
@@ -93,7 +94,7 @@ def lines_for(event: Event, seen: Mapping[str, Any]) -> list[str]:
     if kind == "run_started":
         resumed = f", resumed after round {get('resumed_from')}" if get("resumed_from") else ""
         return [
-            f"{get('method', 'run')}: {get('rounds')} rounds of {get('clients_per_round')} "
+            f"{get('method', 'federation')}: {get('rounds')} rounds of {get('clients_per_round')} "
             f"clients, seed {get('seed')}{resumed}"
         ]
     if kind == "task":
@@ -167,16 +168,23 @@ class Follower:
     """Reads new events of a run folder and keeps what the outcome of the run depends on."""
 
     def __init__(self, path: Path) -> None:
-        """Start after what the file holds already: a resumed run appends to it."""
+        """Follow what is written from now on.
+
+        A resumed run cuts the file back to its checkpoint before it appends, so the place where
+        the new part begins shows only in the times of the events.
+        """
         self.path = path
-        self.offset = path.stat().st_size if path.exists() else 0
+        self.offset = 0
+        # Event times are rounded to milliseconds, possibly down.
+        self._since = time.time() - 0.001 if path.exists() else None
+        self._looked: tuple[int, int] | None = None
         self.finished = False
         self.failure = ""
         self.count = 0
 
     def new(self) -> list[Event]:
         """Events written since the last call."""
-        if not self.path.exists():
+        if not self.path.exists() or not self._begun():
             return []
         events: list[Event] = []
         for offset, event in read_events(self.path, self.offset):
@@ -188,6 +196,23 @@ class Follower:
                 self.failure = str(event.get("reason"))
         self.count += len(events)
         return events
+
+    def _begun(self) -> bool:
+        """Whether the new part has begun; sets `offset` to its beginning when it has."""
+        if self._since is None:
+            return True
+        state = self.path.stat()
+        looked = (state.st_size, state.st_mtime_ns)
+        if looked == self._looked:
+            return False
+        self._looked = looked
+        for offset, event in read_events(self.path):
+            if event["t"] >= self._since:
+                self._since = None
+                return True
+            self.offset = offset
+        self.offset = 0
+        return False
 
 
 class View:
@@ -242,6 +267,8 @@ class View:
     def show(self, event: Event) -> None:
         """Show one event."""
         kind = event["event"]
+        if event.get("arm") and kind != "warning":
+            return  # a side run: its phase has a bar of its own
         self._drop("note")
         if kind == "progress":
             self._progress(event)
@@ -260,13 +287,14 @@ class View:
         elif kind == "round_finished":
             self._drop("replies")
             self._round_finished(event)
+        elif kind == "evaluation":
+            self._end("evaluate")
         elif kind == "phase_started":
             name = str(event.get("phase"))
             if name != "round":
                 self._bar(name, PHASES.get(name, name), None, 0, "")
         elif kind == "phase_finished":
-            self._drop(str(event.get("phase")))
-            self._first.pop(str(event.get("phase")), None)
+            self._end(str(event.get("phase")))
         # On a terminal a bar shows these, and only bad replies stay on screen.
         fine = kind == "reply" and event.get("status") in ("ok", "need")
         if self._bars and (kind == "round_started" or fine):
@@ -294,8 +322,7 @@ class View:
         if self._bars:
             self._bar(phase, name, total, done, note)
             return
-        last = self._shown.get(phase, -math.inf)
-        if now - last >= _PLAIN_SECONDS or (done >= total and now - last > 1):
+        if now - self._shown.setdefault(phase, first[0]) >= _PLAIN_SECONDS:
             self._shown[phase] = now
             self.line(f"{name}: {note}", now)
 
@@ -331,6 +358,12 @@ class View:
         self._bars.update(
             self._tasks[key], description=text, total=total, completed=done, note=note
         )
+
+    def _end(self, phase: str) -> None:
+        """A phase is over: its next occurrence starts anew."""
+        self._drop(phase)
+        self._first.pop(phase, None)
+        self._shown.pop(phase, None)
 
     def _drop(self, key: str) -> None:
         if self._bars and key in self._tasks:

@@ -22,6 +22,7 @@ from .errors import UserError
 from .events import read_events
 from .progress import (
     BASELINES,
+    PHASES,
     Event,
     human_bytes,
     human_count,
@@ -73,7 +74,9 @@ class Round:
     fm: Score | None = None
     loss: float | None = None
     seconds: float | None = None
+    exchange_seconds: float | None = None
     train_seconds: float | None = None
+    evaluate_seconds: float | None = None
     overhead_seconds: float | None = None
     good: int | None = None
     bad: int | None = None
@@ -116,7 +119,6 @@ class Summary:
     bad_replies: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
-    discarded_bytes: int = 0
     seconds: float | None = None
 
     def bytes(self, direction: str, kind: str) -> int:
@@ -150,6 +152,10 @@ def read(folder: Path) -> list[Event]:
     return events
 
 
+_OF_ROUND = (
+    "loss", "seconds", "exchange_seconds", "train_seconds", "evaluate_seconds",
+    "overhead_seconds", "good", "bad", "examples",
+)  # fmt: skip
 _PER_ROUND = frozenset(("round_finished", "evaluation", "bytes", "alignment", "agreement"))
 
 
@@ -157,24 +163,19 @@ def _clean(event: Event) -> dict[str, Any]:
     return {k: v for k, v in event.items() if k not in ("t", "event")}
 
 
-def _drop_after(summary: Summary, rounds: dict[int, Round], last: int) -> None:
-    """Forget rounds that a resumption does again, but not the bytes they cost."""
-    for n in [n for n in rounds if n > last]:
-        lost = rounds.pop(n)
-        summary.discarded_bytes += sum(sum(lost.bytes[d].values()) for d in DIRECTIONS)
-
-
 def summarise(events: Iterable[Event]) -> Summary:
     """Fold events, in order, into a Summary.
 
-    A resumed run appends to the same file: rounds after the one it resumes from are taken from
-    the later part, and time is added up over the parts.
+    A resumed run cuts the file back to its checkpoint and appends: time is added up over the
+    parts. Side runs (events with `arm`) are left out.
     """
     s = Summary()
     rounds: dict[int, Round] = {}
     earlier = 0.0
     start = last = None
     for event in events:
+        if event.get("arm"):
+            continue
         get, kind, now = event.get, event["event"], float(event["t"])
         n = get("round")
         at = Round(0)
@@ -186,8 +187,6 @@ def summarise(events: Iterable[Event]) -> Summary:
                 earlier += last - start
             start = now
             s.run, s.state, s.reason = _clean(event), "running", ""
-            if get("resumed_from") is not None:
-                _drop_after(s, rounds, int(event["resumed_from"]))
         elif kind == "phase_finished":
             name = str(get("phase"))
             s.phase_seconds[name] = s.phase_seconds.get(name, 0.0) + float(get("seconds") or 0)
@@ -205,8 +204,7 @@ def summarise(events: Iterable[Event]) -> Summary:
             why = get("reason") or "no reason"
             s.bad_replies.append(f"round {n}, client {get('client')}: {get('status')}, {why}")
         elif kind == "round_finished":
-            for name in ("loss", "seconds", "train_seconds", "overhead_seconds",
-                         "good", "bad", "examples"):  # fmt: skip
+            for name in _OF_ROUND:
                 setattr(at, name, get(name))
         elif kind == "evaluation":
             score = Score(
@@ -243,7 +241,8 @@ def summarise(events: Iterable[Event]) -> Summary:
             s.state, s.reason = "finished", ""
         elif kind == "run_failed":
             s.state, s.reason = "failed", str(get("reason"))
-        last = now
+        if kind != "memory":  # may be added after the end
+            last = now
     s.rounds = [rounds[n] for n in sorted(rounds)]
     if start is not None and last is not None:
         s.seconds = earlier + last - start
@@ -327,23 +326,32 @@ def _traffic(s: Summary) -> Sheet:
     for kind in s.kinds:
         both = [s.bytes(d, kind) for d in DIRECTIONS]
         rows.append([kind, *(human_bytes(b) for b in (*both, sum(both)))])
-    notes = []
     if rows:
         sums = [sum(s.bytes(d, k) for k in s.kinds) for d in DIRECTIONS]
         rows.append(["all", *(human_bytes(b) for b in (*sums, sum(sums)))])
-    if s.discarded_bytes:
-        notes.append(
-            f"{human_bytes(s.discarded_bytes)} more were spent on rounds done again after resuming."
-        )
-    return Sheet("Traffic", ["kind", "to clients", "from clients", "both"], rows, notes)
+    return Sheet("Traffic", ["kind", "to clients", "from clients", "both"], rows)
 
 
 def _phases(s: Summary) -> Sheet:
-    rows = [[name, human_seconds(sec)] for name, sec in s.phase_seconds.items()]
+    rows: list[tuple[str, float]] = []
+    for name, seconds in s.phase_seconds.items():
+        if name == "align":  # part of its round, listed below
+            continue
+        rows.append((PHASES.get(name, name) if name != "round" else "rounds", seconds))
+        if name == "round":
+            exchange = sum(r.exchange_seconds or 0.0 for r in s.rounds)
+            scored = sum(r.evaluate_seconds or 0.0 for r in s.rounds)
+            parts = {
+                "exchange with training clients": exchange,
+                "evaluation": scored,
+                "re-alignment": s.phase_seconds.get("align", 0.0),
+            }
+            rows += [(f"  of which {part}", sec) for part, sec in parts.items() if sec]
     if s.seconds is not None and rows:
-        rows.append(["whole run", human_seconds(s.seconds)])
-    rows += [[f"peak memory, {name}", human_bytes(b)] for name, b in s.peak_bytes.items()]
-    return Sheet("Time and memory", ["", ""], rows)
+        rows.append(("whole run, without starting Flower", s.seconds))
+    cells = [[name, human_seconds(sec)] for name, sec in rows]
+    cells += [[f"peak memory, {name}", human_bytes(b)] for name, b in s.peak_bytes.items()]
+    return Sheet("Time and memory", ["", ""], cells)
 
 
 def _files(s: Summary) -> Sheet:
@@ -368,12 +376,15 @@ def headline(s: Summary) -> str:
 
 def render(s: Summary) -> list[Table]:
     """The tables for a console."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
     out = []
     for sheet in tables(s):
         table = Table(
+            box=box.SIMPLE_HEAD,
+            show_header=any(sheet.columns),
             title=Text(sheet.title),
             title_justify="left",
             caption=Text("\n".join(sheet.notes)) if sheet.notes else None,
@@ -436,7 +447,7 @@ def rounds_csv(s: Summary) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([
         "round", "proxy_accuracy", "proxy_standard_error", "fm_accuracy", "fm_standard_error",
-        "gap", "loss", "seconds", "train_seconds", "overhead_seconds", "good", "bad", "examples",
+        "gap", *_OF_ROUND,
         "aligned_neurons", "align_error_before", "align_error_after", "cosine", "relative_l2",
         *(f"{d}_{k}_bytes" for d, k in kinds),
     ])  # fmt: skip
@@ -444,9 +455,9 @@ def rounds_csv(s: Summary) -> str:
         scores = [v for x in (r.proxy, r.fm)
                   for v in ((x.accuracy, x.standard_error) if x else (None, None))]  # fmt: skip
         writer.writerow([
-            r.number, *scores, r.gap, r.loss, r.seconds, r.train_seconds, r.overhead_seconds,
-            r.good, r.bad, r.examples, r.aligned_neurons, r.align_error_before,
-            r.align_error_after, r.latest(r.cosine), r.latest(r.relative_l2),
+            r.number, *scores, r.gap, *(getattr(r, name) for name in _OF_ROUND),
+            r.aligned_neurons, r.align_error_before, r.align_error_after,
+            r.latest(r.cosine), r.latest(r.relative_l2),
             *(r.bytes[d].get(k, 0) for d, k in kinds),
         ])  # fmt: skip
     return out.getvalue()
@@ -530,7 +541,7 @@ def _plot_accuracy(axis: Any, s: Summary, scored: list[Round]) -> None:
         s.baselines.items(), ((6, 2), (2, 2), (1, 3), (8, 2, 1, 2)), strict=False
     ):
         axis.axhline(100 * score.accuracy, color=_GREY, linewidth=1.1, dashes=dashes,
-                     label=name.replace("-", " "))  # fmt: skip
+                     label=BASELINES.get(name, name))  # fmt: skip
     aligned = [r.number for r in s.rounds if r.aligned_neurons]
     for i, n in enumerate(aligned):
         axis.axvline(n + 0.5, color=_GREEN, alpha=0.35, linewidth=3,
@@ -543,10 +554,11 @@ def _plot_accuracy(axis: Any, s: Summary, scored: list[Round]) -> None:
 
 def _plot_traffic(axis: Any, s: Summary, traffic: list[Round]) -> None:
     base = dict.fromkeys((r.number for r in traffic), 0.0)
+    tallest = max(sum(sum(r.bytes[d].values()) for d in DIRECTIONS) for r in traffic) / 1e6
     for direction in DIRECTIONS:
         for kind in s.kinds:
             heights = [r.bytes[direction].get(kind, 0) / 1e6 for r in traffic]
-            if not any(heights):
+            if max(heights) < 0.002 * tallest:  # too thin to see; the table has it
                 continue
             axis.bar([r.number for r in traffic], heights, width=0.7,
                      bottom=[base[r.number] for r in traffic],
@@ -557,7 +569,7 @@ def _plot_traffic(axis: Any, s: Summary, traffic: list[Round]) -> None:
                 base[r.number] += h
     axis.set_title("Traffic per round")
     axis.set_ylabel("MB")
-    axis.set_ylim(0, 1.25 * max(base.values()) or 1)
+    axis.set_ylim(0, 1.25 * tallest or 1)
     axis.legend(fontsize=8, loc="upper right")
 
 

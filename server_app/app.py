@@ -72,12 +72,14 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
         if config.run.baselines:
             with phase(events, "baselines"):
                 baselines.score(bench.fm, bench.processor, bench.task, config, events)
+        if config.run.undistilled:
             undistilled(config, transport, events, bench, package)
         bench.distil()
         state = bench.fresh_state(bench.repack(package))
         bench.agreement(0, "start", start=True)
-        bench.score(0, "proxy")
-        bench.score(0, "fm")
+        if config.run.evaluate_every == 1:
+            bench.score(0, "proxy")
+            bench.score(0, "fm")
 
     strategy = Strategy(config, transport, events)
     strategy.wait_for_nodes()
@@ -93,6 +95,7 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
     with phase(events, "export"):
         bench.plug(state.adapter)
         bench.agreement(state.round, "end")
+        bench.score_validation(state.round)
         folder = Path(config.run.dir) / "adapter"
         adapters.export(bench.fm, folder, bench.source)
         events.emit("files", paths={"adapter": str(folder), "plan": f"{config.run.dir}/plan.json"})
@@ -108,7 +111,9 @@ def one_round(
     state.adapter, state.round = outcome.adapter, round
     bench.plug(state.adapter)
     events.emit("adapter", round=round, norm=adapters.norm(state.adapter))
-    scored = bench.score(round, "proxy").seconds + bench.score(round, "fm").seconds
+    scored = 0.0
+    if round % config.run.evaluate_every == 0 or round == config.federation.rounds:
+        scored = bench.score(round, "proxy").seconds + bench.score(round, "fm").seconds
     events.emit(
         "round_finished", round=round, seconds=time.perf_counter() - start,
         exchange_seconds=outcome.seconds, evaluate_seconds=scored,

@@ -159,6 +159,19 @@ class Bench:
         )  # fmt: skip
         return result
 
+    def score_validation(self, round: int) -> None:
+        """Score both models on the server's validation rows, on which settings are chosen."""
+        if self.config.run.eval_split == "validation" or not len(self.task.validation):
+            return
+        rows = encode(self.task.validation, self.processor, self.config.data.max_length)
+        for which, model in (("proxy", self.proxy), ("fm", self.fm)):
+            result = evaluate(model, rows, self.config.run.eval_batch_size)
+            self.events.emit(
+                "evaluation", round=round, model=which, split="validation",
+                accuracy=result.accuracy, loss=result.loss, rows=result.rows,
+                seconds=result.seconds,
+            )  # fmt: skip
+
     def agreement(self, round: int, when: str, start: bool = False) -> None:
         """Record how alike the adapter gradients of FM and proxy are on validation rows."""
         if not len(self.gradient_rows) or self.plan.is_full:

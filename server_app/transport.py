@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
@@ -127,9 +128,12 @@ class LocalTransport:
         on_reply: OnReply | None = None,
     ) -> dict[int, Envelope | Failure]:
         replies: dict[int, Envelope | Failure] = {}
+        # Clients pin their threads, which in one process would be the server's as well.
+        threads = torch.get_num_threads()
         for node, envelope in messages.items():
             sent = wire.from_record(wire.to_record(envelope))
             replies[node] = wire.from_record(wire.to_record(self.clients[node](sent)))
             if on_reply:
                 on_reply(node, replies[node])
+        torch.set_num_threads(threads)
         return replies

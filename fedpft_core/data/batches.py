@@ -167,7 +167,6 @@ def public_batches(
         served = 0
         epoch = 0
         while served < steps:
-            # SeedSequence entropy must not be negative; seeds are not.
             epoch_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
             for batch in batches(encoded, batch_size, epoch_seed):
                 if served == steps:
@@ -225,9 +224,7 @@ def _flat(rows: Sequence[Sequence[int]], dtype: Any) -> np.ndarray:
     return np.fromiter((value for row in rows for value in row), dtype=dtype, count=total)
 
 
-def _encode_images(
-    images: Sequence[bytes], labels: torch.Tensor | None, processor: Any
-) -> Encoded:
+def _encode_images(images: Sequence[bytes], labels: torch.Tensor | None, processor: Any) -> Encoded:
     import torch
 
     parts = [
@@ -248,13 +245,13 @@ def _raw_pixels(images: Sequence[bytes], rows: Sequence[int], processor: Any) ->
 
     decoded = [_decode(images[row], row) for row in rows]
     if _scale_and_shift(processor) is not None:
-        pixels = processor(
-            decoded, do_rescale=False, do_normalize=False, return_tensors="pt"
-        )["pixel_values"]
+        pixels = processor(decoded, do_rescale=False, do_normalize=False, return_tensors="pt")[
+            "pixel_values"
+        ]
         if pixels.dtype == torch.uint8:
-            return pixels.contiguous()
+            return torch.as_tensor(pixels).contiguous()
     final = processor(decoded, return_tensors="pt")["pixel_values"]
-    return final.to(torch.float32).contiguous()
+    return torch.as_tensor(final, dtype=torch.float32).contiguous()
 
 
 def _decode(content: bytes, row: int) -> Any:
@@ -365,7 +362,10 @@ def _packed_stream(
             "the tokenizer fill; raise it."
         )
     found = tokenizer(
-        list(texts), add_special_tokens=False, truncation=False, return_attention_mask=False,
+        list(texts),
+        add_special_tokens=False,
+        truncation=False,
+        return_attention_mask=False,
         verbose=False,
     )
     rows = [np.asarray(row, dtype=np.int64) for row in found["input_ids"] if len(row)]
@@ -376,9 +376,9 @@ def _packed_stream(
     with_types = "token_type_ids" in found
     supply = _endless_cuts(rows, room, seed)
     for _ in range(steps):
-        body = np.stack([next(supply) for _ in range(batch_size)])
-        sides = [np.tile(np.array(side, dtype=np.int64), (batch_size, 1)) for side in (before, after)]
-        ids = torch.from_numpy(np.concatenate([sides[0], body, sides[1]], axis=1))
+        body = [next(supply) for _ in range(batch_size)]
+        framed = [np.array([*before, *cut, *after], dtype=np.int64) for cut in body]
+        ids = torch.from_numpy(np.stack(framed))
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if with_types:
             batch["token_type_ids"] = torch.zeros_like(ids)

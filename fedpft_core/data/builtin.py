@@ -26,11 +26,12 @@ from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from fedpft_core.data import prose
 from fedpft_core.errors import UserError
 
-RECIPE = 1
+RECIPE = 2
 """Raised whenever a change here or in :mod:`prose` changes the rows: names the cache file."""
 
 LIBRARIES: tuple[str, ...] = (
@@ -73,8 +74,11 @@ _NAMES = re.compile(
 
 # Folders and files that hold no documentation of the library itself.
 _SKIPPED_FOLDERS = frozenset(
-    "tests test testing _testing __pycache__ _vendor vendor vendored _vendored thirdparty_files "
-    "site-packages dist-packages idlelib lib2to3 turtledemo node_modules".split()
+    {
+        *("tests", "test", "testing", "_testing", "__pycache__", "node_modules"),
+        *("_vendor", "vendor", "vendored", "_vendored", "thirdparty_files"),
+        *("site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo"),
+    }
 )
 _SKIPPED_FILE = re.compile(r"^(?:test_.*|.*_tests?|conftest|.*_pb2(?:_grpc)?)\.py$")
 
@@ -223,7 +227,8 @@ def _library_rows(name: str, quota: dict[str, int]) -> dict[str, tuple[str, str,
             text = mask_names(raw)
             text = text[0].upper() + text[1:]
             row_key = _template(text)
-            if row_key not in rows:
+            # A name of several words becomes one: a row may have grown too short.
+            if row_key not in rows and len(text.split()) >= MIN_ROW_WORDS:
                 fresh.setdefault(row_key, text)
         # The whole file goes to the split that is furthest from its quota.
         split = min(quota, key=lambda s: filled[s] / quota[s])
@@ -251,9 +256,7 @@ def _build_public(taken: set[str]) -> dict[str, list[str]]:
     texts: list[str] = []
 
     def add(paragraph: str) -> None:
-        for piece in _runs(
-            prose.sentences(paragraph), prose.is_readable, _PUBLIC_MAX_WORDS
-        ):
+        for piece in _runs(prose.sentences(paragraph), prose.is_readable, _PUBLIC_MAX_WORDS):
             piece_key = prose.key(piece)
             if piece_key in seen:
                 continue
@@ -267,7 +270,8 @@ def _build_public(taken: set[str]) -> dict[str, list[str]]:
     for relative in _source_files(stdlib):
         source = _read(stdlib / relative)
         texts_of_file = (
-            prose.string_values(source) if relative == _LANGUAGE_REFERENCE
+            prose.string_values(source)
+            if relative == _LANGUAGE_REFERENCE
             else prose.docstrings(source)
         )
         for text in texts_of_file:
@@ -301,7 +305,7 @@ def _readme_packages() -> tuple[str, ...]:
 
 
 def _readme(name: str) -> str:
-    message = metadata.metadata(name)
+    message: Any = metadata.metadata(name)  # its protocol type leaves out get() and the body
     # Old metadata has the text as a field, newer as the body.
     return str(message.get("Description") or "") or str(message.get_payload() or "")
 
@@ -313,9 +317,7 @@ def _canonical(name: str) -> str:
 def _texts_of_file(path: Path) -> Iterator[str]:
     for docstring in prose.docstrings(_read(path)):
         every = (s for p in prose.paragraphs(docstring) for s in prose.sentences(p))
-        for text in _runs(every, prose.is_prose, prose.MAX_WORDS):
-            if len(text.split()) >= MIN_ROW_WORDS:
-                yield text
+        yield from _runs(every, prose.is_prose, prose.MAX_WORDS)
 
 
 def _runs(

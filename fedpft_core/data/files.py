@@ -1,4 +1,4 @@
-"""Reads CSV, TSV, JSON, JSON lines and Parquet into plain columns, with one clear sentence per fault.
+"""Reads CSV, TSV, JSON, JSON lines and Parquet into columns; one clear sentence per fault.
 
 CSV and JSON are read with the standard library: cells stay exactly the text that is in the file
 (``NA`` is not turned into a missing value, ``007`` not into 7), row numbers are known for messages,

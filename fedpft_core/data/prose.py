@@ -18,9 +18,13 @@ MAX_WORDS = 40
 """Longest sentence kept, in words; about 64 word pieces with a BERT vocabulary."""
 
 _SKIPPED_SECTIONS = frozenset(
-    "parameters args arg arguments keyword returns return yields yield raises raise attributes "
-    "attribute methods example examples usage see references reference shape shapes inputs input "
-    "outputs output other params keywords warns receives kwargs model options".split()
+    {
+        *("parameter", "parameters", "params", "args", "arg", "argument", "arguments"),
+        *("keyword", "keywords", "kwargs", "options", "other", "attribute", "attributes"),
+        *("return", "returns", "yield", "yields", "raise", "raises", "warns", "receives"),
+        *("methods", "example", "examples", "usage", "see", "reference", "references"),
+        *("shape", "shapes", "input", "inputs", "output", "outputs", "model"),
+    }
 )
 """First words of docstring sections that are tables or code, not prose."""
 
@@ -43,11 +47,11 @@ _TAG = re.compile(r"</?[A-Za-z][^<>]*/?>|<!--.*?-->|\[\[[^\]]*\]\]", re.DOTALL)
 _EMPHASIS = re.compile(r"(?<![\w*])(\*{1,3})(?=\S)([^*]+?)(?<=\S)\1(?![\w*])")
 _TRAILING_LINK = re.compile(r"(?<=\w)_{1,2}(?=[\s.,;:)])")
 _FOOTNOTE = re.compile(r"\s*\[(?:\d+|#\w*)\]_?")
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]?\s+(?=[\"'(\[]?[A-Z0-9])")
+_SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')\]]))\s+(?=[\"'(\[]?[A-Z0-9])")
 _ABBREVIATION = re.compile(
     r"(?:\b(?:e\.g|i\.e|etc|cf|vs|resp|approx|incl|Fig|Eq|Sec|No|Dr|Mr|St|al|a\.k\.a)|\b[A-Z])\.$"
 )
-_CODE = re.compile(r"[{}\\|<>@$%^~]|==|>>>|::|\(\s*\)\.|__|-->|=\S|\S=|;|\w\(\w+,")
+_CODE = re.compile(r"[{}\\|<>@$%^~]|==|>>>|::|://|\(\s*\)\.|__|-->|=\S|\S=|;|\w\(\w+,")
 _WORD = re.compile(r"[A-Za-z][A-Za-z'’-]*")
 _BOILERPLATE = re.compile(
     r"copyright|licen[sc]ed? |\bSPDX\b|all rights reserved|WITHOUT WARRANTIES|\btodo\b|\bfixme\b|"
@@ -161,7 +165,7 @@ def is_readable(text: str, max_words: int) -> bool:
     words = text.split()
     if not 4 <= len(words) <= max_words or len(text) > 12 * max_words:
         return False
-    if text[-1] not in ".!?:" or text.endswith("...") or _BOILERPLATE.search(text):
+    if text.rstrip("\"')]")[-1:] not in tuple(".!?:") or _BOILERPLATE.search(text):
         return False
     if sum(c.isalpha() or c == " " for c in text) < 0.8 * len(text):
         return False
@@ -257,5 +261,5 @@ def _clean(block: str) -> str:
     text = _FOOTNOTE.sub("", text)
     text = _TRAILING_LINK.sub("", text)
     text = _LIST_ITEM.sub("", text)
-    text = re.sub(r"\s+([.,;:)])", r"\1", text)
+    text = re.sub(r"\s+([.,;:)])(?=\s|$)", r"\1", text)
     return " ".join(text.split())

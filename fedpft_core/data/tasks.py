@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zlib
 from collections.abc import Iterable, Sequence
@@ -203,8 +204,8 @@ def stratified_subset(labels: np.ndarray, count: int, rng: np.random.Generator) 
     """Choose rows so that every class keeps its share.
 
     Each class is shuffled and its j-th row (from 0) of n gets the rank (j + ½) / n; the ``count``
-    lowest ranks win, ties decided at random. So class shares differ from exact proportion by less
-    than one row, and a larger count extends a smaller one's choice.
+    lowest ranks win, ties decided at random. So class shares differ from exact proportion by a
+    row or so, and a larger count extends a smaller one's choice.
 
     Args:
         labels: shape (rows,), integers.
@@ -368,8 +369,23 @@ def image_bytes(value: Any, folder: Path, where: str) -> bytes:
         where: file and row, put in front of messages.
 
     Raises:
-        UserError: the cell is empty or of another type, or the image file cannot be read.
+        UserError: the cell is empty or of another type, the image file cannot be read, or the
+            bytes do not begin like an image (the whole is decoded only when it is used).
     """
+    from PIL import Image
+
+    content = _image_content(value, folder, where)
+
+    try:
+        with Image.open(io.BytesIO(content)):
+            return content
+    except Exception as error:  # damaged headers make PIL raise a dozen kinds
+        raise UserError(
+            f"{where}: the {len(content)} bytes are not a known image format."
+        ) from error
+
+
+def _image_content(value: Any, folder: Path, where: str) -> bytes:
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes | bytearray) and value:

@@ -1,0 +1,42 @@
+"""What every test shares: two torch threads less to argue about, and a cache of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+
+_ALLOWED = [
+    line
+    for line in (Path(__file__).parent / "allowed_skips.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+]
+_UNEXPECTED: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Hold every skip against the list of those that are allowed."""
+    if report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        text = f"{report.nodeid}: {reason}"
+        if not any(re.search(pattern, text) for pattern in _ALLOWED):
+            _UNEXPECTED.append(text)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _UNEXPECTED:
+        session.exitstatus = 1
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for text in _UNEXPECTED:
+        terminalreporter.write_line(f"SKIPPED BUT NOT IN tests/allowed_skips.txt: {text}", red=True)

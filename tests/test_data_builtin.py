@@ -1,0 +1,340 @@
+"""The embedded task and public corpus: size, balance, disjointness, masking, cache."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from fedpft_core.data import builtin, prose
+from fedpft_core.data.builtin import LIBRARIES, ROWS_PER_CLASS, DocstringRows
+from fedpft_core.data.public import load_public
+from fedpft_core.data.tasks import load_task
+from fedpft_core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Data:
+    train: str = "builtin:docstrings"
+    validation: str = ""
+    test: str = ""
+    text_column: str = "text"
+    text_pair_column: str = ""
+    image_column: str = ""
+    label_column: str = "label"
+    labels: str = ""
+    validation_share: float = 0.1
+    max_train_rows: int = 0
+    max_test_rows: int = 0
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def rows(cache: Path) -> DocstringRows:
+    start = time.process_time()
+    built = builtin.docstring_rows(cache)
+    # Processor time, so that a busy machine does not fail the test.
+    assert time.process_time() - start < 15
+    return built
+
+
+@pytest.fixture(scope="module")
+def public(cache: Path, rows: DocstringRows) -> tuple[str, ...]:
+    return builtin.public_paragraphs(cache)
+
+
+def test_balanced_and_large_enough(rows: DocstringRows) -> None:
+    counts = Counter(zip(rows.split, rows.label, strict=True))
+    assert counts == {(s, name): n for s, n in ROWS_PER_CLASS.items() for name in LIBRARIES}
+    total = Counter(rows.split)
+    assert total["train"] >= 4000
+    assert total["test"] >= 1000
+    assert total["validation"] >= 600
+
+
+def test_no_file_and_no_text_in_two_splits(rows: DocstringRows) -> None:
+    splits_of_file: dict[str, set[str]] = {}
+    for split, source, label in zip(rows.split, rows.source, rows.label, strict=True):
+        splits_of_file.setdefault(source, set()).add(split)
+        assert source.split("/")[0] == label
+    assert {len(splits) for splits in splits_of_file.values()} == {1}
+    keys = [prose.key(text) for text in rows.text]
+    assert len(set(keys)) == len(keys)
+    assert max(Counter(rows.source).values()) <= builtin.ROWS_PER_FILE
+
+
+def test_rows_are_clean_sentences(rows: DocstringRows) -> None:
+    for text in rows.text:
+        assert builtin.MIN_ROW_WORDS <= len(text.split()) <= prose.MAX_WORDS
+        assert text[0].isupper() and text[-1] in ".!?", text
+        assert not set("\n`{}|") & set(text), text
+        assert ">>>" not in text and "://" not in text and ":param" not in text, text
+
+
+def test_no_row_tells_its_library(rows: DocstringRows) -> None:
+    # An independent, blunter rule than the one that masks.
+    long = ("torch", "transformers", "pandas", "sqlalchemy", "flwr", "numpy", "huggingface")
+    short = {"ray", "hub", "hf", "pd", "np", "sa", "flower"}
+    for text in rows.text:
+        lower = text.lower()
+        assert not [name for name in long if name in lower], text
+        letters = "".join(c if c.isalpha() else " " for c in lower)
+        assert not short & set(letters.split()), text
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("A torch.Tensor on PyTorch", "A library.Tensor on library"),
+        ("is_torch_available and TorchTrainer", "is_library_available and libraryTrainer"),
+        ("the Hugging Face Hub", "library"),
+        ("push_to_hub or HfApi", "push_to_library or libraryApi"),
+        ("Ray actors, an array, RayTask, rays", "library actors, an array, libraryTask, rays"),
+        (
+            "pd.NA, np.nan, sa.Column, update, input",
+            "library.NA, library.nan, library.Column, update, input",
+        ),
+        ("Flower, flwr, the SQL Alchemy docs", "library, library, the library docs"),
+        ("A transformer is one of 🤗 Transformers", "A transformer is one of library library"),
+    ],
+)
+def test_mask_names(text: str, want: str) -> None:
+    assert builtin.mask_names(text) == want
+
+
+def test_from_the_cache(rows: DocstringRows, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> dict[str, list[str]]:
+        raise AssertionError("built although cached")
+
+    monkeypatch.setattr(builtin, "_build_docstrings", refuse)
+    start = time.process_time()
+    assert builtin.docstring_rows(cache) == rows
+    assert time.process_time() - start < 2
+
+
+def test_another_process_builds_the_same_and_imports_nothing(
+    tmp_path: Path, cache: Path, rows: DocstringRows, public: tuple[str, ...]
+) -> None:
+    code = (
+        "import sys; from pathlib import Path; from fedpft_core.data import builtin as b;"
+        f"b.public_paragraphs(Path({str(tmp_path)!r}));"
+        # numpy and pandas may come with pyarrow.
+        "print([n for n in b.LIBRARIES if n in sys.modules and n not in ('numpy', 'pandas')])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONHASHSEED": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "[]"
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert [name.split("-")[0] for name in names] == ["docstrings", "public"]
+    assert sorted(path.name for path in cache.iterdir()) == names
+    assert builtin.docstring_rows(tmp_path) == rows
+    assert builtin.public_paragraphs(tmp_path) == public
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from fedpft_core.data import batches, builtin, files, partition, prose, "
+        "public, tasks;"
+        "print([n for n in ('torch', 'pyarrow', 'pandas', 'datasets', 'flwr_datasets', 'flwr', "
+        "'sklearn', 'PIL', 'transformers') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def small(calls: list[int]) -> dict[str, list[str]]:
+    calls.append(1)
+    return {"text": ["a", "b"]}
+
+
+def test_cache_is_keyed_by_versions_and_rebuilt_when_corrupt(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def get(versions: list[str]) -> dict[str, list[str]]:
+        return builtin._cached("x", versions, ("text",), lambda: small(calls), tmp_path)
+
+    assert get(["a==1"]) == get(["a==1"]) == {"text": ["a", "b"]}
+    assert len(calls) == 1
+    get(["a==2"])
+    assert len(calls) == 2
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:40])
+    assert get(["a==1"]) == {"text": ["a", "b"]}
+    assert len(calls) == 3
+    assert get(["a==1"]) == {"text": ["a", "b"]}
+    assert len(calls) == 3
+    assert [p.suffix for p in tmp_path.iterdir()] == [".parquet", ".parquet"]
+
+
+def test_recipe_is_part_of_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    for recipe in (1, 2, 2):
+        monkeypatch.setattr(builtin, "RECIPE", recipe)
+        builtin._cached("x", [], ("text",), lambda: small(calls), tmp_path)
+    assert len(calls) == 2
+
+
+def test_cache_of_other_columns_is_rebuilt(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    calls: list[int] = []
+    builtin._cached("x", [], ("text",), lambda: small(calls), tmp_path)
+    (path,) = tmp_path.iterdir()
+    for table in (pa.table({"words": ["a"]}), pa.table({"text": pa.array([], pa.string())})):
+        pq.write_table(table, path)
+        builtin._cached("x", [], ("text",), lambda: small(calls), tmp_path)
+    assert len(calls) == 3
+
+
+def test_unusable_cache_folder_costs_only_time(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    calls: list[int] = []
+    for _ in range(2):
+        got = builtin._cached("x", [], ("text",), lambda: small(calls), tmp_path / "file" / "sub")
+        assert got == {"text": ["a", "b"]}
+    assert len(calls) == 2
+
+
+def test_concurrent_builders_agree(tmp_path: Path) -> None:
+    barrier = threading.Barrier(4)
+    results: list[dict[str, list[str]]] = []
+
+    def build() -> dict[str, list[str]]:
+        barrier.wait(timeout=20)  # all four are building before any writes
+        return {"text": ["a", "b"]}
+
+    def run() -> None:
+        results.append(builtin._cached("x", [], ("text",), build, tmp_path))
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [{"text": ["a", "b"]}] * 4
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_default_cache_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FEDPFT_CACHE", str(tmp_path))
+    assert builtin.default_cache_dir() == tmp_path
+    monkeypatch.delenv("FEDPFT_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert builtin.default_cache_dir() == tmp_path / ".cache" / "fedpft"
+
+
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(builtin, "LIBRARIES", ("torch", "no_such_library"))
+    with pytest.raises(UserError, match="'no_such_library', which is not installed"):
+        builtin.docstring_rows(tmp_path)
+
+
+def test_poor_class_shrinks_all_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(name: str, quota: dict[str, int]) -> dict[str, tuple[str, str, str]]:
+        counts = {s: 3 if name == "ray" else 5 for s in quota}
+        made = {
+            f"{name} {s} {i}": (f"{name} {s} {i}", s, f"{name}/{s}.py")
+            for s in quota
+            for i in range(counts[s])
+        }
+        if name in ("torch", "numpy"):  # in two libraries: neither keeps it
+            made["both"] = ("both", "train", f"{name}/x.py")
+        return made
+
+    monkeypatch.setattr(builtin, "_library_rows", fake)
+    columns = builtin._build_docstrings()
+    counts = Counter(zip(columns["label"], columns["split"], strict=True))
+    assert set(counts.values()) == {3} and len(counts) == 24
+    assert "both" not in columns["text"]
+
+
+def test_task_uses_the_splits(rows: DocstringRows, cache: Path) -> None:
+    data = Data(max_test_rows=80)
+    task = load_task(data, 0, cache)
+    assert task.kind == "text"
+    assert task.label_names == LIBRARIES
+    want = [t for t, s in zip(rows.text, rows.split, strict=True) if s == "train"]
+    assert list(task.train.inputs) == want
+    assert len(task.validation) == ROWS_PER_CLASS["validation"] * len(LIBRARIES)
+    assert Counter(task.test.labels.tolist()) == dict.fromkeys(range(8), 10)
+    sets = [set(e.inputs) for e in (task.train, task.validation, task.test)]
+    assert not sets[0] & sets[1] and not sets[0] & sets[2] and not sets[1] & sets[2]
+
+
+def test_task_is_neither_trivial_nor_noise(rows: DocstringRows, cache: Path) -> None:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    task = load_task(Data(max_train_rows=1200), 0, cache)
+    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+    model = LogisticRegression(C=10, max_iter=300)
+    model.fit(vectorizer.fit_transform(task.train.inputs), task.train.labels)
+    right = model.predict(vectorizer.transform(task.test.inputs)) == task.test.labels
+    assert 0.4 < right.mean() < 0.7  # chance is 0.125; a leaked name would give near 1
+
+
+def test_public_is_large_and_clean(public: tuple[str, ...]) -> None:
+    assert len(public) >= 5000
+    assert sum(len(text.split()) for text in public) >= 150_000
+    assert len({prose.key(text) for text in public}) == len(public)
+    assert not [text for text in public if ">>>" in text or "```" in text or "http://" in text]
+    assert max(len(text.split()) for text in public) <= 120
+
+
+def test_public_is_disjoint_from_the_task(rows: DocstringRows, public: tuple[str, ...]) -> None:
+    task = {prose.key(text) for text in rows.text}
+    for text in public:
+        for part in (text, *prose.sentences(text)):
+            assert prose.key(part) not in task
+            assert prose.key(builtin.mask_names(part)) not in task
+
+
+def test_task_sentences_are_kept_out_of_public(monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = "Ray does one thing here today. It is a second sentence of the same paragraph."
+    monkeypatch.setattr(builtin, "_source_files", lambda root: [])
+    monkeypatch.setattr(builtin, "_readme_packages", lambda: ("x",))
+    monkeypatch.setattr(builtin, "_readme", lambda name: readme)
+    assert builtin._build_public(set()) == {"text": [readme]}
+    assert builtin._build_public({prose.key("library does one thing here today")}) == {"text": []}
+
+
+def test_public_readmes_leave_out_the_eight() -> None:
+    packages = builtin._readme_packages()
+    assert not set(packages) & {
+        "torch",
+        "transformers",
+        "ray",
+        "pandas",
+        "sqlalchemy",
+        "flwr",
+        "numpy",
+        "huggingface-hub",
+    }
+    assert {"peft", "scikit-learn", "rich"} <= set(packages)
+    assert "pytest" not in packages
+
+
+def test_load_public_builtin(public: tuple[str, ...], cache: Path, rows: DocstringRows) -> None:
+    task = load_task(Data(), 0, cache)
+    texts = load_public("builtin:public", "", "text", [task.train, task.test], 500, 3, cache)
+    assert len(texts) == 500
+    assert set(texts) <= set(public)
+    again = load_public("builtin:public", "", "text", [task.train, task.test], 500, 3, cache)
+    assert texts == again

@@ -1,0 +1,119 @@
+"""Partitions: every row once, nobody empty, the same seed the same partitions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedpft_core.data.partition import SCHEMES, partition
+from fedpft_core.errors import UserError
+
+
+def labels_of(rows: int, classes: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, classes, rows)
+
+
+def check(parts: list[np.ndarray], rows: int, clients: int) -> None:
+    assert len(parts) == clients
+    assert min(map(len, parts)) >= 1
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(rows))
+    for part in parts:
+        assert part.dtype == np.int64
+        assert np.array_equal(part, np.sort(part))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from(SCHEMES),
+    st.integers(1, 120),
+    st.integers(1, 6),
+    st.integers(1, 12),
+    st.sampled_from([0.1, 1.0, 100.0]),
+    st.integers(0, 2**63 - 1),
+)
+def test_every_row_once_or_a_sentence(
+    scheme: str, rows: int, classes: int, clients: int, alpha: float, seed: int
+) -> None:
+    labels = labels_of(rows, classes)
+    try:
+        parts = partition(labels, clients, scheme, alpha, seed)
+    except UserError as error:
+        assert "federation." in str(error)
+        assert clients * 2 > rows or scheme == "dirichlet"
+    else:
+        check(parts, rows, clients)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_function_of_the_seed(scheme: str) -> None:
+    labels = labels_of(500, 5)
+    first = partition(labels, 10, scheme, 1.0, 7)
+    np.random.seed(1)  # the global stream has no say
+    again = partition(labels, 10, scheme, 1.0, 7)
+    other = partition(labels, 10, scheme, 1.0, 8)
+    assert [p.tolist() for p in first] == [p.tolist() for p in again]
+    assert [p.tolist() for p in first] != [p.tolist() for p in other]
+
+
+def test_iid_sizes_and_mixture() -> None:
+    labels = np.repeat(np.arange(4), 250)
+    parts = partition(labels, 7, "iid", 1.0, 0)
+    assert {len(p) for p in parts} == {142, 143}
+    for part in parts:
+        assert min(np.bincount(labels[part], minlength=4)) > 15
+
+
+def skew(parts: list[np.ndarray], labels: np.ndarray) -> float:
+    return float(np.mean([np.bincount(labels[p]).max() / len(p) for p in parts]))
+
+
+def test_dirichlet_skew_falls_with_alpha() -> None:
+    labels = labels_of(4000, 8)
+    values = [skew(partition(labels, 10, "dirichlet", a, 0), labels) for a in (0.1, 1.0, 1000.0)]
+    assert values[0] > values[1] + 0.1 > values[2] + 0.2
+    assert values[2] < 0.2
+
+
+def test_dirichlet_rows_of_a_class_are_shuffled_first() -> None:
+    # Without the shuffle each client would get one run of consecutive rows per class.
+    labels = np.zeros(1000, dtype=np.int64)
+    for part in partition(labels, 4, "dirichlet", 1000.0, 0):
+        assert (np.diff(part) == 1).mean() < 0.5
+
+
+def test_shards_hold_few_classes_and_lose_no_row() -> None:
+    labels = np.repeat(np.arange(10), 100)
+    parts = partition(labels, 7, "shards", 1.0, 0)  # 14 shards of 71 rows, 6 rows over
+    check(parts, 1000, 7)
+    assert {len(p) for p in parts} == {142, 143}
+    assert max(len(np.unique(labels[p])) for p in parts) <= 5
+    assert len(np.unique(labels)) == 10
+
+
+def test_one_client_has_all() -> None:
+    assert partition(np.array([1, 0, 1]), 1, "dirichlet", 0.1, 0)[0].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((10, 3, "uniform", 1.0), "federation.partition is 'uniform'; use one of iid"),
+        ((10, 0, "iid", 1.0), "federation.clients is 0"),
+        ((10, 11, "iid", 1.0), "federation.clients is 11, but there are only 10 training rows"),
+        ((10, 3, "dirichlet", 0.0), "federation.dirichlet-alpha is 0"),
+        ((10, 3, "dirichlet", -1.0), "federation.dirichlet-alpha is -1"),
+        ((10, 3, "dirichlet", float("nan")), "federation.dirichlet-alpha is nan"),
+        ((10, 6, "shards", 1.0), "federation.clients is 6"),
+        ((30, 30, "dirichlet", 0.01), "federation.dirichlet-alpha 0.01 leaves some of the 30"),
+    ],
+)
+def test_wrong_settings_name_the_key(
+    arguments: tuple[int, int, str, float], words: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    rows, clients, scheme, alpha = arguments
+    with pytest.raises(UserError) as caught:
+        partition(labels_of(rows, 2), clients, scheme, alpha, 0)
+    assert words in str(caught.value)
+    assert not [w for w in recwarn if "min_partition_size" in str(w.message)]
