@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.yaml"
 EVENTS_FILE = "events.jsonl"
+CHECKPOINTS = "checkpoints"
 # Keys whose value is a file the server reads; model.name and data.labels may also be one.
 _FILE_KEYS = ("data.train", "data.validation", "data.test", "data.public")
 _MAYBE_FILE_KEYS = ("model.name", "data.labels")
@@ -228,17 +229,21 @@ def _run(
 
 def _stopped(folder: Path, code: int, how: str) -> int:
     _remake_report(folder)
-    print(
-        f"fedpft: {how}; nothing is left running. Continue with: fedpft run --resume {folder}",
-        file=sys.stderr,
-    )
+    print(f"fedpft: {how}; the run has been stopped.{_next_step(folder)}", file=sys.stderr)
     return code
+
+
+def _next_step(folder: Path) -> str:
+    saved = folder / CHECKPOINTS
+    if saved.is_dir() and any(saved.iterdir()):
+        return f" Continue with: fedpft run --resume {folder}"
+    return ""
 
 
 def _failed(folder: Path, reason: str) -> int:
     _remake_report(folder)
     print(f"fedpft: error: {reason}", file=sys.stderr)
-    print(f"fedpft: what finished is kept in {folder}", file=sys.stderr)
+    print(f"fedpft: what finished is kept in {folder}.{_next_step(folder)}", file=sys.stderr)
     return 1
 
 
@@ -363,12 +368,13 @@ def command_config(args: argparse.Namespace, console: Console) -> int:
     else:
         from rich import box
         from rich.table import Table
+        from rich.text import Text
 
         table = Table("key", "type", "default", "allowed", "meaning", box=box.SIMPLE_HEAD)
         table.columns[0].no_wrap = True
         for row in key_rows():
-            table.add_row(*row)
-        console.print(table, markup=False)
+            table.add_row(*(Text(cell) for cell in row))
+        console.print(table)
     return 0
 
 
@@ -403,6 +409,7 @@ def command_inspect(args: argparse.Namespace, console: Console) -> int:
 def _print_table(console: Console, table: Mapping[str, Any]) -> None:
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     rows = [[_cell(v) for v in row] for row in table["rows"]]
     shown = Table(box=box.SIMPLE_HEAD, title=table.get("title"), title_justify="left")
@@ -411,7 +418,7 @@ def _print_table(console: Console, table: Mapping[str, Any]) -> None:
         numeric = all(re.fullmatch(r"[-+]?[\d,.e/ %x+-]+", cell) for cell in cells)
         shown.add_column(str(name), justify="right" if numeric and cells else "left")
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*(Text(cell) for cell in row))
     console.print(shown)
     for note in table.get("notes", ()):
         console.print(str(note), markup=False, highlight=False)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
+import logging
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,14 +26,53 @@ from .exchange import (
     RefusalReply,
     TrainReply,
     TrainRequest,
+    combine_digest,
+    is_digest,
     open_envelope,
     seal,
     tensor_digest,
 )
 from .proxy import ClientModel, apply_patch, load_processor, rebuild
 from .seeds import derive
-from .store import Store
+from .store import Residuals, Store
 from .training import count_inactive, fine_tune
+
+Tensors = dict[str, torch.Tensor]
+log = logging.getLogger("fedpft")
+_REASON = 1000  # characters of a refusal's reason
+
+
+@dataclass(frozen=True)
+class Held:
+    """A sub-FM in memory: the model, and the verified files its inputs are read with."""
+
+    model: ClientModel
+    files: dict[str, bytes]
+    reader: str  # digest of `files`
+
+
+class ProcessCache:
+    """Models, processors and encoded rows that outlive a message within one worker process."""
+
+    def __init__(self, max_models: int = 2, max_clients: int = 64) -> None:
+        self.models: dict[str, Held] = {}
+        self.rows: dict[Any, Encoded] = {}
+        self.processors: dict[str, Any] = {}
+        self.max_models = max_models
+        self.max_clients = max_clients
+
+    def keep_model(self, digest: str, model: Held) -> None:
+        while len(self.models) >= self.max_models:
+            self.models.pop(next(iter(self.models)))
+        self.models[digest] = model
+
+    def keep_rows(self, key: Any, rows: Encoded) -> None:
+        while len(self.rows) >= self.max_clients:
+            self.rows.pop(next(iter(self.rows)))
+        self.rows[key] = rows
+
+
+PROCESS_CACHE = ProcessCache()
 
 
 @dataclass
@@ -57,9 +98,10 @@ class Client:
         try:
             return seal(self._answer(open_envelope(envelope)))
         except (UserError, ReplyError) as error:
-            return seal(RefusalReply(self.name, str(error)))
+            reason = str(error)
         except OSError as error:
-            return seal(RefusalReply(self.name, f"disk or file error: {error}"))
+            reason = f"disk or file error: {error}"
+        return seal(RefusalReply(self.name, reason[:_REASON]))
 
     def _answer(self, message: Message) -> Message:
         if isinstance(message, Hello):
@@ -76,24 +118,30 @@ class Client:
             threads = min(threads, self.max_threads)
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
-        held = self._model(request)
+        held = self._held(request)
         if held is None:
             return NeedReply(self.name, request.digest, self.store.digests())
-        rows = self._rows(request.digest, held)
-        adapters.load(held.model, codec.decode(request.adapter, request.fmt), held.plan)
+        model, plan = held.model.model, held.model.plan
+        rows = self._rows(held)
+        sent = codec.decode(request.adapter, request.fmt)
+        try:
+            adapters.load(model, sent, plan)
+        except ValueError as error:
+            raise ReplyError(f"the adapter received does not fit the sub-FM ({error})") from error
         ready = time.perf_counter()
         seed = derive(request.seed, "local", request.round, self.name)
-        result = fine_tune(held.model, rows, request.settings, seed)
+        result = fine_tune(model, rows, request.settings, seed)
         trained = time.perf_counter()
         counts: dict[str, torch.Tensor] = {}
         if request.count_rule:
             found = count_inactive(
-                held.model, held.plan, rows, 2 * request.settings.batch_size, request.count_rule
+                model, plan, rows, 2 * request.settings.batch_size, request.count_rule
             )
             for block, value in found.inactive.items():
                 counts[f"{block}"] = value
                 counts[f"{block}/tokens"] = torch.tensor([found.tokens[block]])
         done = time.perf_counter()
+        fmt = request.reply_fmt or request.fmt
         return TrainReply(
             name=self.name,
             round=request.round,
@@ -102,18 +150,41 @@ class Client:
             steps=result.steps,
             loss=result.loss,
             seconds=result.seconds,
-            adapter=codec.encode(adapters.read(held.model, held.plan), request.fmt),
-            fmt=request.fmt,
+            adapter=self._update(request, adapters.read(model, plan), sent, fmt),
+            fmt=fmt,
             counts=counts,
             timings={"prepare": ready - start, "train": trained - ready, "count": done - trained},
         )
 
-    def _model(self, request: TrainRequest) -> ClientModel | None:
+    def _update(self, request: TrainRequest, new: Tensors, sent: Tensors, fmt: str) -> Tensors:
+        """The trained adapter in the format asked for, with error feedback where it has any."""
+        if fmt not in codec.UPDATE_FORMATS:
+            raise ReplyError(f"the server asks for an unknown format {fmt!r}")
+        kept = Residuals(self.store.root / "residuals")
+        residual: Tensors = {}
+        if fmt == "ternary":
+            try:
+                residual = kept.get(request.run, self.name, request.round)
+            except ValueError as error:
+                raise ReplyError(f"the request cannot be used ({error})") from error
+            fits = {k: t.shape for k, t in residual.items()} == {k: t.shape for k, t in new.items()}
+            residual = residual if fits else {}
+        tensors, left = codec.encode_update(new, sent, residual, fmt)
+        # After a diverged round there is nothing sensible left to send.
+        if left and all(bool(t.isfinite().all()) for t in left.values()):
+            try:
+                kept.put(request.run, self.name, request.round, left)
+            except OSError as error:
+                log.warning("client %s: rounding residual not kept: %s", self.name, error)
+        return tensors
+
+    def _held(self, request: TrainRequest) -> Held | None:
         """The model with the digest asked for: from memory, disk, or what the message brings."""
         cached = self.cache.models.get(request.digest)
         if cached is not None:
-            # Kept true to its disk copy: a wiped store must be served again (see `_ensure`).
-            if request.digest in self.store.digests():
+            # Kept true to its disk copy: a wiped store must be served again, as it would be in
+            # a deployment, where each message may meet a new process.
+            if self.store.touch(request.digest):
                 return cached
             del self.cache.models[request.digest]
         package = self._package(request)
@@ -121,69 +192,62 @@ class Client:
             return None
         model = rebuild(package)
         model.model.to(self.device)
-        self.cache.keep_model(request.digest, model)
-        return model
+        reader = combine_digest("", package.files, {})
+        held = Held(model, package.files, reader)
+        self.cache.keep_model(request.digest, held)
+        return held
 
     def _package(self, request: TrainRequest) -> Package | None:
         if request.package:
             package = Package.from_bytes(request.package)
             if package.digest() != request.digest:
                 raise ReplyError("the package received does not have the digest it was sent under")
-            self.store.put(request.digest, package)
+            self._keep(request.digest, package)
             return package
         here = self.store.get(request.digest)
         if here is not None or not request.patches:
             return here
+        if request.patches[-1].target != request.digest:
+            raise ReplyError("the patches received do not lead to the sub-FM to train on")
         base: Package | None = None
         digests: dict[str, str] = {}
         for patch in request.patches:
             if base is None:
                 # The chain may start before what this client has.
+                if not is_digest(patch.source):
+                    raise ReplyError("a patch received starts from what is no digest")
                 base = self.store.get(patch.source)
                 if base is None:
                     continue
                 digests = {k: tensor_digest(t) for k, t in base.weights.items()}
             base = apply_patch(base, patch, digests)
         if base is not None:
-            self.store.put(request.digest, base)
+            self._keep(request.digest, base)
         return base
 
-    def _rows(self, digest: str, held: ClientModel) -> Encoded:
-        folder = self.store.folder(digest) / "files"
-        reader = hashlib.sha256(
-            b"".join(p.name.encode() + p.read_bytes() for p in sorted(folder.iterdir()))
-        ).hexdigest()
-        key = (self.name, reader, held.labels, held.max_length)
+    def _keep(self, digest: str, package: Package) -> None:
+        """Store a verified package; on a full disk train from memory and be served again."""
+        try:
+            self.store.put(digest, package)
+        except OSError as error:
+            log.warning("client %s: sub-FM not kept on disk: %s", self.name, error)
+
+    def _rows(self, held: Held) -> Encoded:
+        key = (self.name, held.reader, held.model.labels, held.model.max_length)
         if key not in self.cache.rows:
-            examples = self.load_rows(held.labels)
+            examples = self.load_rows(held.model.labels)
             if not len(examples):
                 raise UserError(f"client {self.name} has no rows.")
-            if reader not in self.cache.processors:
-                self.cache.processors[reader] = load_processor(folder, held.kind)
-            processor = self.cache.processors[reader]
-            self.cache.keep_rows(key, encode(examples, processor, held.max_length))
+            if held.reader not in self.cache.processors:
+                self.cache.processors[held.reader] = _processor(held)
+            processor = self.cache.processors[held.reader]
+            self.cache.keep_rows(key, encode(examples, processor, held.model.max_length))
         return self.cache.rows[key]
 
 
-class ProcessCache:
-    """Models, processors and encoded rows that outlive a message within one worker process."""
-
-    def __init__(self, max_models: int = 2, max_clients: int = 64) -> None:
-        self.models: dict[str, ClientModel] = {}
-        self.rows: dict[Any, Encoded] = {}
-        self.processors: dict[str, Any] = {}
-        self.max_models = max_models
-        self.max_clients = max_clients
-
-    def keep_model(self, digest: str, model: ClientModel) -> None:
-        while len(self.models) >= self.max_models:
-            self.models.pop(next(iter(self.models)))
-        self.models[digest] = model
-
-    def keep_rows(self, key: Any, rows: Encoded) -> None:
-        while len(self.rows) >= self.max_clients:
-            self.rows.pop(next(iter(self.rows)))
-        self.rows[key] = rows
-
-
-PROCESS_CACHE = ProcessCache()
+def _processor(held: Held) -> Any:
+    """From the verified bytes: the files on disk may have changed, or be gone, by now."""
+    with tempfile.TemporaryDirectory(prefix="fedpft-") as folder:
+        for name, data in held.files.items():
+            (Path(folder) / name).write_bytes(data)
+        return load_processor(Path(folder), held.model.kind)

@@ -51,7 +51,8 @@ class DataConfig:
 
     train: str = _key(
         "builtin:docstrings",
-        "training rows: `builtin:docstrings` or a .csv, .jsonl, .json or .parquet file",
+        "training rows: `builtin:docstrings` or a .csv, .jsonl, .json or .parquet file; empty "
+        "when only the clients have any (deployment)",
     )
     validation: str = _key(
         "", "validation rows held by the server; empty = carved from the training file"
@@ -199,6 +200,12 @@ class WireConfig:
         "fp32",
         "adapter format on the wire: `fp32`, `bf16`, `fp16`, `int8`",
         choices=("fp32", "bf16", "fp16", "int8"),
+    )
+    adapter_up: str = _key(
+        "same",
+        "format of the adapters clients send back: `same` as wire.adapter, one of its formats, or "
+        "`ternary` (2 bits a value of the change, with error feedback)",
+        choices=("same", "fp32", "bf16", "fp16", "int8", "ternary"),
     )
     patch: str = _key(
         "fp32",

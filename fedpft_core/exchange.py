@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,8 @@ from .training import Counts, LocalSettings
 
 Tensors = dict[str, Tensor]
 PROTOCOL = 1
+_MAX_HEAD = 2**20  # characters; real heads have well under a thousand per patch
+_SLACK = 2**16  # bytes a reply may have beyond its tensors: head, safetensors headers
 
 
 # --- identity of a package ----------------------------------------------------------------
@@ -31,9 +35,9 @@ PROTOCOL = 1
 def tensor_digest(t: Tensor) -> str:
     """sha256 over dtype, shape and bytes of one tensor."""
     t = t.detach().cpu().contiguous()
-    head = f"{str(t.dtype)}{list(t.shape)}|".encode()
+    head = f"{t.dtype}{list(t.shape)}|".encode()
     h = hashlib.sha256(head)
-    h.update(t.reshape(-1).view(torch.uint8).numpy())
+    h.update(t.reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()
 
 
@@ -77,15 +81,17 @@ class Package:
     def from_bytes(data: bytes) -> Package:
         """Raises ReplyError when the bytes are no package."""
         tensors = codec.unpack(data)
-        meta = tensors.pop("//meta", None)
-        if meta is None:
-            raise ReplyError("package without metadata")
-        files = {}
-        for name in [k for k in tensors if k.startswith("//file/")]:
-            files[name.removeprefix("//file/")] = tensors.pop(name).numpy().tobytes()
-        if any("/" in name or name.startswith(".") for name in files):
+        blobs = {k: tensors.pop(k) for k in list(tensors) if k.startswith("//")}
+        if any(t.dtype != torch.uint8 for t in blobs.values()) or "//meta" not in blobs:
+            raise ReplyError("package without metadata, or with files that are not bytes")
+        meta = blobs.pop("//meta").numpy().tobytes()
+        files = {k.removeprefix("//file/"): t.numpy().tobytes() for k, t in blobs.items()}
+        if any(not k or "/" in k or "\\" in k or "\0" in k or k.startswith(".") for k in files):
             raise ReplyError("package with a file name that is a path")
-        return Package(meta.numpy().tobytes().decode(), files, tensors)
+        try:
+            return Package(meta.decode(), files, tensors)
+        except UnicodeDecodeError as error:
+            raise ReplyError("package with metadata that is not text") from error
 
 
 @dataclass(frozen=True)
@@ -103,18 +109,24 @@ class Patch:
 
     def decoded(self) -> dict[int, tuple[Tensor, Tensors]]:
         """Per FM block: positions and float32 parts. Raises ReplyError when malformed."""
-        out: dict[int, tuple[Tensor, Tensors]] = {}
-        flat = codec.decode(self.tensors, self.fmt)
-        for name, t in flat.items():
+        index: Tensors = {}
+        parts: dict[str, Tensors] = {}
+        for name, t in codec.decode(self.tensors, self.fmt).items():
             block, _, part = name.partition("/")
-            index, parts = out.setdefault(int(block), (torch.empty(0, dtype=torch.int64), {}))
             if part == "index":
-                out[int(block)] = (t, parts)
+                index[block] = t
             else:
-                parts[part] = t
-        return out
+                parts.setdefault(block, {})[part] = t
+        if index.keys() != parts.keys() or not all(b.isdecimal() for b in index):
+            raise ReplyError("a patch must have an index and parts for each of its blocks")
+        return {int(b): (index[b], parts[b]) for b in index}
 
     def to_bytes(self) -> bytes:
+        return self._packed
+
+    @cached_property
+    def _packed(self) -> bytes:
+        # Asked for once per client and round, to measure a chain and to send it.
         return codec.pack(self.tensors)
 
 
@@ -149,6 +161,8 @@ class TrainRequest:
     count_rule: str = ""  # non-empty: also count inactive neurons by this rule
     package: bytes = b""
     patches: tuple[Patch, ...] = ()
+    reply_fmt: str = ""  # format of the reply's adapter; empty = `fmt`
+    run: str = ""  # names the run to what a client keeps between its rounds; 16 hex digits
 
 
 @dataclass(frozen=True)
@@ -197,19 +211,42 @@ Message = Hello | HelloReply | TrainRequest | TrainReply | NeedReply | RefusalRe
 
 @dataclass(frozen=True)
 class Envelope:
-    """A message ready to travel: JSON head and byte parts."""
+    """A message ready to travel: JSON head, byte parts, and a checksum over all of it.
+
+    The checksum finds damage, in messages of either direction; against forgery stand digests
+    (package, patch) and validation (replies).
+    """
 
     kind: str
     head: str
     parts: dict[str, bytes]
+    check: str = ""
 
     def sizes(self) -> dict[str, int]:
         """Bytes by ledger kind: package, patch, adapter, counts, control."""
-        out = {"control": len(self.head.encode())}
+        out = {"control": len(_bytes(self.head)) + len(_bytes(self.check))}
         for name, data in self.parts.items():
             kind = name.partition(".")[0]
+            # A part nobody asked for must not make up a kind of its own.
+            kind = kind if kind in _PART_KINDS else "control"
             out[kind] = out.get(kind, 0) + len(data)
         return out
+
+
+_PART_KINDS = ("package", "patch", "adapter", "counts")
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def checksum(kind: str, head: str, parts: Mapping[str, bytes]) -> str:
+    """CRC-32 over a message's content, 8 hex digits."""
+    crc = zlib.crc32(_bytes(f"{kind}\n{head}"))
+    for name in sorted(parts):
+        crc = zlib.crc32(_bytes(f"\n{name} {len(parts[name])}\n"), crc)
+        crc = zlib.crc32(parts[name], crc)
+    return f"{crc:08x}"
 
 
 _KINDS: dict[str, type] = {
@@ -233,60 +270,169 @@ def seal(message: Message) -> Envelope:
             parts["package"] = message.package
         for i, patch in enumerate(message.patches):
             parts[f"patch.{i}"] = patch.to_bytes()
-        head |= {
-            "round": message.round,
-            "digest": message.digest,
-            "fmt": message.fmt,
-            "settings": asdict(message.settings),
-            "seed": message.seed,
-            "count_rule": message.count_rule,
-            "patches": [[p.source, p.target, p.fmt] for p in message.patches],
-        }
+        head |= {k: v for k, v in message.__dict__.items() if k not in _IN_PARTS}
+        head["settings"] = asdict(message.settings)
+        head["patches"] = [[p.source, p.target, p.fmt] for p in message.patches]
     elif isinstance(message, TrainReply):
         parts["adapter"] = codec.pack(message.adapter)
         if message.counts:
             parts["counts"] = codec.pack(message.counts)
-        drop = ("adapter", "counts")
-        head |= {k: v for k, v in message.__dict__.items() if k not in drop}
+        head |= {k: v for k, v in message.__dict__.items() if k not in _IN_PARTS}
     else:
         head |= asdict(message)
-    return Envelope(_KIND_OF[type(message)], json.dumps(head, separators=(",", ":")), parts)
+    text = json.dumps(head, separators=(",", ":"))
+    kind = _KIND_OF[type(message)]
+    return Envelope(kind, text, parts, checksum(kind, text, parts))
 
 
 def open_envelope(envelope: Envelope) -> Message:
-    """Envelope → message. Raises ReplyError when it is malformed or of another protocol."""
-    cls = _KINDS.get(envelope.kind)
+    """Envelope → message. Raises ReplyError when it is damaged, malformed or of another protocol.
+
+    Every field has the type its message declares; whether its value makes sense is for
+    `validate` (replies) and the digests (packages, patches) to say.
+    """
+    kind, parts = envelope.kind, envelope.parts
+    if envelope.check != checksum(kind, envelope.head, parts):
+        raise ReplyError("the message was damaged on its way (checksum)")
+    cls = _KINDS.get(kind)
     if cls is None:
-        raise ReplyError(f"unknown message kind {envelope.kind!r}")
-    try:
-        head = json.loads(envelope.head)
-        protocol = head.pop("protocol")
-    except (json.JSONDecodeError, KeyError, AttributeError, RecursionError) as error:
-        raise ReplyError(f"message head is malformed ({type(error).__name__})") from error
-    if protocol != PROTOCOL:
+        raise ReplyError(f"unknown message kind {kind[:40]!r}")
+    head = _read_head(envelope.head)
+    protocol = head.pop("protocol", None)
+    if type(protocol) is not int or protocol != PROTOCOL:
         raise ReplyError(
-            f"version mismatch: the message speaks protocol {protocol!r}, this side {PROTOCOL}"
+            f"version mismatch: the message speaks protocol {str(protocol)[:40]!r}, "
+            f"this side {PROTOCOL}"
         )
-    parts = envelope.parts
+    _check_fields(cls, head)
+    if cls is TrainRequest:
+        head["settings"] = _settings(head["settings"])
+        names = [f"patch.{i}" for i in range(len(head["patches"]))]
+        _check_parts(parts, ["adapter", *names], optional="package")
+        head["patches"] = tuple(
+            Patch(source, target, fmt, codec.unpack(parts[name]))
+            for (source, target, fmt), name in zip(head["patches"], names, strict=True)
+        )
+        package = parts.get("package", b"")
+        return TrainRequest(adapter=codec.unpack(parts["adapter"]), package=package, **head)
+    if cls is TrainReply:
+        _check_parts(parts, ["adapter"], optional="counts")
+        counts = codec.unpack(parts["counts"]) if "counts" in parts else {}
+        return TrainReply(adapter=codec.unpack(parts["adapter"]), counts=counts, **head)
+    _check_parts(parts, [])
+    if "have" in head:
+        head["have"] = tuple(head["have"])
+    message: Message = cls(**head)
+    return message
+
+
+def _read_head(text: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        out = dict(pairs)
+        if len(out) < len(pairs):
+            raise ReplyError("message head is malformed (a key is there twice)")
+        return out
+
+    if len(text) > _MAX_HEAD:
+        raise ReplyError(f"message head is malformed ({len(text)} characters long)")
     try:
-        if cls is TrainRequest:
-            head["settings"] = LocalSettings(**head["settings"])
-            head["patches"] = tuple(
-                Patch(*ids, codec.unpack(parts[f"patch.{i}"]))
-                for i, ids in enumerate(head["patches"])
-            )
-            return TrainRequest(
-                adapter=codec.unpack(parts["adapter"]), package=parts.get("package", b""), **head
-            )
-        if cls is TrainReply:
-            counts = codec.unpack(parts["counts"]) if "counts" in parts else {}
-            return TrainReply(adapter=codec.unpack(parts["adapter"]), counts=counts, **head)
-        if "have" in head:
-            head["have"] = tuple(head["have"])
-        message: Message = cls(**head)
-        return message
-    except (KeyError, TypeError, ValueError) as error:
-        raise ReplyError(f"message is malformed ({error})") from error
+        head = json.loads(text, object_pairs_hook=unique)
+    except ReplyError:
+        raise
+    except (ValueError, RecursionError) as error:
+        # ValueError: not JSON, or a number with more digits than Python reads.
+        raise ReplyError(f"message head is malformed ({type(error).__name__})") from error
+    if not isinstance(head, dict):
+        raise ReplyError("message head is malformed (no object)")
+    return head
+
+
+def _is_int(value: Any) -> bool:
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
+def _is_float(value: Any) -> bool:
+    return type(value) is float or _is_int(value)
+
+
+def _is_text(value: Any, longest: int = 64) -> bool:
+    return isinstance(value, str) and len(value) <= longest
+
+
+def is_digest(value: Any) -> bool:
+    """Whether a value is a sha256 in hex."""
+    return isinstance(value, str) and len(value) == 64 and _HEX.issuperset(value)
+
+
+_HEX = frozenset("0123456789abcdef")
+
+
+def _is_list(value: Any, inner: Callable[[Any], bool], longest: int) -> bool:
+    return isinstance(value, list) and len(value) <= longest and all(map(inner, value))
+
+
+def _is_patch(value: Any) -> bool:
+    return _is_list(value, _is_text, 3) and len(value) == 3
+
+
+def _is_timings(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and len(value) <= 32
+        and all(_is_text(k) and _is_float(v) for k, v in value.items())
+    )
+
+
+# What the head says of each field, by its name; fields that travel as parts are not in it.
+_IN_PARTS = ("adapter", "counts", "package")
+_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "name": ("a text of at most 200 characters", lambda v: _is_text(v, 200)),
+    "version": ("a short text", _is_text),
+    "digest": ("a sha256", is_digest),
+    "have": ("a list of sha256", lambda v: _is_list(v, is_digest, 1000)),
+    "reason": ("a text", lambda v: _is_text(v, 4000)),
+    "round": ("a whole number", _is_int),
+    "examples": ("a whole number", _is_int),
+    "steps": ("a whole number", _is_int),
+    "seed": ("a whole number", _is_int),
+    "loss": ("a number", _is_float),
+    "seconds": ("a number", _is_float),
+    "timings": ("numbers by name", _is_timings),
+    "fmt": ("a short text", _is_text),
+    "reply_fmt": ("a short text", _is_text),
+    "count_rule": ("a short text", _is_text),
+    "run": ("a short text", _is_text),
+    "patches": ("a list of source, target, format", lambda v: _is_list(v, _is_patch, 100_000)),
+    "settings": ("an object", lambda v: isinstance(v, dict)),
+}
+
+
+def _check_fields(cls: type, head: Mapping[str, Any]) -> None:
+    names = {f.name for f in fields(cls)} - set(_IN_PARTS)
+    if head.keys() != names:
+        odd = min(head.keys() ^ names)
+        side = "unexpected" if odd in head else "missing"
+        raise ReplyError(f"message is malformed ({side} field {odd[:40]!r})")
+    for name, value in head.items():
+        what, good = _TYPES[name]
+        if not good(value):
+            raise ReplyError(f"message is malformed ({name} is not {what})")
+
+
+def _settings(raw: Mapping[str, Any]) -> LocalSettings:
+    whole = ("batch_size", "epochs", "steps", "threads")
+    names = [f.name for f in fields(LocalSettings)]
+    if sorted(raw) != sorted(names) or not all(
+        (_is_int if k in whole else _is_float)(v) for k, v in raw.items()
+    ):
+        raise ReplyError("message is malformed (settings)")
+    return LocalSettings(**raw)
+
+
+def _check_parts(parts: Mapping[str, bytes], needed: list[str], optional: str = "") -> None:
+    if not set(needed) <= parts.keys() <= {*needed, optional}:
+        odd = min(set(needed) ^ parts.keys() - {optional})
+        raise ReplyError(f"message is malformed (part {odd[:40]!r} is missing or too much)")
 
 
 # --- validation ---------------------------------------------------------------------------
@@ -298,19 +444,35 @@ class Expected:
 
     round: int
     digest: str
-    fmt: str
-    adapter: Mapping[str, Tensor]  # the adapter that was sent, float32
+    fmt: str  # of the reply's adapter
+    adapter: Mapping[str, Tensor]  # float32, as the clients decoded it
     max_update_norm: float
     count_blocks: Mapping[int, int]  # pruned block → neurons K; empty when no counts are asked
+    tokens_per_row: int = 2**16  # the most real tokens one example can have
+
+    @cached_property
+    def layout(self) -> codec.Layout:
+        """Names, dtypes and shapes of the reply's adapter."""
+        return codec.update_layout(self.adapter, self.fmt)
+
+    @cached_property
+    def max_bytes(self) -> int:
+        """The largest reply that can be good: its tensors, their names, and some slack."""
+        counts = sum(8 * k + 8 for k in self.count_blocks.values())
+        names = sum(len(name) + 100 for name in self.layout) + 250 * len(self.count_blocks)
+        return codec.layout_bytes(self.layout) + counts + names + _SLACK
 
 
-def _is_number(value: Any, low: float, kind: tuple[type, ...] = (int, float)) -> bool:
-    return (
-        isinstance(value, kind)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and value >= low
-    )
+def check_size(envelope: Envelope, most: int) -> None:
+    """Refuse a reply by its size, before anything in it is parsed. Raises ReplyError."""
+    size = sum(envelope.sizes().values())
+    if size > most:
+        raise ReplyError(f"the reply has {size} bytes, more than the {most} a good one can have")
+
+
+def _at_least(value: float, low: float) -> bool:
+    # Compared as they are: a huge int would overflow a conversion to float.
+    return low <= value < math.inf
 
 
 def validate(
@@ -319,40 +481,32 @@ def validate(
     """Check one reply from the node `name` against what was asked of it.
 
     Returns the float32 adapter and the counts. Raises ReplyError with the first check failed:
-    identity, numbers, format, keys, shapes, finiteness, size of the change, counts.
+    identity, numbers, format, keys, shapes, finiteness, size of the change, counts. The types
+    of the plain fields are those `open_envelope` guarantees.
     """
     if reply.name != name:
-        raise ReplyError(f"the reply is signed {str(reply.name)[:40]!r}, not {name!r}")
-    if reply.round != want.round or isinstance(reply.round, bool):
-        raise ReplyError(f"the reply is for round {reply.round!r}, not {want.round}")
+        raise ReplyError(f"the reply is signed {reply.name[:40]!r}, not {name!r}")
+    if reply.round != want.round:
+        raise ReplyError(f"the reply is for round {reply.round}, not {want.round}")
     if reply.digest != want.digest:
         raise ReplyError("the reply was trained on another sub-FM than the one asked for")
-    if not _is_number(reply.examples, 1, (int,)):
-        raise ReplyError(f"example count {reply.examples!r} is not a positive whole number")
+    if reply.examples < 1:
+        raise ReplyError(f"example count {reply.examples} is not positive")
     if reply.examples != announced:
         raise ReplyError(f"example count {reply.examples} is not the {announced} announced")
-    if not _is_number(reply.steps, 1, (int,)):
-        raise ReplyError(f"step count {reply.steps!r} is not a positive whole number")
-    if not _is_number(reply.loss, 0) or not _is_number(reply.seconds, 0):
+    if reply.steps < 1:
+        raise ReplyError(f"step count {reply.steps} is not positive")
+    if not _at_least(reply.loss, 0) or not _at_least(reply.seconds, 0):
         raise ReplyError("loss or seconds is not a finite number of at least 0")
-    if not isinstance(reply.timings, dict) or not all(
-        isinstance(k, str) and _is_number(v, 0) for k, v in reply.timings.items()
-    ):
+    if not all(_at_least(v, 0) for v in reply.timings.values()):
         raise ReplyError("timings are not finite numbers of at least 0")
     if reply.fmt != want.fmt:
         raise ReplyError(f"the adapter is in format {reply.fmt!r}, not {want.fmt}")
-    wanted = codec.encode(want.adapter, want.fmt)
-    if reply.adapter.keys() != wanted.keys():
-        odd = sorted(reply.adapter.keys() ^ wanted.keys())[0]
-        side = "unexpected" if odd in reply.adapter else "missing"
-        raise ReplyError(f"{side} adapter tensor {odd[:120]!r}")
-    for key, t in reply.adapter.items():
-        if t.dtype != wanted[key].dtype or t.shape != wanted[key].shape:
-            raise ReplyError(
-                f"adapter tensor {key} is {str(t.dtype)[6:]}{list(t.shape)}, not "
-                f"{str(wanted[key].dtype)[6:]}{list(wanted[key].shape)}"
-            )
-    adapter = codec.decode(reply.adapter, want.fmt)
+    try:
+        codec.check_layout(reply.adapter, want.layout)
+    except ReplyError as error:
+        raise ReplyError(f"adapter: {error}") from error
+    adapter = codec.decode_update(reply.adapter, want.adapter, want.fmt)
     change = 0.0
     for key, t in adapter.items():
         # float64: the sum of squares of finite float32 values must not overflow to inf.
@@ -383,8 +537,13 @@ def _validated_counts(reply: TrainReply, want: Expected) -> Counts | None:
         if c.dtype != torch.int64 or c.shape != (k,) or n.dtype != torch.int64 or n.shape != (1,):
             raise ReplyError(f"inactivity counts of block {block} have the wrong type or shape")
         total = int(n)
-        # An upper bound keeps sums over many clients far from int64's limit.
-        if not 0 < total < 2**48 or int(c.min()) < 0 or int(c.max()) > total:
+        # The bounds also keep sums over many clients far from int64's limit.
+        if not 0 < total <= min(reply.examples * want.tokens_per_row, 2**48):
+            raise ReplyError(
+                f"block {block} has counts over {total} tokens, which {reply.examples} examples "
+                "cannot have"
+            )
+        if int(c.min()) < 0 or int(c.max()) > total:
             raise ReplyError(f"inactivity counts of block {block} are not within its token total")
         inactive[block], tokens[block] = c, total
     return Counts(inactive, tokens)
@@ -432,6 +591,18 @@ def sum_counts(counts: Iterable[Counts]) -> Counts:
             inactive[block] = inactive[block] + value if block in inactive else value.clone()
             tokens[block] = tokens.get(block, 0) + c.tokens[block]
     return Counts(inactive, tokens)
+
+
+def useful(patches: Sequence[Patch], package_bytes: int) -> list[Patch]:
+    """The newest patches that together are smaller than the package; older ones are never sent."""
+    out: list[Patch] = []
+    size = 0
+    for patch in reversed(patches):
+        size += len(patch.to_bytes())
+        if size >= package_bytes:
+            break
+        out.insert(0, patch)
+    return out
 
 
 def delivery(

@@ -34,11 +34,12 @@ class Family:
     output_norm: str
     attention: tuple[str, ...]  # LoRA targets: q, k, v, attention output
     head: tuple[str, ...]
-    positions_lost: int = 0  # position embeddings no token can use (RoBERTa starts at 2)
+    after_padding: bool = False  # positions count from pad_token_id + 1 (RoBERTa)
 
     def longest_input(self, config: Any) -> int:
         """Tokens a text model can read."""
-        return int(config.max_position_embeddings) - self.positions_lost
+        unused = int(config.pad_token_id) + 1 if self.after_padding else 0
+        return int(config.max_position_embeddings) - unused
 
     def block_list(self, model: nn.Module) -> nn.ModuleList:
         """The blocks of a task model, bare or wrapped by PEFT."""
@@ -72,7 +73,7 @@ def _bert_like(model_type: str) -> Family:
             "attention.output.dense",
         ),
         head=("classifier",),
-        positions_lost=2 if model_type == "roberta" else 0,
+        after_padding=model_type == "roberta",
     )
 
 

@@ -422,6 +422,10 @@ class Flower:
 
 def last_error(text: str) -> str:
     """The line of a log that best says what went wrong, empty when there is none."""
+    # Flower's commands frame their errors in a box and wrap them there.
+    box = re.findall(r"╭─ Error ─+╮\n((?:│.*│\n)+)", text)
+    if box:
+        return " ".join(line.strip("│ ") for line in box[-1].splitlines())
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     for pattern in (r"^(?:\S*Error|\S*Exception|RunError): ", r"\bError\b|\bERROR\b"):
         for line in reversed(lines):

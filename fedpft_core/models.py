@@ -138,7 +138,11 @@ def load_processor(source: str, kind: str, common: dict[str, Any] | None = None)
         if kind == "image":
             # The PIL backend needs no torchvision and gives the same pixels on every machine.
             return AutoImageProcessor.from_pretrained(source, backend="pil", **options)
-        return AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        # For a folder without tokenizer files transformers makes one that knows no word.
+        if len(tokenizer) <= len(tokenizer.all_special_ids):
+            raise ValueError("it has no vocabulary")
+        return tokenizer
     except Exception as error:
         part = "image processor" if kind == "image" else "tokenizer"
         raise UserError(f"{source}: no usable {part} ({_first(error)}).") from error

@@ -33,7 +33,8 @@ def make_package(
     max_length: int,
 ) -> Package:
     """Pack a bare proxy (no adapter attached) with all a client needs to train on it."""
-    config = {k: v for k, v in base_model(proxy).config.to_dict().items() if k not in _PRIVATE}
+    hf_config: Any = base_model(proxy).config
+    config = {k: v for k, v in hf_config.to_dict().items() if k not in _PRIVATE}
     meta = {
         "plan": plan.to_json(),
         "model_config": config,

@@ -15,11 +15,12 @@ from .exchange import Envelope
 
 _HEAD = "fedpft"
 _PARTS = "fedpft.parts"
+_TEXTS = ("kind", "head", "check")
 
 
 def to_record(envelope: Envelope) -> RecordDict:
     """Envelope → the content of a Flower message."""
-    content = RecordDict({_HEAD: ConfigRecord({"kind": envelope.kind, "head": envelope.head})})
+    content = RecordDict({_HEAD: ConfigRecord({k: getattr(envelope, k) for k in _TEXTS})})
     if envelope.parts:
         content[_PARTS] = ArrayRecord(
             {k: Array(np.frombuffer(v, dtype=np.uint8)) for k, v in envelope.parts.items()}
@@ -31,9 +32,10 @@ def from_record(content: RecordDict) -> Envelope:
     """The inverse of `to_record`. Raises ReplyError when the content is something else."""
     try:
         head = content.config_records[_HEAD]
-        kind, text = head["kind"], head["head"]
-        if not isinstance(kind, str) or not isinstance(text, str):
+        texts = [head[key] for key in _TEXTS]
+        if not all(isinstance(text, str) for text in texts):
             raise ReplyError("message head is not text")
+        kind, text, check = map(str, texts)
         parts = {}
         for name, array in content.array_records.get(_PARTS, {}).items():
             value = array.numpy()
@@ -45,4 +47,4 @@ def from_record(content: RecordDict) -> Envelope:
     except Exception as error:
         # Flower's own decoding raises whatever the bytes provoke in NumPy or protobuf.
         raise ReplyError(f"message content is malformed ({type(error).__name__})") from error
-    return Envelope(kind, text, parts)
+    return Envelope(kind, text, parts, check)

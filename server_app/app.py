@@ -69,7 +69,7 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
         state = saved.restore(bench, package)
     else:
         (Path(config.run.dir) / "plan.json").write_text(bench.plan.to_json(), encoding="utf-8")
-        if config.run.baselines:
+        if config.run.baselines and len(bench.task.train):
             with phase(events, "baselines"):
                 baselines.score(bench.fm, bench.processor, bench.task, config, events)
         if config.run.undistilled:

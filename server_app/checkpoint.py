@@ -34,6 +34,7 @@ class Saved:
     frozen: Tensors  # the proxy's weights that differ from what pruning the FM gives
     patches: list[Patch]
     have: dict[str, tuple[str, ...]]
+    run: str
 
     def restore(self, bench: Bench, package: Package) -> State:
         """Put the state back on FM and proxy; `package` is the freshly pruned one.
@@ -54,7 +55,7 @@ class Saved:
         digests = {k: tensor_digest(t) for k, t in weights.items()}
         return State(
             self.round, self.adapter, after, digests, self.digest, list(self.patches),
-            dict(self.have),
+            dict(self.have), self.run,
         )  # fmt: skip
 
 
@@ -79,6 +80,7 @@ class Checkpoints:
             "digest": state.digest,
             "events_offset": events_offset,
             "patches": [[p.source, p.target, p.fmt] for p in state.patches],
+            "run": state.run,
             "have": {k: list(v) for k, v in state.have.items()},
             "sha256": {k: hashlib.sha256(v).hexdigest() for k, v in blobs.items()},
         }
@@ -95,15 +97,26 @@ class Checkpoints:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+        _sync(temp)
         final = self.root / f"round-{state.round:04d}"
         shutil.rmtree(final, ignore_errors=True)
         os.rename(temp, final)
         _sync(self.root)
-        for old in self.all()[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        # Later ones can only be those that were corrupt when the run was resumed.
+        rounds = self._rounds()
+        kept = [n for n in rounds if n <= state.round][-self.keep :]
+        for number, folder in rounds.items():
+            if number not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _rounds(self) -> dict[int, Path]:
+        found = self.root.glob("round-*") if self.root.is_dir() else ()
+        numbered = {p.name.removeprefix("round-"): p for p in found}
+        return dict(sorted((int(n), p) for n, p in numbered.items() if n.isdecimal()))
 
     def all(self) -> list[Path]:
-        return sorted(self.root.glob("round-*")) if self.root.is_dir() else []
+        """The folders there are, oldest round first."""
+        return list(self._rounds().values())
 
     def latest(self) -> Saved | None:
         """The newest checkpoint that reads back whole; None when there is none at all.
@@ -114,7 +127,7 @@ class Checkpoints:
         for folder in reversed(folders):
             try:
                 return _read(folder)
-            except (OSError, ReplyError, ValueError, KeyError, TypeError):
+            except (OSError, ReplyError, ValueError, KeyError, TypeError, AttributeError):
                 continue
         if folders:
             raise RunError(f"{self.root}: every checkpoint is corrupt, the run cannot be resumed")
@@ -139,9 +152,11 @@ def _read(folder: Path) -> Saved:
         adapter=blobs["adapter.safetensors"],
         frozen=blobs["frozen.safetensors"],
         patches=[
-            Patch(*ids, blobs[f"patch-{i:04d}.safetensors"]) for i, ids in enumerate(meta["patches"])
+            Patch(source, target, fmt, blobs[f"patch-{i:04d}.safetensors"])
+            for i, (source, target, fmt) in enumerate(meta["patches"])
         ],
         have={k: tuple(v) for k, v in meta["have"].items()},
+        run=meta["run"],
     )
 
 

@@ -28,30 +28,37 @@ class RunFolder:
     def open(config: Config) -> RunFolder:
         """Make or reopen `run.dir`, lock it, save the resolved configuration, open the log.
 
-        Raises UserError when it cannot be written, another server is using it, or it holds a
-        run already and resume was not asked for.
+        A run that was killed before its first checkpoint starts over. Raises UserError when the
+        folder cannot be written, another server is using it, it holds a checkpoint and resume
+        was not asked for, or resume was asked for and it holds no run.
         """
         path = Path(config.run.dir).expanduser() if config.run.dir else _new_folder()
         path = path.resolve()
         run = replace(config.run, dir=str(path))
         try:
             path.mkdir(parents=True, exist_ok=True)
-            lock = open(path / "lock", "a")
+            lock = open(path / "lock", "a")  # noqa: SIM115  # held until the run ends
         except OSError as error:
             raise UserError(f"run.dir = {path}: cannot be written ({error.strerror}).") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             lock.close()
-            raise UserError(f"run.dir = {path}: another server is running in this folder.") from None
+            raise UserError(
+                f"run.dir = {path}: another server is running in this folder."
+            ) from None
         try:
-            if run.resume and not (path / "checkpoints").is_dir():
-                raise UserError(f"run.dir = {path}: nothing to resume, there is no checkpoint here.")
-            if not run.resume and (path / "checkpoints").is_dir():
+            saved = any((path / "checkpoints").glob("round-*"))
+            if run.resume and not saved and not (path / "config.yaml").is_file():
+                raise UserError(f"run.dir = {path}: nothing to resume, there is no run here.")
+            if not run.resume and saved:
                 raise UserError(
                     f"run.dir = {path}: this folder already holds a run; resume it "
                     "(run.resume = true) or choose another folder."
                 )
+            if not saved:
+                # A run that ended before its first checkpoint starts over, and so does its log.
+                (path / "events.jsonl").unlink(missing_ok=True)
             _save_config(path, replace(config, run=run))
             events = EventLog(path / "events.jsonl")
         except OSError as error:

@@ -7,8 +7,10 @@ order, none of which that class's `start` has room for.
 
 from __future__ import annotations
 
+import json
+import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -30,18 +32,24 @@ from fedpft_core.exchange import (
     RefusalReply,
     TrainReply,
     TrainRequest,
+    check_size,
     delivery,
     open_envelope,
     seal,
     sum_counts,
+    useful,
     validate,
 )
 from fedpft_core.seeds import numpy_stream
+from fedpft_core.sub_fm import Plan
 from fedpft_core.training import Counts, LocalSettings
 from server_app.transport import Transport
 
 Tensors = dict[str, Tensor]
 _SETTLE_SECONDS = 3.0  # how long the set of nodes must stand still before a smaller one will do
+_HELLO_BYTES = 2**17  # the largest answer to the first query
+_MOST_PATCHES = 2**16  # tokens an image can become
+_MOST_EXAMPLES = 2**40  # keeps sums over clients exact in float64
 
 
 class Events(Protocol):
@@ -61,6 +69,8 @@ class State:
     digest: str
     patches: list[Patch] = field(default_factory=list)
     have: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by client name
+    # Under this name clients keep what must outlive a message; another run never sees it.
+    run: str = field(default_factory=lambda: secrets.token_hex(8))
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,22 @@ def learning_rate(lr0: float, round: int, rounds: int) -> float:
     return lr0 * (rounds - round + 1) / rounds
 
 
+def reply_format(config: Config) -> str:
+    """The format of the adapters clients send back."""
+    up = config.wire.adapter_up
+    return config.wire.adapter if up == "same" else up
+
+
+def _printable(text: object) -> str:
+    """A client's words, fit for a terminal and a log."""
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:500])
+
+
+def _tokens_per_row(meta: Mapping[str, Any]) -> int:
+    """The most real tokens one example of the package's task can have."""
+    return int(meta["max_length"]) if meta["kind"] == "text" else _MOST_PATCHES
+
+
 class Strategy:
     """Sampling, delivery, validation and averaging for one federation of clients."""
 
@@ -99,6 +125,7 @@ class Strategy:
         self.transport = transport
         self.events = events
         self.known: dict[int, Node] = {}
+        self.left_out: dict[int, str] = {}  # why, by node id
         self._package_bytes: tuple[str, bytes] = ("", b"")
 
     # --- who is there -----------------------------------------------------------------------
@@ -141,46 +168,50 @@ class Strategy:
             dict.fromkeys(new, hello), round, min(120.0, self.config.federation.round_timeout)
         )
         for node_id in new:
-            self._count_bytes(round, "?", "down", hello)
-            self._introduce(node_id, replies[node_id], state, round)
+            reply = replies[node_id]
+            name = self._introduce(node_id, reply, state)
+            self._count_bytes(round, name, "down", hello)
+            if isinstance(reply, Envelope):
+                self._count_bytes(round, name, "up", reply)
         present = [self.known[i] for i in ids if i in self.known]
         if new:
             names = sorted(n.name for n in present)
             self.events.emit("nodes", count=len(names), names=names)
         return sorted(present, key=lambda n: n.name)
 
-    def _introduce(
-        self, node_id: int, reply: Envelope | Failure, state: State, round: int
-    ) -> None:
-        def warn(why: str) -> None:
-            self.events.emit("warning", text=f"node {node_id} is left out: {why}")
-
-        if isinstance(reply, Failure):
-            return warn(reply.reason)
+    def _introduce(self, node_id: int, reply: Envelope | Failure, state: State) -> str:
+        """Note who a node is; its name, or `?` when it is left out."""
         try:
+            if isinstance(reply, Failure):
+                raise ReplyError(reply.reason)
+            check_size(reply, _HELLO_BYTES)
             message = open_envelope(reply)
+            if isinstance(message, RefusalReply):
+                raise ReplyError(message.reason)
+            if not isinstance(message, HelloReply):
+                raise ReplyError(f"it answered the first query with a {type(message).__name__}")
+            name = message.name
+            if not 0 < len(name) <= 64 or not name.isprintable():
+                raise ReplyError("its name is not a printable text of 1 to 64 characters")
+            if not 1 <= message.examples < _MOST_EXAMPLES:
+                raise ReplyError(f"client {name} says it has {message.examples} rows")
+            connected = set(self.transport.nodes())
+            for other_id, other in list(self.known.items()):
+                if other.name == name:
+                    if other_id in connected:
+                        raise ReplyError(f"another connected node is already named {name}")
+                    # The same client back under a new node id.
+                    del self.known[other_id]
         except ReplyError as error:
-            return warn(str(error))
-        if isinstance(message, RefusalReply):
-            return warn(str(message.reason)[:500])
-        if not isinstance(message, HelloReply):
-            return warn(f"it answered the first query with a {type(message).__name__}")
-        name, examples = message.name, message.examples
-        if not isinstance(name, str) or not 0 < len(name) <= 64 or not name.isprintable():
-            return warn("its name is not a printable text of 1 to 64 characters")
-        if not isinstance(examples, int) or isinstance(examples, bool) or examples < 1:
-            return warn(f"client {name} has no rows")
-        for other_id, other in list(self.known.items()):
-            if other.name == name:
-                if other_id in self.transport.nodes():
-                    return warn(f"another connected node is already named {name}")
-                # The same client back under a new node id.
-                del self.known[other_id]
-        self._count_bytes(round, name, "up", reply)
-        self.known[node_id] = Node(node_id, name, examples)
-        have = tuple(d for d in message.have if isinstance(d, str))
-        if have:
-            state.have[name] = have
+            self.left_out[node_id] = _printable(error)
+            text = f"node {node_id} is left out: {self.left_out[node_id]}"
+            self.events.emit("warning", text=text)
+            return "?"
+        self.left_out.pop(node_id, None)
+        self.known[node_id] = Node(node_id, name, message.examples)
+        if message.have:
+            state.have[name] = message.have
+        return name
 
     # --- one round --------------------------------------------------------------------------
 
@@ -191,6 +222,8 @@ class Strategy:
         """
         f = self.config.federation
         for attempt in range(1, f.attempts + 1):
+            if len(self.transport.nodes()) < f.min_clients:
+                self.wait_for_nodes()
             start = time.perf_counter()
             lr = learning_rate(self.config.train.lr, round, f.rounds)
             nodes = self._sample(self.meet(state, round), round, attempt)
@@ -201,7 +234,8 @@ class Strategy:
             good, bad = self._collect(state, round, lr, nodes, count_rule)
             if len(good) >= f.min_clients:
                 return self._average(good, len(bad), time.perf_counter() - start)
-            why = "; ".join(f"{name}: {reason}" for name, reason in sorted(bad.items()))
+            out = {f"node {i}": why for i, why in self.left_out.items()}
+            why = "; ".join(f"{name}: {reason}" for name, reason in sorted((out | bad).items()))
             text = (
                 f"round {round}: {len(good)} good replies of the federation.min-clients = "
                 f"{f.min_clients} needed ({why or 'no other clients are connected'})"
@@ -213,106 +247,136 @@ class Strategy:
         f = self.config.federation
         size = min(f.clients_per_round, len(nodes))
         stream = numpy_stream(self.config.run.seed, "sample", round, attempt)
-        picked = stream.choice(len(nodes), size=size, replace=False) if size else []
-        return [nodes[i] for i in sorted(picked)]
+        if not size:
+            return []
+        return [nodes[i] for i in sorted(stream.choice(len(nodes), size=size, replace=False))]
 
-    def _request(
-        self, state: State, round: int, lr: float, have: Iterable[str], count_rule: str
-    ) -> TrainRequest:
-        t, fmt = self.config.train, self.config.wire.adapter
+    def _requests(
+        self, state: State, round: int, lr: float, adapter: Tensors, count_rule: str
+    ) -> Callable[[Iterable[str]], Envelope]:
+        """A function from what a client has to the message it gets.
+
+        Clients that need the same things get the same message: one copy in memory serves all.
+        """
+        t, wire = self.config.train, self.config.wire
         if self._package_bytes[0] != state.digest:
             self._package_bytes = (state.digest, state.package.to_bytes())
         blob = self._package_bytes[1]
-        whole, chain = delivery(tuple(have), state.digest, len(blob), state.patches)
-        return TrainRequest(
-            round=round,
-            digest=state.digest,
-            adapter=codec.encode(state.adapter, fmt),
-            fmt=fmt,
-            settings=LocalSettings(
-                lr, t.batch_size, t.local_epochs, t.local_steps, t.weight_decay, t.clip, t.threads
-            ),
-            seed=self.config.run.seed,
-            count_rule=count_rule,
-            package=blob if whole else b"",
-            patches=chain,
-        )
+        state.patches = useful(state.patches, len(blob))
+        made: dict[tuple[bool, int], Envelope] = {}
+
+        def request(have: Iterable[str]) -> Envelope:
+            whole, chain = delivery(tuple(have), state.digest, len(blob), state.patches)
+            key = (whole, len(chain))
+            if key not in made:
+                made[key] = seal(
+                    TrainRequest(
+                        round=round,
+                        digest=state.digest,
+                        adapter=adapter,
+                        fmt=wire.adapter,
+                        settings=LocalSettings(
+                            lr, t.batch_size, t.local_epochs, t.local_steps, t.weight_decay,
+                            t.clip, t.threads,
+                        ),
+                        seed=self.config.run.seed,
+                        count_rule=count_rule,
+                        package=blob if whole else b"",
+                        patches=chain,
+                        reply_fmt=reply_format(self.config),
+                        run=state.run,
+                    )
+                )  # fmt: skip
+            return made[key]
+
+        return request
 
     def _collect(
         self, state: State, round: int, lr: float, nodes: list[Node], count_rule: str
     ) -> tuple[dict[str, tuple[TrainReply, Tensors, Counts | None]], dict[str, str]]:
-        """Good replies and the reasons of bad ones, by client name."""
+        """Good replies and the reasons of bad ones, by client name.
+
+        Of several replies of one node only the first that settles it counts, whatever order
+        they come in.
+        """
         good: dict[str, tuple[TrainReply, Tensors, Counts | None]] = {}
         bad: dict[str, str] = {}
         deadline = time.monotonic() + self.config.federation.round_timeout
         by_id = {n.id: n for n in nodes}
-        want = self._expected(state, round, count_rule)
+        fmt = self.config.wire.adapter
+        adapter = codec.encode(state.adapter, fmt)
+        request = self._requests(state, round, lr, adapter, count_rule)
+        want = self._expected(state, round, codec.decode(adapter, fmt), count_rule)
         again: dict[int, tuple[str, ...]] = {}
+        serving_again = False
         started = time.perf_counter()
 
-        def on_reply(node_id: int, reply: Envelope | Failure) -> None:
-            node = by_id[node_id]
-            seconds = time.perf_counter() - started
-            status, fields = "ok", {}
+        def judge(node: Node, reply: Envelope | Failure) -> tuple[str, dict[str, Any]]:
+            if isinstance(reply, Failure):
+                bad[node.name] = reason = _printable(reply.reason)
+                return "error", {"reason": reason}
             try:
-                if isinstance(reply, Failure):
-                    status = "error"
-                    raise ReplyError(reply.reason)
-                self._count_bytes(round, node.name, "up", reply)
+                check_size(reply, want.max_bytes)
                 message = open_envelope(reply)
-                if isinstance(message, NeedReply) and node_id not in again:
-                    again[node_id] = tuple(d for d in message.have if isinstance(d, str))
+                if isinstance(message, NeedReply) and not serving_again:
+                    again[node.id] = message.have
                     state.have.pop(node.name, None)
-                    status = "need"
-                elif isinstance(message, TrainReply):
-                    adapter, counts = validate(message, want, node.name, node.examples)
-                    good[node.name] = (message, adapter, counts)
-                    state.have[node.name] = (state.digest,)
-                    fields = {
-                        "examples": message.examples, "loss": message.loss,
-                        "steps": message.steps, "train_seconds": message.seconds,
-                        "timings": message.timings,
-                    }  # fmt: skip
-                elif isinstance(message, RefusalReply):
-                    raise ReplyError(str(message.reason)[:500])
-                else:
+                    return "need", {}
+                if isinstance(message, RefusalReply):
+                    raise ReplyError(message.reason)
+                if not isinstance(message, TrainReply):
                     raise ReplyError(f"unexpected {type(message).__name__}")
+                adapter, counts = validate(message, want, node.name, node.examples)
             except ReplyError as error:
-                status = status if status == "error" else "refused"
-                bad[node.name] = fields["reason"] = str(error)
+                bad[node.name] = reason = _printable(error)
+                return "refused", {"reason": reason}
+            good[node.name] = (message, adapter, counts)
+            state.have[node.name] = (state.digest,)
+            return "ok", {
+                "examples": message.examples, "loss": message.loss, "steps": message.steps,
+                "train_seconds": message.seconds, "timings": message.timings,
+            }  # fmt: skip
+
+        def on_reply(node_id: int, reply: Envelope | Failure) -> None:
+            node = by_id.get(node_id)
+            if node is None:
+                return
+            if isinstance(reply, Envelope):
+                self._count_bytes(round, node.name, "up", reply)
+            settled = node.name in good or node.name in bad
+            if settled or (node_id in again and not serving_again):
+                return
+            seconds = time.perf_counter() - started
+            status, fields = judge(node, reply)
             self.events.emit(
                 "reply", round=round, client=node.name, status=status, seconds=seconds, **fields
             )
 
-        messages = {}
-        for node in nodes:
-            have = state.have.get(node.name, ())
-            messages[node.id] = seal(self._request(state, round, lr, have, count_rule))
-            self._count_bytes(round, node.name, "down", messages[node.id])
-        self.transport.exchange(messages, round, deadline - time.monotonic(), on_reply)
-        if again:
-            # They lack the weights they were asked to train on: serve them within this round.
-            messages = {}
-            for node_id, have in again.items():
-                messages[node_id] = seal(self._request(state, round, lr, have, count_rule))
-                self._count_bytes(round, by_id[node_id].name, "down", messages[node_id])
+        def send(wanted: Mapping[int, Iterable[str]]) -> None:
+            messages = {node_id: request(have) for node_id, have in wanted.items()}
+            for node_id, message in messages.items():
+                self._count_bytes(round, by_id[node_id].name, "down", message)
             left = max(1.0, deadline - time.monotonic())
             self.transport.exchange(messages, round, left, on_reply)
+
+        send({n.id: state.have.get(n.name, ()) for n in nodes})
+        if again:
+            # They lack the weights they were asked to train on: serve them within this round.
+            serving_again = True
+            send(again)
         return good, bad
 
-    def _expected(self, state: State, round: int, count_rule: str) -> Expected:
-        import json
-
-        from fedpft_core.sub_fm import Plan
-
-        plan = Plan.from_json(json.loads(state.package.meta)["plan"])
+    def _expected(self, state: State, round: int, sent: Tensors, count_rule: str) -> Expected:
+        meta = json.loads(state.package.meta)
+        plan = Plan.from_json(meta["plan"])
         return Expected(
             round=round,
             digest=state.digest,
-            fmt=self.config.wire.adapter,
-            adapter=state.adapter,
+            fmt=reply_format(self.config),
+            adapter=sent,
             max_update_norm=self.config.wire.max_update_norm,
             count_blocks={b: len(plan.blocks[b].kept) for b in plan.pruned} if count_rule else {},
+            tokens_per_row=_tokens_per_row(meta),
         )
 
     def _average(

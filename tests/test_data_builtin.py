@@ -76,7 +76,7 @@ def test_no_file_and_no_text_in_two_splits(rows: DocstringRows) -> None:
 
 def test_rows_are_clean_sentences(rows: DocstringRows) -> None:
     for text in rows.text:
-        assert builtin.MIN_ROW_WORDS <= len(text.split()) <= prose.MAX_WORDS
+        assert builtin.MIN_ROW_WORDS <= len(text.split()) <= builtin.MAX_ROW_WORDS
         assert text[0].isupper() and text[-1] in ".!?", text
         assert not set("\n`{}|") & set(text), text
         assert ">>>" not in text and "://" not in text and ":param" not in text, text

@@ -242,7 +242,7 @@ def test_settings_that_are_wrong(tmp_path: Path) -> None:
     (tmp_path / "n.json").write_text('{"a": 0}')
     (tmp_path / "m.json").write_text("[")
     cases: list[tuple[Data, str]] = [
-        (Data(), "data.train is empty"),
+        (Data(), "data.train and data.test are empty"),
         (Data(train=good), "data.test is empty"),
         (Data(train="builtin:iris", test=good), "data.train is 'builtin:iris'"),
         (Data(train=good, test=good, validation_share=0.5), "data.validation-share is 0.5"),

@@ -169,7 +169,7 @@ class Started:
         return [p for p in self.seen if launch._alive(p)]
 
     def assert_nothing_left(self, patience: float = 0.0) -> None:
-        assert len(self.seen) > 5, "SuperLink, SuperExec, simulation and Ray were to be seen"
+        assert len(self.seen) >= 5, "SuperLink, SuperExec, simulation and more were to be seen"
         deadline = time.monotonic() + patience
         while self.alive() and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -381,6 +381,8 @@ def test_last_error_finds_the_telling_line() -> None:
     assert launch.last_error("ERROR :   it broke\nmore") == "it broke"
     assert launch.last_error("only this\n\n") == "only this"
     assert launch.last_error("") == ""
+    box = "Using x\n╭─ Error ────╮\n│ No such      │\n│ connection.  │\n╰──────────────╯\n"
+    assert launch.last_error(box) == "No such connection."
 
 
 def test_a_missing_program_is_one_sentence(monkeypatch, tmp_path: Path) -> None:

@@ -8,28 +8,63 @@ from __future__ import annotations
 
 import csv
 import io
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from torch import nn
+
+from client_app.node import client_for
 from fedpft_core import adapters, config, sub_fm
-from fedpft_core.data.batches import Encoded, encode
+from fedpft_core.client import Client, ProcessCache
+from fedpft_core.data.batches import Encoded, batches, encode, public_batches
 from fedpft_core.data.tasks import Examples
+from fedpft_core.events import EventLog, read_events
+from fedpft_core.exchange import Envelope, open_envelope
 from fedpft_core.families import Family, family_of
 from fedpft_core.sub_fm import Plan
-from torch import nn
+from server_app.app import run as server_run
+from server_app.transport import LocalTransport
 
 FAMILIES = ("bert", "roberta", "vit", "deit")
 TEXT_FAMILIES = ("bert", "roberta")
 LABELS = ("animal", "number", "place")
 WORDS = {
-    "animal": "cat dog horse cow sheep goat bird fish wolf bear".split(),
-    "number": "one two three four five six seven eight nine ten".split(),
-    "place": "paris london tokyo cairo delhi lima oslo rome quito kyoto".split(),
+    "animal": ["cat", "dog", "horse", "cow", "sheep", "goat", "bird", "fish", "wolf", "bear"],
+    "number": ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"],
+    "place": [
+        "paris",
+        "london",
+        "tokyo",
+        "cairo",
+        "delhi",
+        "lima",
+        "oslo",
+        "rome",
+        "quito",
+        "kyoto",
+    ],
 }
-_FILLER = "the a is of in and to very big small old new seen near some".split()
+_FILLER = [
+    "the",
+    "a",
+    "is",
+    "of",
+    "in",
+    "and",
+    "to",
+    "very",
+    "big",
+    "small",
+    "old",
+    "new",
+    "seen",
+    "near",
+    "some",
+]
 _SHAPE: dict[str, Any] = {
     "hidden_size": 16,
     "num_hidden_layers": 4,
@@ -116,9 +151,32 @@ def model(family: str, seed: int = 0, **shape: Any) -> nn.Module:
     return made.eval()
 
 
+def give_meaning(task: nn.Module, family: str) -> None:
+    """Put into the word embeddings what pretraining would: words of a kind lie together.
+
+    Without it the random body mixes a row's one telling word with its fillers beyond recovery,
+    and no adapter can learn the task.
+    """
+    table = getattr(task, family).embeddings
+    generator = torch.Generator().manual_seed(5)
+    vocab = vocabulary()
+    with torch.no_grad():
+        words = table.word_embeddings.weight
+        words.normal_(std=0.1, generator=generator)
+        words += 0.5 * torch.randn(words.shape[1], generator=generator)
+        for kind in WORDS.values():
+            shared = 2.0 * torch.randn(words.shape[1], generator=generator)
+            for word in kind:
+                words[vocab.index(word)] += shared
+        table.position_embeddings.weight.mul_(0.2)
+        table.token_type_embeddings.weight.mul_(0.2)
+
+
 def folder(family: str, path: Path, **shape: Any) -> Path:
     """Save a tiny pretrained body (no head) with its processor as a Hugging Face folder."""
     task = model(family, **shape)
+    if family in TEXT_FAMILIES:
+        give_meaning(task, family)
     body = getattr(task, family)
     body.config.architectures = [type(body).__name__]
     body.save_pretrained(path)
@@ -211,3 +269,128 @@ def random_adapter(
 
 def family(name: str) -> Family:
     return family_of(name)
+
+
+def write_task(family: str, path: Path, rows: int = 240) -> dict[str, Any]:
+    """A model folder and data files below `path`, and a run's keys that learn the task fast."""
+    flat: dict[str, Any] = {
+        "model.name": str(folder(family, path / "fm")),
+        "data.max-length": 16,
+        "plan.keep-share": 0.5,
+        "distill.steps": 30,
+        "distill.length": 16,
+        "align.interval": 2,
+        "align.steps": 10,
+        "lora.rank": 4,
+        "lora.alpha": 16.0,
+        "train.lr": 1e-2,
+        "train.local-epochs": 3,
+        "federation.rounds": 4,
+        "federation.clients": 4,
+        "federation.clients-per-round": 3,
+        "run.threads": 1,
+        "run.baselines": False,
+        "run.undistilled": False,
+    }
+    splits = {"train": (rows, 0), "test": (90, 1), "public": (200, 2)}
+    for split, (count, seed) in splits.items():
+        file = path / f"{split}.{'csv' if family in TEXT_FAMILIES else 'parquet'}"
+        flat[f"data.{split}"] = str(file)
+        if family in TEXT_FAMILIES:
+            write_csv(file, sentences(count, seed))
+        else:
+            write_images(file, family, count, seed)
+    if family not in TEXT_FAMILIES:
+        flat["data.image-column"] = "image"
+    return flat
+
+
+def write_images(path: Path, family: str, rows: int, seed: int) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    made = examples(family, rows, seed)
+    labels = [LABELS[int(i)] for i in made.labels]
+    pq.write_table(pa.table({"image": list(made.inputs), "label": labels}), path)
+    return path
+
+
+class Federation:
+    """Clients in this process, each with a cache of its own, and a record of the traffic.
+
+    `sent` and `received` are (node, envelope) in order; `watch(client, request, envelope)` is
+    called after a client has answered a training request.
+    """
+
+    def __init__(self, flat: dict[str, Any], watch: Any = None) -> None:
+        self.flat = flat
+        self.count = flat["federation.clients"]
+        self.caches = {i: ProcessCache() for i in range(self.count)}
+        self.sent: list[tuple[int, Envelope]] = []
+        self.received: list[tuple[int, Envelope]] = []
+        self.watch = watch
+
+    def client(self, index: int) -> Client:
+        made = client_for({"partition-id": index, "num-partitions": self.count}, self.flat)
+        made.cache = self.caches[index]
+        return made
+
+    def transport(self) -> LocalTransport:
+        return LocalTransport({i + 1: partial(self._answer, i) for i in range(self.count)})
+
+    def _answer(self, index: int, envelope: Envelope) -> Envelope:
+        client = self.client(index)
+        self.sent.append((index, envelope))
+        reply = client.handle(envelope)
+        self.received.append((index, reply))
+        if self.watch and envelope.kind == "train":
+            self.watch(client, open_envelope(envelope), reply)
+        return reply
+
+
+def run(
+    flat: dict[str, Any], run_dir: Path, federation: Federation | None = None, **keys: Any
+) -> list[dict[str, Any]]:
+    """A whole run in this process; returns its events. `align__interval=1` sets align.interval."""
+    flat = flat | {k.replace("__", ".").replace("_", "-"): v for k, v in keys.items()}
+    flat["run.dir"] = str(run_dir)
+    federation = federation or Federation(flat)
+    federation.flat = flat
+    events = EventLog(run_dir / "events.jsonl")
+    try:
+        server_run(config.from_flat(flat), federation.transport(), events)
+    finally:
+        events.close()
+    return [event for _, event in read_events(run_dir / "events.jsonl")]
+
+
+def main_run(events: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """The events of one name that belong to no side run."""
+    return [e for e in events if e["event"] == name and "arm" not in e]
+
+
+def batch_of(family: str, rows: int = 7, seed: int = 3) -> dict[str, torch.Tensor]:
+    """One padded batch of rows of uneven length."""
+    return next(batches(encoded(family, rows, seed), rows, None))
+
+
+def public(family: str, steps: int, rows: int = 8, seed: int = 4) -> list[dict[str, torch.Tensor]]:
+    """Unlabelled batches; texts are not packed, so that there is padding."""
+    made = examples(family, 5 * rows, seed)
+    stream = public_batches(made.inputs, processor(family), rows, 16, steps, seed, pack=False)
+    return list(stream)
+
+
+def double(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch for a float64 model."""
+    return {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+
+
+def weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of every tensor of a module's state."""
+    return {k: v.detach().clone() for k, v in module.state_dict().items()}
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two sets of tensors have the same names and the same bits."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

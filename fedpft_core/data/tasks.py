@@ -97,6 +97,7 @@ class Task:
 def load_task(data: DataSettings, seed: int, cache_dir: Path | None = None) -> Task:
     """Load the train, validation and test examples that the configuration names.
 
+    ``data.train`` may be "" where the clients alone hold training rows: then there are none here.
     ``data.test`` may be "" only when ``data.train`` is built in (its own test split is used);
     the same holds for ``data.validation``, which otherwise is cut from the training rows
     (``data.validation-share`` of each class, chosen by ``seed``). The subsets for
@@ -111,8 +112,10 @@ def load_task(data: DataSettings, seed: int, cache_dir: Path | None = None) -> T
     Raises:
         UserError: anything wrong in a file or setting, naming the key, file and row.
     """
-    if not data.train:
-        raise UserError(f"data.train is empty; name a file or {BUILTIN_DOCSTRINGS!r}.")
+    if not data.train and not data.test:
+        raise UserError(
+            f"data.train and data.test are empty; name files or {BUILTIN_DOCSTRINGS!r}."
+        )
     share = float(data.validation_share)
     if not 0.0 <= share < 0.5:
         raise UserError(f"data.validation-share is {share:g}; it must be in [0, 0.5).")
@@ -127,16 +130,20 @@ def load_task(data: DataSettings, seed: int, cache_dir: Path | None = None) -> T
     if not data.test and not from_builtin:
         raise UserError("data.test is empty; name a file with test rows.")
 
-    train_rows = _read_split(data, data.train, "train", cache_dir)
+    # Without training rows (they lie with the clients) the labels are those of the test rows.
+    owned = "train" if data.train else "test"
+    owned_rows = _read_split(data, data.train or data.test, owned, cache_dir)
     if data.labels:
         names = _label_names(data.labels)
     else:
-        names = train_rows.names or _names_from_rows(train_rows.labels, train_rows.where)
+        names = owned_rows.names or _names_from_rows(owned_rows.labels, owned_rows.where)
     if len(names) < 2:
         raise UserError(
-            f"{train_rows.where}: only one label, {names[0]!r}; classification needs two or more."
+            f"{owned_rows.where}: only one label, {names[0]!r}; classification needs two or more."
         )
-    train = train_rows.examples(names)
+    train = owned_rows.examples(names)
+    if not data.train:
+        train = train.select([])
     test = _read_split(data, data.test or data.train, "test", cache_dir).examples(names)
     if data.validation or from_builtin:
         source = data.validation or data.train
@@ -154,13 +161,13 @@ def load_task(data: DataSettings, seed: int, cache_dir: Path | None = None) -> T
     if 0 < data.max_test_rows < len(test):
         chosen = stratified_subset(test.labels, data.max_test_rows, _rng(seed, "test rows"))
         test = test.select(chosen)
-    return Task(data.train, kind, names, train, validation, test)
+    return Task(data.train or data.test, kind, names, train, validation, test)
 
 
 def load_examples(
     path: str | Path,
     *,
-    label_names: Sequence[str],
+    label_names: Sequence[str] | None,
     text_column: str = "text",
     text_pair_column: str = "",
     image_column: str = "",
@@ -172,6 +179,7 @@ def load_examples(
     Args:
         path: .csv, .tsv, .json, .jsonl or .parquet file.
         label_names: the names the server knows; a cell is matched as :func:`label_index` says.
+            None where they are not known yet: then the names are those of the rows.
         text_column: column with the text; unused for images.
         text_pair_column: column with the second text; "" for none.
         image_column: column with images (bytes, ``{"bytes": …}`` or a path relative to the data
@@ -187,7 +195,8 @@ def load_examples(
             among ``label_names``; names the file and, where there is one, the row (from 1).
     """
     rows = _read_file(path, text_column, text_pair_column, image_column, label_column, key)
-    return rows.examples(tuple(label_names))
+    names = _names_from_rows(rows.labels, rows.where) if label_names is None else label_names
+    return rows.examples(tuple(names))
 
 
 def label_index(value: Any, names: Sequence[str]) -> int | None:

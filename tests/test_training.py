@@ -1,0 +1,299 @@
+"""Local fine-tuning, evaluation, inactivity counts and adapter gradients."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import oracles
+import pytest
+import tiny
+import torch
+from torch.nn import functional as F
+
+from fedpft_core import adapters, baselines, sub_fm
+from fedpft_core.data.batches import batches
+from fedpft_core.training import (
+    LocalSettings,
+    adapter_gradient,
+    count_inactive,
+    evaluate,
+    fine_tune,
+    is_inactive,
+    local_batches,
+    logits,
+)
+
+families = pytest.mark.parametrize("family", tiny.FAMILIES)
+SETTINGS = LocalSettings(
+    lr=5e-3, batch_size=8, epochs=1, steps=0, weight_decay=0.1, clip=1.0, threads=1
+)
+
+
+# --- inactivity ---------------------------------------------------------------------------
+
+
+@families
+@pytest.mark.parametrize("rule", ["nonpositive", "exact-zero"])
+def test_counts_equal_the_oracle_with_padding(family: str, rule: str) -> None:
+    _, small, plan, _ = tiny.pair(family)
+    _reach_exact_zero(small, plan)
+    data = tiny.encoded(family, 23)
+    if family in tiny.TEXT_FAMILIES:
+        assert len(set(data.lengths.tolist())) > 3, "rows should be of uneven length"
+    found = count_inactive(small, plan, data, 7, rule)
+    inactive, tokens = oracles.inactive_counts(small, plan, data, rule)
+    assert {b: c.tolist() for b, c in found.inactive.items()} == inactive
+    assert found.tokens == tokens
+    assert all(c.dtype == torch.int64 for c in found.inactive.values())
+    assert any(0 < n < tokens[b] for b in inactive for n in inactive[b])
+
+
+def _reach_exact_zero(model: torch.nn.Module, plan: sub_fm.Plan) -> None:
+    """Some neurons far below -5.5, where float32 GELU is exactly 0."""
+    with torch.no_grad():
+        for ffn in sub_fm.pruned_ffns(model, plan).values():
+            ffn.ins[0].weight[:3].mul_(40.0)
+
+
+@families
+def test_counts_do_not_depend_on_the_batch_size(family: str) -> None:
+    _, small, plan, _ = tiny.pair(family)
+    data = tiny.encoded(family, 23)
+    one, many = (count_inactive(small, plan, data, size, "nonpositive") for size in (1, 23))
+    assert one.tokens == many.tokens
+    assert all(torch.equal(one.inactive[b], many.inactive[b]) for b in plan.pruned)
+
+
+def test_token_totals_are_the_real_tokens() -> None:
+    _, small, plan, _ = tiny.pair("bert")
+    data = tiny.encoded("bert", 23)
+    found = count_inactive(small, plan, data, 23, "nonpositive")
+    assert found.tokens == dict.fromkeys(plan.pruned, int(data.lengths.sum()))
+    _, small, plan, _ = tiny.pair("vit")
+    found = count_inactive(small, plan, tiny.encoded("vit", 5), 5, "nonpositive")
+    assert found.tokens == dict.fromkeys(plan.pruned, 5 * 17)
+
+
+def test_rules() -> None:
+    values = torch.tensor([-1.0, -0.0, 0.0, 1e-30])
+    assert is_inactive(values, "nonpositive").tolist() == [True, True, True, False]
+    assert is_inactive(values, "exact-zero").tolist() == [False, True, True, False]
+
+
+def test_counting_leaves_no_hook_and_a_whole_proxy_nothing_to_count() -> None:
+    fm, small, plan, _ = tiny.pair("bert")
+    data = tiny.encoded("bert", 5)
+    count_inactive(small, plan, data, 5, "nonpositive")
+    assert not any(m._forward_hooks for m in small.modules())
+    full = tiny.plan_for(tiny.model("bert"), proxy="full")
+    assert count_inactive(fm, full, data, 5, "nonpositive").inactive == {}
+
+
+# --- fine-tuning --------------------------------------------------------------------------
+
+
+@families
+def test_frozen_parameters_get_no_gradient_and_no_optimizer_state(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[torch.optim.Optimizer] = []
+    with_gradient: list[set[int]] = []
+
+    class Spy(torch.optim.AdamW):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            with_gradient.append({id(p) for p in small.parameters() if p.grad is not None})
+            return super().step(*args, **kwargs)
+
+    _, small, plan, _ = tiny.pair(family, dropout=0.1)
+    monkeypatch.setattr(torch.optim, "AdamW", Spy)
+    before = tiny.weights(small)
+    fine_tune(small, tiny.encoded(family, 24), SETTINGS, seed=1)
+    live = adapters.parameters(small, plan)
+    adapter = {id(p) for p in live.values()}
+    (optimizer,) = made
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == adapter
+    assert {id(p) for p in optimizer.state} == adapter
+    assert with_gradient == [adapter] * 3
+    assert all(p.grad is None for p in small.parameters())
+    named = {id(p): n for n, p in small.named_parameters()}
+    moved = {named[i] for i in adapter}
+    for name, value in tiny.weights(small).items():
+        assert torch.equal(value, before[name]) == (name not in moved), name
+    assert not small.training
+
+
+@families
+def test_fine_tuning_is_a_function_of_the_seed(family: str) -> None:
+    """Not of the global random state, nor of what this process trained before."""
+    data = tiny.encoded(family, 24)
+
+    def once(seed: int, before: int) -> dict[str, torch.Tensor]:
+        _, small, plan, _ = tiny.pair(family, dropout=0.3)
+        start = adapters.read(small, plan)
+        torch.manual_seed(before)
+        np.random.seed(before)
+        for other in range(before):
+            fine_tune(small, tiny.encoded(family, 9, seed=7), SETTINGS, seed=other)
+        adapters.load(small, start, plan)
+        state = torch.get_rng_state()
+        fine_tune(small, data, SETTINGS, seed)
+        assert torch.equal(torch.get_rng_state(), state), "the global stream moved"
+        return adapters.read(small, plan)
+
+    first = once(seed=1, before=0)
+    assert tiny.same_bits(once(seed=1, before=2), first)
+    assert not tiny.same_bits(once(seed=2, before=0), first)
+
+
+def test_dropout_is_on_in_training_and_off_in_evaluation() -> None:
+    seen: list[bool] = []
+
+    def spy(module: torch.nn.Module, *_: Any) -> None:
+        seen.append(module.training)
+
+    _, small, _, _ = tiny.pair("bert", dropout=0.3)
+    drops = [m for n, m in small.named_modules() if n.endswith("lora_dropout.default")]
+    assert len(drops) == 16
+    for module in drops:
+        module.register_forward_hook(spy)
+    data = tiny.encoded("bert", 8)
+    fine_tune(small, data, SETTINGS, seed=1)
+    assert seen and all(seen)
+    seen.clear()
+    evaluate(small, data, 8)
+    assert seen and not any(seen)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps", "want"), [(1, 0, 3), (2, 0, 6), (1, 2, 2), (1, 7, 7), (5, 1, 1)]
+)
+def test_steps_or_epochs(epochs: int, steps: int, want: int) -> None:
+    data = tiny.encoded("bert", 20)
+    settings = replace(SETTINGS, epochs=epochs, steps=steps)
+    served = list(local_batches(data, settings, seed=3))
+    assert len(served) == want
+    rows = [int(i) for batch in served[:3] for i in batch["index"]]
+    if want >= 3:
+        assert sorted(rows) == list(range(20))
+    _, small, _, _ = tiny.pair("bert")
+    assert fine_tune(small, data, settings, seed=3).steps == want
+
+
+def test_epochs_differ_in_their_order() -> None:
+    served = list(local_batches(tiny.encoded("bert", 20), replace(SETTINGS, epochs=2), seed=3))
+    halves = served[:3], served[3:]
+    order = [[int(i) for batch in half for i in batch["index"]] for half in halves]
+    assert sorted(order[0]) == sorted(order[1])
+    assert order[0] != order[1]
+
+
+def test_the_loss_reported_is_the_mean_over_rows() -> None:
+    """At a rate too small to matter it is the loss before training."""
+    _, small, _, _ = tiny.pair("bert")
+    data = tiny.encoded("bert", 20)
+    want = evaluate(small, data, 20).loss
+    # The tiny model's own dropout would blur the comparison.
+    for module in small.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    result = fine_tune(small, data, replace(SETTINGS, lr=1e-12, weight_decay=0.0), seed=1)
+    assert result.loss == pytest.approx(want, rel=1e-3)
+    assert (result.rows, result.steps) == (20, 3)
+
+
+@families
+def test_training_lowers_the_loss(family: str) -> None:
+    _, small, _, _ = tiny.pair(family)
+    data = tiny.encoded(family, 48)
+    before = evaluate(small, data, 16).loss
+    fine_tune(small, data, replace(SETTINGS, epochs=10), seed=1)
+    assert evaluate(small, data, 16).loss < 0.9 * before
+
+
+def test_clipping_bounds_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    norms: list[float] = []
+    _, small, plan, _ = tiny.pair("bert")
+    live = list(adapters.parameters(small, plan).values())
+
+    class Spy(torch.optim.AdamW):
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            norms.append(math.sqrt(sum(float(p.grad.square().sum()) for p in live)))
+            return super().step(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Spy)
+    for clip in (0.01, 0.0):
+        fine_tune(small, tiny.encoded("bert", 16), replace(SETTINGS, clip=clip), seed=1)
+    assert norms[:2] == pytest.approx([0.01, 0.01], rel=1e-3)
+    assert min(norms[2:]) > 0.01
+
+
+# --- evaluation ---------------------------------------------------------------------------
+
+
+@families
+def test_evaluation_equals_scoring_row_by_row(family: str) -> None:
+    fm, _, _, _ = tiny.pair(family)
+    data = tiny.encoded(family, 23)
+    seen: list[int] = []
+    score = evaluate(fm, data, 7, seen.append)
+    right, loss = 0, 0.0
+    with torch.no_grad():
+        for row in oracles.rows_alone(data):
+            scores = logits(fm, row)[0]
+            right += int(scores.argmax()) == int(row["labels"])
+            loss -= float(scores.log_softmax(-1)[int(row["labels"])])
+    assert score.accuracy == right / 23
+    assert score.loss == pytest.approx(loss / 23, rel=1e-5)
+    assert score.rows == 23
+    assert seen == [7, 14, 21, 23]
+
+
+# --- gradients ----------------------------------------------------------------------------
+
+
+@families
+def test_adapter_gradient_equals_a_plain_backward(family: str) -> None:
+    fm, small, plan, _ = tiny.pair(family)
+    data = tiny.encoded(family, 23)
+    for model, of in ((fm, None), (small, plan)):
+        model.double()
+        rows = [tiny.double(b) for b in batches(data, 7, None)]
+        found = adapter_gradient(model, rows, of)
+        (whole,) = batches(data, 23, None)
+        loss = F.cross_entropy(logits(model, tiny.double(whole)), whole["labels"])
+        loss.backward()
+        for name, p in adapters.parameters(model, of).items():
+            assert p.grad is not None
+            torch.testing.assert_close(found[name], p.grad, rtol=1e-9, atol=1e-12)
+        assert any(g.any() for n, g in found.items() if "lora_A" in n)
+
+
+def test_adapter_gradient_leaves_no_gradient_and_no_dropout() -> None:
+    _, small, plan, _ = tiny.pair("bert", dropout=0.5)
+    rows = list(batches(tiny.encoded("bert", 8), 8, None))
+    small.train()
+    first, second = (adapter_gradient(small, rows, plan) for _ in range(2))
+    assert tiny.same_bits(first, second)
+    assert all(p.grad is None for p in small.parameters())
+
+
+# --- reference points ---------------------------------------------------------------------
+
+
+@families
+def test_features_are_means_over_real_positions(family: str) -> None:
+    fm, _, _, _ = tiny.pair(family)
+    data = tiny.encoded(family, 11)
+    found = baselines.features(fm, data, 4)
+    with torch.no_grad():
+        for i, row in enumerate(oracles.rows_alone(data)):
+            hidden = oracles.block_outputs(fm, row)[-1][0]
+            want = torch.stack(list(hidden)).mean(0).numpy()
+            np.testing.assert_allclose(found[i], want, rtol=1e-4, atol=1e-5)
