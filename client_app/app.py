@@ -6,7 +6,6 @@ config names it and its data. Either way nothing here names, needs or opens the 
 
 from __future__ import annotations
 
-
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 

@@ -52,9 +52,7 @@ class AdapterSpec:
 def make_spec(family: Family, plan: Plan, fresh: tuple[str, ...], cfg: LoraSettings) -> AdapterSpec:
     """The adapter of a run: LoRA in every block the proxy has, head and `fresh` modules whole."""
     modules = tuple(dict.fromkeys((*family.head, *fresh)))
-    return AdapterSpec(
-        cfg.rank, cfg.alpha, cfg.dropout, family.lora_targets(plan.present), modules
-    )
+    return AdapterSpec(cfg.rank, cfg.alpha, cfg.dropout, family.lora_targets(plan.present), modules)
 
 
 def attach(model: nn.Module, spec: AdapterSpec, plan: Plan | None = None) -> PeftModel:
@@ -124,7 +122,8 @@ def initial(model: nn.Module, spec: AdapterSpec, seed: int, plan: Plan | None = 
 
 def norm(tensors: Mapping[str, Tensor]) -> float:
     """L2 norm over all tensors."""
-    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
+    # Exact, so that the order of the names, which no file promises, cannot change the last bit.
+    return math.sqrt(math.fsum(float(t.double().square().sum()) for t in tensors.values()))
 
 
 def merge(model: nn.Module, tensors: Mapping[str, Tensor], spec: AdapterSpec) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from .config import Config
 from .data.batches import Encoded, batches, encode
 from .data.tasks import Examples, Task
-from .families import family_of, base_model
+from .families import family_of_model
 from .training import device_of, real_positions, to_device
 
 
@@ -23,7 +23,7 @@ class _Events(Protocol):
 def features(model: nn.Module, data: Encoded, batch_size: int) -> np.ndarray:
     """Mean of the last block's output over real positions, [rows, D], in row order."""
     model.eval()
-    family = family_of(base_model(model).config.model_type)
+    family = family_of_model(model)
     out: dict[str, torch.Tensor] = {}
 
     def keep(_m: nn.Module, _i: Any, value: Any) -> None:
@@ -68,7 +68,7 @@ def tf_idf(train: Examples, test: Examples, seed: int) -> float:
     from sklearn.pipeline import make_pipeline
 
     def text(rows: Examples) -> list[str]:
-        return [x if isinstance(x, str) else " ".join(x) for x in rows.inputs]
+        return [" ".join(x) if isinstance(x, tuple) else str(x) for x in rows.inputs]
 
     model = make_pipeline(
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),

@@ -345,17 +345,26 @@ def replace_config(pyproject: str, body: str) -> str:
 
 
 def command_config(args: argparse.Namespace, console: Console) -> int:
-    """List the keys, or regenerate the files made from the list."""
-    if args.write:
+    """List the keys, or regenerate (or check) the files made from the list."""
+    if args.write or args.check:
         root = Path.cwd()
         project = root / "pyproject.toml"
         if not project.is_file() or not (root / "fedpft_core").is_dir():
-            raise UserError(f"--write works in the root of a checkout, and {root} is none.")
+            raise UserError(
+                f"--write and --check work in the root of a checkout, and {root} is none."
+            )
         old = project.read_text(encoding="utf-8")
-        project.write_text(replace_config(old, config_toml()), encoding="utf-8")
-        (root / "docs").mkdir(exist_ok=True)
-        (root / "docs" / "config.md").write_text(config_markdown(), encoding="utf-8")
-        print("wrote pyproject.toml and docs/config.md")
+        fresh = {
+            project: replace_config(old, config_toml()),
+            root / "docs" / "config.md": config_markdown(),
+        }
+        for path, text in fresh.items():
+            if args.write:
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(text, encoding="utf-8")
+            elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+                raise RunError(f"{path} is out of date; `fedpft config --write` renews it.")
+        print("wrote" if args.write else "up to date:", "pyproject.toml and docs/config.md")
     elif args.format == "toml":
         print(config_toml(), end="")
     elif args.format == "markdown":
@@ -378,7 +387,21 @@ def command_config(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-# ---------------------------------------------------------------- fedpft report, inspect
+# ---------------------------------------------------------------- fedpft compare, report, inspect
+
+
+def command_compare(args: argparse.Namespace, console: Console) -> int:
+    """Run the cells of a grid that have no result yet, and print the table."""
+    from . import compare
+
+    path = Path(args.experiment)
+    experiment = compare.Experiment.read(path)
+    folder = Path(args.results) if args.results else path.with_suffix("")
+    failed = 0
+    if not args.table:
+        failed = compare.run(experiment, folder, say=lambda text: print(text, flush=True))
+    print(compare.table(experiment, folder, args.reference), end="")
+    return 1 if failed else 0
 
 
 def command_report(args: argparse.Namespace, console: Console) -> int:
@@ -469,6 +492,9 @@ def parser() -> argparse.ArgumentParser:
         "--write", action="store_true",
         help="in a checkout: regenerate docs/config.md and pyproject.toml's run config",
     )  # fmt: skip
+    show.add_argument(
+        "--check", action="store_true", help="in a checkout: fail if --write would change a file"
+    )
     show.set_defaults(function=command_config)
 
     again = commands.add_parser("report", help="make the report of a run folder again")
@@ -479,6 +505,17 @@ def parser() -> argparse.ArgumentParser:
         "inspect", parents=[keys], help="sizes and costs of the foundation model and its proxy"
     )
     look.set_defaults(function=command_inspect)
+
+    grid = commands.add_parser("compare", help="run a grid of methods, data and seeds in process")
+    grid.add_argument("experiment", metavar="FILE", help="experiment file (YAML)")
+    grid.add_argument("--results", metavar="DIR", help="results folder (default: beside the file)")
+    grid.add_argument(
+        "--table", action="store_true", help="only print the table of what is there, as Markdown"
+    )
+    grid.add_argument(
+        "--reference", default="fedpetuning", help="method that the others are compared with"
+    )
+    grid.set_defaults(function=command_compare)
     return main_parser
 
 

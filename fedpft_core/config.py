@@ -6,9 +6,7 @@ config in pyproject.toml are all made from it. A key is written `section.key-wit
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -183,7 +181,9 @@ class FederationConfig:
     min_clients: int = _key(2, "good replies a round needs", low=1)
     attempts: int = _key(2, "times a round is tried before the run fails", low=1)
     round_timeout: float = _key(3600.0, "longest wait for a round's replies, seconds", above=0.0)
-    node_timeout: float = _key(300.0, "longest wait for enough nodes at the start, seconds", above=0.0)
+    node_timeout: float = _key(
+        300.0, "longest wait for enough nodes at the start, seconds", above=0.0
+    )
     partition: str = _key(
         "dirichlet",
         "how simulated clients share the training rows: `iid` or `dirichlet`",
@@ -226,7 +226,8 @@ class RunConfig:
     threads: int = _key(0, "torch threads of the server, 0 = all cores", low=0)
     device: str = _key("auto", "server device: `auto`, `cpu`, `cuda`, `cuda:N`")
     eval_split: str = _key(
-        "test", "rows scored after each round: `test` or `validation`",
+        "test",
+        "rows scored after each round: `test` or `validation`",
         choices=("test", "validation"),
     )
     evaluate_every: int = _key(
@@ -238,12 +239,15 @@ class RunConfig:
         True, "also run the federation on the undistilled sub-FM, for the final table"
     )
     gradient_rows: int = _key(
-        64, "validation rows on which adapter gradients of both models are compared, 0 = none",
+        64,
+        "validation rows on which adapter gradients of both models are compared, 0 = none",
         low=0,
     )
     resume: bool = _key(False, "continue the run in run.dir from its last checkpoint")
     checkpoints: int = _key(2, "checkpoints kept", low=1)
-    stop_after: int = _key(0, "stop after this round (for tests and drills), 0 = run to the end", low=0)
+    stop_after: int = _key(
+        0, "stop after this round (for tests and drills), 0 = run to the end", low=0
+    )
 
 
 @dataclass(frozen=True)
@@ -317,7 +321,7 @@ def keys() -> dict[str, KeyInfo]:
             name = f"{section}.{f.name.replace('_', '-')}"
             m = f.metadata
             out[name] = KeyInfo(
-                name, hints[f.name], f.default, m["doc"], m["low"], m["high"], m["above"],
+                name, hints[f.name], getattr(cls, f.name), m["doc"], m["low"], m["high"], m["above"],
                 m["choices"],
             )  # fmt: skip
     return out
@@ -452,16 +456,13 @@ def parse_overrides(text: str) -> dict[str, Any]:
     return out
 
 
-def check_types_are_scalar() -> None:
-    """Every key must survive Flower's run config: bool, int, float or str, nothing nested."""
-    for info in keys().values():
-        assert info.type in (bool, int, float, str), info
-        assert not isinstance(info.type, types.UnionType), info
-
-
-__all__ = [
-    "AlignConfig", "Config", "DataConfig", "DistillConfig", "FederationConfig", "KeyInfo",
-    "LoraConfig", "ModelConfig", "PlanConfig", "RunConfig", "TrainConfig", "WireConfig",
-    "dataclasses", "flatten", "from_flat", "keys", "parse_overrides", "read_file", "to_flat",
-    "to_tree",
-]  # fmt: skip
+def method_name(config: Config) -> str:
+    """The method these settings amount to, by the names of docs/paper_map.md."""
+    if config.plan.proxy == "full":
+        return "fedpetuning"
+    if config.plan.proxy == "layer-drop":
+        return "fedot"
+    before = config.distill.method != "none" and config.distill.steps > 0
+    during = 0 < config.align.interval < config.federation.rounds
+    names = {(True, True): "fedpft", (True, False): "fedpft-b", (False, True): "fedpft-d"}
+    return names.get((before, during), "fedpft-n")

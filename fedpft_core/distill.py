@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -61,10 +61,8 @@ def _taps(model: nn.Module, plan: Plan, own_index: bool) -> Iterator[dict[int, T
 def _outputs(model: nn.Module, plan: Plan, batch: Batch, own_index: bool) -> dict[int, Tensor]:
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "index")}
     with _taps(model, plan, own_index) as seen:
-        try:
+        with suppress(_Enough):
             model(**inputs)
-        except _Enough:
-            pass
         return dict(seen)
 
 
@@ -169,8 +167,8 @@ def distil(
     noise = _AdapterNoise(teacher, student, plan, cfg.adapter_noise, noise_seed)
     # The adapter stays: without this the graph would reach down to the first block's LoRA.
     held = [p for p in student.parameters() if p.requires_grad]
-    for p in held:
-        p.requires_grad_(False)
+    for held_one in held:
+        held_one.requires_grad_(False)
     params = list(moving.values())
     for p in params:
         p.requires_grad_(True)
@@ -214,8 +212,8 @@ def distil(
         for p in params:
             p.requires_grad_(False)
             p.grad = None
-        for p in held:
-            p.requires_grad_(True)
+        for held_one in held:
+            held_one.requires_grad_(True)
     return first, last, time.perf_counter() - start
 
 
@@ -297,5 +295,3 @@ def choose_neurons(
             order = torch.sort(rate, descending=selection == "apoz", stable=True).indices
         out[block] = order[:m].sort().values
     return out
-
-

@@ -7,27 +7,30 @@ Every line has `t` (Unix seconds) and `event`. Events of a side run carry `arm` 
 on the undistilled sub-FM has `arm = "undistilled"`) and are no part of the main run's figures.
 The other fields by event:
 
-run_started      run_dir, version, seed, method, rounds, clients_per_round, resumed_from (round)
-phase_started    phase (load | build | baselines | undistilled | distil | round | align | export)
-phase_finished   phase, seconds
-progress         phase, done, total, unit, and any of loss, round
-model            fm_parameters, fm_bytes, proxy_parameters, proxy_bytes, fm_block_parameters,
-                 proxy_block_parameters, blocks: [{block, kind, neurons, fm_neurons}]
+run_started      run_dir, version, seed, rounds, clients_per_round, resumed_from (round)
+phase_started    phase (load | build | baselines | undistilled | distil | round | align | export),
+                 round (round and align only)
+phase_finished   phase, seconds, round (as above)
+progress         phase, done, total, unit, and any of loss, round, model
+model            name, fm_parameters, fm_bytes, proxy_parameters, proxy_bytes,
+                 fm_block_parameters, proxy_block_parameters,
+                 blocks: [{block, kind, neurons, fm_neurons}]
 task             name, kind, train, validation, test (rows), labels (names), public (rows)
 nodes            count, names
-baseline         name (linear-probe | tf-idf | undistilled), accuracy, rows
-distilled        steps, seconds, loss_first, loss_last, output_error: [per block]
+baseline         name (linear-probe | tf-idf | undistilled), accuracy, rows, split
+distilled        steps, seconds, loss_first, loss_last, error_before, output_error: {block: error}
 round_started    round, rounds, attempt, clients (names), lr
-reply            round, client, status (ok | refused | error | need), seconds, examples, loss,
-                 reason
-round_finished   round, seconds, train_seconds, overhead_seconds, loss, examples, good, bad
+reply            round, client, status (ok | refused | error | need), seconds, reason, and when
+                 ok: examples, loss, steps, train_seconds, timings: {part: seconds}
+round_finished   round, seconds, exchange_seconds, train_seconds, evaluate_seconds, loss,
+                 examples, good, bad
 evaluation       round, model (proxy | fm), split, accuracy, loss, rows, seconds
 bytes            round, client, direction (down | up), kind (package | patch | adapter | counts
                  | control), bytes
 alignment        round, neurons, share, loss_before, loss_after, digest_from, digest_to,
                  seconds, blocks: [{block, error_before, error_after}]
 agreement        round, when (start | before-align | after-align | end), cosine, relative_l2,
-                 head_cosine, blocks: [{block, cosine, relative_l2}]
+                 head_cosine, head_relative_l2, blocks: [{block, cosine, relative_l2}]
 adapter          round, norm
 memory           process (server), peak_rss_bytes
 files            paths: {name: path}
@@ -57,7 +60,7 @@ class EventLog:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             _drop_torn_tail(path)
-            self._file = open(path, "ab", buffering=0)
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115  # closed by close()
 
     def emit(self, event: str, **fields: Any) -> None:
         """Append one event. A write that fails (full disk) raises OSError."""

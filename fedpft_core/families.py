@@ -113,6 +113,12 @@ def family_of(model_type: str) -> Family:
         ) from None
 
 
+def family_of_model(model: nn.Module) -> Family:
+    """The family of a task model, bare or wrapped by PEFT."""
+    config: Any = base_model(model).config
+    return family_of(config.model_type)
+
+
 def base_model(model: nn.Module) -> nn.Module:
     """The task model inside a PEFT wrapper, or the model itself."""
     inner = getattr(model, "get_base_model", None)
@@ -158,9 +164,9 @@ class FFN:
     def neurons(self) -> int:
         return self.out.in_features
 
-    def parts(self) -> dict[str, nn.Parameter]:
+    def parts(self) -> dict[str, Tensor]:
         """Every parameter alignment may move, by a family-independent name."""
-        named: dict[str, nn.Parameter] = {}
+        named: dict[str, Tensor] = {}
         for i, linear in enumerate(self.ins):
             named[f"in{i}.weight"] = linear.weight
             if linear.bias is not None:

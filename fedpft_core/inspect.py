@@ -33,8 +33,8 @@ def block_cost(family: Family, block: nn.Module, length: int, rank: int, width: 
     linears = [m for m in block.modules() if isinstance(m, nn.Linear)]
     dense = 2.0 * sum(m.weight.numel() for m in linears)
     attention = 4.0 * length * width
-    targets = [block.get_submodule(path) for path in family.attention]
-    lora = 2.0 * rank * sum(t.weight.shape[0] + t.weight.shape[1] for t in targets)  # type: ignore[operator, union-attr, index]
+    targets: list[Any] = [block.get_submodule(path) for path in family.attention]
+    lora = 2.0 * rank * sum(t.in_features + t.out_features for t in targets)
     forward = dense + attention + lora
     # Attention's backward recomputes two products for each of its two: twice the forward.
     return BlockCost(
@@ -44,7 +44,9 @@ def block_cost(family: Family, block: nn.Module, length: int, rank: int, width: 
     )
 
 
-def step_ratio(config: Config, fm: nn.Module, proxy: nn.Module, family: Family, length: int) -> float:
+def step_ratio(
+    config: Config, fm: nn.Module, proxy: nn.Module, family: Family, length: int
+) -> float:
     """Theoretical speed-up of a client step on the proxy over one on the FM (≥ 1)."""
     width = family.ffns(fm)[0].out.out_features
     total = [
@@ -112,7 +114,7 @@ def inspect(config: Config) -> dict[str, Any]:
         "notes": [
             f"FLOPs are per token of a forward pass at {length} tokens with LoRA of rank {rank}.",
             f"A client step on the proxy is at best {ratio:.2f}x as fast as on the FM.",
-            f"{100 * (1 - totals[1] / totals[0]):.1f}% of the block parameters stay with the owner.",
+            f"{100 * (1 - totals[1] / totals[0]):.1f}% of the block parameters stay with the owner."
         ],
         "step_ratio": ratio,
     }  # fmt: skip

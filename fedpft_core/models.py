@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +104,7 @@ def load(cfg: ModelConfig, label_names: tuple[str, ...], kind: str, seed: int) -
     config.id2label = dict(enumerate(label_names))
     config.label2id = {name: i for i, name in enumerate(label_names)}
     config.problem_type = "single_label_classification"
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(derive(seed, "fresh-weights"))
         try:
             model, info = auto.from_pretrained(
@@ -120,6 +123,24 @@ def load(cfg: ModelConfig, label_names: tuple[str, ...], kind: str, seed: int) -
     names = [*info["missing_keys"], *(row[0] for row in info["mismatched_keys"])]
     fresh = _modules(names, family)
     return Loaded(model.eval(), family, load_processor(source, want, common), fresh, cfg.name)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar and no report of new head weights: both are expected here."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _modules(names: list[str], family: Family) -> tuple[str, ...]:

@@ -46,7 +46,7 @@ def make_package(
     }
     inside = tuple(f"{m}." for m in spec.modules)
     weights = {
-        k: t.detach().cpu().contiguous()
+        k: t.detach().to("cpu", copy=True).contiguous()
         for k, t in proxy.state_dict().items()
         if not k.startswith(inside)
     }

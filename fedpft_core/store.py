@@ -71,7 +71,8 @@ class Store:
             files = {p.name: p.read_bytes() for p in sorted((folder / "files").iterdir())}
             package = Package(meta, files, weights)
             good = package.digest() == digest
-        except (OSError, SafetensorError, ValueError, KeyError):
+        except (OSError, SafetensorError, ValueError, KeyError, RuntimeError):
+            # RuntimeError: how torch reports a file that went away between two of its steps.
             good = False
         if not good:
             # Not if another process has evicted it meanwhile, and perhaps put a good one there.
@@ -104,9 +105,10 @@ class Store:
                 raise OSError(errno.EIO, str(error)) from error
             try:
                 os.rename(temp, folder)
-            except OSError:
-                # Another process wrote the same content first: equal digests, equal bytes.
-                if not folder.is_dir():
+            except OSError as error:
+                # Another process wrote the same content first: equal digests, equal bytes. It
+                # may be gone again by now; whoever misses it asks for it.
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
         finally:
             shutil.rmtree(temp, ignore_errors=True)

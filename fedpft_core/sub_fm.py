@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .config import PlanConfig
 from .errors import UserError
-from .families import FFN, Family, base_model, family_of
+from .families import FFN, Family, family_of, family_of_model
 from .seeds import torch_stream
 
 
@@ -123,13 +123,15 @@ def make_plan(model: nn.Module, cfg: PlanConfig, seed: int) -> Plan:
 
     Raises UserError naming the key when K exceeds F or a retained layer is out of range.
     """
-    family = family_of(base_model(model).config.model_type)
+    family = family_of_model(model)
     ffns = family.ffns(model)
     n, f = len(ffns), ffns[0].neurons
     if cfg.proxy == "full":
         return Plan(family.model_type, f, tuple(BlockPlan("whole") for _ in ffns))
     if cfg.keep_neurons > f:
-        raise UserError(f"plan.keep-neurons = {cfg.keep_neurons} is more than the FM's {f} neurons.")
+        raise UserError(
+            f"plan.keep-neurons = {cfg.keep_neurons} is more than the FM's {f} neurons."
+        )
     k = cfg.keep_neurons or max(1, round(cfg.keep_share * f))
     retained = parse_layers(cfg.retained_layers, n)
     if cfg.proxy == "layer-drop":

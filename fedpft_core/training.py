@@ -216,7 +216,9 @@ def adapter_gradient(
     device = device_of(model)
     live = adapters.parameters(model, plan)
     rows = 0
-    total = {name: torch.zeros_like(p, device="cpu", dtype=torch.float64) for name, p in live.items()}
+    total = {
+        name: torch.zeros_like(p, device="cpu", dtype=torch.float64) for name, p in live.items()
+    }
     for batch in data:
         batch = to_device(batch, device)
         loss = F.cross_entropy(logits(model, batch), batch["labels"], reduction="sum")

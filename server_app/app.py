@@ -60,7 +60,8 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
     f = config.federation
     events.emit(
         "run_started", run_dir=config.run.dir, version=__version__, seed=config.run.seed,
-        rounds=f.rounds, clients_per_round=f.clients_per_round,
+        method=configs.method_name(config), rounds=f.rounds,
+        clients_per_round=f.clients_per_round,
         resumed_from=saved.round if saved else None,
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from fedpft_core import adapters, distill, measure, models, sub_fm
@@ -61,7 +62,9 @@ def pick_device(wanted: str) -> torch.device:
     try:
         device = torch.device(wanted)
     except RuntimeError:
-        raise UserError(f"run.device: expected auto, cpu, cuda or cuda:N, got {wanted!r}.") from None
+        raise UserError(
+            f"run.device: expected auto, cpu, cuda or cuda:N, got {wanted!r}."
+        ) from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"run.device = {wanted}: no CUDA device is available here.")
     return device
@@ -82,8 +85,8 @@ class Bench:
     task: Task
     public: list[Any]
     processor: Any
-    fm: nn.Module
-    proxy: nn.Module
+    fm: PeftModel
+    proxy: PeftModel
     plan: sub_fm.Plan
     spec: adapters.AdapterSpec
     source: str
@@ -132,10 +135,12 @@ class Bench:
             package = make_package(
                 proxy, plan, spec, loaded.processor, kind, task.label_names, length
             )
-            fm = adapters.attach(loaded.model, spec).to(device)
-            proxy = adapters.attach(proxy, spec, plan).to(device)
+            fm = adapters.attach(loaded.model, spec)
+            peft_proxy = adapters.attach(proxy, spec, plan)
+            fm.to(device)
+            peft_proxy.to(device)
         bench = Bench(
-            config, events, task, public, loaded.processor, fm, proxy, plan, spec,
+            config, events, task, public, loaded.processor, fm, peft_proxy, plan, spec,
             loaded.source, score_rows, gradient_rows, device,
         )  # fmt: skip
         return bench, package
@@ -177,7 +182,12 @@ class Bench:
         if not len(self.gradient_rows) or self.plan.is_full:
             return
         found = measure.gradient_agreement(
-            self.fm, self.proxy, self.plan, self.gradient_rows, self.config.train.batch_size, b_only=start
+            self.fm,
+            self.proxy,
+            self.plan,
+            self.gradient_rows,
+            self.config.train.batch_size,
+            b_only=start,
         )
         self.events.emit("agreement", round=round, when=when, **found)
 
@@ -292,9 +302,7 @@ def _check_lengths(config: Config, loaded: models.Loaded) -> None:
             raise UserError(f"{key} = {length} is more than the {limit} tokens the model can read.")
 
 
-def _emit_model(
-    events: Events, loaded: models.Loaded, proxy: nn.Module, plan: sub_fm.Plan
-) -> None:
+def _emit_model(events: Events, loaded: models.Loaded, proxy: nn.Module, plan: sub_fm.Plan) -> None:
     fm_parameters, fm_bytes = models.size(loaded.model)
     proxy_parameters, proxy_bytes = models.size(proxy)
     fm_blocks, proxy_blocks = (loaded.family.block_list(m) for m in (loaded.model, proxy))

@@ -54,7 +54,7 @@ class Deployment:
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
-        log = open(self.folder / f"{name}.log", "ab")
+        log = open(self.folder / f"{name}.log", "ab")  # noqa: SIM115  # the child keeps it
         process = subprocess.Popen(
             [str(BIN / command[0]), *command[1:]],
             cwd=self.folder,
@@ -70,7 +70,9 @@ class Deployment:
     def start_node(self, name: str, data: Path, **config: str | int) -> None:
         """One SuperNode with its own data file."""
         pairs: Mapping[str, str | int] = {"name": name, "data-path": str(data), **config}
-        text = " ".join(f'{k}="{v}"' if isinstance(v, str) else f"{k}={v}" for k, v in pairs.items())
+        text = " ".join(
+            f'{k}="{v}"' if isinstance(v, str) else f"{k}={v}" for k, v in pairs.items()
+        )
         self.nodes[name] = self.start(
             name, "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{self.port}",
             "--host", "127.0.0.1", "--port", str(free_port()), "--node-config", text,

@@ -79,7 +79,9 @@ def test_simulation_without_the_fm_on_disk(tmp_path: Path) -> None:
     assert not any(e["event"] == "round_started" for e in flower.events(run)[:5])
     check_result(run, tmp_path / "hidden")
     left = [
-        p.info for p in psutil.process_iter(["pid", "name", "cmdline"]) if p.info["pid"] not in before
+        p.info
+        for p in psutil.process_iter(["pid", "name", "cmdline"])
+        if p.info["pid"] not in before
     ]
     ours = [p for p in left if any(str(tmp_path) in arg for arg in p["cmdline"] or ())]
     assert not ours, ours
@@ -105,9 +107,7 @@ def test_superlink_with_two_supernodes(tmp_path: Path) -> None:
     replies = [e for e in flower.events(run) if e["event"] == "reply"]
     assert {(e["client"], e["examples"]) for e in replies} == {("edge-0", 40), ("edge-1", 25)}
     # Each node has its own store; the package went to each exactly once.
-    packages = [
-        e for e in flower.events(run) if e["event"] == "bytes" and e["kind"] == "package"
-    ]
+    packages = [e for e in flower.events(run) if e["event"] == "bytes" and e["kind"] == "package"]
     assert len(packages) == 2
     for i in range(2):
         assert list((tmp_path / f"cache{i}" / "store").iterdir())

@@ -225,7 +225,7 @@ def test_many_processes_share_one_store(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     failures = context.Queue()
     workers = [
-        context.Process(target=hammer, args=(tmp_path, seed, 4.0, failures)) for seed in range(4)
+        context.Process(target=hammer, args=(tmp_path, seed, 3.0, failures)) for seed in range(4)
     ]
     for worker in workers:
         worker.start()

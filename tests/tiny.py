@@ -107,11 +107,11 @@ def tokenizer(family: str) -> Any:
 
 def hf_config(family: str, labels: int = len(LABELS), **shape: Any) -> Any:
     """A tiny config of the family; keyword arguments change its shape."""
-    size = _SHAPE | shape
     if family in TEXT_FAMILIES:
-        size |= {"vocab_size": len(vocabulary()), "max_position_embeddings": 40, "pad_token_id": 0}
+        own = {"vocab_size": len(vocabulary()), "max_position_embeddings": 40, "pad_token_id": 0}
     else:
-        size |= {"image_size": 16, "patch_size": 4, "num_channels": 3}
+        own = {"image_size": 16, "patch_size": 4, "num_channels": 3}
+    size = _SHAPE | own | shape
     cls = {
         "bert": transformers.BertConfig,
         "roberta": transformers.RobertaConfig,

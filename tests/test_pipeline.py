@@ -1,0 +1,457 @@
+"""Whole runs in this process: load, distil, federate, align, export, resume."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+import fedpft_core.events
+from fedpft_core import adapters, config, models
+from fedpft_core.data.batches import encode
+from fedpft_core.data.tasks import load_task
+from fedpft_core.errors import RunError, UserError
+from fedpft_core.exchange import open_envelope
+from fedpft_core.sub_fm import Plan
+from fedpft_core.training import evaluate, logits
+
+CHANCE = 1 / 3
+ADAPTER = "adapter/adapter_model.safetensors"
+# What a clock or a folder name decides; all else must be the same in two equal runs.
+_FREE = {
+    *("t", "seconds", "train_seconds", "exchange_seconds", "evaluate_seconds"),
+    *("timings", "peak_rss_bytes", "run_dir", "paths", "resumed_from", "bytes"),
+}
+
+
+@dataclass
+class Done:
+    """A finished run and what it left."""
+
+    flat: dict[str, Any]
+    folder: Path
+    events: list[dict[str, Any]]
+    federation: tiny.Federation
+
+    def of(self, name: str) -> list[dict[str, Any]]:
+        return tiny.main_run(self.events, name)
+
+    def scores(self, model: str) -> list[float]:
+        return [
+            e["accuracy"]
+            for e in self.of("evaluation")
+            if e["model"] == model and e["split"] == "test"
+        ]
+
+    @property
+    def adapter(self) -> bytes:
+        return (self.folder / ADAPTER).read_bytes()
+
+
+def go(flat: dict[str, Any], folder: Path, **keys: Any) -> Done:
+    federation = tiny.Federation(flat)
+    events = tiny.run(flat, folder, federation, **keys)
+    return Done(federation.flat, folder, events, federation)
+
+
+@pytest.fixture(scope="module", params=["bert", "vit"])
+def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """A run with everything switched on: baselines, distillation, two alignments possible."""
+    path = tmp_path_factory.mktemp(request.param)
+    flat = tiny.write_task(request.param, path)
+    keys = {"run.baselines": True, "run.undistilled": True}
+    return go(flat | keys, path / "run")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A quick task for runs whose accuracy is of no interest."""
+    quick = {
+        "distill.steps": 4,
+        "align.steps": 3,
+        "align.interval": 1,
+        "train.local-epochs": 1,
+        "federation.rounds": 3,
+    }
+    return tiny.write_task("bert", tmp_path_factory.mktemp("text"), rows=90) | quick
+
+
+def kind_of(done: Done) -> str:
+    return "image" if "data.image-column" in done.flat else "text"
+
+
+# --- what a run achieves ------------------------------------------------------------------
+
+
+def test_both_models_learn_the_task(done: Done) -> None:
+    for model in ("proxy", "fm"):
+        scores = done.scores(model)
+        assert len(scores) == 5  # before round 1 and after each of 4
+        assert scores[-1] > 0.9 > 2 * CHANCE, scores
+        if kind_of(done) == "text":  # a random head on the images' colours guesses well
+            assert scores[0] < 0.7
+        losses = [e["loss"] for e in done.of("evaluation") if e["model"] == model]
+        assert losses[-1] < 0.4 * losses[0]
+
+
+def test_the_exported_adapter_makes_the_untouched_fm_the_plugged_in_fm(done: Done) -> None:
+    """Loaded the way a user would, by transformers and PEFT alone."""
+    import transformers
+
+    auto: Any = (
+        transformers.AutoModelForSequenceClassification
+        if kind_of(done) == "text"
+        else transformers.AutoModelForImageClassification
+    )
+    cfg = config.from_flat(done.flat)
+    torch.manual_seed(123)  # another random head than the run's
+    untouched = auto.from_pretrained(cfg.model.name, num_labels=3)
+    product = PeftModel.from_pretrained(untouched, str(done.folder / "adapter")).eval()
+
+    loaded = models.load(cfg.model, tiny.LABELS, kind_of(done), cfg.run.seed)
+    plan = Plan.from_json((done.folder / "plan.json").read_text())
+    spec = adapters.make_spec(loaded.family, plan, loaded.fresh, cfg.lora)
+    plugged_in = adapters.attach(loaded.model, spec)
+    stored = load_file(done.folder / ADAPTER)
+    adapters.load(plugged_in, {k.removeprefix("base_model.model."): v for k, v in stored.items()})
+    batch = tiny.batch_of("bert" if kind_of(done) == "text" else "vit")
+    with torch.no_grad():
+        assert torch.equal(logits(product, batch), logits(plugged_in, batch))
+
+    task = load_task(cfg.data, cfg.run.seed)
+    rows = encode(task.test, loaded.processor, cfg.data.max_length)
+    score = evaluate(product, rows, cfg.run.eval_batch_size)
+    last = [e for e in done.of("evaluation") if e["model"] == "fm" and e["split"] == "test"][-1]
+    assert (score.accuracy, score.loss) == (last["accuracy"], last["loss"])
+
+
+def test_the_exported_adapter_is_the_last_rounds_average(done: Done) -> None:
+    last = [e for e in done.of("adapter") if e["round"] == 4]
+    stored = load_file(done.folder / ADAPTER)
+    assert adapters.norm(stored) == last[0]["norm"]
+
+
+def test_distillation_and_alignment_lower_the_output_error(done: Done) -> None:
+    (distilled,) = done.of("distilled")
+    before, after = (distilled[k].values() for k in ("error_before", "output_error"))
+    assert sum(after) < sum(before)
+    for event in done.of("alignment"):
+        blocks = event["blocks"]
+        assert [b["block"] for b in blocks] == [1, 2]
+        assert sum(b["error_after"] for b in blocks) < sum(b["error_before"] for b in blocks)
+        assert event["digest_from"] != event["digest_to"]
+
+
+def test_changed_weights_reach_the_clients_as_patches(done: Done) -> None:
+    (alignment,) = done.of("alignment")
+    assert alignment["round"] == 2
+    asked = [open_envelope(e) for _, e in done.federation.sent if e.kind == "train"]
+    main = [m for m in asked if m.digest in (alignment["digest_from"], alignment["digest_to"])]
+    assert {m.digest for m in main if m.round <= 2} == {alignment["digest_from"]}
+    assert {m.digest for m in main if m.round > 2} == {alignment["digest_to"]}
+    down = {
+        (e["round"], e["kind"]): e["bytes"] for e in done.of("bytes") if e["direction"] == "down"
+    }
+    assert down[3, "patch"] > 0
+    assert (2, "patch") not in down
+    assert down[3, "patch"] < down[1, "package"]
+
+
+def test_reference_points_are_scored(done: Done) -> None:
+    names = {e["name"]: e["accuracy"] for e in done.events if e["event"] == "baseline"}
+    want = {"linear-probe", "undistilled"} | ({"tf-idf"} if kind_of(done) == "text" else set())
+    assert set(names) == want
+    assert names["linear-probe"] > 0.9
+
+
+# --- events -------------------------------------------------------------------------------
+
+
+def _documented() -> dict[str, set[str]]:
+    """Event name → the words its entry in the module's documentation has."""
+    text = (fedpft_core.events.__doc__ or "").partition("The other fields by event:\n")[2]
+    found: dict[str, set[str]] = {}
+    for line in text.splitlines():
+        start = re.match(r"([a-z_]+)  +\S", line)
+        if start:
+            found[name := start[1]] = set()
+        if line.strip():
+            found[name] |= set(re.findall(r"\w+", line[17:]))
+    return found
+
+
+def test_every_event_and_field_is_documented(done: Done) -> None:
+    documented = _documented()
+    assert len(documented) > 15
+    unknown = set()
+    for event in done.events:
+        assert event["event"] in documented, event
+        fields = set(event) - {"t", "event", "arm"}
+        fields |= {k for entry in event.get("blocks", []) for k in entry}
+        unknown |= {(event["event"], k) for k in fields - documented[event["event"]]}
+    assert not unknown
+
+
+def test_a_whole_run_emits_every_event_that_is_not_about_trouble(done: Done) -> None:
+    seen = {e["event"] for e in done.events}
+    assert set(_documented()) - seen <= {"warning", "run_failed"}
+    assert done.events[0]["event"] == "run_started"
+    assert done.events[-1]["event"] == "run_finished"
+    assert all(e["status"] == "ok" for e in done.of("reply"))
+
+
+def test_phases_are_closed_in_order(done: Done) -> None:
+    open_phases: list[str] = []
+    for event in done.events:
+        if event["event"] == "phase_started":
+            open_phases.append(event["phase"])
+        elif event["event"] == "phase_finished":
+            assert open_phases.pop() == event["phase"]
+            assert event["seconds"] >= 0
+    assert not open_phases
+
+
+# --- alignment ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("interval", "want"), [(1, [1, 2]), (2, [2]), (3, []), (4, []), (0, [])])
+def test_alignment_fires_exactly_when_due(
+    interval: int, want: list[int], text: dict[str, Any], tmp_path: Path
+) -> None:
+    done = go(text, tmp_path, align__interval=interval, run__gradient_rows=0)
+    assert [e["round"] for e in done.of("alignment")] == want
+    with_counts = {
+        open_envelope(e).round for _, e in done.federation.received if "counts" in e.parts
+    }
+    assert with_counts == set(want)
+    assert len(done.of("round_finished")) == 3
+
+
+@pytest.mark.parametrize("selection", ["apoz", "active", "random"])
+def test_only_the_chosen_share_travels(
+    selection: str, text: dict[str, Any], tmp_path: Path
+) -> None:
+    keys = {"align__proportion": 0.25, "align__selection": selection, "federation__rounds": 2}
+    done = go(text, tmp_path, run__gradient_rows=0, **keys)
+    (alignment,) = done.of("alignment")
+    assert alignment["neurons"] == 2 * 3  # a quarter of 12 kept neurons in each of 2 blocks
+    (patch,) = {
+        p.target: p
+        for _, e in done.federation.sent
+        if e.kind == "train"
+        for p in open_envelope(e).patches
+    }.values()
+    assert {k: len(v) for k, v in patch.tensors.items() if k.endswith("/index")} == {
+        "1/index": 3,
+        "2/index": 3,
+    }
+
+
+# --- the same run again -------------------------------------------------------------------
+
+
+def _comparable(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The main run's events from the first round on, without clocks, traffic and progress."""
+    names = {"evaluation", "round_started", "round_finished", "adapter", "alignment", "agreement"}
+    return [{k: v for k, v in e.items() if k not in _FREE} for e in events if e["event"] in names]
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    stop: int, text: dict[str, Any], tmp_path: Path
+) -> None:
+    through = go(text, tmp_path / "through")
+    with pytest.raises(RunError, match=f"stopped after round {stop}"):
+        go(text, tmp_path / "stopped", run__stop_after=stop)
+    assert not (tmp_path / "stopped" / ADAPTER).exists()
+    torch.manual_seed(77)
+    resumed = go(text, tmp_path / "stopped", run__resume=True)
+    assert resumed.adapter == through.adapter
+    assert _comparable(resumed.events) == _comparable(through.events)
+    starts = resumed.of("run_started")
+    assert [e["resumed_from"] for e in starts] == [None, stop]
+    assert not resumed.of("run_failed")
+    rounds = {open_envelope(e).round for _, e in resumed.federation.sent if e.kind == "train"}
+    assert rounds == set(range(stop + 1, 4))
+
+
+def test_the_same_seed_gives_the_same_run(text: dict[str, Any], tmp_path: Path) -> None:
+    first = go(text, tmp_path / "a")
+    torch.manual_seed(5)
+    again = go(text, tmp_path / "b")
+    other = go(text, tmp_path / "c", run__seed=1)
+    assert again.adapter == first.adapter
+    assert _comparable(again.events) == _comparable(first.events)
+    assert other.adapter != first.adapter
+
+
+# --- other settings of the same pipeline --------------------------------------------------
+
+
+def test_layer_drop_run(text: dict[str, Any], tmp_path: Path) -> None:
+    done = go(text, tmp_path, plan__proxy="layer-drop", plan__drop_to=2)
+    assert not done.of("distilled") and not done.of("alignment")
+    plan = Plan.from_json((tmp_path / "plan.json").read_text())
+    assert plan.present == (0, 3)
+    stored = load_file(tmp_path / ADAPTER)
+    blocks = {m[1] for k in stored if (m := re.search(r"layer\.(\d+)\.", k))}
+    assert blocks == {"0", "3"}
+    cfg = config.from_flat(done.flat)
+    untouched = models.load(cfg.model, tiny.LABELS, "text", 9)
+    product = PeftModel.from_pretrained(untouched.model, str(tmp_path / "adapter")).eval()
+    rows = encode(load_task(cfg.data, 0).test, untouched.processor, cfg.data.max_length)
+    last = [e for e in done.of("evaluation") if e["model"] == "fm" and e["split"] == "test"][-1]
+    assert evaluate(product, rows, cfg.run.eval_batch_size).loss == last["loss"]
+
+
+def test_clients_that_hold_the_fm(text: dict[str, Any], tmp_path: Path) -> None:
+    done = go(text, tmp_path, plan__proxy="full")
+    assert not done.of("distilled") and not done.of("alignment") and not done.of("agreement")
+    by_round: dict[tuple[int, str], list[tuple[float, float]]] = {}
+    for e in done.of("evaluation"):
+        by_round.setdefault((e["round"], e["split"]), []).append((e["accuracy"], e["loss"]))
+    assert all(proxy == fm for proxy, fm in by_round.values()), "proxy and FM are one model"
+
+
+def test_undistilled_run(text: dict[str, Any], tmp_path: Path) -> None:
+    done = go(text, tmp_path, distill__method="none", align__interval=0)
+    assert not done.of("distilled")
+    assert len(done.scores("fm")) == 4
+
+
+def test_local_steps(text: dict[str, Any], tmp_path: Path) -> None:
+    done = go(text, tmp_path, train__local_steps=2, federation__rounds=1)
+    assert {e["steps"] for e in done.of("reply")} == {2}
+
+
+def test_rates_fall_linearly_over_the_rounds(text: dict[str, Any], tmp_path: Path) -> None:
+    done = go(text, tmp_path, train__lr=3e-3)
+    sent = {
+        m.round: m.settings.lr
+        for _, e in done.federation.sent
+        if e.kind == "train" and (m := open_envelope(e))
+    }
+    assert [sent[r] for r in (1, 2, 3)] == pytest.approx([3e-3, 2e-3, 1e-3])
+
+
+# --- own data -----------------------------------------------------------------------------
+
+
+def _formats(flat: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
+    """The same rows as CSV, JSON lines and Parquet, under other column names."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    made: dict[str, dict[str, Any]] = {}
+    for ending in ("csv", "jsonl", "parquet"):
+        keys: dict[str, Any] = {"data.text-column": "sentence", "data.label-column": "kind"}
+        for split in ("train", "test", "public"):
+            with open(flat[f"data.{split}"], newline="", encoding="utf-8") as file:
+                rows = [{"kind": r["label"], "sentence": r["text"]} for r in csv.DictReader(file)]
+            path = folder / f"{split}.{ending}"
+            if ending == "csv":
+                with open(path, "w", newline="", encoding="utf-8") as file:
+                    writer = csv.DictWriter(file, ["kind", "sentence"])
+                    writer.writeheader()
+                    writer.writerows(rows)
+            elif ending == "jsonl":
+                path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+            else:
+                pq.write_table(pa.Table.from_pylist(rows), path)
+            keys[f"data.{split}"] = str(path)
+        made[ending] = keys
+    return made
+
+
+def test_own_data_in_three_formats_gives_the_same_run(text: dict[str, Any], tmp_path: Path) -> None:
+    want = go(text, tmp_path / "plain", federation__rounds=2).adapter
+    for ending, keys in _formats(text, tmp_path).items():
+        done = go(text | keys, tmp_path / ending, federation__rounds=2)
+        assert done.adapter == want, ending
+
+
+def test_own_images_in_parquet(tmp_path: Path) -> None:
+    """As datasets writes them: a struct of bytes and path; labels as numbers with names given."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    flat = tiny.write_task("deit", tmp_path, rows=90)
+    for split in ("train", "test", "public"):
+        table = pq.read_table(flat[f"data.{split}"]).to_pylist()
+        rows = [
+            {
+                "picture": {"bytes": r["image"], "path": None},
+                "y": tiny.LABELS.index(r["label"]),
+            }
+            for r in table
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), flat[f"data.{split}"])
+    keys = {
+        "data.image-column": "picture",
+        "data.label-column": "y",
+        "data.labels": ",".join(tiny.LABELS),
+    }
+    done = go(flat | keys, tmp_path / "run")
+    assert done.of("task")[0]["labels"] == list(tiny.LABELS)
+    assert done.scores("fm")[-1] > 0.9
+
+
+def test_validation_rows_can_be_scored_instead(text: dict[str, Any], tmp_path: Path) -> None:
+    done = go(text, tmp_path, run__eval_split="validation", federation__rounds=1)
+    assert {e["split"] for e in done.of("evaluation")} == {"validation"}
+    assert {e["rows"] for e in done.of("evaluation")} == {done.of("task")[0]["validation"]}
+
+
+# --- trouble ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"plan__keep_neurons": 25}, "plan.keep-neurons = 25"),
+        ({"plan__retained_layers": "7"}, "plan.retained-layers: block 7 is out of range"),
+        ({"plan__retained_layers": "x"}, "plan.retained-layers: expected block indices"),
+        ({"data__max_length": 99}, "data.max-length = 99"),
+        ({"distill__length": 99}, "distill.length = 99"),
+    ],
+)
+def test_bad_settings_stop_the_run_with_one_sentence(
+    keys: dict[str, Any], message: str, text: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        go(text, tmp_path, **keys)
+    lines = (tmp_path / "events.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1])
+    assert last["event"] == "run_failed" and message in last["reason"]
+
+
+def test_too_few_good_clients_stop_the_run_and_keep_what_is_done(
+    text: dict[str, Any], tmp_path: Path
+) -> None:
+    federation = tiny.Federation(text)
+    answer = federation._answer
+
+    def dies_in_round_2(index: int, envelope: Any) -> Any:
+        if envelope.kind == "train" and open_envelope(envelope).round == 2 and index > 0:
+            raise_refusal = {"name": f"client-{index}", "reason": "no power"}
+            from fedpft_core.exchange import RefusalReply, seal
+
+            return seal(RefusalReply(**raise_refusal))
+        return answer(index, envelope)
+
+    federation._answer = dies_in_round_2  # type: ignore[method-assign]
+    with pytest.raises(RunError, match=r"round 2.*federation\.min-clients.*no power"):
+        tiny.run(text, tmp_path, federation)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["round-0001"]
+    resumed = go(text, tmp_path, run__resume=True)
+    assert len(resumed.of("round_finished")) == 3
+    assert resumed.adapter == go(text, tmp_path / "through").adapter
