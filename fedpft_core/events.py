@@ -7,7 +7,7 @@ Every line has `t` (Unix seconds) and `event`. Events of a side run carry `arm` 
 on the undistilled sub-FM has `arm = "undistilled"`) and are no part of the main run's figures.
 The other fields by event:
 
-run_started      run_dir, version, seed, rounds, clients_per_round, resumed_from (round)
+run_started      run_dir, version, seed, method, rounds, clients_per_round, resumed_from (round)
 phase_started    phase (load | build | baselines | undistilled | distil | round | align | export),
                  round (round and align only)
 phase_finished   phase, seconds, round (as above)

@@ -32,6 +32,7 @@ class LocalSettings:
     weight_decay: float
     clip: float  # 0 = no clipping
     threads: int
+    head_lr_scale: float = 1.0  # the head's rate is this times lr
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,15 @@ def fine_tune(model: nn.Module, data: Encoded, settings: LocalSettings, seed: in
     that ran before in this process. Frozen parameters get no gradient and no optimizer state.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(
-        trainable, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
-    )
+    lora, head = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (lora if ".lora_" in name else head).append(p)
+    groups = [
+        {"params": lora, "lr": settings.lr},
+        {"params": head, "lr": settings.lr * settings.head_lr_scale},
+    ]
+    optimiser = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
     device = device_of(model)
     # Losses stay tensors until the end: reading each one would stall an accelerator.
     losses: list[Tensor] = []

@@ -277,7 +277,7 @@ class Strategy:
                         fmt=wire.adapter,
                         settings=LocalSettings(
                             lr, t.batch_size, t.local_epochs, t.local_steps, t.weight_decay,
-                            t.clip, t.threads,
+                            t.clip, t.threads, t.head_lr_scale,
                         ),
                         seed=self.config.run.seed,
                         count_rule=count_rule,

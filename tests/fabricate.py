@@ -270,7 +270,8 @@ class Network:
         for node, envelope in messages.items():
             self.log.append(("down", node, envelope))
             replies[node] = self.members[node].answer(envelope)
-        queue = [n for n in replies for _ in range(2 if self.duplicates else 1)]
+        times = 2 if self.duplicates and on_reply else 1
+        queue = [n for n in replies for _ in range(times)]
         if self.chaos:
             self.chaos.shuffle(queue)
         for node in queue:

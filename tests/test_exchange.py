@@ -260,6 +260,13 @@ def test_another_protocol_is_named() -> None:
             open_envelope(corrupt.reseal(sealed, head=head))
 
 
+def test_a_field_that_is_there_twice_is_refused() -> None:
+    sealed = seal(fabricate.reply(fabricate.expected()))
+    head = '{"examples":5,' + sealed.head[1:]
+    with pytest.raises(ReplyError, match="a key is there twice"):
+        open_envelope(corrupt.reseal(sealed, head=head))
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=80),
     lambda inner: (

@@ -68,10 +68,8 @@ def test_step_flops_equal_the_counter(family: str) -> None:
     assert totals[0] - totals[1] == cost.step * length
 
 
-@families
+@pytest.mark.parametrize("family", ["vit", "deit"])
 def test_image_tokens(family: str) -> None:
-    if family in tiny.TEXT_FAMILIES:
-        return
     model = tiny.model(family)
     assert inspect.image_tokens(model) == _row(family)[1]
 

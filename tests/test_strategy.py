@@ -122,31 +122,32 @@ def test_each_client_gets_what_it_lacks() -> None:
     network = fabricate.network("a", "b", "c")
     strategy, state, _ = started(network)
     strategy.run_round(state, 1, "")
-    assert parts_sent(network, 0) == dict.fromkeys("abc", {"adapter", "package"})
+    assert parts_sent(network, 0) == {n: {"adapter", "package"} for n in "abc"}
 
     mark = len(network.log)
     strategy.run_round(state, 2, "")
-    assert parts_sent(network, mark) == dict.fromkeys("abc", {"adapter"})
+    assert parts_sent(network, mark) == {n: {"adapter"} for n in "abc"}
 
     fabricate.align(state, 1)
     mark = len(network.log)
     strategy.run_round(state, 3, "")
-    assert parts_sent(network, mark) == dict.fromkeys("abc", {"adapter", "patch"})
+    assert parts_sent(network, mark) == {n: {"adapter", "patch"} for n in "abc"}
 
-    # b's disk is wiped, c has missed two alignments, d is new.
+    # a has kept up with the next alignment; b's disk is wiped and it says so when it comes
+    # back under a new id; c has missed two alignments; d is new.
     fabricate.align(state, 2)
     state.have["a"] = (state.digest,)
     network.members[11].packages[state.digest] = state.package
     fabricate.align(state, 3)
-    network.members[12].packages.clear()
+    network.members[99] = network.members.pop(12)
+    network.members[99].packages.clear()
     state.have.pop("b")
     network.members[14] = Node("d", 9)
     mark = len(network.log)
-    strategy = Strategy(fabricate.config(federation__clients_per_round=4), network, EventLog(None))
-    network.members[12].packages.clear()
+    strategy.config = fabricate.config(federation__clients_per_round=4)
     strategy.run_round(state, 4, "")
     sent = parts_sent(network, mark)
-    assert sent["a"] == {"adapter", "patch"} and sent["c"] == {"adapter", "patch"}
+    assert sent["a"] == sent["c"] == {"adapter", "patch"}
     assert sent["b"] == sent["d"] == {"adapter", "package"}
     chains = {network.members[n].name: len(m.patches) for n, m in requests(network)[-4:]}
     assert chains == {"a": 1, "b": 0, "c": 2, "d": 0}
@@ -163,7 +164,7 @@ def test_a_chain_longer_than_the_package_is_not_sent() -> None:
     assert sum(len(p.to_bytes()) for p in state.patches) > size
     mark = len(network.log)
     strategy.run_round(state, 2, "")
-    assert parts_sent(network, mark) == dict.fromkeys("ab", {"adapter", "package"})
+    assert parts_sent(network, mark) == {n: {"adapter", "package"} for n in "ab"}
     assert sum(len(p.to_bytes()) for p in state.patches) < size  # the useless ones are forgotten
 
 
@@ -430,6 +431,27 @@ def test_the_order_of_replies_does_not_matter(seed: int) -> None:
     assert accepted(events) == accepted(plain_events)
 
 
+def test_replies_are_summed_by_name_where_order_shows_in_the_bits() -> None:
+    """1e18 + 1 − 1e18 is 0 or 1 in float64, as the order is."""
+    results = set()
+    for seed in range(6):
+        network = fabricate.network("a", "b", "c", chaos=random.Random(seed))
+        for node, value in zip(network.members.values(), (1e18, 1.0, -1e18), strict=True):
+            node.examples = 1
+            node.spoil = filling(value)
+        strategy, state, _ = started(network, wire__max_update_norm=1e30)
+        outcome = strategy.run_round(state, 1, "")
+        results.add(codec.pack(outcome.adapter))
+    assert len(results) == 1
+    assert float(outcome.adapter["classifier.bias"][0]) == 0.0  # a, then b, then c
+
+
+def filling(value: float) -> Any:
+    return lambda reply: replace(
+        reply, adapter={k: torch.full_like(t, value) for k, t in reply.adapter.items()}
+    )
+
+
 def wiping(node: Node, rng: random.Random) -> Any:
     def spoil(reply: TrainReply) -> TrainReply:
         if rng.random() < 0.5:
@@ -517,14 +539,4 @@ def test_the_ledger_counts_every_byte_of_every_message() -> None:
 
     for way, node, envelope in network.log:
         cross(envelope, network.members[node].name, way)
-    # The first query is asked and answered outside a round: the network repeats no reply there
-    # that the strategy gets to see.
-    hellos = [e for way, _, e in network.log if way == "up" and e.kind == "hello-reply"]
-    for e in hellos[::2]:
-        message = open_envelope(e)
-        assert isinstance(message, HelloReply)
-    for name in NAMES:
-        extra = [e for e in hellos if open_envelope(e).name == name][1:]  # type: ignore[union-attr]
-        for e in extra:
-            crossed[name, "up", "control"] -= sum(e.sizes().values())
     assert booked == crossed

@@ -1,0 +1,264 @@
+"""Speed as ratios, both sides taken in turn in one process: these figures survive noisy machines.
+
+`python benchmarks/run.py [NAME …]` prints a Markdown row for each: step, overhead, distil,
+average, memory. Medians over interleaved repetitions; one torch thread unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from fedpft_core import adapters, config, distill, exchange, inspect, models, sub_fm, training
+from fedpft_core.data.batches import encode, public_batches
+from fedpft_core.data.public import load_public
+from fedpft_core.data.tasks import load_task
+
+REPEATS = 7
+
+
+def interleaved(*works: Callable[[], object], repeats: int = REPEATS) -> list[float]:
+    """Median seconds of each piece of work, taken in turn so that noise falls on all alike."""
+    times: list[list[float]] = [[] for _ in works]
+    for work in works:
+        work()
+    for _ in range(repeats):
+        for work, seen in zip(works, times, strict=True):
+            gc.collect()
+            start = time.perf_counter()
+            work()
+            seen.append(time.perf_counter() - start)
+    return [statistics.median(t) for t in times]
+
+
+class Setting:
+    """MiniLM, the default plan, and rows of the built-in task."""
+
+    def __init__(self, retained: str = "first,last") -> None:
+        cfg = config.from_flat({"plan.retained-layers": retained})
+        self.cfg = cfg
+        self.task = load_task(cfg.data, 0)
+        self.loaded = models.load(cfg.model, self.task.label_names, "text", 0)
+        self.plan = sub_fm.make_plan(self.loaded.model, cfg.plan, 0)
+        proxy = sub_fm.build(self.loaded.model, self.plan)
+        self.ratio = inspect.step_ratio(
+            cfg, self.loaded.model, proxy, self.loaded.family, self.mean_length()
+        )
+        spec = adapters.make_spec(self.loaded.family, self.plan, self.loaded.fresh, cfg.lora)
+        self.fm = adapters.attach(self.loaded.model, spec)
+        self.proxy = adapters.attach(proxy, spec, self.plan)
+        self.rows = self.encoded(128)
+
+    def encoded(self, count: int) -> training.Encoded:
+        stride = len(self.task.train) // count
+        rows = self.task.train.select(range(0, count * stride, stride))
+        return encode(rows, self.loaded.processor, 64)
+
+    def mean_length(self) -> int:
+        return int(np.mean(self.encoded(512).lengths))
+
+
+def settings(steps: int) -> training.LocalSettings:
+    return training.LocalSettings(8e-4, 16, 1, steps, 0.0, 1.0, 1, 10.0)
+
+
+def bench_step() -> list[str]:
+    """Client step on the proxy against the same step on the FM, and what FLOPs allow."""
+    out = []
+    for name, retained in (("default plan", "first,last"), ("all blocks pruned", "")):
+        s = Setting(retained)
+        fm, proxy = interleaved(
+            lambda s=s: training.fine_tune(s.fm, s.rows, settings(8), 0),
+            lambda s=s: training.fine_tune(s.proxy, s.rows, settings(8), 0),
+        )
+        share = fm / proxy / s.ratio
+        out.append(
+            f"| client step, {name} | FM {fm / 8 * 1e3:.0f} ms, sub-FM {proxy / 8 * 1e3:.0f} ms | "
+            f"{fm / proxy:.2f}x of {s.ratio:.2f}x that FLOPs allow = {100 * share:.0f}% | ≥ 85% |"
+        )
+    return out
+
+
+def bench_overhead() -> list[str]:
+    """`fine_tune` against a bare loop over the same modules and ready-made batches."""
+    s = Setting()
+    ready = list(training.local_batches(s.rows, settings(8), 0))
+
+    def bare() -> None:
+        params = [p for p in s.proxy.parameters() if p.requires_grad]
+        optimiser = torch.optim.AdamW(params, lr=8e-4, weight_decay=0.0, fused=True)
+        s.proxy.train()
+        for batch in ready:
+            inputs = {k: v for k, v in batch.items() if k not in ("labels", "index")}
+            loss = F.cross_entropy(s.proxy(**inputs).logits, batch["labels"])
+            loss.backward()
+            nn.utils.clip_grad_norm_(params, 1.0)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        s.proxy.eval()
+
+    plain, ours = interleaved(
+        bare, lambda: training.fine_tune(s.proxy, s.rows, settings(8), 0), repeats=11
+    )
+    return [
+        f"| fine_tune against a bare loop | bare {plain / 8 * 1e3:.1f} ms, "
+        f"ours {ours / 8 * 1e3:.1f} ms | {100 * (ours / plain - 1):+.1f}% | ≤ +5% |"
+    ]
+
+
+def bench_distil() -> list[str]:
+    """`distil` against the bare forward and backward passes of both models."""
+    s = Setting()
+    texts = load_public("builtin:public", "text", "text", (), 2000, 0)
+    steps = 6
+    ready = list(public_batches(texts, s.loaded.processor, 16, 64, steps, 0))
+    ffns = sub_fm.pruned_ffns(s.proxy, s.plan)
+    moving = [p for f in ffns.values() for p in f.parts().values()]
+
+    def bare() -> None:
+        held = [p for p in s.proxy.parameters() if p.requires_grad]
+        for p in held:
+            p.requires_grad_(False)
+        for p in moving:
+            p.requires_grad_(True)
+        for batch in ready:
+            with torch.no_grad():
+                h_T = distill._outputs(s.fm, s.plan, batch, own_index=False)
+            h_S = distill._outputs(s.proxy, s.plan, batch, own_index=True)
+            torch.autograd.grad(sum((h_S[b] - h_T[b]).square().mean() for b in h_T), moving)
+        for p in moving:
+            p.requires_grad_(False)
+        for p in held:
+            p.requires_grad_(True)
+
+    def ours() -> None:
+        distill.distil(
+            s.fm, s.proxy, s.plan, iter(ready), s.cfg.distill, steps=steps, lr=1e-5, alpha=0.01
+        )
+
+    plain, full = interleaved(bare, ours)
+    return [
+        f"| layer-level distillation | bare {plain / steps * 1e3:.0f} ms, "
+        f"ours {full / steps * 1e3:.0f} ms a step of 16 × 64 tokens | "
+        f"{100 * plain / full:.0f}% of the bare throughput | ≥ 80% |"
+    ]
+
+
+def bench_average() -> list[str]:
+    """Validation and averaging of 100 replies of 1.2M parameters against NumPy's running mean."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(768, 8), (8, 768)] * 96 + [(8, 2560)]
+    sent = {f"t{i:03d}": torch.randn(s, generator=generator) for i, s in enumerate(shapes)}
+    names = list(sent)
+    count = sum(t.numel() for t in sent.values())
+    packed = [
+        exchange.seal(
+            exchange.TrainReply(
+                "c", 1, "0" * 64, 10, 5, 0.5, 1.0, {k: t + i * 1e-4 for k, t in sent.items()},
+                "fp32",
+            )
+        )
+        for i in range(10)
+    ]  # fmt: skip
+    want = exchange.Expected(1, "0" * 64, "fp32", sent, 1e6, {})
+    opened = [exchange.open_envelope(p) for p in packed]
+
+    def ours() -> None:
+        average = exchange.Average()
+        for i in range(100):
+            reply = opened[i % 10]
+            assert isinstance(reply, exchange.TrainReply)
+            adapter, _ = exchange.validate(reply, want, "c", 10)
+            average.add(adapter, reply.examples)
+        average.result()
+
+    arrays = [
+        [r.adapter[k].numpy() for k in names] for r in opened if isinstance(r, exchange.TrainReply)
+    ]
+
+    def plain() -> None:
+        total = [np.zeros(a.shape) for a in arrays[0]]
+        for i in range(100):
+            for t, a in zip(total, arrays[i % 10], strict=True):
+                t += a * 10.0
+        [(t / 1000).astype(np.float32) for t in total]
+
+    numpy, full = interleaved(plain, ours, repeats=3)
+    return [
+        f"| validate and average 100 replies of {count / 1e6:.2f}M parameters | NumPy float64 "
+        f"mean {numpy:.2f} s, ours {full:.2f} s | {full / numpy:.1f}x | stated |"
+    ]
+
+
+_BUILD = """
+import sys, torch, transformers
+sys.path.insert(0, ".")
+from fedpft_core import config, models, sub_fm
+torch.set_num_threads(1)
+cfg = transformers.BertConfig(hidden_size=1280, num_hidden_layers=16, num_attention_heads=20,
+                              intermediate_size=5120, vocab_size=30522)
+cfg.architectures = ["BertForSequenceClassification"]
+fm = transformers.AutoModelForSequenceClassification.from_config(cfg)
+def memory(field):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(field))
+plan = sub_fm.make_plan(fm, config.PlanConfig(), 0)
+open("/proc/self/clear_refs", "w").write("5")  # forget the peak of making the model
+before = memory("VmRSS")
+if sys.argv[1] == "build":
+    proxy = sub_fm.build(fm, plan)
+    block = sum(p.numel() * 4 for p in fm.bert.encoder.layer[1].parameters())
+    print(before, memory("VmHWM"), models.size(fm)[1], models.size(proxy)[1], block)
+"""
+
+
+def bench_memory() -> list[str]:
+    """Building a sub-FM of a synthetic model of over 1 GB: peak memory over FM + sub-FM."""
+    done = subprocess.run(
+        [sys.executable, "-c", _BUILD, "build"], capture_output=True, text=True, check=True,
+        cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    before, after, fm, proxy, block = map(int, done.stdout.split())
+    extra = after - before - proxy
+    return [
+        f"| building a sub-FM | FM {fm / 1e9:.2f} GB, sub-FM {proxy / 1e9:.2f} GB, one block "
+        f"{block / 1e6:.0f} MB | {extra / 1e6:+.0f} MB beyond FM + sub-FM | ≤ one block |"
+    ]
+
+
+BENCHES = {
+    "step": bench_step,
+    "overhead": bench_overhead,
+    "distil": bench_distil,
+    "average": bench_average,
+    "memory": bench_memory,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[*BENCHES, []], default=list(BENCHES))
+    names = parser.parse_args().names or list(BENCHES)
+    torch.set_num_threads(1)
+    print("| what | measured | result | goal |\n|---|---|---|---|")
+    for name in names:
+        for row in BENCHES[name]():
+            print(row, flush=True)
+    print(f"\ntorch {torch.__version__}, one thread.")
+
+
+if __name__ == "__main__":
+    main()

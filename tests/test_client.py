@@ -1,0 +1,435 @@
+"""One client with a tiny model: what it does with packages, patches, disks and memory."""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import corrupt
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from fedpft_core import adapters, client, codec, config, sub_fm
+from fedpft_core.client import Client, ProcessCache
+from fedpft_core.errors import UserError
+from fedpft_core.exchange import (
+    Envelope,
+    Hello,
+    HelloReply,
+    Message,
+    NeedReply,
+    Package,
+    Patch,
+    RefusalReply,
+    TrainReply,
+    TrainRequest,
+    open_envelope,
+    seal,
+    tensor_digest,
+)
+from fedpft_core.families import family_of
+from fedpft_core.proxy import make_package, make_patch
+from fedpft_core.store import Store
+from fedpft_core.training import LocalSettings
+
+RUN = "0123456789abcdef"
+SETTINGS = LocalSettings(1e-2, 4, 1, 3, 0.0, 1.0, 1)
+
+
+@dataclass
+class Server:
+    """Three versions of one sub-FM, the patches between them, and the adapter."""
+
+    packages: list[Package]
+    patches: list[Patch]
+    adapter: dict[str, Tensor]
+
+    @property
+    def digests(self) -> list[str]:
+        return [p.digest() for p in self.packages]
+
+    def request(self, version: int, round: int = 1, **changes: Any) -> TrainRequest:
+        return TrainRequest(
+            round=round,
+            digest=self.digests[version],
+            adapter=self.adapter,
+            fmt="fp32",
+            settings=SETTINGS,
+            seed=0,
+            run=RUN,
+            **changes,
+        )
+
+    def whole(self, version: int, **changes: Any) -> TrainRequest:
+        return self.request(version, package=self.packages[version].to_bytes(), **changes)
+
+
+@pytest.fixture(scope="module")
+def server() -> Server:
+    fm = tiny.model("bert")
+    plan = tiny.plan_for(fm, keep_share=0.5)
+    proxy = sub_fm.build(fm, plan)
+    spec = adapters.make_spec(
+        family_of("bert"), plan, (), config.LoraConfig(rank=2, alpha=4.0, dropout=0.1)
+    )
+    packages = [make_package(proxy, plan, spec, tiny.tokenizer("bert"), "text", tiny.LABELS, 16)]
+    packages[0] = replace(
+        packages[0], weights={k: t.clone() for k, t in packages[0].weights.items()}
+    )
+    digests = {k: tensor_digest(t) for k, t in packages[0].weights.items()}
+    proxy = adapters.attach(proxy, spec, plan)
+    patches = []
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        for ffn in sub_fm.pruned_ffns(proxy, plan).values():
+            for p in ffn.parts().values():
+                p.data.add_(0.01 * torch.randn(p.shape, generator=generator))
+        chosen = {b: torch.arange(len(plan.blocks[b].kept)) for b in plan.pruned}
+        patch, package = make_patch(proxy, plan, chosen, packages[-1], digests, "fp32")
+        patches.append(patch)
+        packages.append(package)
+    return Server(packages, patches, tiny.random_adapter(proxy, spec, plan))
+
+
+Make = Callable[[], Client]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """A client of one node; each call is a new process of it, with nothing in memory."""
+    rows = tiny.examples("bert", 10)
+    return lambda: Client(
+        "edge-1", lambda: 10, lambda labels: rows, Store(tmp_path / "store"), cache=ProcessCache()
+    )
+
+
+def ask(node: Client, message: Message | Envelope) -> Any:
+    envelope = message if isinstance(message, Envelope) else seal(message)
+    return open_envelope(node.handle(envelope))
+
+
+def trained(node: Client, message: Message) -> TrainReply:
+    reply = ask(node, message)
+    assert isinstance(reply, TrainReply), reply
+    return reply
+
+
+def same(a: TrainReply, b: TrainReply) -> bool:
+    return (a.digest, a.loss, codec.pack(a.adapter)) == (b.digest, b.loss, codec.pack(b.adapter))
+
+
+@pytest.fixture
+def never_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError("it trained")
+
+    monkeypatch.setattr(client, "fine_tune", fail)
+
+
+# --- who it is ----------------------------------------------------------------------------
+
+
+def test_it_says_who_it_is_and_what_it_has(server: Server, make: Make) -> None:
+    node = make()
+    hello = ask(node, Hello())
+    assert isinstance(hello, HelloReply)
+    assert (hello.name, hello.examples, hello.have) == ("edge-1", 10, ())
+    trained(node, server.whole(0))
+    assert ask(node, Hello()).have == (server.digests[0],)
+    node.shared_store = True  # in a simulation the disk also holds what others were sent
+    assert ask(node, Hello()).have == ()
+
+
+def test_messages_no_client_can_answer_are_refused(make: Make) -> None:
+    for message in (NeedReply("x", "0" * 64), RefusalReply("x", "y")):
+        assert "cannot answer" in ask(make(), message).reason
+    damaged = replace(seal(Hello()), head="{}")
+    assert "damaged" in ask(make(), damaged).reason
+
+
+def test_a_user_error_comes_back_as_one_sentence(server: Server, make: Make) -> None:
+    node = make()
+
+    def no_rows(labels: tuple[str, ...]) -> Any:
+        raise UserError(f"train.csv: row 3: label 'x' is none of {labels}" + "." * 5000)
+
+    node.load_rows = no_rows
+    reply = ask(node, server.whole(0))
+    assert isinstance(reply, RefusalReply) and reply.name == "edge-1"
+    assert reply.reason.startswith("train.csv: row 3") and len(reply.reason) <= 1000
+
+
+# --- packages and patches -----------------------------------------------------------------
+
+
+def test_first_contact_then_adapter_only(server: Server, make: Make) -> None:
+    node = make()
+    first = trained(node, server.whole(0))
+    assert first.digest == server.digests[0] and first.examples == 10 and first.steps == 3
+    assert node.store.digests() == (server.digests[0],)
+    # From memory, and in a new process from disk: the same bits.
+    assert same(trained(node, server.request(0)), first)
+    assert same(trained(make(), server.request(0)), first)
+
+
+def test_patches_give_the_same_bits_as_the_whole_package(
+    server: Server, make: Make, tmp_path: Path
+) -> None:
+    want = [trained(make(), server.whole(v)) for v in range(3)]
+    assert len({codec.pack(r.adapter) for r in want}) == 3
+    shutil.rmtree(tmp_path / "store")
+    trained(make(), server.whole(0))
+    one = trained(make(), server.request(1, patches=(server.patches[0],)))
+    assert same(one, want[1])
+    two = trained(make(), server.request(2, patches=(server.patches[1],)))
+    assert same(two, want[2])
+    shutil.rmtree(tmp_path / "store")
+    trained(make(), server.whole(0))
+    chain = trained(make(), server.request(2, patches=tuple(server.patches)))
+    assert same(chain, want[2])
+    # A chain that starts before what the client has is entered where it can be.
+    shutil.rmtree(tmp_path / "store")
+    trained(make(), server.whole(1))
+    assert same(trained(make(), server.request(2, patches=tuple(server.patches))), want[2])
+
+
+@pytest.mark.usefixtures("never_trains")
+def test_without_the_weights_it_asks_for_them(server: Server, make: Make) -> None:
+    for message in (server.request(0), server.request(1, patches=(server.patches[0],))):
+        reply = ask(make(), message)
+        assert isinstance(reply, NeedReply)
+        assert (reply.name, reply.digest, reply.have) == ("edge-1", message.digest, ())
+
+
+@pytest.mark.parametrize("fresh", [True, False], ids=["new process", "model in memory"])
+def test_a_disk_wiped_between_rounds(
+    server: Server, make: Make, tmp_path: Path, fresh: bool
+) -> None:
+    node = make()
+    first = trained(node, server.whole(0))
+    shutil.rmtree(tmp_path / "store")
+    node = make() if fresh else node
+    assert isinstance(ask(node, server.request(0)), NeedReply)
+    assert same(trained(node, server.whole(0)), first)
+    assert node.store.digests() == (server.digests[0],)
+
+
+def test_a_byte_flipped_on_disk_is_mended(server: Server, make: Make) -> None:
+    first = trained(make(), server.whole(0))
+    node = make()
+    path = node.store.folder(server.digests[0]) / "weights.safetensors"
+    path.write_bytes(corrupt.flip(path.read_bytes(), path.stat().st_size - 100, 3))
+    assert isinstance(ask(node, server.request(0)), NeedReply)
+    assert node.store.digests() == ()
+    assert same(trained(node, server.whole(0)), first)
+    assert same(trained(make(), server.request(0)), first)
+
+
+def test_the_source_of_a_patch_flipped_on_disk(server: Server, make: Make) -> None:
+    trained(make(), server.whole(0))
+    node = make()
+    path = node.store.folder(server.digests[0]) / "weights.safetensors"
+    path.write_bytes(corrupt.flip(path.read_bytes(), path.stat().st_size - 100, 3))
+    reply = ask(node, server.request(1, patches=(server.patches[0],)))
+    assert isinstance(reply, NeedReply) and reply.have == ()
+
+
+@pytest.mark.usefixtures("never_trains")
+def test_a_tampered_package_is_refused(server: Server, make: Make) -> None:
+    node, good = make(), server.whole(0)
+    rng = random.Random(0)
+    for at in [9, 200, *(rng.randrange(len(good.package)) for _ in range(30))]:
+        bad = replace(good, package=corrupt.flip(good.package, at, rng.randrange(8)))
+        reply = ask(node, bad)
+        assert isinstance(reply, RefusalReply), at
+    other = replace(good, package=server.packages[1].to_bytes())
+    assert "does not have the digest" in ask(node, other).reason
+    assert node.store.digests() == () and not node.cache.models
+
+
+def test_a_tampered_patch_is_refused(
+    server: Server, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(make(), server.whole(0))
+    monkeypatch.setattr(client, "fine_tune", lambda *_: pytest.fail("it trained"))
+    patch, later = server.patches
+    name = next(k for k in patch.tensors if k.endswith("in0.weight"))
+    nudged = patch.tensors[name].clone()
+    nudged[0, 0] += 1e-3
+    bad = [
+        (1, (replace(patch, tensors=patch.tensors | {name: nudged}),)),
+        (1, (replace(patch, tensors={k: t for k, t in patch.tensors.items() if k != name}),)),
+        (1, (replace(patch, fmt="bf16"),)),
+        (1, (replace(patch, fmt="zip"),)),
+        (2, (patch,)),  # does not lead to what is to be trained on
+        (2, (replace(patch, target=server.digests[2]),)),
+        (2, (patch, replace(later, target=server.digests[1]))),
+        (1, (replace(patch, source="../../etc"),)),
+    ]
+    for version, patches in bad:
+        node = make()
+        reply = ask(node, server.request(version, patches=patches))
+        assert isinstance(reply, RefusalReply), (version, reply)
+        assert node.store.digests() == (server.digests[0],)
+        assert not node.cache.models
+
+
+def test_adapters_and_formats_that_do_not_fit_are_refused(server: Server, make: Make) -> None:
+    node, good = make(), server.whole(0)
+    name = sorted(good.adapter)[0]
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"adapter": {k: t for k, t in good.adapter.items() if k != name}}, "names differ"),
+        ({"adapter": good.adapter | {name: torch.zeros(1)}}, "shape"),
+        ({"fmt": "bf16"}, "not the agreed bf16"),
+        ({"fmt": "zip"}, "unknown format"),
+        ({"reply_fmt": "zip"}, "unknown format"),
+        ({"reply_fmt": "ternary", "run": "../.."}, "not a run"),
+        ({"reply_fmt": "ternary", "run": ""}, "not a run"),
+    ]
+    for changes, reason in bad:
+        reply = ask(node, replace(good, **changes))
+        assert isinstance(reply, RefusalReply) and reason in reply.reason, changes
+    trained(node, good)
+
+
+def test_a_package_that_is_no_model_is_refused(server: Server, make: Make) -> None:
+    good = server.packages[0]
+    meta = json.loads(good.meta)
+    plan = json.loads(meta["plan"])
+    plan["blocks"][1]["kept"] = plan["blocks"][1]["kept"][:-1]
+    metas = [
+        "{",
+        "[]",
+        json.dumps({k: v for k, v in meta.items() if k != "adapter"}),
+        json.dumps(meta | {"plan": "{}"}),
+        json.dumps(meta | {"plan": json.dumps(plan)}),
+        json.dumps(meta | {"model_config": {"model_type": "nothing"}}),
+        json.dumps(meta | {"labels": 3}),
+    ]
+    for text in metas:
+        package = replace(good, meta=text)
+        request = replace(server.request(0), digest=package.digest(), package=package.to_bytes())
+        assert isinstance(ask(make(), request), RefusalReply), text[:100]
+
+
+# --- disks --------------------------------------------------------------------------------
+
+
+def test_with_a_full_disk_it_trains_from_memory_and_is_served_again(
+    server: Server, make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    want = trained(make(), server.whole(0))
+    node = make()
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Store, "put", full)
+    reply = trained(node, server.whole(1))
+    assert reply.digest == server.digests[1]
+    assert "No space left" in caplog.text
+    assert isinstance(ask(node, server.request(1)), NeedReply)
+    assert same(trained(node, server.whole(1)), reply)
+    # What was on the disk before is still there.
+    assert same(trained(make(), server.request(0)), want)
+
+
+def test_an_eviction_while_the_model_is_in_use_does_no_harm(
+    server: Server, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = trained(make(), server.whole(0))
+    node = make()
+    load = client.rebuild
+
+    def evicted(package: Package) -> Any:
+        shutil.rmtree(node.store.root)
+        return load(package)
+
+    monkeypatch.setattr(client, "rebuild", evicted)
+    assert same(trained(node, server.request(0)), want)
+
+
+def test_a_bounded_store_still_serves_every_version(server: Server, make: Make) -> None:
+    node = make()
+    node.store.keep = 1
+    want = [trained(node, server.whole(v)) for v in range(3)]
+    assert node.store.digests() == (server.digests[2],)
+    assert isinstance(ask(make(), server.request(0)), NeedReply)
+    assert same(trained(node, server.whole(0)), want[0])
+
+
+# --- ternary ------------------------------------------------------------------------------
+
+
+def ternary(server: Server, round: int, adapter: dict[str, Tensor] | None = None) -> TrainRequest:
+    request = replace(server.whole(0, round=round), reply_fmt="ternary")
+    return replace(request, adapter=adapter or server.adapter)
+
+
+def test_error_feedback_lasts_over_rounds_and_processes(
+    server: Server, make: Make, tmp_path: Path
+) -> None:
+    exact = trained(make(), replace(server.whole(0, round=1)))
+    first = trained(make(), ternary(server, 1))
+    assert first.fmt == "ternary"
+    arrived = codec.decode_update(first.adapter, server.adapter, "ternary")
+    second = trained(make(), ternary(server, 2, arrived))
+    # Written out: the second update is the second change plus what the first left behind.
+    left = {k: exact.adapter[k] - arrived[k] for k in arrived}
+    plain = replace(ternary(server, 2, arrived), reply_fmt="")
+    new = trained(make(), plain)
+    want, _ = codec.encode_update(new.adapter, arrived, left, "ternary")
+    got = codec.decode_update(second.adapter, arrived, "ternary")
+    wanted = codec.decode_update(want, arrived, "ternary")
+    assert all(torch.allclose(got[k], wanted[k], atol=1e-6) for k in got)
+    # A round asked for again starts from the same residual; another run from none.
+    assert same(trained(make(), ternary(server, 2, arrived)), second)
+    other = replace(ternary(server, 2, arrived), run="f" * 16)
+    forgotten = trained(make(), other)
+    assert not same(forgotten, second)
+    # Lost on disk: as if there had been none.
+    shutil.rmtree(tmp_path / "store" / "residuals")
+    assert same(trained(make(), ternary(server, 2, arrived)), forgotten)
+    assert set(make().store.digests()) == {server.digests[0]}
+
+
+def test_a_residual_of_another_adapter_is_not_used(server: Server, make: Make) -> None:
+    want = trained(make(), ternary(server, 1))
+    kept = client.Residuals(make().store.root / "residuals")
+    for odd in ({"x": torch.ones(1)}, {k: torch.ones(1) for k in server.adapter}):
+        kept.put("a" * 16, "edge-1", 1, odd)
+        other = replace(ternary(server, 2), run="a" * 16)
+        assert isinstance(ask(make(), other), TrainReply)
+    assert same(trained(make(), ternary(server, 1)), want)
+
+
+def test_a_diverged_round_leaves_no_residual(
+    server: Server, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = adapters.read
+    monkeypatch.setattr(
+        client.adapters, "read", lambda *a: {k: t * float("nan") for k, t in read(*a).items()}
+    )
+    reply = trained(make(), ternary(server, 1))
+    monkeypatch.undo()
+    assert any(bool(t.isnan().any()) for t in reply.adapter.values() if t.is_floating_point())
+    assert not list(make().store.root.rglob("round-*"))
+
+
+def test_a_residual_that_cannot_be_kept_does_not_stop_the_round(
+    server: Server, make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(client.Residuals, "put", full)
+    assert isinstance(ask(make(), ternary(server, 1)), TrainReply)
+    assert "residual not kept" in caplog.text
