@@ -5,11 +5,15 @@
 The adapter is LoRA on four square matrices a block and a head. Its changes are drawn at random,
 row by row of different size; the error is that of what arrives, relative to what was trained,
 after one message and after ten (the sum of ten changes, each sent by itself).
+
+With --default the shape and the package are those of the run that `fedpft run` makes when it is
+given no configuration.
 """
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,6 +82,32 @@ def errors(base: Tensors, fmt: str) -> tuple[float, float]:
     return found[0], found[-1]
 
 
+def default_run() -> tuple[int, dict[str, Any]]:
+    """Bytes of the package of the default run, and its shape as arguments."""
+    from fedpft_core import adapters, config, models, sub_fm
+    from fedpft_core.data.tasks import load_task
+    from fedpft_core.proxy import make_package
+
+    cfg = config.Config()
+    task = load_task(cfg.data, cfg.run.seed)
+    loaded = models.load(cfg.model, task.label_names, task.kind, cfg.run.seed)
+    plan = sub_fm.make_plan(loaded.model, cfg.plan, cfg.run.seed)
+    spec = adapters.make_spec(loaded.family, plan, loaded.fresh, cfg.lora)
+    package = make_package(
+        sub_fm.build(loaded.model, plan), plan, spec, loaded.processor, task.kind,
+        task.label_names, cfg.data.max_length,
+    )  # fmt: skip
+    shape = {
+        "width": loaded.family.ffns(loaded.model)[0].out.out_features,
+        "blocks": len(plan.blocks),
+        "neurons": len(plan.blocks[plan.pruned[0]].kept),
+        "rank": cfg.lora.rank,
+        "classes": len(task.label_names),
+        "pruned": len(plan.pruned),
+    }
+    return len(package.to_bytes()), shape
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -85,7 +115,12 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--classes", type=int, default=2)
     parser.add_argument("--pruned", type=int, default=-1, help="pruned blocks, default all but two")
+    parser.add_argument("--default", action="store_true", help="the shape of the default run")
     args = parser.parse_args()
+    if args.default:
+        size, shape = default_run()
+        vars(args).update(shape)
+        print(f"Package: {size:,} bytes\n")
     base = adapter(args.width, args.blocks, args.rank, args.classes)
     count = sum(t.numel() for t in base.values())
     print(

@@ -88,7 +88,17 @@ def _edge_client(node: Mapping[str, Any]) -> Client:
         store=Store(root / "store"),
         device=node["device"],
         max_threads=node["max-threads"],
+        rows_id=_file_id(path),
     )
+
+
+def _file_id(path: Path) -> tuple[object, ...]:
+    """Differs when the file changes; a missing file is reported when its rows are read."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return (str(path),)
+    return (str(path), stat.st_mtime_ns, stat.st_size)
 
 
 @lru_cache(maxsize=2)
@@ -140,4 +150,5 @@ def _simulated_client(node: Mapping[str, Any], config: configs.Config) -> Client
         load_rows=load_rows,
         store=Store(root),
         shared_store=True,
+        rows_id=(config.data, config.federation, config.run.seed, index, count),
     )

@@ -81,7 +81,9 @@ class Client:
 
     `load_rows(labels)` reads the node's rows; it raises UserError for data that cannot be used.
     `count_rows()` says how many there are without needing the label names.
-    `shared_store` says that the store is not this client's alone (simulation).
+    `shared_store` says that the store is not this client's alone (simulation). `rows_id` is equal
+    for equal rows and differs for others (another seed, another file), so that encoded rows kept
+    in this process are never taken for those of another run.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Client:
     device: str = "cpu"
     max_threads: int = 0
     shared_store: bool = False
+    rows_id: tuple[object, ...] = ()
     cache: ProcessCache = field(default_factory=lambda: PROCESS_CACHE)
 
     def handle(self, envelope: Envelope) -> Envelope:
@@ -233,7 +236,7 @@ class Client:
             log.warning("client %s: sub-FM not kept on disk: %s", self.name, error)
 
     def _rows(self, held: Held) -> Encoded:
-        key = (self.name, held.reader, held.model.labels, held.model.max_length)
+        key = (self.name, self.rows_id, held.reader, held.model.labels, held.model.max_length)
         if key not in self.cache.rows:
             examples = self.load_rows(held.model.labels)
             if not len(examples):

@@ -34,7 +34,7 @@ from server_app.transport import LocalTransport, OnReply
 
 # What Flower adds to a message: metadata and a node of its object tree, the same for each array,
 # and for each chunk of 5 MB an array is cut into.
-FRAME, FRAME_PER_PART, FRAME_PER_CHUNK, CHUNK = 700, 700, 150, 5_000_000
+FRAME, FRAME_PER_PART, FRAME_PER_CHUNK, CHUNK = 450, 620, 100, 5_000_000
 CLIENTS = 4
 Files = dict[str, Any]
 

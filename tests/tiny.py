@@ -26,8 +26,6 @@ from fedpft_core.events import EventLog, read_events
 from fedpft_core.exchange import Envelope, open_envelope
 from fedpft_core.families import Family, family_of
 from fedpft_core.sub_fm import Plan
-from server_app.app import run as server_run
-from server_app.transport import LocalTransport
 
 FAMILIES = ("bert", "roberta", "vit", "deit")
 TEXT_FAMILIES = ("bert", "roberta")
@@ -335,7 +333,10 @@ class Federation:
         made.cache = self.caches[index]
         return made
 
-    def transport(self) -> LocalTransport:
+    def transport(self) -> Any:
+        # Here, because models and data must be had where Flower is missing.
+        from server_app.transport import LocalTransport
+
         return LocalTransport({i + 1: partial(self._answer, i) for i in range(self.count)})
 
     def _answer(self, index: int, envelope: Envelope) -> Envelope:
@@ -352,6 +353,8 @@ def run(
     flat: dict[str, Any], run_dir: Path, federation: Federation | None = None, **keys: Any
 ) -> list[dict[str, Any]]:
     """A whole run in this process; returns its events. `align__interval=1` sets align.interval."""
+    from server_app.app import run as server_run
+
     flat = flat | {k.replace("__", ".").replace("_", "-"): v for k, v in keys.items()}
     flat["run.dir"] = str(run_dir)
     federation = federation or Federation(flat)
