@@ -179,6 +179,8 @@ def summary(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             continue
         if e["event"] == "evaluation":
             out[f"{e['model']}_{e['split']}"] = e["accuracy"]
+        elif e["event"] == "validation":
+            out[f"{e['model']}_validation"] = e["accuracy"]
         elif e["event"] == "agreement":
             out[f"cosine_{e['when']}"] = e["cosine"]
         elif e["event"] == "adapter":

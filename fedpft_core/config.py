@@ -324,8 +324,8 @@ def keys() -> dict[str, KeyInfo]:
             name = f"{section}.{f.name.replace('_', '-')}"
             m = f.metadata
             out[name] = KeyInfo(
-                name, hints[f.name], getattr(cls, f.name), m["doc"], m["low"], m["high"], m["above"],
-                m["choices"],
+                name, hints[f.name], getattr(cls, f.name), m["doc"], m["low"], m["high"],
+                m["above"], m["choices"],
             )  # fmt: skip
     return out
 

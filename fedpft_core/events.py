@@ -25,6 +25,8 @@ reply            round, client, status (ok | refused | error | need), seconds, r
 round_finished   round, seconds, exchange_seconds, train_seconds, evaluate_seconds, loss,
                  examples, good, bad
 evaluation       round, model (proxy | fm), split, accuracy, loss, rows, seconds
+validation       round, model (proxy | fm), accuracy, loss, rows, seconds: at the end, on the
+                 server's validation rows, for choosing settings
 bytes            round, client, direction (down | up), kind (package | patch | adapter | counts
                  | control), bytes
 alignment        round, neurons, share, loss_before, loss_after, digest_from, digest_to,

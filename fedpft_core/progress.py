@@ -145,6 +145,9 @@ def lines_for(event: Event, seen: Mapping[str, Any]) -> list[str]:
     if kind == "evaluation":
         model = MODELS.get(str(get("model")), str(get("model")))
         return [f"{where}: {model} accuracy {percent(get('accuracy'))} ({get('split')})"]
+    if kind == "validation":
+        model = MODELS.get(str(get("model")), str(get("model")))
+        return [f"end: {model} accuracy {percent(get('accuracy'))} (validation rows)"]
     if kind == "alignment":
         return [
             f"{where}: re-aligned {get('neurons')} neurons in "

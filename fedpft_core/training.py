@@ -92,7 +92,8 @@ def fine_tune(model: nn.Module, data: Encoded, settings: LocalSettings, seed: in
     that ran before in this process. Frozen parameters get no gradient and no optimizer state.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
-    lora, head = [], []
+    lora: list[nn.Parameter] = []
+    head: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         if p.requires_grad:
             (lora if ".lora_" in name else head).append(p)

@@ -172,7 +172,7 @@ class Bench:
         for which, model in (("proxy", self.proxy), ("fm", self.fm)):
             result = evaluate(model, rows, self.config.run.eval_batch_size)
             self.events.emit(
-                "evaluation", round=round, model=which, split="validation",
+                "validation", round=round, model=which,
                 accuracy=result.accuracy, loss=result.loss, rows=result.rows,
                 seconds=result.seconds,
             )  # fmt: skip

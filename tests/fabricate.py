@@ -7,6 +7,7 @@ on its name and the round. So a round takes milliseconds and every order of even
 from __future__ import annotations
 
 import json
+import multiprocessing
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -286,6 +287,13 @@ class Network:
 def network(*names: str, **keys: Any) -> Network:
     """Nodes with ids 11, 12, … by name, with 5, 6, … examples."""
     return Network({11 + i: Node(n, 5 + i) for i, n in enumerate(names)}, **keys)
+
+
+def processes() -> Any:
+    """A way to start processes that is safe whatever threads this one has by now."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fabricate"])
+    return context
 
 
 def refuse(reason: str) -> Callable[[Any], Answer]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -247,33 +246,42 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         RunFolder.open(fabricate.config(run__dir=str(tmp_path / "file" / "run")))
 
 
-def server(folder: Path, opened: Any, let_go: Any) -> None:
+def server(folder: Path, pipe: Any) -> None:
     """A second process that holds a run folder until it is told to let go."""
     try:
         with RunFolder.open(fabricate.config(run__dir=str(folder))):
-            opened.put("opened")
-            let_go.wait()
+            pipe.send("opened")
+            pipe.recv()
     except UserError as error:
-        opened.put(str(error))
+        pipe.send(str(error))
+
+
+def started(folder: Path) -> tuple[Any, str]:
+    """A second process and what it says about the folder."""
+    context = fabricate.processes()
+    here, there = context.Pipe()
+    process = context.Process(target=server, args=(folder, there))
+    process.start()
+    there.close()
+    assert here.poll(60)
+    # Kept open with the process: its end would tell the server to let go.
+    process.pipe = here
+    return process, here.recv()
 
 
 def test_a_second_server_on_one_folder_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    context = multiprocessing.get_context("fork")
-    said, let_go = context.Queue(), context.Event()
-    first = context.Process(target=server, args=(folder, said, let_go))
-    first.start()
+    first, said = started(folder)
     try:
-        assert said.get(timeout=60) == "opened"
+        assert said == "opened"
         with pytest.raises(UserError, match="another server is running in this folder"):
             RunFolder.open(fabricate.config(run__dir=str(folder)))
     finally:
         first.kill()
         first.join()
     with RunFolder.open(fabricate.config(run__dir=str(folder))):  # the lock died with its holder
-        second = context.Process(target=server, args=(folder, said, let_go))
-        second.start()
-        assert "another server is running in this folder" in said.get(timeout=60)
+        second, said = started(folder)
+        assert "another server is running in this folder" in said
         second.join()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+
 from fedpft_core import compare
 from fedpft_core.cli import main
 from fedpft_core.errors import UserError

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import multiprocessing
 import os
 import random
 import resource
@@ -165,7 +164,7 @@ def write_where_nothing_fits(root: Path, answer: Any) -> None:
 
 def test_a_write_that_really_fails_leaves_the_store_as_it_was(tmp_path: Path) -> None:
     store, (first,) = filled(tmp_path, 0)
-    context = multiprocessing.get_context("fork")
+    context = fabricate.processes()
     answer = context.Queue()
     process = context.Process(target=write_where_nothing_fits, args=(tmp_path, answer))
     process.start()
@@ -214,7 +213,7 @@ def damage(store: Store, digest: str, rng: random.Random) -> None:
 
 
 def test_many_processes_share_one_store(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
+    context = fabricate.processes()
     failures = context.Queue()
     workers = [
         context.Process(target=hammer, args=(tmp_path, seed, 3.0, failures)) for seed in range(4)
