@@ -1,4 +1,4 @@
-"""What every test shares: two torch threads less to argue about, and a cache of its own."""
+"""What every test shares: its environment, and the list of skips that are allowed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+# Tiny models run fastest on one thread, and two would fight with the processes tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")

@@ -292,7 +292,8 @@ def network(*names: str, **keys: Any) -> Network:
 def processes() -> Any:
     """A way to start processes that is safe whatever threads this one has by now."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fabricate"])
+    # Imported once instead of in each process; the first call decides.
+    context.set_forkserver_preload(["test_store", "test_checkpoint"])
     return context
 
 

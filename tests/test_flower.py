@@ -111,3 +111,35 @@ def test_superlink_with_two_supernodes(tmp_path: Path) -> None:
     assert len(packages) == 2
     for i in range(2):
         assert list((tmp_path / f"cache{i}" / "store").iterdir())
+
+
+@pytest.mark.slow
+def test_flwr_run_alone(tmp_path: Path) -> None:
+    """`flwr run .` in a checkout, with Flower's own background SuperLink and two nodes."""
+    tree = job(tmp_path, **{"clients-per-round": 4, "clients": 10})
+    text = "\n".join(
+        f"{section}.{key} = {str(value).lower() if isinstance(value, bool) else repr(value)}"
+        for section, keys in tree.items()
+        for key, value in keys.items()
+    )
+    run = tmp_path / "run"
+    (tmp_path / "run.toml").write_text(f'{text}\nrun.dir = "{run}"\n'.replace("'", '"'))
+    env = flower.environment(
+        tmp_path / "flwr", FLWR_LOCAL_SUPERLINK_HTTP_API_PORT=str(flower.free_port())
+    )
+    try:
+        done = subprocess.run(
+            [str(flower.BIN / "flwr"), "run", ".", "--run-config", str(tmp_path / "run.toml"),
+             "--stream"],
+            cwd=flower.ROOT, env=env, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        log = flower.events(run)
+        assert any(e["event"] == "run_finished" for e in log), done.stdout[-3000:] + done.stderr
+        # Two nodes where four were asked for: said, and not fatal.
+        assert any("only 2 nodes" in str(e.get("text")) for e in log if e["event"] == "warning")
+        check_result(run, tmp_path / "fm")
+    finally:
+        for process in psutil.process_iter(["environ"]):
+            home = (process.info["environ"] or {}).get("FLWR_HOME")
+            if home == str(tmp_path / "flwr"):
+                process.terminate()
