@@ -85,7 +85,8 @@ class EventLog:
     def rewind(self, offset: int) -> None:
         """Forget what came after `offset`: a resumed run writes it again."""
         if self._file is not None:
-            self._file.truncate(offset)
+            # A log shorter than remembered (power cut) must not be padded with zero bytes.
+            self._file.truncate(min(offset, self.offset()))
         else:
             del self.seen[offset:]
 

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -292,8 +296,12 @@ def network(*names: str, **keys: Any) -> Network:
 def processes() -> Any:
     """A way to start processes that is safe whatever threads this one has by now."""
     context = multiprocessing.get_context("forkserver")
-    # Imported once instead of in each process; the first call decides.
+    # Imported once instead of in each process. The server finds modules by PYTHONPATH only.
     context.set_forkserver_preload(["test_store", "test_checkpoint"])
+    with pytest.MonkeyPatch.context() as patch:
+        here = Path(__file__).parent
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(here), str(here.parent)]))
+        forkserver.ensure_running()
     return context
 
 

@@ -229,7 +229,6 @@ def test_a_torn_line_of_the_event_log_is_mended(tmp_path: Path) -> None:
     assert [e["event"] for _, e in read_events(path)] == ["a", "b", "c"]
 
 
-@pytest.mark.xfail(reason="EventLog.rewind beyond the end of the file fills it with zero bytes")
 def test_a_log_shorter_than_the_checkpoint_remembers_stays_readable(tmp_path: Path) -> None:
     """As after a power cut: the checkpoint was flushed to the disk, the end of the log was not."""
     log = EventLog(tmp_path / "events.jsonl")
