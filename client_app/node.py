@@ -15,6 +15,7 @@ from fedpft_core.data.tasks import Examples, Task, load_examples, load_task
 from fedpft_core.errors import UserError
 from fedpft_core.seeds import derive
 from fedpft_core.store import Store
+from fedpft_core.training import pick_device
 
 # key: (type, default); types are those of Flower's node config.
 NODE_KEYS: dict[str, tuple[type, Any]] = {
@@ -60,6 +61,7 @@ def _checked(node_config: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(value, want) or isinstance(value, bool):
             raise UserError(f"node config: {key} expects {want.__name__}, got {value!r}.")
         node[key] = value
+    pick_device(node["device"], "node config: device")
     return node
 
 
@@ -149,6 +151,8 @@ def _simulated_client(node: Mapping[str, Any], config: configs.Config) -> Client
         count_rows=count_rows,
         load_rows=load_rows,
         store=Store(root),
+        device=node["device"],
+        max_threads=node["max-threads"],
         shared_store=True,
         rows_id=(config.data, config.federation, config.run.seed, index, count),
     )

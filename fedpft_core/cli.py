@@ -33,9 +33,8 @@ _FILE_KEYS = ("data.train", "data.validation", "data.test", "data.public")
 _MAYBE_FILE_KEYS = ("model.name", "data.labels")
 # What a resumed run may change: it alters neither the model nor what has been drawn at random.
 _FREE_ON_RESUME = (
-    "run.resume", "run.dir", "run.stop-after", "run.threads", "run.checkpoints",
-    "train.threads", "federation.round-timeout", "federation.node-timeout",
-    "federation.attempts",
+    "run.resume", "run.dir", "run.stop-after", "run.checkpoints",
+    "federation.round-timeout", "federation.node-timeout", "federation.attempts",
 )  # fmt: skip
 _LEAST_FREE_BYTES = 200_000_000
 

@@ -123,7 +123,9 @@ class Client:
             torch.set_num_threads(threads)
         held = self._held(request)
         if held is None:
-            return NeedReply(self.name, request.digest, self.store.digests())
+            # Not what was asked for, even if a damaged copy of it cannot be removed.
+            have = tuple(d for d in self.store.digests() if d != request.digest)
+            return NeedReply(self.name, request.digest, have)
         model, plan = held.model.model, held.model.plan
         rows = self._rows(held)
         sent = codec.decode(request.adapter, request.fmt)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -102,12 +103,13 @@ def run(experiment: Experiment, folder: Path, say: Any = print) -> int:
             best = best_rate(first)
             for seed in experiment.seeds[1:]:
                 _result(experiment.cell(method, dataset, seed, best), folder, say)
-    return sum(1 for r in results(folder) if "failed" in r)
+    last = {r["digest"]: r for r in results(folder)}
+    return sum(1 for r in last.values() if "failed" in r)
 
 
 def best_rate(rows: Sequence[Mapping[str, Any]]) -> float | None:
     """The learning rate with the best validation accuracy of the product, lowest on a tie."""
-    good = [r for r in rows if "failed" not in r]
+    good = [r for r in rows if "fm_validation" in r]
     if not good:
         return None
     return float(max(good, key=lambda r: (r["fm_validation"], -r["lr"]))["lr"])
@@ -124,7 +126,7 @@ def results(folder: Path) -> Iterator[dict[str, Any]]:
 def _result(cell: Cell, folder: Path, say: Any) -> dict[str, Any]:
     digest = cell.digest()
     for row in results(folder):
-        if row["digest"] == digest:
+        if row["digest"] == digest and "failed" not in row:
             return row
     row = {
         "digest": digest, "method": cell.method, "dataset": cell.dataset, "seed": cell.seed,
@@ -133,15 +135,21 @@ def _result(cell: Cell, folder: Path, say: Any) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         row |= run_cell(cell, folder / "runs" / digest)
-    except (UserError, RunError) as error:
-        row["failed"] = str(error)
+    except Exception as error:
+        # Whatever it was, hours of other cells are waiting.
+        known = isinstance(error, UserError | RunError)
+        row["failed"] = str(error) if known else f"{type(error).__name__}: {error}"
+    finally:
+        for bulky in ("clients", "checkpoints"):
+            shutil.rmtree(folder / "runs" / digest / bulky, ignore_errors=True)
     row["seconds"] = round(time.perf_counter() - start, 1)
-    say(
-        f"{cell.dataset} {cell.method} seed {cell.seed} lr {cell.lr:g}: "
-        + (row.get("failed") or f"FM {row['fm_test']:.4f} proxy {row['proxy_test']:.4f}")
-    )
     with open(folder / "cells.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+    figures = ", ".join(f"{k} {row[k]:.4f}" for k in ("fm_test", "proxy_test") if k in row)
+    say(
+        f"{cell.dataset} {cell.method} seed {cell.seed} lr {cell.lr:g}: "
+        + (row.get("failed") or figures)
+    )
     return row
 
 

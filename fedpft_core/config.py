@@ -7,6 +7,7 @@ config in pyproject.toml are all made from it. A key is written `section.key-wit
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -16,6 +17,10 @@ from typing import Any
 from .errors import UserError
 
 Scalar = bool | int | float | str
+
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+# A piece of `-c`: quoted parts may hold blanks; a quote that never closes stands for itself.
+_PIECE = re.compile(r"""(?:"[^"]*"|'[^']*'|[^\s])+""")
 
 
 def _key(
@@ -67,7 +72,7 @@ class DataConfig:
         "", "label names: JSON file or comma-separated list; empty = those of the training rows"
     )
     validation_share: float = _key(
-        0.1, "share of training rows carved off for validation", low=0.0, high=0.5
+        0.1, "share of training rows carved off for validation", low=0.0, high=0.49
     )
     max_train_rows: int = _key(0, "training rows used, 0 = all", low=0)
     max_test_rows: int = _key(0, "test rows used, 0 = all", low=0)
@@ -128,7 +133,10 @@ class DistillConfig:
 
 @dataclass(frozen=True)
 class AlignConfig:
-    """Neuron-level distillation between rounds (paper section 4.3)."""
+    """Neuron-level distillation between rounds (paper section 4.3).
+
+    Batch size, row length, warm-up, weight decay, clipping and adapter noise are those of distill.
+    """
 
     interval: int = _key(2, "rounds t between alignments, 0 = never", low=0)
     proportion: float = _key(
@@ -162,7 +170,9 @@ class LoraConfig:
 class TrainConfig:
     """Local fine-tuning at the clients."""
 
-    lr: float = _key(8e-4, "AdamW learning rate of round 1; falls linearly over rounds", above=0.0)
+    lr: float = _key(
+        1.6e-3, "AdamW learning rate of round 1; falls linearly over rounds", above=0.0
+    )
     head_lr_scale: float = _key(
         10.0, "learning rate of the task head as a multiple of train.lr", above=0.0
     )
@@ -224,8 +234,11 @@ class WireConfig:
 class RunConfig:
     """Where a run writes and what it evaluates."""
 
-    dir: str = _key("", "run folder; empty = a new folder below ~/.fedpft/runs")
-    seed: int = _key(0, "seed of every random stream", low=0)
+    dir: str = _key(
+        "",
+        "run folder; empty = a new one below ./runs (`fedpft run`) or ~/.fedpft/runs (`flwr run`)",
+    )
+    seed: int = _key(0, "seed of every random stream", low=0, high=2**32 - 1)
     threads: int = _key(0, "torch threads of the server, 0 = all cores", low=0)
     device: str = _key("auto", "server device: `auto`, `cpu`, `cuda`, `cuda:N`")
     eval_split: str = _key(
@@ -342,6 +355,8 @@ def _typed(info: KeyInfo, value: Any) -> Scalar:
         whole = isinstance(value, int) and not isinstance(value, bool)
         ok = value if whole else None
     elif want is float:
+        if isinstance(value, str) and _EXPONENT.fullmatch(value):
+            value = float(value)  # YAML 1.1 takes 6e-4, without a point, for a text
         number = isinstance(value, int | float) and not isinstance(value, bool)
         ok = float(value) if number and value == value and abs(value) != float("inf") else None
     elif isinstance(value, str):
@@ -414,7 +429,10 @@ def read_file(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such configuration file.")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}).") from error
     if path.suffix in (".yaml", ".yml"):
         import yaml
 
@@ -439,16 +457,14 @@ def read_file(path: Path) -> dict[str, Any]:
 def parse_overrides(text: str) -> dict[str, Any]:
     """Read `key=value key2=value2`, the form of `flwr run --run-config` (TOML values).
 
-    A bare word is taken as text, so that `run.dir=/tmp/x` needs no quotes.
+    A bare word is taken as text, so that `run.dir=/tmp/x` needs no quotes; values with blanks are
+    quoted.
     Raises UserError when a piece has no `=`.
     """
-    import shlex
     import tomllib
 
     out: dict[str, Any] = {}
-    lexer = shlex.shlex(text, posix=False, punctuation_chars=False)
-    lexer.whitespace_split, lexer.commenters = True, ""
-    for piece in lexer:
+    for piece in _PIECE.findall(text):
         name, eq, raw = piece.partition("=")
         if not eq:
             raise UserError(f"-c {text!r}: expected key=value, got {piece!r}.")

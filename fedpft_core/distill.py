@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -98,18 +97,6 @@ def warmup_then_linear(step: int, steps: int, warmup_share: float) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return (steps - step) / (steps - warmup)
-
-
-@dataclass(frozen=True)
-class DistilReport:
-    """What an alignment did; errors are hidden-state errors per FM block on held-out batches."""
-
-    steps: int
-    seconds: float
-    loss_first: float
-    loss_last: float
-    error_before: dict[int, float]
-    error_after: dict[int, float]
 
 
 @torch.inference_mode()

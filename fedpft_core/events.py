@@ -44,6 +44,7 @@ run_failed       reason
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -70,7 +71,7 @@ class EventLog:
         if self._file is None:
             self.seen.append(line)
             return
-        data = (json.dumps(line, separators=(",", ":"), allow_nan=True) + "\n").encode()
+        data = (json.dumps(_finite(line), separators=(",", ":"), allow_nan=False) + "\n").encode()
         while data:
             data = data[self._file.write(data) :]
 
@@ -95,6 +96,17 @@ class EventLog:
             os.fsync(self._file.fileno())
             self._file.close()
             self._file = None
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value
 
 
 class TaggedLog:

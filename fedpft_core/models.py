@@ -68,6 +68,27 @@ def resolve(cfg: ModelConfig) -> str:
     return cfg.name
 
 
+def _options(cfg: ModelConfig) -> dict[str, Any]:
+    return {"trust_remote_code": False} | ({"revision": cfg.revision} if cfg.revision else {})
+
+
+def _config(cfg: ModelConfig) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(resolve(cfg), **_options(cfg))
+    except UserError:
+        raise
+    except Exception as error:
+        # Whatever a foreign folder or a hub answers, the user gets one sentence.
+        raise UserError(f"model.name = {cfg.name}: cannot be loaded ({_first(error)}).") from error
+
+
+def kind_of(cfg: ModelConfig) -> str:
+    """What a model reads, `text` or `image`. Raises UserError as `load` does."""
+    return family_of(_config(cfg).model_type).kind
+
+
 def load(cfg: ModelConfig, label_names: tuple[str, ...], kind: str, seed: int) -> Loaded:
     """Load the FM with a head for these labels.
 
@@ -76,17 +97,8 @@ def load(cfg: ModelConfig, label_names: tuple[str, ...], kind: str, seed: int) -
     the task kind, or has no safetensors weights.
     """
     import transformers
-    from transformers import AutoConfig
 
-    source = resolve(cfg)
-    common: dict[str, Any] = {"trust_remote_code": False}
-    if cfg.revision:
-        common["revision"] = cfg.revision
-    try:
-        config = AutoConfig.from_pretrained(source, **common)
-    except Exception as error:
-        # Whatever a foreign folder or a hub answers, the user gets one sentence.
-        raise UserError(f"model.name = {cfg.name}: cannot be loaded ({_first(error)}).") from error
+    source, common, config = resolve(cfg), _options(cfg), _config(cfg)
     family = family_of(config.model_type)
     want = "image" if kind == "image" else "text"
     if family.kind != want:
@@ -122,6 +134,12 @@ def load(cfg: ModelConfig, label_names: tuple[str, ...], kind: str, seed: int) -
             ) from error
     names = [*info["missing_keys"], *(row[0] for row in info["mismatched_keys"])]
     fresh = _modules(names, family)
+    broken = [m for m in fresh if m.startswith((f"{family.blocks}.", f"{family.model_type}.embed"))]
+    if broken:
+        raise UserError(
+            f"model.name = {cfg.name}: the weights do not fit the model's configuration, "
+            f"{broken[0]} has none or of another shape."
+        )
     return Loaded(model.eval(), family, load_processor(source, want, common), fresh, cfg.name)
 
 

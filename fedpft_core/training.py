@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from . import adapters
 from .data.batches import Encoded, batches
+from .errors import UserError
 from .seeds import derive
 from .sub_fm import Plan, pruned_ffns
 
@@ -62,6 +63,22 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def pick_device(wanted: str, key: str) -> torch.device:
+    """`auto` → the first accelerator, else the CPU.
+
+    Raises UserError naming `key` when there is none such.
+    """
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise UserError(f"{key}: expected auto, cpu, cuda or cuda:N, got {wanted!r}.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"{key} = {wanted}: no CUDA device is available here.")
+    return device
+
+
 @contextmanager
 def training_mode(model: nn.Module) -> Iterator[None]:
     """Dropout on for the duration, off afterwards."""
@@ -102,6 +119,8 @@ def fine_tune(model: nn.Module, data: Encoded, settings: LocalSettings, seed: in
         {"params": head, "lr": settings.lr * settings.head_lr_scale},
     ]
     optimiser = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
+    # A round that broke off may have left gradients on a model that is kept between messages.
+    optimiser.zero_grad(set_to_none=True)
     device = device_of(model)
     # Losses stay tensors until the end: reading each one would stall an accelerator.
     losses: list[Tensor] = []

@@ -16,6 +16,7 @@ from fedpft_core import config as configs
 from fedpft_core.config import Config
 from fedpft_core.errors import RunError, UserError
 from fedpft_core.events import EventLog
+from fedpft_core.training import evaluate
 from server_app.bench import Bench, peak_rss_bytes, phase
 from server_app.checkpoint import Checkpoints
 from server_app.runfolder import RunFolder
@@ -88,8 +89,8 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
     for round in range(state.round + 1, last + 1):
         with phase(events, "round", round=round):
             one_round(config, strategy, bench, state, round, events)
-            checkpoints.save(state, bench, events.offset())
         events.emit("memory", process="server", peak_rss_bytes=peak_rss_bytes())
+        checkpoints.save(state, bench, events.offset())
     if last < f.rounds:
         raise RunError(f"stopped after round {last} as run.stop-after asks; resume to go on")
 
@@ -140,7 +141,8 @@ def undistilled(
 
     Same partitions, sampling, seeds and steps; only its end is scored.
     """
-    if not bench.plan.pruned or config.distill.method == "none":
+    d = config.distill
+    if not bench.plan.pruned or d.method == "none" or not d.steps:
         return
     arm = events.tagged(arm="undistilled")
     with phase(events, "undistilled"):
@@ -155,10 +157,10 @@ def undistilled(
                 unit="rounds", loss=outcome.loss,
             )  # fmt: skip
         bench.plug(state.adapter)
-        from fedpft_core.training import evaluate
-
         score = evaluate(bench.fm, bench.score_rows, config.run.eval_batch_size)
         events.emit(
             "baseline", name="undistilled", accuracy=score.accuracy, rows=score.rows,
             split=config.run.eval_split,
         )  # fmt: skip
+        # The main run starts from the adapter this one started from, not where it ended.
+        bench.plug(bench.start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -16,15 +17,15 @@ from torch import Tensor, nn
 
 from fedpft_core import adapters, distill, measure, models, sub_fm
 from fedpft_core.config import Config
-from fedpft_core.data.batches import Encoded, encode, public_batches
+from fedpft_core.data.batches import Encoded, encode, public_batches, tokenise_public
 from fedpft_core.data.public import load_public
 from fedpft_core.data.tasks import Task, load_task
-from fedpft_core.errors import UserError
+from fedpft_core.errors import RunError, UserError
 from fedpft_core.exchange import Package, tensor_digest
 from fedpft_core.families import base_model
 from fedpft_core.proxy import PatchedWeights, make_package, make_patch
 from fedpft_core.seeds import derive, numpy_stream
-from fedpft_core.training import Counts, Score, evaluate
+from fedpft_core.training import Counts, Score, evaluate, pick_device
 from server_app.strategy import Events, State
 
 Tensors = dict[str, Tensor]
@@ -55,21 +56,6 @@ def progress(events: Events, name: str, unit: str, **fields: Any) -> Callable[..
     return report
 
 
-def pick_device(wanted: str) -> torch.device:
-    """`auto` → the first accelerator, else the CPU. Raises UserError when there is none such."""
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        raise UserError(
-            f"run.device: expected auto, cpu, cuda or cuda:N, got {wanted!r}."
-        ) from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"run.device = {wanted}: no CUDA device is available here.")
-    return device
-
-
 def peak_rss_bytes() -> int:
     """Largest resident memory of this process so far, bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
@@ -93,6 +79,7 @@ class Bench:
     score_rows: Encoded
     gradient_rows: Encoded
     device: torch.device
+    start: Tensors  # the adapter before round 1
 
     @staticmethod
     def load(config: Config, events: Events) -> tuple[Bench, Package]:
@@ -102,11 +89,11 @@ class Bench:
         """
         torch.set_num_threads(config.run.threads or torch.get_num_threads())
         with phase(events, "load"):
-            device = pick_device(config.run.device)
+            device = pick_device(config.run.device, "run.device")
             task = load_task(config.data, config.run.seed)
             kind = task.kind
             loaded = models.load(config.model, task.label_names, kind, config.run.seed)
-            public = load_public(
+            public: list[Any] = load_public(
                 config.data.public,
                 config.data.image_column or config.data.text_column,
                 kind,
@@ -116,6 +103,13 @@ class Bench:
             )
             length = config.data.max_length
             _check_lengths(config, loaded)
+            if kind != "image":
+                public = tokenise_public(public, loaded.processor)
+            if config.run.eval_split == "validation" and not len(task.validation):
+                raise UserError(
+                    "run.eval-split = validation, but there are no validation rows: set "
+                    "data.validation or data.validation-share."
+                )
             scored = task.test if config.run.eval_split == "test" else task.validation
             score_rows = encode(scored, loaded.processor, length)
             # A fixed random part: the first rows of a file may all be of one kind.
@@ -129,6 +123,12 @@ class Bench:
             )  # fmt: skip
         with phase(events, "build"):
             plan = sub_fm.make_plan(loaded.model, config.plan, config.run.seed)
+            if plan.is_full and config.plan.proxy != "full":
+                events.emit(
+                    "warning",
+                    text="the plan keeps every neuron of every block: clients get the whole FM "
+                    "(plan.keep-share, plan.keep-neurons and plan.retained-layers decide)",
+                )
             proxy = sub_fm.build(loaded.model, plan)
             spec = adapters.make_spec(loaded.family, plan, loaded.fresh, config.lora)
             _emit_model(events, loaded, proxy, plan)
@@ -139,10 +139,12 @@ class Bench:
             peft_proxy = adapters.attach(proxy, spec, plan)
             fm.to(device)
             peft_proxy.to(device)
+            start = adapters.initial(fm, spec, config.run.seed)
         bench = Bench(
             config, events, task, public, loaded.processor, fm, peft_proxy, plan, spec,
-            loaded.source, score_rows, gradient_rows, device,
+            loaded.source, score_rows, gradient_rows, device, start,
         )  # fmt: skip
+        bench.plug(start)
         return bench, package
 
     def plug(self, adapter: Tensors) -> None:
@@ -211,6 +213,7 @@ class Bench:
                 on_step=progress(self.events, "distil", "steps"),
             )  # fmt: skip
             after = distill.output_error(self.fm, self.proxy, self.plan, probe)
+            _check_finite(after, "distill.lr")
             self.events.emit(
                 "distilled", steps=d.steps, seconds=seconds, loss_first=first, loss_last=last,
                 error_before=before, output_error=after,
@@ -244,7 +247,7 @@ class Bench:
     def fresh_state(self, package: Package) -> State:
         """The state before round 1."""
         digests = {k: tensor_digest(t) for k, t in package.weights.items()}
-        adapter = adapters.initial(self.fm, self.spec, self.config.run.seed)
+        adapter = {k: t.clone() for k, t in self.start.items()}
         self.plug(adapter)
         return State(0, adapter, package, digests, package.digest())
 
@@ -272,6 +275,7 @@ class Bench:
                 on_step=progress(self.events, "align", "steps", round=round),
             )  # fmt: skip
             after = distill.output_error(self.fm, self.proxy, self.plan, probe)
+            _check_finite(after, "align.lr")
             patch, package = make_patch(
                 self.proxy, self.plan, chosen, state.package, state.digests, self.config.wire.patch
             )
@@ -288,6 +292,11 @@ class Bench:
                     for b in self.plan.pruned
                 ],
             )  # fmt: skip
+
+
+def _check_finite(errors: dict[int, float], key: str) -> None:
+    if not all(math.isfinite(e) for e in errors.values()):
+        raise RunError(f"the distillation diverged; lower {key}")
 
 
 def _check_lengths(config: Config, loaded: models.Loaded) -> None:

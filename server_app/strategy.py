@@ -114,7 +114,7 @@ def _printable(text: object) -> str:
 
 def _tokens_per_row(meta: Mapping[str, Any]) -> int:
     """The most real tokens one example of the package's task can have."""
-    return int(meta["max_length"]) if meta["kind"] == "text" else _MOST_PATCHES
+    return int(meta["max_length"]) if meta["kind"] != "image" else _MOST_PATCHES
 
 
 class Strategy:
@@ -131,7 +131,7 @@ class Strategy:
     # --- who is there -----------------------------------------------------------------------
 
     def wait_for_nodes(self) -> None:
-        """Wait for clients-per-round nodes, or for a standing set of at least min-clients.
+        """Wait for all `federation.clients`, or for a standing set of at least min-clients.
 
         Raises RunError when there are fewer than min-clients after node-timeout seconds.
         """
@@ -143,9 +143,11 @@ class Strategy:
             now = time.monotonic()
             if nodes != count:
                 count, changed = nodes, now
-            if nodes >= f.clients_per_round:
+            if nodes >= f.clients:
                 return
             if nodes >= f.min_clients and now - changed >= _SETTLE_SECONDS:
+                if nodes >= f.clients_per_round:
+                    return
                 self.events.emit(
                     "warning",
                     text=f"only {nodes} nodes are connected, so that many are used per round "
@@ -362,7 +364,9 @@ class Strategy:
         send({n.id: state.have.get(n.name, ()) for n in nodes})
         if again:
             # They lack the weights they were asked to train on: serve them within this round.
+            # A straggler may have used up the time, so they get as much again.
             serving_again = True
+            deadline = time.monotonic() + self.config.federation.round_timeout
             send(again)
         return good, bad
 

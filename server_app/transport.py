@@ -56,27 +56,34 @@ class FlowerTransport:
     ) -> dict[int, Envelope | Failure]:
         if not messages:
             return {}
-        out = [
-            Message(
+        replies: dict[int, Envelope | Failure] = {}
+        waiting: dict[str, int] = {}
+        for node, envelope in messages.items():
+            message = Message(
                 content=wire.to_record(envelope),
                 dst_node_id=node,
                 message_type=MessageType.QUERY if envelope.kind == "hello" else MessageType.TRAIN,
                 ttl=timeout + 60,
                 group_id=str(round),
             )
-            for node, envelope in messages.items()
-        ]
-        ids = list(self.grid.push_messages(out))
-        waiting = dict(zip(ids, messages, strict=True))
-        replies: dict[int, Envelope | Failure] = {}
+            # One by one: for a node that has just left Flower answers with an empty id or with
+            # none at all, and in a longer list nobody could tell which one that was.
+            sent = next(iter(self.grid.push_messages([message])), "")
+            if sent:
+                waiting[sent] = node
+                continue
+            replies[node] = Failure(_ERRORS[5])
+            if on_reply:
+                on_reply(node, replies[node])
         deadline = time.monotonic() + timeout
         while waiting and time.monotonic() < deadline:
             got = False
             for reply in self.grid.pull_messages(list(waiting)):
                 # By the id replied to: the error reply of a dead node has another source id.
-                node = waiting.pop(reply.metadata.reply_to_message_id, None)
-                if node is None:
+                sent = reply.metadata.reply_to_message_id
+                if sent not in waiting:
                     continue
+                node = waiting.pop(sent)
                 replies[node] = _opened(reply)
                 got = True
                 if on_reply:

@@ -124,7 +124,7 @@ def batches(
 
 
 def public_batches(
-    texts: Sequence[str] | Sequence[bytes],
+    texts: Sequence[str] | Sequence[bytes] | Sequence[np.ndarray],
     processor: Any,
     batch_size: int,
     length: int,
@@ -135,7 +135,7 @@ def public_batches(
     """Serve unlabelled rows for distillation, as often over as ``steps`` batches take.
 
     Args:
-        texts: texts, or encoded images.
+        texts: texts, encoded images, or (packed only) texts from :func:`tokenise_public`.
         processor: a Hugging Face tokenizer for texts, an image processor for images.
         batch_size: B.
         length: tokens per row, special tokens included.
@@ -154,7 +154,7 @@ def public_batches(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}")
-    if not texts:
+    if not len(texts):
         raise UserError("data.public has no rows.")
     if steps < 1:
         return
@@ -174,6 +174,24 @@ def public_batches(
                 served += 1
                 yield batch
             epoch += 1
+
+
+def tokenise_public(texts: Sequence[Any], tokenizer: Any) -> list[np.ndarray]:
+    """Token ids of each text, int64, without special tokens; empty ones are left out.
+
+    For a corpus that is served more than once. Raises UserError when nothing is left.
+    """
+    found = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        truncation=False,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    rows = [np.asarray(row, dtype=np.int64) for row in found["input_ids"] if len(row)]
+    if not rows:
+        raise UserError("data.public has no row with a token.")
+    return rows
 
 
 def _encode(
@@ -361,19 +379,10 @@ def _packed_stream(
             f"distill.length is {length}, which the {len(before) + len(after)} special tokens of "
             "the tokenizer fill; raise it."
         )
-    found = tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        truncation=False,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    rows = [np.asarray(row, dtype=np.int64) for row in found["input_ids"] if len(row)]
-    if not rows:
-        raise UserError("data.public has no row with a token.")
+    rows = texts if isinstance(texts[0], np.ndarray) else tokenise_public(texts, tokenizer)
     # All rows are equally long; only a corpus shorter than one row makes them shorter.
     room = min(room, sum(map(len, rows)))
-    with_types = "token_type_ids" in found
+    with_types = "token_type_ids" in tokenizer.model_input_names
     supply = _endless_cuts(rows, room, seed)
     for _ in range(steps):
         body = [next(supply) for _ in range(batch_size)]
