@@ -71,7 +71,7 @@ def tf_idf(train: Examples, test: Examples, seed: int) -> float:
         return [" ".join(x) if isinstance(x, tuple) else str(x) for x in rows.inputs]
 
     model = make_pipeline(
-        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
+        TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True),
         LogisticRegression(C=10, max_iter=300, random_state=seed),
     )
     model.fit(text(train), train.labels)

@@ -116,7 +116,7 @@ class DistillConfig:
     method: str = _key(
         "sgd", "alignment before FL: `sgd` (paper) or `none`", choices=("sgd", "none")
     )
-    steps: int = _key(120, "optimiser steps", low=0)
+    steps: int = _key(100, "optimiser steps", low=0)
     batch_size: int = _key(16, "public rows per step", low=1)
     length: int = _key(64, "longest public row, tokens (text only)", low=4)
     lr: float = _key(6e-4, "peak learning rate of AdamW", above=0.0)
@@ -171,14 +171,14 @@ class TrainConfig:
     """Local fine-tuning at the clients."""
 
     lr: float = _key(
-        1.6e-3, "AdamW learning rate of round 1; falls linearly over rounds", above=0.0
+        3.2e-3, "AdamW learning rate of round 1; falls linearly over rounds", above=0.0
     )
     head_lr_scale: float = _key(
         10.0, "learning rate of the task head as a multiple of train.lr", above=0.0
     )
-    batch_size: int = _key(16, "rows per step", low=1)
+    batch_size: int = _key(12, "rows per step", low=1)
     local_epochs: int = _key(1, "epochs per round when local-steps is 0", low=1)
-    local_steps: int = _key(16, "steps per round, 0 = use local-epochs", low=0)
+    local_steps: int = _key(14, "steps per round, 0 = use local-epochs", low=0)
     weight_decay: float = _key(0.0, "AdamW weight decay", low=0.0)
     clip: float = _key(1.0, "largest gradient norm, 0 = no clipping", low=0.0)
     threads: int = _key(1, "torch threads of each client process", low=1)

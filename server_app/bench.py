@@ -204,7 +204,7 @@ class Bench:
         if d.method == "none" or not d.steps or not self.plan.pruned:
             return
         with phase(self.events, "distil"):
-            probe = list(self._public_batches(4, "probe"))
+            probe = list(self._public_batches(2, "probe"))
             before = distill.output_error(self.fm, self.proxy, self.plan, probe)
             first, last, seconds = distill.distil(
                 self.fm, self.proxy, self.plan, self._public_batches(d.steps, "distil"), d,
@@ -265,7 +265,7 @@ class Bench:
             chosen = distill.choose_neurons(
                 rates, a.proportion, a.selection, derive(self.config.run.seed, "choose", round)
             )
-            probe = list(self._public_batches(4, "probe"))
+            probe = list(self._public_batches(2, "probe"))
             before = distill.output_error(self.fm, self.proxy, self.plan, probe)
             first, last, _ = distill.distil(
                 self.fm, self.proxy, self.plan,
