@@ -252,7 +252,9 @@ def table(experiment: Experiment, folder: Path, reference: str) -> str:
 
 
 def _spread(values: Sequence[float]) -> str:
-    std = statistics.stdev(values) if len(values) > 1 else math.nan
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    std = statistics.stdev(values)
     each = ", ".join(f"{v:.1f}" for v in values)
     return f"{statistics.fmean(values):.1f} ± {std:.1f} ({each})"
 
