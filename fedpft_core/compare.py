@@ -241,7 +241,7 @@ def table(experiment: Experiment, folder: Path, reference: str) -> str:
                     [100 * cells[s]["fm_test"] for s in seeds],
                     [100 * chosen[reference][s]["fm_test"] for s in seeds],
                 )
-                diff = f"{mean:+.1f} ± {half:.1f}"
+                diff = f"{mean:+.1f}" + ("" if math.isnan(half) else f" ± {half:.1f}")
             gap = statistics.fmean(p - f for p, f in zip(proxy, fm, strict=True))
             lr = next(iter(cells.values()))["lr"]
             lines.append(
