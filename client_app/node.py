@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -31,11 +30,6 @@ NODE_KEYS: dict[str, tuple[type, Any]] = {
     "device": (str, "cpu"),
     "max-threads": (int, 0),
 }
-
-
-def home() -> Path:
-    """Where things go that are not told otherwise: $FEDPFT_HOME, else ~/.fedpft."""
-    return Path(os.environ.get("FEDPFT_HOME") or "~/.fedpft").expanduser()
 
 
 def client_for(node_config: Mapping[str, Any], run_config: Mapping[str, Any]) -> Client:
@@ -82,7 +76,9 @@ def _edge_client(node: Mapping[str, Any]) -> Client:
     def count_rows() -> int:
         return len(load_examples(path, label_names=None, **columns))
 
-    root = Path(node["cache-dir"]).expanduser() if node["cache-dir"] else home() / node["name"]
+    root = (
+        Path(node["cache-dir"]).expanduser() if node["cache-dir"] else configs.home() / node["name"]
+    )
     return Client(
         name=node["name"],
         count_rows=count_rows,
@@ -145,7 +141,7 @@ def _simulated_client(node: Mapping[str, Any], config: configs.Config) -> Client
 
     # Partition names sort like their numbers, so that replies are averaged in partition order.
     name = f"client-{index:0{len(str(count - 1))}d}"
-    root = Path(config.run.dir) / "clients" if config.run.dir else home() / "clients"
+    root = Path(config.run.dir) / "clients" if config.run.dir else configs.home() / "clients"
     return Client(
         name=name,
         count_rows=count_rows,

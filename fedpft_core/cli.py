@@ -133,13 +133,8 @@ def check_room(folder: Path) -> None:
 
 def save_config(folder: Path, flat: Mapping[str, Scalar]) -> None:
     """Write the resolved configuration as YAML, whole or not at all."""
-    import yaml
-
-    text = yaml.safe_dump(config.to_tree(flat), sort_keys=False, allow_unicode=True)
     with _writing(folder):
-        part = folder / f".{CONFIG_FILE}.part"
-        part.write_text(text, encoding="utf-8")
-        part.replace(folder / CONFIG_FILE)
+        config.write_yaml(folder / CONFIG_FILE, flat)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ config in pyproject.toml are all made from it. A key is written `section.key-wit
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import typing
 from collections.abc import Mapping
@@ -420,6 +421,22 @@ def to_tree(flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         section, _, key = name.partition(".")
         tree.setdefault(section, {})[key] = value
     return tree
+
+
+def home() -> Path:
+    """Where things go that are not told otherwise: $FEDPFT_HOME, else ~/.fedpft."""
+    return Path(os.environ.get("FEDPFT_HOME") or "~/.fedpft").expanduser()
+
+
+def write_yaml(path: Path, flat: Mapping[str, Any]) -> None:
+    """Write dotted keys as a YAML file, whole or not at all. Raises OSError."""
+    import yaml
+
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(
+        yaml.safe_dump(to_tree(flat), sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
+    part.replace(path)
 
 
 def read_file(path: Path) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class RunFolder:
             if not saved:
                 # A run that ended before its first checkpoint starts over, and so does its log.
                 (path / "events.jsonl").unlink(missing_ok=True)
-            _save_config(path, replace(config, run=run))
+            configs.write_yaml(path / "config.yaml", configs.to_flat(replace(config, run=run)))
             events = EventLog(path / "events.jsonl")
         except OSError as error:
             lock.close()
@@ -78,14 +78,4 @@ class RunFolder:
 
 
 def _new_folder() -> Path:
-    home = Path(os.environ.get("FEDPFT_HOME") or "~/.fedpft").expanduser()
-    return home / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-
-
-def _save_config(path: Path, config: Config) -> None:
-    import yaml
-
-    text = yaml.safe_dump(configs.to_tree(configs.to_flat(config)), sort_keys=False)
-    temp = path / ".config.yaml.new"
-    temp.write_text(text, encoding="utf-8")
-    os.replace(temp, path / "config.yaml")
+    return configs.home() / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
