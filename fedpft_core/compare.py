@@ -13,8 +13,9 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from .events import EventLog, read_events
 
 _KEYS = {"base", "methods", "datasets", "seeds", "learning-rates"}
 # Keys that say where or how fast a cell runs, not what it computes.
+_GONE = object()
+_DEFAULTS = {name: info.default for name, info in configs.keys().items()}
 _NO_RESULT = ("run.dir", "run.resume", "run.stop-after", "run.checkpoints", "run.threads")
 
 
@@ -37,12 +40,29 @@ class Cell:
     lr: float
     flat: dict[str, Any]
 
-    def digest(self) -> str:
-        """Identity of the resolved configuration: only cells of equal configuration are reused."""
+    @cached_property
+    def resolved(self) -> dict[str, Any]:
+        """Every key that decides what the cell computes, with its value."""
         full = configs.to_flat(configs.from_flat(self.flat))
-        for key in _NO_RESULT:
-            full.pop(key)
-        return hashlib.sha256(json.dumps(full, sort_keys=True).encode()).hexdigest()[:16]
+        return {k: v for k, v in full.items() if k not in _NO_RESULT}
+
+    def digest(self) -> str:
+        """Name of the cell's run folder: a hash of `resolved`."""
+        return hashlib.sha256(json.dumps(self.resolved, sort_keys=True).encode()).hexdigest()[:16]
+
+    def find(self, rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+        """The result of a run of this very configuration, if there is one.
+
+        Keys that did not exist when the row was written count as having their default: a new
+        key's default must leave what was computed before as it was.
+        """
+        for row in rows:
+            then = row["config"]
+            if "failed" in row or any(self.resolved.get(k, _GONE) != v for k, v in then.items()):
+                continue
+            if all(v == _DEFAULTS[k] for k, v in self.resolved.items() if k not in then):
+                return row
+        return None
 
 
 @dataclass(frozen=True)
@@ -124,13 +144,13 @@ def results(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _result(cell: Cell, folder: Path, say: Any) -> dict[str, Any]:
+    found = cell.find(results(folder))
+    if found:
+        return dict(found)
     digest = cell.digest()
-    for row in results(folder):
-        if row["digest"] == digest and "failed" not in row:
-            return row
-    row = {
+    row: dict[str, Any] = {
         "digest": digest, "method": cell.method, "dataset": cell.dataset, "seed": cell.seed,
-        "lr": cell.lr,
+        "lr": cell.lr, "config": cell.resolved,
     }  # fmt: skip
     start = time.perf_counter()
     try:
@@ -221,14 +241,13 @@ def paired(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
 def table(experiment: Experiment, folder: Path, reference: str) -> str:
     """Markdown: mean ± std over seeds, and the paired difference to `reference`, in points."""
     rows = list(results(folder))
-    by_digest = {r["digest"]: r for r in rows}
     lines = [
         "| dataset | method | lr | n | plugged-in FM | proxy | gap | difference to "
         f"{reference} (95% interval) |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for dataset in experiment.datasets:
-        chosen = {m: _chosen(experiment, m, dataset, by_digest) for m in experiment.methods}
+        chosen = {m: _chosen(experiment, m, dataset, rows) for m in experiment.methods}
         for method, cells in chosen.items():
             if not cells:
                 continue
@@ -260,13 +279,12 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _chosen(
-    experiment: Experiment, method: str, dataset: str, rows: Mapping[str, Mapping[str, Any]]
+    experiment: Experiment, method: str, dataset: str, rows: Sequence[Mapping[str, Any]]
 ) -> dict[int, Mapping[str, Any]]:
     """By seed, the cells at the learning rate chosen on validation data."""
 
     def row(seed: int, lr: float | None) -> Mapping[str, Any] | None:
-        found = rows.get(experiment.cell(method, dataset, seed, lr).digest())
-        return found if found and "failed" not in found else None
+        return experiment.cell(method, dataset, seed, lr).find(rows)
 
     grid = [row(experiment.seeds[0], lr) for lr in experiment.rates or (None,)]
     best = best_rate([r for r in grid if r])

@@ -77,6 +77,21 @@ def test_a_changed_setting_is_another_cell(tmp_path: Path) -> None:
     assert cell.digest() != read.cell("fedpft", "words", 1, 0.001).digest()
 
 
+def test_cells_are_found_by_configuration_across_new_keys(tmp_path: Path) -> None:
+    cell = compare.Experiment.read(experiment(tmp_path)).cell("fedpft", "words", 0, 0.001)
+    row = {"config": dict(cell.resolved)}
+    assert cell.find([row]) is row
+    # Written before `align.selection` existed: it counts as having the default, and no other.
+    del row["config"]["align.selection"]
+    assert cell.find([row]) is row
+    other = compare.Cell("fedpft", "words", 0, 0.001, cell.flat | {"align.selection": "random"})
+    assert other.find([row]) is None
+    # Written when a key existed that is gone now, or with another value, or by a failed run.
+    for change in ({"config": row["config"] | {"align.gone": 1}}, {"failed": "no"}):
+        assert cell.find([row | change]) is None
+    assert cell.find([{"config": row["config"] | {"lora.rank": 3}}]) is None
+
+
 def test_a_failed_cell_is_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
     path = experiment(
         tmp_path,
