@@ -212,32 +212,38 @@ def _run(
                     )
                 tick()
         except KeyboardInterrupt:
-            return _stopped(folder, 130, "interrupted")
+            return _stopped(folder, 130, "interrupted", args.superlink)
         except launch.Terminated as error:
-            return _stopped(folder, 128 + error.signum, "terminated")
+            return _stopped(folder, 128 + error.signum, "terminated", args.superlink)
         except RunError as error:
             follower.new()
-            return _failed(folder, follower.failure or str(error))
+            return _failed(folder, follower.failure or str(error), args.superlink)
     return _conclude(args, console, folder, follower, outcome)
 
 
-def _stopped(folder: Path, code: int, how: str) -> int:
+def _stopped(folder: Path, code: int, how: str, superlink: str | None = None) -> int:
     _remake_report(folder)
-    print(f"fedpft: {how}; the run has been stopped.{_next_step(folder)}", file=sys.stderr)
+    print(
+        f"fedpft: {how}; the run has been stopped.{_next_step(folder, superlink)}", file=sys.stderr
+    )
     return code
 
 
-def _next_step(folder: Path) -> str:
+def _next_step(folder: Path, superlink: str | None) -> str:
     saved = folder / CHECKPOINTS
     if saved.is_dir() and any(saved.iterdir()):
-        return f" Continue with: fedpft run --resume {folder}"
+        where = f" --superlink {superlink}" if superlink is not None else ""
+        return f" Continue with: fedpft run --resume {folder}{where}"
     return ""
 
 
-def _failed(folder: Path, reason: str) -> int:
+def _failed(folder: Path, reason: str, superlink: str | None = None) -> int:
     _remake_report(folder)
     print(f"fedpft: error: {reason}", file=sys.stderr)
-    print(f"fedpft: what finished is kept in {folder}.{_next_step(folder)}", file=sys.stderr)
+    print(
+        f"fedpft: what finished is kept in {folder}.{_next_step(folder, superlink)}",
+        file=sys.stderr,
+    )
     return 1
 
 
@@ -259,7 +265,8 @@ def _conclude(
     if not outcome.completed or follower.failure:
         text = outcome.log.read_text(encoding="utf-8", errors="replace")
         found = outcome.details or launch.last_error(text) or f"Flower says {outcome.status}"
-        return _failed(folder, follower.failure or f"{found} (log: {outcome.log})")
+        reason = follower.failure or f"{found} (log: {outcome.log})"
+        return _failed(folder, reason, args.superlink)
     if not follower.finished:
         if args.superlink is not None and not follower.count:
             console.print(
@@ -267,7 +274,9 @@ def _conclude(
             )
             return 0
         return _failed(
-            folder, f"Flower completed the run, but its end was not recorded (log: {outcome.log})."
+            folder,
+            f"Flower completed the run, but its end was not recorded (log: {outcome.log}).",
+            args.superlink,
         )
     with _writing(folder):
         if outcome.peak_bytes:

@@ -45,6 +45,7 @@ COMPLETED = "finished:completed"
 _LONGEST_RAY_TMPDIR = 40
 _START_SECONDS = 60.0
 _CLI_SECONDS = 30.0
+_SILENT_SECONDS = 120.0  # how long a SuperLink that is not ours may be away before we give up
 # Ordered by who must end for the run to be hopeless: the first starts the second.
 _WATCHED = ("flower-superexec", "flwr-simulation")
 
@@ -659,12 +660,16 @@ def run_deployed(
     """Submit the app to a SuperLink named in the user's own Flower configuration and follow it.
 
     Interrupting this stops the run; the SuperLink and its nodes are not ours and are left alone.
+
+    Raises:
+        RunError: Flower refuses the run, or the SuperLink does not answer any more.
     """
     folder.mkdir(parents=True, exist_ok=True)
     flower = Flower(connection, _environment({}), folder / "run.log")
     run_config = folder / "run-config.toml"
     run_config.write_text(toml(flat), encoding="utf-8")
     over = False
+    silent_since: float | None = None
     try:
         note(f"submitting the run to {connection}")
         flower.submit(app or assemble_app(folder / "app"), run_config)
@@ -682,6 +687,16 @@ def run_deployed(
                 over = True
                 return Result(status, details, run_id, flower.log)
             # The log stream broke off while the run goes on: keep asking, seldom.
+            if status:
+                silent_since = None
+            elif silent_since is None:
+                silent_since = time.monotonic()
+            elif time.monotonic() - silent_since > _SILENT_SECONDS:
+                over = True  # it cannot be asked to stop the run either
+                raise RunError(
+                    f"the SuperLink {connection} has not answered for {_SILENT_SECONDS:.0f} s, "
+                    f"so the end of run {run_id} is not known (log: {flower.log})"
+                )
             for _ in range(50):
                 tick()
                 time.sleep(0.2)

@@ -27,6 +27,17 @@ log = logging.getLogger("fedpft")
 app = ServerApp()
 
 
+def _terse(record: logging.LogRecord) -> bool:
+    """Flower logs what ends a ServerApp with its traceback; an error for people needs none."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, UserError | RunError):
+        record.msg, record.args, record.exc_info = "%s", (error,), None
+    return True
+
+
+logging.getLogger("flwr").addFilter(_terse)
+
+
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Entry point of `flwr run`. A failure raises, so that Flower reports the run as failed."""

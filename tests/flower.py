@@ -1,11 +1,14 @@
 """Real Flower processes on loopback for tests: a SuperLink, SuperNodes, and what they need.
 
-Everything is started by and ended with the fixture-like context manager `deployment`.
+Everything is started by and ended with the fixture-like context manager `deployment`. With TLS
+the SuperLink also asks its nodes for keys that were registered before.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
+import ipaddress
 import json
 import os
 import signal
@@ -17,7 +20,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -44,12 +52,83 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     }
 
 
+# ---------------------------------------------------------------- certificates and keys
+
+
+def _key(
+    path: Path, form: serialization.PrivateFormat = serialization.PrivateFormat.PKCS8
+) -> ec.EllipticCurvePrivateKey:
+    key = ec.generate_private_key(ec.SECP384R1())
+    none = serialization.NoEncryption()
+    path.write_bytes(key.private_bytes(serialization.Encoding.PEM, form, none))
+    return key
+
+
+def _name(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+
+def certificates(folder: Path, days: int = 1) -> Path:
+    """`ca.pem`, `server.pem` and `server.key` for 127.0.0.1; negative days = expired."""
+    folder.mkdir(parents=True, exist_ok=True)
+    now = datetime.datetime.now(datetime.UTC)
+    start, day = now - datetime.timedelta(days=30), datetime.timedelta(days=1)
+
+    def sign(subject: str, public: ec.EllipticCurvePublicKey, end: datetime.datetime, ca: bool):
+        builder = (
+            x509.CertificateBuilder().subject_name(_name(subject)).issuer_name(_name("test CA"))
+            .public_key(public).serial_number(x509.random_serial_number())
+            .not_valid_before(start).not_valid_after(end)
+            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+            .add_extension(
+                x509.SubjectKeyIdentifier.from_public_key(public), critical=False
+            )
+            .add_extension(
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()),
+                critical=False,
+            )
+        )  # fmt: skip
+        if ca:
+            no = dict.fromkeys(
+                ("digital_signature", "content_commitment", "key_encipherment", "encipher_only",
+                 "data_encipherment", "key_agreement", "decipher_only"), False,
+            )  # fmt: skip
+            usage = x509.KeyUsage(key_cert_sign=True, crl_sign=True, **no)
+            builder = builder.add_extension(usage, critical=True)
+        else:
+            here = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+            names = x509.SubjectAlternativeName([x509.DNSName("localhost"), here])
+            builder = builder.add_extension(names, critical=False)
+        return builder.sign(ca_key, hashes.SHA384()).public_bytes(serialization.Encoding.PEM)
+
+    ca_key, server_key = _key(folder / "ca.key"), _key(folder / "server.key")
+    (folder / "ca.pem").write_bytes(sign("test CA", ca_key.public_key(), now + 30 * day, True))
+    (folder / "server.pem").write_bytes(
+        sign("127.0.0.1", server_key.public_key(), now + days * day, False)
+    )
+    return folder
+
+
+def node_key(path: Path) -> Path:
+    """A node's private key at `path` and its public half at `path`.pub."""
+    public = _key(path, serialization.PrivateFormat.OpenSSH).public_key()
+    path.with_suffix(".pub").write_bytes(
+        public.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    )
+    return path
+
+
+# ---------------------------------------------------------------- processes
+
+
 @dataclass
 class Deployment:
-    """A running SuperLink and its SuperNodes."""
+    """A running SuperLink and its SuperNodes; with `tls`, a folder made by `certificates`."""
 
     folder: Path
     port: int
+    tls: Path | None = None
+    superlink: subprocess.Popen[bytes] | None = None
     nodes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
@@ -67,16 +146,37 @@ class Deployment:
         self.processes.append(process)
         return process
 
-    def start_node(self, name: str, data: Path, **config: str | int) -> None:
-        """One SuperNode with its own data file."""
+    def start_superlink(self) -> None:
+        """Start it, or start it again on the same port and database."""
+        how = ["--insecure"]
+        if self.tls:
+            how = [
+                "--ssl-ca-certfile", str(self.tls / "ca.pem"), "--ssl-certfile",
+                str(self.tls / "server.pem"), "--ssl-keyfile", str(self.tls / "server.key"),
+                "--enable-supernode-auth",
+            ]  # fmt: skip
+        self.superlink = self.start(
+            "superlink", "flower-superlink", *how, "--host", "127.0.0.1",
+            "--port", str(self.port), "--database", str(self.folder / "state.db"),
+            "--disable-runtime-dependency-installation",
+        )  # fmt: skip
+        _wait_until_up(self.port)
+
+    def start_node(
+        self, name: str, data: Path, *more: str, ca: Path | None = None, **config: str | int
+    ) -> subprocess.Popen[bytes]:
+        """One SuperNode with its own data file; `ca` in place of the deployment's."""
         pairs: Mapping[str, str | int] = {"name": name, "data-path": str(data), **config}
         text = " ".join(
             f'{k}="{v}"' if isinstance(v, str) else f"{k}={v}" for k, v in pairs.items()
         )
+        root = ca or (self.tls / "ca.pem" if self.tls else None)
+        how = ["--root-certificates", str(root)] if root else ["--insecure"]
         self.nodes[name] = self.start(
-            name, "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{self.port}",
+            name, "flower-supernode", *how, *more, "--superlink", f"127.0.0.1:{self.port}",
             "--host", "127.0.0.1", "--port", str(free_port()), "--node-config", text,
         )  # fmt: skip
+        return self.nodes[name]
 
     def run(self, run_dir: Path, config: Path, *more: str) -> subprocess.Popen[bytes]:
         """Start `fedpft run` against this SuperLink."""
@@ -84,6 +184,54 @@ class Deployment:
             "cli", "fedpft", "run", "--superlink", "test", "--config", str(config),
             "--run-dir", str(run_dir), *more,
         )  # fmt: skip
+
+    def resume(self, run_dir: Path) -> subprocess.Popen[bytes]:
+        return self.start("cli", "fedpft", "run", "--superlink", "test", "--resume", str(run_dir))
+
+    def flwr(self, *arguments: str) -> str:
+        """What a `flwr` command prints."""
+        done = subprocess.run(
+            [str(BIN / "flwr"), *arguments], env=environment(self.folder / "flwr"),
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def last_run(self) -> dict[str, object]:
+        """What Flower says of the newest run."""
+        runs = json.loads(self.flwr("list", "test", "--format", "json"))["runs"]
+        return max(runs, key=lambda run: run["pending-at"])
+
+    def client_process(self, name: str, since: float, seconds: float = 60) -> psutil.Process:
+        """The process node `name` answers a message with, begun after the time `since`."""
+        return self._find(self.nodes[name], "flwr-clientapp", since, seconds)
+
+    def server_process(self) -> psutil.Process:
+        """The ServerApp of the run that is on."""
+        assert self.superlink is not None
+        return self._find(self.superlink, "flwr-serverapp", 0.0, 60)
+
+    @staticmethod
+    def _find(
+        parent: subprocess.Popen[bytes], program: str, since: float, seconds: float
+    ) -> psutil.Process:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for process in psutil.Process(parent.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    words = [Path(word).name for word in process.cmdline()[:3]]
+                    if program in words and process.create_time() > since - 0.5:
+                        return process
+            time.sleep(0.1)
+        raise AssertionError(f"no {program} within {seconds:g} s")
+
+    def stop_node(self, name: str) -> None:
+        """Let a node leave in order."""
+        process = self.nodes.pop(name)
+        kill(process, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        kill(process)
 
     def logs(self) -> str:
         return "\n".join(
@@ -99,21 +247,16 @@ def kill(process: subprocess.Popen[bytes], how: int = signal.SIGKILL) -> None:
 
 
 @contextlib.contextmanager
-def deployment(folder: Path) -> Iterator[Deployment]:
+def deployment(folder: Path, tls: Path | None = None) -> Iterator[Deployment]:
     """A SuperLink on a free port; everything started through it ends with the block."""
     (folder / "flwr").mkdir(parents=True, exist_ok=True)
-    d = Deployment(folder, free_port())
+    d = Deployment(folder, free_port(), tls)
+    how = f'root-certificates = "{tls / "ca.pem"}"' if tls else "insecure = true"
     (folder / "flwr" / "config.toml").write_text(
-        f'[superlink]\ndefault = "test"\n[superlink.test]\naddress = "127.0.0.1:{d.port}"\n'
-        "insecure = true\n"
+        f'[superlink]\ndefault = "test"\n[superlink.test]\naddress = "127.0.0.1:{d.port}"\n{how}\n'
     )
     try:
-        d.start(
-            "superlink", "flower-superlink", "--insecure", "--host", "127.0.0.1",
-            "--port", str(d.port), "--database", str(folder / "state.db"),
-            "--disable-runtime-dependency-installation",
-        )  # fmt: skip
-        _wait_until_up(d.port)
+        d.start_superlink()
         yield d
     finally:
         for process in reversed(d.processes):
@@ -125,6 +268,19 @@ def deployment(folder: Path) -> Iterator[Deployment]:
             kill(process)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(5)
+        for left in _processes_of(folder / "flwr"):
+            with contextlib.suppress(psutil.Error):
+                left.kill()
+
+
+def _processes_of(home: Path) -> list[psutil.Process]:
+    """Flower starts some processes in sessions of their own; they carry our FLWR_HOME."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get("FLWR_HOME") == str(home):
+                found.append(process)
+    return found
 
 
 def _wait_until_up(port: int, seconds: float = 60) -> None:

@@ -292,6 +292,20 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert f"fedpft run --resume {elsewhere / 'r'}\n" in capsys.readouterr().err
 
 
+def test_a_deployed_run_is_continued_where_it_ran(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: Any, **more: Any) -> None:
+        (elsewhere / "r" / "checkpoints" / "1").mkdir(parents=True)
+        raise RunError("the server is gone")
+
+    monkeypatch.setattr(launch, "run_deployed", fail)
+    keys = ["-c", "data.train='' data.test=/srv/test.csv"]
+    assert cli.main(["run", "--superlink", "lab", "--run-dir", "r", *keys]) == 1
+    want = f"Continue with: fedpft run --resume {elsewhere / 'r'} --superlink lab\n"
+    assert want in capsys.readouterr().err
+
+
 def test_signal_handlers_are_put_back() -> None:
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     with pytest.raises(launch.Terminated), launch.signals_as_exceptions():

@@ -399,3 +399,29 @@ def test_status_survives_an_answer_that_is_no_json(monkeypatch, tmp_path: Path) 
     answer = {"runs": [{"status": "finished:failed", "status-details": "N/A"}]}
     monkeypatch.setattr(flower, "_ask", lambda *a: json.dumps(answer))
     assert flower.status("1") == ("finished:failed", "")
+
+
+def test_a_superlink_that_stays_silent_ends_the_wait(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The log stream broke off; the first answers are good, then there are none."""
+    answers = [("running", ""), ("", ""), ("running", "")]
+    monkeypatch.setattr(launch.Flower, "submit", lambda *args: None)
+    monkeypatch.setattr(launch.Flower, "run_id", lambda self: "7")
+    monkeypatch.setattr(launch.Flower, "streaming", lambda self: False)
+    monkeypatch.setattr(
+        launch.Flower, "status", lambda *args: answers.pop(0) if answers else ("", "")
+    )
+    monkeypatch.setattr(launch.Flower, "stop", lambda *args: pytest.fail("it cannot be asked"))
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        assert now < 1000, "it waits for ever"
+
+    monkeypatch.setattr(launch.time, "sleep", sleep)
+    monkeypatch.setattr(launch.time, "monotonic", lambda: now)
+    with pytest.raises(launch.RunError, match=r"lab has not answered for 120 s.* run 7 "):
+        launch.run_deployed("lab", {}, tmp_path, app=tmp_path)
+    assert not answers and 140 < now < 170
