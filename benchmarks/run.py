@@ -1,7 +1,8 @@
 """Speed as ratios, both sides taken in turn in one process: these figures survive noisy machines.
 
 `python benchmarks/run.py [NAME …]` prints a Markdown row for each: step, overhead, distil,
-average, memory. Medians over interleaved repetitions; one torch thread unless said otherwise.
+average, memory. Medians over interleaved repetitions on one torch thread, in processor time of
+this process, which other processes disturb less than time on the clock.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ REPEATS = 7
 
 
 def interleaved(*works: Callable[[], object], repeats: int = REPEATS) -> list[float]:
-    """Median seconds of each piece of work, taken in turn so that noise falls on all alike."""
+    """Median processor seconds of each piece of work, taken in turn: noise falls on all alike."""
     times: list[list[float]] = [[] for _ in works]
     for work in works:
         work()
     for _ in range(repeats):
         for work, seen in zip(works, times, strict=True):
             gc.collect()
-            start = time.perf_counter()
+            start = time.process_time()
             work()
-            seen.append(time.perf_counter() - start)
+            seen.append(time.process_time() - start)
     return [statistics.median(t) for t in times]
 
 
@@ -83,6 +84,7 @@ def bench_step() -> list[str]:
         fm, proxy = interleaved(
             lambda s=s: training.fine_tune(s.fm, s.rows, settings(8), 0),
             lambda s=s: training.fine_tune(s.proxy, s.rows, settings(8), 0),
+            repeats=15,
         )
         share = fm / proxy / s.ratio
         out.append(

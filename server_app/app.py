@@ -11,7 +11,7 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedpft_core import __version__, adapters, baselines
+from fedpft_core import __version__, adapters, alignment, baselines, selection
 from fedpft_core import config as configs
 from fedpft_core.config import Config
 from fedpft_core.errors import RunError, UserError
@@ -120,26 +120,30 @@ def one_round(
     """Clients train, the server averages, both models are scored, the proxy is re-aligned."""
     start = time.perf_counter()
     due = alignment_due(config, bench, round)
-    outcome = strategy.run_round(state, round, config.align.inactive if due else "")
+    count = due and selection.needs_counts(config.align.selection)
+    outcome = strategy.run_round(state, round, config.align.inactive if count else "")
     state.adapter, state.round = outcome.adapter, round
     bench.plug(state.adapter)
     events.emit("adapter", round=round, norm=adapters.norm(state.adapter))
     scored = 0.0
     if round % config.run.evaluate_every == 0 or round == config.federation.rounds:
         scored = bench.score(round, "proxy").seconds + bench.score(round, "fm").seconds
+    seconds = time.perf_counter() - start
     events.emit(
-        "round_finished", round=round, seconds=time.perf_counter() - start,
+        "round_finished", round=round, seconds=seconds,
         exchange_seconds=outcome.seconds, evaluate_seconds=scored,
-        train_seconds=outcome.train_seconds, loss=outcome.loss,
+        train_seconds=outcome.train_seconds, overhead_seconds=seconds - scored - outcome.busy_seconds,
+        loss=outcome.loss,
         examples=outcome.examples, good=outcome.good, bad=outcome.bad,
     )  # fmt: skip
-    if due:
-        assert outcome.counts is not None
+    if due and bench.disagrees(state, round):
         bench.align(state, round, outcome.counts)
 
 
 def alignment_due(config: Config, bench: Bench, round: int) -> bool:
-    """Every t rounds, and not after the last, where nobody would train on the result."""
+    """Every t rounds, and not after the last, where nobody would train on the result.
+
+    With a threshold that is when disagreement is measured."""
     t = config.align.interval
     due = t > 0 and round % t == 0 and round < config.federation.rounds
     return due and bool(bench.plan.pruned)
@@ -153,7 +157,7 @@ def undistilled(
     Same partitions, sampling, seeds and steps; only its end is scored.
     """
     d = config.distill
-    if not bench.plan.pruned or d.method == "none" or not d.steps:
+    if not alignment.needed(d.method, bench.plan, d.steps):
         return
     arm = events.tagged(arm="undistilled")
     with phase(events, "undistilled"):

@@ -83,8 +83,30 @@ class Node:
 
 
 @dataclass(frozen=True)
+class Good:
+    """A valid reply, with its tensors decoded; `arrived` in seconds since the round began."""
+
+    reply: TrainReply
+    adapter: Tensors
+    counts: Counts | None
+    arrived: float
+
+
+def training_wall(replies: Iterable[Good]) -> float:
+    """Seconds during which at least one of these clients was training.
+
+    By the clients' own figures: each trained up to when its reply arrived.
+    """
+    wall, end = 0.0, 0.0
+    for start, stop in sorted((r.arrived - r.reply.seconds, r.arrived) for r in replies):
+        wall += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return wall
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """A finished round."""
+    """A finished round; during `busy_seconds` a client was training or the server averaging."""
 
     adapter: Tensors
     counts: Counts | None
@@ -93,6 +115,7 @@ class Outcome:
     good: int
     bad: int
     train_seconds: float
+    busy_seconds: float
     seconds: float
 
 
@@ -235,7 +258,7 @@ class Strategy:
             )  # fmt: skip
             good, bad = self._collect(state, round, lr, nodes, count_rule)
             if len(good) >= f.min_clients:
-                return self._average(good, len(bad), time.perf_counter() - start)
+                return self._average(good, len(bad), start)
             out = {f"node {i}": why for i, why in self.left_out.items()}
             why = "; ".join(f"{name}: {reason}" for name, reason in sorted((out | bad).items()))
             text = (
@@ -295,13 +318,13 @@ class Strategy:
 
     def _collect(
         self, state: State, round: int, lr: float, nodes: list[Node], count_rule: str
-    ) -> tuple[dict[str, tuple[TrainReply, Tensors, Counts | None]], dict[str, str]]:
+    ) -> tuple[dict[str, Good], dict[str, str]]:
         """Good replies and the reasons of bad ones, by client name.
 
         Of several replies of one node only the first that settles it counts, whatever order
         they come in.
         """
-        good: dict[str, tuple[TrainReply, Tensors, Counts | None]] = {}
+        good: dict[str, Good] = {}
         bad: dict[str, str] = {}
         deadline = time.monotonic() + self.config.federation.round_timeout
         by_id = {n.id: n for n in nodes}
@@ -332,7 +355,7 @@ class Strategy:
             except ReplyError as error:
                 bad[node.name] = reason = _printable(error)
                 return "refused", {"reason": reason}
-            good[node.name] = (message, adapter, counts)
+            good[node.name] = Good(message, adapter, counts, time.perf_counter() - started)
             state.have[node.name] = (state.digest,)
             return "ok", {
                 "examples": message.examples, "loss": message.loss, "steps": message.steps,
@@ -383,28 +406,27 @@ class Strategy:
             tokens_per_row=_tokens_per_row(meta),
         )
 
-    def _average(
-        self,
-        good: Mapping[str, tuple[TrainReply, Tensors, Counts | None]],
-        bad: int,
-        seconds: float,
-    ) -> Outcome:
+    def _average(self, good: Mapping[str, Good], bad: int, start: float) -> Outcome:
+        averaging = time.perf_counter()
         average, loss, busy = Average(), 0.0, 0.0
-        for name in sorted(good):
-            reply, adapter, _ = good[name]
-            average.add(adapter, reply.examples)
-            loss += reply.loss * reply.examples
-            busy += reply.seconds
-        counts = [c for _, _, c in (good[n] for n in sorted(good)) if c is not None]
+        replies = [good[name] for name in sorted(good)]
+        for r in replies:
+            average.add(r.adapter, r.reply.examples)
+            loss += r.reply.loss * r.reply.examples
+            busy += r.reply.seconds
+        counts = [r.counts for r in replies if r.counts is not None]
+        adapter = average.result()
+        done = time.perf_counter()
         return Outcome(
-            adapter=average.result(),
+            adapter=adapter,
             counts=sum_counts(counts) if counts else None,
             loss=loss / average.examples,
             examples=average.examples,
             good=len(good),
             bad=bad,
             train_seconds=busy,
-            seconds=seconds,
+            busy_seconds=training_wall(replies) + done - averaging,
+            seconds=done - start,
         )
 
     def _count_bytes(self, round: int, client: str, direction: str, envelope: Envelope) -> None:

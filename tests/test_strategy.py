@@ -28,7 +28,15 @@ from fedpft_core.exchange import (
 )
 from fedpft_core.training import Counts
 from server_app import strategy as strategy_module
-from server_app.strategy import Outcome, State, Strategy, learning_rate, reply_format
+from server_app.strategy import (
+    Good,
+    Outcome,
+    State,
+    Strategy,
+    learning_rate,
+    reply_format,
+    training_wall,
+)
 
 NAMES = tuple("abcdef")
 
@@ -540,3 +548,16 @@ def test_the_ledger_counts_every_byte_of_every_message() -> None:
     for way, node, envelope in network.log:
         cross(envelope, network.members[node].name, way)
     assert booked == crossed
+
+
+def test_training_wall_is_the_union_of_the_clients_intervals() -> None:
+    def reply(seconds: float, arrived: float) -> Good:
+        message = TrainReply("c", 1, "0" * 64, 1, 1, 0.0, seconds, {}, "fp32")
+        return Good(message, {}, None, arrived)
+
+    assert training_wall([]) == 0.0
+    # 1 to 3 and 2 to 4 overlap, 6 to 7 stands alone.
+    replies = [reply(2.0, 4.0), reply(1.0, 7.0), reply(2.0, 3.0)]
+    assert training_wall(replies) == 4.0
+    # No client trained before the round began, whatever it says.
+    assert training_wall([reply(100.0, 2.0)]) == 2.0
