@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from . import adapters
 from .adapters import AdapterSpec
@@ -78,6 +79,25 @@ class ClientModel:
     max_length: int
 
 
+_RANDOM_FILLS = frozenset(
+    f"{kind}_"
+    for kind in ("normal", "uniform", "trunc_normal", "kaiming_uniform", "kaiming_normal",
+                 "xavier_uniform", "xavier_normal")
+)  # fmt: skip
+
+
+class _NoRandomFill(TorchFunctionMode):
+    """Leaves new weights as they are: drawing what is overwritten next is most of building."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        # Both the methods of tensors and the functions of torch.nn.init that come to them.
+        if getattr(func, "__name__", "") in _RANDOM_FILLS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def rebuild(package: Package) -> ClientModel:
     """Package → model in eval mode. Raises ReplyError when the parts do not fit together."""
     import transformers
@@ -93,13 +113,17 @@ def rebuild(package: Package) -> ClientModel:
             if meta["kind"] == "image"
             else transformers.AutoModelForSequenceClassification
         )
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _NoRandomFill():
             model = auto.from_config(config, trust_remote_code=False)
-        skeleton(model, plan)
+            skeleton(model, plan)
         missing, unexpected = model.load_state_dict(package.weights, strict=False)
         inside = tuple(f"{m}." for m in spec.modules)
         if unexpected or any(not k.startswith(inside) for k in missing):
             raise ReplyError(f"the package's weights do not fit its plan: {missing or unexpected}")
+        # What the adapter brings is not in the package, and was never filled.
+        state = model.state_dict()
+        for name in missing:
+            state[name].zero_()
         return ClientModel(
             adapters.attach(model.float().eval(), spec, plan),
             plan,

@@ -1,0 +1,248 @@
+"""What a warm message costs a node beyond training, piece by piece.
+
+In a deployment every message starts a new process. Here a node's data and store are prepared
+once (MiniLM, the default plan, one client's built-in rows as a CSV file); then real Python
+processes do what `flwr-clientapp` does with a training message: import Flower and the app, read
+the message, answer it. Prints medians as a Markdown table.
+
+    python benchmarks/warm.py [--repeats N] [--against CHECKOUT]   # processes by hand
+    python benchmarks/warm.py --real [--rounds N]                  # SuperLink and SuperNode
+
+`--against` takes turns with another checkout of this repository, so that noise falls on both.
+CPU seconds (user and system) are the steadier figure where other work shares the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = {"data.train": "", "data.test": "unused.csv", "align.interval": 1}
+
+
+# ------------------------------------------------------------------ one message, in a process
+
+
+class Clock:
+    """CPU seconds of named pieces."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._at = time.process_time()
+
+    def lap(self, name: str) -> None:
+        now = time.process_time()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._at
+        self._at = now
+
+    def around(self, owner: Any, attribute: str, name: str) -> None:
+        """Replace a function by one that adds what it takes to `name`."""
+        inner: Callable[..., Any] = getattr(owner, attribute)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.process_time()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                spent = time.process_time() - start
+                self.seconds[name] = self.seconds.get(name, 0.0) + spent
+
+        setattr(owner, attribute, timed)
+
+
+def child(folder: Path) -> None:
+    """Answer the message kept in `folder`; print the pieces as JSON."""
+    clock = Clock()
+    # What flwr-clientapp imports before it looks at the app; not ours to change.
+    import flwr.supernode.runtime.run_clientapp  # noqa: F401
+
+    clock.lap("Flower")
+    from client_app import app  # noqa: F401
+
+    clock.lap("imports of the app")
+    # Counted apart from the model that needs them, whenever the code under test loads them.
+    from transformers import BertForSequenceClassification  # noqa: F401
+
+    clock.lap("imports of the app")
+    from client_app.node import client_for
+    from fedpft_core import client as module
+    from fedpft_core import wire
+    from fedpft_core.exchange import Envelope
+    from fedpft_core.store import Store
+
+    saved = json.loads((folder / "message.json").read_text())
+    parts = {p.name: p.read_bytes() for p in (folder / "parts").iterdir()}
+    record = wire.to_record(Envelope("train", saved["head"], parts, saved["check"]))
+    for owner, attribute, name in (
+        (Store, "get", "read and verify the sub-FM"),
+        (module, "rebuild", "build the model"),
+        (module.Client, "_rows", "read and tokenise the rows"),
+        (module.adapters, "load", "load the adapter"),
+        (module, "fine_tune", "training"),
+        (module, "count_inactive", "count inactive neurons"),
+    ):
+        clock.around(owner, attribute, name)
+    before = sum(clock.seconds.values())
+    start = time.process_time()
+    node = client_for(json.loads((folder / "node.json").read_text()), RUN)
+    reply = node.handle(wire.from_record(record))
+    wire.to_record(reply)
+    spent = time.process_time() - start
+    assert reply.kind == "train-reply", reply.head
+    clock.seconds["the rest (message, reply)"] = spent - (sum(clock.seconds.values()) - before)
+    print(json.dumps(clock.seconds))
+
+
+def one(checkout: Path, folder: Path) -> dict[str, float]:
+    """One warm message in a new process: CPU seconds by piece, and the whole."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).resolve()), "--child", str(folder)],
+        env=os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"},
+        cwd=folder, capture_output=True, text=True,
+    )  # fmt: skip
+    wall = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    pieces: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    pieces["start and end of the process"] = cpu - sum(pieces.values())
+    pieces["all but training, CPU"] = cpu - pieces["training"]
+    pieces["wall clock, training included"] = wall
+    return pieces
+
+
+# ------------------------------------------------------------------ what is prepared once
+
+
+def prepare(folder: Path, steps: int, rounds_done: int = 1) -> None:
+    """A node's data file, its configuration, and a training message for what it has in store."""
+    sys.path.insert(0, str(ROOT))
+    from fedpft_core import adapters, config, models, sub_fm
+    from fedpft_core.data.partition import partition
+    from fedpft_core.data.tasks import load_task
+    from fedpft_core.exchange import TrainRequest, seal
+    from fedpft_core.proxy import make_package
+    from fedpft_core.store import Store
+    from fedpft_core.training import LocalSettings
+
+    cfg = config.Config()
+    task = load_task(cfg.data, 0)
+    rows = task.train.select(partition(task.train.labels, 10, "dirichlet", 1.0, 0)[0])
+    with open(folder / "rows.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for text, label in zip(rows.inputs, rows.labels, strict=True):
+            writer.writerow([text, task.label_names[int(label)]])
+    loaded = models.load(cfg.model, task.label_names, "text", 0)
+    plan = sub_fm.make_plan(loaded.model, cfg.plan, 0)
+    spec = adapters.make_spec(loaded.family, plan, loaded.fresh, cfg.lora)
+    proxy = sub_fm.build(loaded.model, plan)
+    package = make_package(
+        proxy, plan, spec, loaded.processor, "text", task.label_names, cfg.data.max_length
+    )
+    digest = package.digest()
+    Store(folder / "cache" / "store").put(digest, package)
+    adapter = adapters.initial(adapters.attach(proxy, spec, plan), spec, 0, plan)
+    settings = LocalSettings(1e-3, cfg.train.batch_size, 1, steps, 0.0, 1.0, 1, 10.0)
+    sealed = seal(
+        TrainRequest(
+            2, digest, adapter, "fp32", settings, 0, count_rule="nonpositive", run="0" * 16
+        )
+    )
+    (folder / "message.json").write_text(json.dumps({"head": sealed.head, "check": sealed.check}))
+    (folder / "parts").mkdir()
+    for name, data in sealed.parts.items():
+        (folder / "parts" / name).write_bytes(data)
+    node = {"name": "a", "data-path": str(folder / "rows.csv"), "cache-dir": str(folder / "cache")}
+    (folder / "node.json").write_text(json.dumps(node))
+    print(f"{len(rows)} rows, {steps} steps of {cfg.train.batch_size}\n")
+
+
+def by_hand(repeats: int, against: Path | None, steps: int) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(folder, steps)
+        checkouts = ([against] if against else []) + [ROOT]
+        found: dict[Path, list[dict[str, float]]] = {c: [] for c in checkouts}
+        for turn in range(repeats + 1):
+            for checkout in checkouts:
+                pieces = one(checkout, folder)
+                if turn:  # the first one warms the page cache and whatever the node keeps
+                    found[checkout].append(pieces)
+    medians = [
+        {k: statistics.median(p[k] for p in found[c]) for k in found[c][0]} for c in checkouts
+    ]
+    head = ["before", "after"] if against else ["seconds"]
+    print("| CPU seconds | " + " | ".join(head) + " |\n|---" + "|--:" * len(head) + "|")
+    for key in medians[-1]:
+        print(f"| {key} | " + " | ".join(f"{m.get(key, 0.0):.2f}" for m in medians) + " |")
+
+
+# ------------------------------------------------------------------ real SuperLink and SuperNode
+
+
+def real(rounds: int, checkout: Path) -> None:
+    """Rounds of one SuperNode: seconds from sending to the reply, less those of training."""
+    sys.path[:0] = [str(checkout), str(ROOT / "tests")]
+    import flower
+
+    flower.ROOT = checkout
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(folder, 14)
+        os.environ["PYTHONPATH"] = str(checkout)
+        keys = {
+            "data.train": "", "data.test": str(folder / "rows.csv"), "federation.rounds": rounds,
+            "federation.clients": 1, "federation.clients-per-round": 1, "federation.min-clients": 1,
+            "run.baselines": False, "run.undistilled": False, "distill.steps": 2,
+            "run.gradient-rows": 0, "data.max-test-rows": 40, "data.max-public-rows": 200,
+            "align.interval": 0,
+        }  # fmt: skip
+        with flower.deployment(folder / "net") as net:
+            net.start_node("a", folder / "rows.csv", **{"cache-dir": str(folder / "cache")})
+            config = flower.write_config(folder / "run.yaml", keys)
+            process = net.run(folder / "run", config)
+            if process.wait(1200):
+                raise SystemExit(net.logs())
+        replies = [e for e in flower.events(folder / "run") if e["event"] == "reply"]
+        costs = [float(e["seconds"]) - float(e["train_seconds"]) for e in replies[1:]]  # type: ignore[arg-type]
+        spread = ", ".join(f"{c:.1f}" for c in costs)
+        print(f"real SuperNode, wall clock less training: {statistics.median(costs):.2f} s")
+        print(f"({spread}; load {os.getloadavg()[0]:.1f})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=14)
+    parser.add_argument("--against", type=Path)
+    parser.add_argument("--real", action="store_true")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(args.child)
+    elif args.real:
+        real(args.rounds, (args.against or ROOT).resolve())
+    else:
+        against = args.against.resolve() if args.against else None
+        by_hand(args.repeats, against, args.steps)
+
+
+if __name__ == "__main__":
+    main()
