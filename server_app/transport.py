@@ -91,7 +91,7 @@ class FlowerTransport:
             if waiting and not got:
                 time.sleep(self.poll_seconds)
         for node in waiting.values():
-            replies[node] = Failure(f"no reply within {timeout:g} s")
+            replies[node] = Failure(f"no reply within {timeout:.1f} s")
             if on_reply:
                 on_reply(node, replies[node])
         return replies
@@ -102,13 +102,16 @@ _ERRORS = {
     5: "the node is gone",
     8: "the client process died",
 }
+_GONE = (5, 8)
 
 
 def _opened(reply: Message) -> Envelope | Failure:
     if reply.has_error():
-        what = _ERRORS.get(reply.error.code, "Flower reported an error")
-        lines = (reply.error.reason or "").strip().splitlines()
-        return Failure(f"{what} (code {reply.error.code}{': ' + lines[-1] if lines else ''})")
+        code = reply.error.code
+        what = _ERRORS.get(code, "Flower reported an error")
+        # Of a process or node that is gone Flower can only say so once more, at length.
+        lines = [] if code in _GONE else (reply.error.reason or "").strip().splitlines()
+        return Failure(f"{what} (code {code}{': ' + lines[-1] if lines else ''})")
     try:
         return wire.from_record(reply.content)
     except ReplyError as error:

@@ -299,13 +299,22 @@ def events(run_dir: Path) -> list[dict[str, object]]:
     return [json.loads(x) for x in path.read_text().splitlines(keepends=True) if x.endswith("\n")]
 
 
-def wait_for(run_dir: Path, event: str, seconds: float, **fields: object) -> dict[str, object]:
-    """The first matching event; fails the test when it does not come in time."""
+def wait_for(
+    run_dir: Path,
+    event: str,
+    seconds: float,
+    alive: subprocess.Popen[bytes] | None = None,
+    **fields: object,
+) -> dict[str, object]:
+    """The first matching event; fails the test when it does not come in time, or when the
+    process `alive`, which should bring it about, has ended without it."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
+        ended = alive is not None and alive.poll() is not None
         for e in events(run_dir):
             if e["event"] == event and all(e.get(k) == v for k, v in fields.items()):
                 return e
+        assert not ended, f"no {event} {fields}: the run has ended"
         time.sleep(0.1)
     raise AssertionError(f"no {event} {fields} within {seconds:g} s")
 
