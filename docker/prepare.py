@@ -18,6 +18,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from cryptography import x509
@@ -162,7 +163,7 @@ def make_node_key(private: Path, public: Path) -> None:
 
 
 def keys(state: Path, hosts: Sequence[str]) -> None:
-    """Certificates, node keys, the secrets between SuperExecs and what starts them, CLI settings."""
+    """Certificates, node keys, secrets for SuperExecs, Flower settings of the command line."""
     ca, ca_key = state / "ca.crt", state / "ca.key"
     once([ca, ca_key], lambda: make_ca(ca, ca_key), "certificate authority")
     cert, key = state / "superlink" / "server.crt", state / "superlink" / "server.key"
@@ -174,11 +175,11 @@ def keys(state: Path, hosts: Sequence[str]) -> None:
     check_server(ca, cert, hosts)
     for node in NODES:
         private, public = state / node / "node.key", state / node / "node.key.pub"
-        once([private, public], lambda a=private, b=public: make_node_key(a, b), f"key of {node}")
+        once([private, public], partial(make_node_key, private, public), f"key of {node}")
     for owner in ("superlink", *NODES):
         secret = state / owner / "superexec.secret"
         text = secrets.token_hex(32).encode()
-        once([secret], lambda p=secret, t=text: write(p, t, 0o600), f"SuperExec secret of {owner}")
+        once([secret], partial(write, secret, text, 0o600), f"SuperExec secret of {owner}")
     flower = state / "cli" / "config.toml"
     settings = (
         '[superlink]\ndefault = "demo"\n\n[superlink.demo]\naddress = "superlink:8000"\n'
@@ -196,7 +197,9 @@ def write_rows(path: Path, examples, names: Sequence[str]) -> None:  # type: ign
     with open(part, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["text", "label"])
-        table.writerows((t, names[y]) for t, y in zip(examples.inputs, examples.labels, strict=True))
+        table.writerows(
+            (t, names[y]) for t, y in zip(examples.inputs, examples.labels, strict=True)
+        )
     part.rename(path)
     shown = ", ".join(f"{n} {sum(examples.labels == c)}" for c, n in enumerate(names))
     say(f"made {path.parent.name}/{path.name}: {len(examples)} rows ({shown})")
@@ -256,7 +259,7 @@ def hand_over(state: Path, results: Path, uid: int, gid: int) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--folder", type=Path, default=HERE, help="default: the script's own")
-    parser.add_argument("--host", action="append", default=[], help="one more name of the SuperLink")
+    parser.add_argument("--host", action="append", default=[], help="another name of the SuperLink")
     parser.add_argument("--only", choices=("keys", "data"))
     args = parser.parse_args(argv)
     folder = args.folder.resolve()
