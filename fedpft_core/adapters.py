@@ -126,6 +126,21 @@ def norm(tensors: Mapping[str, Tensor]) -> float:
     return math.sqrt(math.fsum(float(t.double().square().sum()) for t in tensors.values()))
 
 
+def clip_change(
+    adapter: Mapping[str, Tensor], start: Mapping[str, Tensor], longest: float
+) -> Tensors:
+    """The adapter with the change of LoRA's factors since `start` scaled down to L2 norm `longest`.
+
+    The head's change stays as it is: it is read off the same features in proxy and FM, and is no
+    part of what makes their bodies differ. A change no longer than that is left to the bit.
+    """
+    change = {k: t - start[k] for k, t in adapter.items() if ".lora_" in k}
+    size = norm(change)
+    if size <= longest:
+        return dict(adapter)
+    return dict(adapter) | {k: start[k] + d * (longest / size) for k, d in change.items()}
+
+
 def merge(model: nn.Module, tensors: Mapping[str, Tensor], spec: AdapterSpec) -> None:
     """Add the adapter to a bare FM's weights in place: W + (alpha / r) B A, head replaced."""
     bare = dict(base_model(model).named_parameters())

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from . import registry
 from .errors import UserError
 
 Scalar = bool | int | float | str
@@ -32,9 +33,15 @@ def _key(
     high: float | None = None,
     above: float | None = None,
     choices: tuple[str, ...] = (),
+    joined: bool = False,
 ) -> Any:
-    """Declare one key: default, one-line doc with unit, and the range or values it admits."""
-    meta = {"doc": doc, "low": low, "high": high, "above": above, "choices": choices}
+    """Declare one key: default, one-line doc with unit, and the range or values it admits.
+
+    `joined`: several choices in a row, `a+b`, will do; `none` stands alone.
+    """
+    meta = {
+        "doc": doc, "low": low, "high": high, "above": above, "choices": choices, "joined": joined
+    }  # fmt: skip
     return field(default=default, metadata=meta)
 
 
@@ -100,8 +107,11 @@ class PlanConfig:
     )
     saliency: str = _key(
         "weight-norm",
-        "how neurons are ranked: `weight-norm` (paper eq. 1) or `random`",
-        choices=("weight-norm", "random"),
+        f"how neurons are ranked: {registry.describe('saliency')}",
+        choices=registry.names("saliency"),
+    )
+    saliency_batches: int = _key(
+        8, "public batches a saliency that reads them looks at, of distill.batch-size rows", low=1
     )
     drop_to: int = _key(
         0,
@@ -115,9 +125,12 @@ class DistillConfig:
     """Layer-level distillation before federated learning (paper section 4.2)."""
 
     method: str = _key(
-        "sgd", "alignment before FL: `sgd` (paper) or `none`", choices=("sgd", "none")
+        "sgd",
+        f"alignment before FL: {registry.describe('alignment')}; `none`; `a+b` runs a, then b",
+        choices=(*registry.names("alignment"), "none"),
+        joined=True,
     )
-    steps: int = _key(100, "optimiser steps", low=0)
+    steps: int = _key(100, "optimiser steps of each method that takes any; 0 = no alignment", low=0)
     batch_size: int = _key(16, "public rows per step", low=1)
     length: int = _key(64, "longest public row, tokens (text only)", low=4)
     lr: float = _key(6e-4, "peak learning rate of AdamW", above=0.0)
@@ -130,24 +143,54 @@ class DistillConfig:
         "largest std of the random LoRA factors put on both models at each step, 0 = none",
         low=0.0,
     )
+    fit_batches: int = _key(40, "public batches `closed-form` and `sequential` look at", low=1)
+    ridge: float = _key(
+        1e-3,
+        "pull of `closed-form` and `sequential` towards the present weights, as a share of the "
+        "activations' mean square",
+        above=0.0,
+    )
+    gradient_weight: float = _key(
+        1.0, "weight of the gradient term of `gradient` beside the output error", low=0.0
+    )
 
 
 @dataclass(frozen=True)
 class AlignConfig:
     """Neuron-level distillation between rounds (paper section 4.3).
 
-    Batch size, row length, warm-up, weight decay, clipping and adapter noise are those of distill.
+    What is not listed here (batch size, row length, warm-up, weight decay, ridge …) is distill's.
     """
 
     interval: int = _key(2, "rounds t between alignments, 0 = never", low=0)
+    threshold: float = _key(
+        0.0,
+        "a due alignment happens only where align.disagreement is above this, 0 = always",
+        low=0.0,
+    )
+    disagreement: str = _key(
+        "cosine",
+        "what align.threshold is held against, at the aggregated adapter: `cosine` (1 - cosine of "
+        "the adapter gradients on validation rows), `relative-l2` (their distance over the FM's) "
+        "or `output-error` (mean hidden-state error of the pruned blocks on public rows)",
+        choices=("cosine", "relative-l2", "output-error"),
+    )
+    method: str = _key(
+        "sgd",
+        "how neurons are re-aligned: as distill.method, without `none`",
+        choices=registry.names("alignment"),
+        joined=True,
+    )
     proportion: float = _key(
         1.0, "share p of each pruned block's neurons re-aligned", above=0.0, high=1.0
     )
     selection: str = _key(
         "apoz",
-        "which neurons move: `apoz` (highest share of inactive tokens, paper), `active` "
-        "(lowest share) or `random`",
-        choices=("apoz", "active", "random"),
+        f"which neurons move: {registry.describe('selection')}",
+        choices=registry.names("selection"),
+    )
+    selection_batches: int = _key(
+        4, "public batches a selection that reads them looks at, of distill.batch-size rows", low=1
     )
     inactive: str = _key(
         "nonpositive",
@@ -156,6 +199,12 @@ class AlignConfig:
     )
     steps: int = _key(20, "optimiser steps per alignment", low=1)
     lr: float = _key(6e-4, "peak learning rate of AdamW", above=0.0)
+    adapter_noise: float = _key(
+        -1.0,
+        "largest std of the random changes of LoRA's factors put on both models at each step, "
+        "around the aggregated adapter; 0 = none, -1 = distill.adapter-noise",
+        low=-1.0,
+    )
 
 
 @dataclass(frozen=True)
@@ -190,6 +239,18 @@ class FederationConfig:
     """Rounds, sampling and partitions."""
 
     rounds: int = _key(6, "rounds T", low=1)
+    aggregate: str = _key(
+        "average",
+        "what becomes of the clients' adapters: `average` (FedAvg) or `none` (each of "
+        "federation.clients-per-round clients tunes alone for all rounds; their mean is scored)",
+        choices=("average", "none"),
+    )
+    clip_update_norm: float = _key(
+        0.0,
+        "largest L2 norm of a client's change of LoRA's factors in a round; a longer one is scaled "
+        "down to it before averaging, 0 = no limit",
+        low=0.0,
+    )
     clients: int = _key(10, "simulated clients started by `fedpft run`", low=1)
     clients_per_round: int = _key(4, "clients sampled per round", low=1)
     min_clients: int = _key(2, "good replies a round needs", low=1)
@@ -265,6 +326,9 @@ class RunConfig:
     stop_after: int = _key(
         0, "stop after this round (for tests and drills), 0 = run to the end", low=0
     )
+    proxy_cache: str = _key(
+        "", "folder where distilled sub-FMs are kept for runs that differ only later; empty = none"
+    )
 
 
 @dataclass(frozen=True)
@@ -294,6 +358,12 @@ class Config:
                 f"federation.clients-per-round = {f.clients_per_round} is more than "
                 f"federation.clients = {f.clients}."
             )
+        gradient = self.align.disagreement != "output-error"
+        if self.align.threshold > 0 and gradient and not self.run.gradient_rows:
+            raise UserError(
+                f"align.threshold = {self.align.threshold:g} with align.disagreement = "
+                f"{self.align.disagreement} needs run.gradient-rows above 0."
+            )
 
 
 @dataclass(frozen=True)
@@ -308,12 +378,14 @@ class KeyInfo:
     high: float | None
     above: float | None
     choices: tuple[str, ...]
+    joined: bool = False
 
     @property
     def allowed(self) -> str:
         """The admitted values in words, empty when any value of the type will do."""
         if self.choices:
-            return "one of " + ", ".join(self.choices)
+            also = ", or several joined by +" if self.joined else ""
+            return "one of " + ", ".join(self.choices) + also
         parts = []
         if self.above is not None:
             parts.append(f"above {self.above:g}")
@@ -339,7 +411,7 @@ def keys() -> dict[str, KeyInfo]:
             m = f.metadata
             out[name] = KeyInfo(
                 name, hints[f.name], getattr(cls, f.name), m["doc"], m["low"], m["high"],
-                m["above"], m["choices"],
+                m["above"], m["choices"], m["joined"],
             )  # fmt: skip
     return out
 
@@ -364,8 +436,10 @@ def _typed(info: KeyInfo, value: Any) -> Scalar:
         ok = value
     if ok is None:
         raise UserError(f"{info.name}: expected {_TYPE_WORDS[want]}, got {value!r}.")
+    words = str(ok).split("+") if info.joined else [ok]
     bad = (
-        (info.choices and ok not in info.choices)
+        (info.choices and not all(w in info.choices for w in words))
+        or ("none" in words and len(words) > 1)
         or (info.low is not None and ok < info.low)  # type: ignore[operator]
         or (info.high is not None and ok > info.high)  # type: ignore[operator]
         or (info.above is not None and ok <= info.above)  # type: ignore[operator]
@@ -493,12 +567,17 @@ def parse_overrides(text: str) -> dict[str, Any]:
 
 
 def method_name(config: Config) -> str:
-    """The method these settings amount to, by the names of docs/paper_map.md."""
-    if config.plan.proxy == "full":
-        return "fedpetuning"
-    if config.plan.proxy == "layer-drop":
-        return "fedot"
+    """The method these settings amount to, by the names of docs/methods.md."""
+    f = config.federation
     before = config.distill.method != "none" and config.distill.steps > 0
-    during = 0 < config.align.interval < config.federation.rounds
-    names = {(True, True): "fedpft", (True, False): "fedpft-b", (False, True): "fedpft-d"}
-    return names.get((before, during), "fedpft-n")
+    during = 0 < config.align.interval < f.rounds
+    if f.aggregate == "none":
+        return "local-only"
+    if config.plan.proxy == "full":
+        name = "centralised" if f.clients == 1 else "fedpetuning"
+    elif config.plan.proxy == "layer-drop":
+        name = "fedot" if before else "fedot-n"
+    else:
+        names = {(True, True): "fedpft", (True, False): "fedpft-b", (False, True): "fedpft-d"}
+        name = names.get((before, during), "fedpft-n")
+    return f"one-shot {name}" if f.rounds == 1 and f.clients > 1 else name

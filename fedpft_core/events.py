@@ -37,6 +37,8 @@ adapter          round, norm
 memory           process (server), peak_rss_bytes
 files            paths: {name: path}
 warning          text
+alignment_check  round, measure (align.disagreement), value, threshold, aligned (true or false):
+                 with align.threshold, whether a due alignment happens
 run_finished     seconds
 run_failed       reason
 """

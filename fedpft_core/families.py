@@ -6,7 +6,7 @@ Adding a family is one row of `FAMILIES`. Everything else reaches a model throug
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +125,20 @@ def base_model(model: nn.Module) -> nn.Module:
     return inner() if inner is not None else model
 
 
+def inputs_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a batch a model reads."""
+    return {k: v for k, v in batch.items() if k not in ("labels", "index")}
+
+
+def real_positions(batch: Mapping[str, Tensor], length: int) -> Tensor:
+    """Mask [B, L] of positions that are not padding; images have none."""
+    mask = batch.get("attention_mask")
+    if mask is None:
+        first = next(iter(batch.values()))
+        return torch.ones(len(first), length, dtype=torch.bool, device=first.device)
+    return mask.bool()
+
+
 class FFN:
     """The feed-forward network of one block, neuron by neuron.
 
@@ -153,6 +167,17 @@ class FFN:
     def activation(self) -> nn.Module:
         """The module whose output is the neurons' activations [..., F]."""
         return self.block.get_submodule(self.family.activation)
+
+    def inner(self, x: Tensor) -> Tensor:
+        """What enters the out-projection, [..., F], for the FFN's input x [..., D]."""
+        ins = self.ins
+        a: Tensor = self.activation(ins[0](x))
+        return a * ins[1](x) if len(ins) > 1 else a
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The FFN alone, [..., D] → [..., D]: no residual, no norm, no dropout."""
+        y: Tensor = self.out(self.inner(x))
+        return y
 
     @property
     def norm(self) -> nn.Module | None:

@@ -8,7 +8,7 @@ forward; weight gradients exist for the adapter only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -63,7 +63,9 @@ def inspect(config: Config) -> dict[str, Any]:
     # No data are needed: the model says what it reads, and two classes stand for its head.
     kind = models.kind_of(config.model)
     loaded = models.load(config.model, ("a", "b"), kind, config.run.seed)
-    plan = sub_fm.make_plan(loaded.model, config.plan, config.run.seed)
+    # Costs depend on how many neurons are kept, not on which: no public rows are read for it.
+    settings = replace(config.plan, saliency="weight-norm")
+    plan = sub_fm.make_plan(loaded.model, settings, config.run.seed)
     proxy = sub_fm.build(loaded.model, plan)
     family, rank = loaded.family, config.lora.rank
     width = family.ffns(loaded.model)[0].out.out_features

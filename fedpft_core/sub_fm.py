@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import saliency
 from .config import PlanConfig
 from .errors import UserError
 from .families import FFN, Family, family_of, family_of_model
-from .seeds import torch_stream
 
 
 @dataclass(frozen=True)
@@ -81,18 +81,6 @@ class Plan:
         return plan
 
 
-def saliency(ffn: FFN) -> Tensor:
-    """Weight saliency of each neuron: s_j = ||[W1[j,:]; W2[:,j]]||_2 (paper eq. 1).
-
-    Gated FFNs: the norm over gate row, up row and down column. Returns [F] float64, biases
-    never enter.
-    """
-    total = ffn.out.weight.detach().double().square().sum(0)
-    for linear in ffn.ins:
-        total = total + linear.weight.detach().double().square().sum(1)
-    return total.sqrt()
-
-
 def keep_most_salient(scores: Tensor, k: int) -> tuple[int, ...]:
     """Indices of the K largest scores, in their original order; ties keep the lower index."""
     order = torch.sort(scores, descending=True, stable=True).indices[:k]
@@ -118,9 +106,12 @@ def parse_layers(text: str, blocks: int, key: str = "plan.retained-layers") -> s
     return out
 
 
-def make_plan(model: nn.Module, cfg: PlanConfig, seed: int) -> Plan:
+def make_plan(
+    model: nn.Module, cfg: PlanConfig, seed: int, public: saliency.Public | None = None
+) -> Plan:
     """Choose what the proxy keeps of `model` (the FM).
 
+    `public` gives the public batches some saliencies look at; it is called only by those.
     Raises UserError naming the key when K exceeds F or a retained layer is out of range.
     """
     family = family_of_model(model)
@@ -141,17 +132,18 @@ def make_plan(model: nn.Module, cfg: PlanConfig, seed: int) -> Plan:
             f,
             tuple(BlockPlan("whole" if i in keep else "dropped") for i in range(n)),
         )
-    blocks = []
-    for i, ffn in enumerate(ffns):
-        if i in retained or k == f:
-            blocks.append(BlockPlan("whole"))
-            continue
-        if cfg.saliency == "random":
-            scores = torch.rand(f, generator=torch_stream(seed, "saliency", i))
-        else:
-            scores = saliency(ffn)
-        blocks.append(BlockPlan("pruned", keep_most_salient(scores, k)))
-    return Plan(family.model_type, f, tuple(blocks))
+    whole = [i in retained or k == f for i in range(n)]
+    if all(whole):
+        return Plan(family.model_type, f, tuple(BlockPlan("whole") for _ in ffns))
+    scores = saliency.scores(cfg.saliency, saliency.Probe(model, seed, public))
+    return Plan(
+        family.model_type,
+        f,
+        tuple(
+            BlockPlan("whole") if all_of_it else BlockPlan("pruned", keep_most_salient(s, k))
+            for all_of_it, s in zip(whole, scores, strict=True)
+        ),
+    )
 
 
 def evenly_spaced(blocks: int, keep: int, cfg: PlanConfig) -> set[int]:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from . import adapters
 from .data.batches import Encoded, batches
 from .errors import UserError
+from .families import inputs_of, real_positions
 from .seeds import derive
 from .sub_fm import Plan, pruned_ffns
 
@@ -48,8 +49,7 @@ class TrainResult:
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:
     """Class scores [B, classes] of a batch."""
-    inputs = {k: v for k, v in batch.items() if k not in ("labels", "index")}
-    out: Tensor = model(**inputs).logits
+    out: Tensor = model(**inputs_of(batch)).logits
     return out
 
 
@@ -182,15 +182,6 @@ def is_inactive(activation: Tensor, rule: str) -> Tensor:
     GELU and SiLU are almost never exactly zero, so counting zeros would choose at random.
     """
     return activation == 0 if rule == "exact-zero" else activation <= 0
-
-
-def real_positions(batch: Batch, length: int) -> Tensor:
-    """Mask [B, L] of positions that are not padding; images have none."""
-    mask = batch.get("attention_mask")
-    if mask is None:
-        first = next(iter(batch.values()))
-        return torch.ones(len(first), length, dtype=torch.bool, device=first.device)
-    return mask.bool()
 
 
 @dataclass(frozen=True)

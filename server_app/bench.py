@@ -8,14 +8,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from fedpft_core import adapters, distill, measure, models, sub_fm
+from fedpft_core import adapters, alignment, distill, inspect, measure, models, selection, sub_fm
 from fedpft_core.config import Config
 from fedpft_core.data.batches import Encoded, encode, public_batches, tokenise_public
 from fedpft_core.data.public import load_public
@@ -23,7 +23,7 @@ from fedpft_core.data.tasks import Task, load_task
 from fedpft_core.errors import RunError, UserError
 from fedpft_core.exchange import Package, tensor_digest
 from fedpft_core.families import base_model
-from fedpft_core.proxy import PatchedWeights, make_package, make_patch
+from fedpft_core.proxy import make_package, make_patch
 from fedpft_core.seeds import derive, numpy_stream
 from fedpft_core.training import Counts, Score, evaluate, pick_device
 from server_app.strategy import Events, State
@@ -122,7 +122,14 @@ class Bench:
                 labels=list(task.label_names), public=len(public),
             )  # fmt: skip
         with phase(events, "build"):
-            plan = sub_fm.make_plan(loaded.model, config.plan, config.run.seed)
+            plan = sub_fm.make_plan(
+                loaded.model,
+                config.plan,
+                config.run.seed,
+                lambda: public_stream(
+                    config, public, loaded.processor, config.plan.saliency_batches, "saliency"
+                ),
+            )
             if plan.is_full and config.plan.proxy != "full":
                 events.emit(
                     "warning",
@@ -183,35 +190,31 @@ class Bench:
         """Record how alike the adapter gradients of FM and proxy are on validation rows."""
         if not len(self.gradient_rows) or self.plan.is_full:
             return
-        found = measure.gradient_agreement(
-            self.fm,
-            self.proxy,
-            self.plan,
-            self.gradient_rows,
-            self.config.train.batch_size,
-            b_only=start,
-        )
+        found = self._gradient_agreement(b_only=start)
         self.events.emit("agreement", round=round, when=when, **found)
 
+    def _gradient_agreement(self, b_only: bool) -> dict[str, Any]:
+        rows, size = self.gradient_rows, self.config.train.batch_size
+        return measure.gradient_agreement(self.fm, self.proxy, self.plan, rows, size, b_only)
+
     def _public_batches(self, steps: int, *purpose: str | int) -> Iterator[Any]:
-        d = self.config.distill
-        seed = derive(self.config.run.seed, "public-batches", *purpose)
-        return public_batches(self.public, self.processor, d.batch_size, d.length, steps, seed)
+        return public_stream(self.config, self.public, self.processor, steps, *purpose)
 
     def distil(self) -> None:
         """Layer-level distillation of the proxy, before FL."""
         d = self.config.distill
-        if d.method == "none" or not d.steps or not self.plan.pruned:
+        if not alignment.needed(d.method, self.plan, d.steps):
             return
         with phase(self.events, "distil"):
             probe = list(self._public_batches(2, "probe"))
             before = distill.output_error(self.fm, self.proxy, self.plan, probe)
-            first, last, seconds = distill.distil(
-                self.fm, self.proxy, self.plan, self._public_batches(d.steps, "distil"), d,
+            job = alignment.Job(
+                self.fm, self.proxy, self.plan, lambda n: self._public_batches(n, "distil"), d,
                 steps=d.steps, lr=d.lr, alpha=d.alpha,
-                noise_seed=derive(self.config.run.seed, "distil"),
+                seed=derive(self.config.run.seed, "distil"),
                 on_step=progress(self.events, "distil", "steps"),
             )  # fmt: skip
+            first, last, seconds = alignment.run(d.method, job)
             after = distill.output_error(self.fm, self.proxy, self.plan, probe)
             _check_finite(after, "distill.lr")
             self.events.emit(
@@ -230,17 +233,18 @@ class Bench:
 
     def trained_names(self) -> list[str]:
         """Names in the package of the weights alignment may move."""
-        names = PatchedWeights(self.plan)
-        return sorted(
-            names.name(block, part)
-            for block, ffn in sub_fm.pruned_ffns(self.proxy, self.plan).items()
-            for part in ffn.parts()
-        )
+        moving = {id(p) for p in distill.moving_parts(self.proxy, self.plan).values()}
+        return sorted(k for k, p in self._frozen().items() if id(p) in moving)
+
+    def _frozen(self) -> Tensors:
+        """The proxy's parameters by their name in the package."""
+        named = base_model(self.proxy).named_parameters()
+        return {k.replace(".base_layer.", "."): p for k, p in named}
 
     @torch.no_grad()
     def load_frozen(self, weights: Tensors) -> None:
         """Copy aligned weights, named as in the package, into the proxy."""
-        live = dict(base_model(self.proxy).named_parameters())
+        live = self._frozen()
         for name, value in weights.items():
             live[name].copy_(value)
 
@@ -251,30 +255,62 @@ class Bench:
         self.plug(adapter)
         return State(0, adapter, package, digests, package.digest())
 
-    def align(self, state: State, round: int, counts: Counts) -> None:
+    def disagrees(self, state: State, round: int) -> bool:
+        """Whether proxy and FM disagree enough at the aggregated adapter to be re-aligned."""
+        a = self.config.align
+        if not a.threshold:
+            return True
+        self.plug(state.adapter)
+        if a.disagreement == "output-error":
+            probe = self._public_batches(2, "probe")
+            errors = distill.output_error(self.fm, self.proxy, self.plan, probe)
+            found = sum(errors.values()) / len(errors)
+        else:
+            if not len(self.gradient_rows):
+                raise UserError(
+                    f"align.disagreement = {a.disagreement} needs validation rows: set "
+                    "data.validation or data.validation-share."
+                )
+            g = self._gradient_agreement(b_only=False)
+            found = 1 - g["cosine"] if a.disagreement == "cosine" else g["relative_l2"]
+        # Gradients of size 0 give NaN: nothing is known, so the safe answer is to align.
+        above = not found <= a.threshold
+        self.events.emit(
+            "alignment_check", round=round, measure=a.disagreement, value=found,
+            threshold=a.threshold, aligned=above,
+        )  # fmt: skip
+        return above
+
+    def align(self, state: State, round: int, counts: Counts | None) -> None:
         """Neuron-level distillation at the current adapter; extends `state` by a patch.
 
-        Teacher and student both carry the aggregate adapter, which stays as it is.
+        Teacher and student both carry the aggregate adapter, which stays as it is. `counts` are
+        the clients' inactivity counts, where the selection looks at them.
         """
         a, d = self.config.align, self.config.distill
         with phase(self.events, "align", round=round):
             start = time.perf_counter()
             self.plug(state.adapter)
             self.agreement(round, "before-align")
-            rates = {b: distill.apoz(counts.inactive[b], counts.tokens[b]) for b in counts.inactive}
-            chosen = distill.choose_neurons(
-                rates, a.proportion, a.selection, derive(self.config.run.seed, "choose", round)
-            )
+            inactive, tokens = (counts.inactive, counts.tokens) if counts else ({}, {})
+            view = selection.View(
+                {b: distill.apoz(inactive[b], tokens[b]) for b in inactive},
+                derive(self.config.run.seed, "choose", round), self.fm, self.proxy, self.plan,
+                lambda: self._public_batches(a.selection_batches, "choose", round),
+            )  # fmt: skip
+            chosen = selection.choose(a.selection, view, a.proportion)
             probe = list(self._public_batches(2, "probe"))
             before = distill.output_error(self.fm, self.proxy, self.plan, probe)
-            first, last, _ = distill.distil(
+            job = alignment.Job(
                 self.fm, self.proxy, self.plan,
-                self._public_batches(a.steps, "align", round), d,
-                steps=a.steps, lr=a.lr, alpha=0.0, chosen=chosen,
-                noise_seed=derive(self.config.run.seed, "align", round),
+                lambda n: self._public_batches(n, "align", round),
+                replace(d, adapter_noise=noise),
+                steps=a.steps, lr=a.lr, chosen=chosen,
+                seed=derive(self.config.run.seed, "align", round),
                 on_step=progress(self.events, "align", "steps", round=round),
             )  # fmt: skip
             after = distill.output_error(self.fm, self.proxy, self.plan, probe)
+            first, last, _ = alignment.run(a.method, job, "align.method")
             _check_finite(after, "align.lr")
             patch, package = make_patch(
                 self.proxy, self.plan, chosen, state.package, state.digests, self.config.wire.patch
@@ -295,6 +331,15 @@ class Bench:
 
 
 def _check_finite(errors: dict[int, float], key: str) -> None:
+def public_stream(
+    config: Config, public: list[Any], processor: Any, steps: int, *purpose: str | int
+) -> Iterator[Any]:
+    """`steps` public batches, a function of the run's seed and the purpose."""
+    d = config.distill
+    seed = derive(config.run.seed, "public-batches", *purpose)
+    return public_batches(public, processor, d.batch_size, d.length, steps, seed)
+
+
     if not all(math.isfinite(e) for e in errors.values()):
         raise RunError(f"the distillation diverged; lower {key}")
 

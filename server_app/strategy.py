@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fedpft_core import codec
+from fedpft_core.adapters import clip_change
 from fedpft_core.config import Config
 from fedpft_core.errors import ReplyError, RunError
 from fedpft_core.exchange import (
@@ -364,6 +365,9 @@ class Strategy:
 
         def on_reply(node_id: int, reply: Envelope | Failure) -> None:
             node = by_id.get(node_id)
+            longest = self.config.federation.clip_update_norm
+            if longest:
+                adapter = clip_change(adapter, want.adapter, longest)
             if node is None:
                 return
             if isinstance(reply, Envelope):

@@ -308,43 +308,6 @@ def test_apoz_is_inactive_over_tokens() -> None:
     assert rates.tolist() == [0.0, 0.25, 1.0]
 
 
-def test_the_highest_apoz_is_chosen_the_paper_way() -> None:
-    rates = {1: torch.tensor([0.1, 0.9, 0.5, 0.7]), 2: torch.tensor([0.4, 0.3, 0.2, 0.1])}
-    chosen = distill.choose_neurons(rates, 0.5, "apoz", seed=0)
-    assert {b: i.tolist() for b, i in chosen.items()} == {1: [1, 3], 2: [0, 1]}
-    chosen = distill.choose_neurons(rates, 0.5, "active", seed=0)
-    assert {b: i.tolist() for b, i in chosen.items()} == {1: [0, 2], 2: [2, 3]}
-
-
-@pytest.mark.parametrize("selection", ["apoz", "active", "random"])
-@pytest.mark.parametrize(("share", "size"), [(1.0, 10), (0.5, 5), (0.3, 3), (0.8, 8), (0.01, 1)])
-def test_sizes_and_order(selection: str, share: float, size: int) -> None:
-    rates = {4: torch.rand(10, generator=torch.Generator().manual_seed(0)).double()}
-    (index,) = distill.choose_neurons(rates, share, selection, seed=1).values()
-    assert index.dtype == torch.int64
-    assert len(index) == len(set(index.tolist())) == size
-    assert index.tolist() == sorted(index.tolist())
-
-
-@pytest.mark.parametrize("selection", ["apoz", "active"])
-def test_ties_keep_the_lower_position(selection: str) -> None:
-    rates = {0: torch.full((1000,), 0.5).double()}
-    (index,) = distill.choose_neurons(rates, 0.01, selection, seed=0).values()
-    assert index.tolist() == list(range(10))
-
-
-def test_random_choice_is_a_function_of_seed_and_block() -> None:
-    rates = {1: torch.zeros(50), 2: torch.zeros(50)}
-    torch.manual_seed(0)
-    first = distill.choose_neurons(rates, 0.5, "random", seed=1)
-    torch.manual_seed(1)
-    again = distill.choose_neurons(rates, 0.5, "random", seed=1)
-    assert all(torch.equal(first[b], again[b]) for b in rates)
-    assert not torch.equal(first[1], first[2])
-    other = distill.choose_neurons(rates, 0.5, "random", seed=2)
-    assert not torch.equal(first[1], other[1])
-
-
 # --- taps ---------------------------------------------------------------------------------
 
 
@@ -355,7 +318,7 @@ def test_outputs_are_those_of_the_blocks_by_fm_index(family: str) -> None:
     with torch.no_grad():
         for model, own in ((fm, False), (small, True)):
             want = oracles.block_outputs(model, batch)
-            found = distill._outputs(model, plan, batch, own_index=own)
+            found = distill.outputs(model, plan, batch, own_index=own)
             assert set(found) == set(plan.pruned)
             assert all(torch.equal(found[b], want[b]) for b in found)
     assert not any(m._forward_hooks for m in (*fm.modules(), *small.modules()))

@@ -22,7 +22,7 @@ import torch
 import client_app.node
 import fedpft_core.client
 import server_app.app
-from fedpft_core import adapters, config, distill, models, sub_fm, training
+from fedpft_core import adapters, config, distill, models, selection, sub_fm, training
 from fedpft_core.data.batches import public_batches
 from fedpft_core.events import EventLog
 from fedpft_core.exchange import open_envelope
@@ -147,7 +147,7 @@ def check_counts(count: Callable[..., Counts]) -> None:
     assert set(tokens) == set(plan.pruned) and len(tokens) == 2
     assert {b: c.tolist() for b, c in found.inactive.items()} == inactive
     rates = {b: distill.apoz(found.inactive[b], found.tokens[b]) for b in plan.pruned}
-    chosen = distill.choose_neurons(rates, 0.5, "apoz", seed=0)
+    chosen = selection.choose("apoz", selection.View(rates), 0.5)
     for block in plan.pruned:
         assert len(set(rates[block].tolist())) > 3, "the choice is random"
         want = oracles.largest([n / tokens[block] for n in inactive[block]], 3)

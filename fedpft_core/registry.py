@@ -1,0 +1,40 @@
+"""Options that are files: every file of a folder of this package is one choice of one key.
+
+`saliency/weight_norm.py` is the choice `weight-norm`. The first line of its docstring says what it
+does, in the list of keys too. Nothing is imported until a choice is used.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+_ROOT = Path(__file__).parent
+
+
+def names(folder: str) -> tuple[str, ...]:
+    """The choices of a folder, sorted."""
+    return tuple(p.stem.replace("_", "-") for p in _files(folder))
+
+
+def describe(folder: str) -> str:
+    """`name` (what it does), for every choice, from the files' docstrings."""
+    parts = []
+    for path in _files(folder):
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        first = text.partition("\n")[0].rstrip(".")
+        parts.append(f"`{path.stem.replace('_', '-')}` ({first[:1].lower()}{first[1:]})")
+    return "; ".join(parts)
+
+
+def load(folder: str, name: str) -> ModuleType:
+    """The module of a choice. Raises KeyError for a name that is none."""
+    if name not in names(folder):
+        raise KeyError(f"{folder} has no {name!r}")
+    return importlib.import_module(f".{folder}.{name.replace('-', '_')}", __package__)
+
+
+def _files(folder: str) -> list[Path]:
+    return sorted(p for p in (_ROOT / folder).glob("*.py") if not p.stem.startswith("_"))

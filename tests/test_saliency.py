@@ -1,0 +1,132 @@
+"""How neurons are ranked, against loops over neurons and rows."""
+
+from __future__ import annotations
+
+import copy
+
+import oracles
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from fedpft_core import registry, saliency, sub_fm
+from fedpft_core.config import PlanConfig
+from fedpft_core.errors import UserError
+from fedpft_core.families import base_model, family_of
+from fedpft_core.saliency import Probe
+from fedpft_core.seeds import torch_stream
+
+families = pytest.mark.parametrize("family", tiny.FAMILIES)
+
+
+def _probe(family: str) -> tuple[Probe, list[dict[str, torch.Tensor]]]:
+    batches = [tiny.double(b) for b in tiny.public(family, 2, rows=3)]
+    return Probe(tiny.model(family).double(), 3, lambda: batches), batches
+
+
+def _activations(fm: nn.Module, family: str, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """What enters each block's out-projection, [B, L, F]."""
+    seen: list[torch.Tensor] = []
+    handles = [
+        ffn.activation.register_forward_hook(lambda _m, _i, out: seen.append(out))
+        for ffn in family_of(family).ffns(fm)
+    ]
+    with torch.no_grad():
+        fm(**oracles.inputs(batch))
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@families
+def test_activation_is_the_rms_of_what_a_neuron_adds(family: str) -> None:
+    probe, batches = _probe(family)
+    found = saliency.scores("activation", probe)
+    totals = [[0.0] * 24 for _ in range(4)]
+    tokens = 0
+    for batch in batches:
+        acts = _activations(probe.fm, family, batch)
+        mask = batch.get("attention_mask")
+        for b in range(acts[0].shape[0]):
+            for t in range(acts[0].shape[1]):
+                if mask is not None and not mask[b, t]:
+                    continue
+                tokens += 1
+                for i, ffn in enumerate(family_of(family).ffns(probe.fm)):
+                    for j in range(24):
+                        added = acts[i][b, t, j] * ffn.out.weight[:, j]
+                        totals[i][j] += float(added.detach().square().sum())
+    for score, total in zip(found, totals, strict=True):
+        want = torch.tensor([(t / tokens) ** 0.5 for t in total], dtype=torch.float64)
+        torch.testing.assert_close(score, want, rtol=1e-10, atol=0)
+
+
+@families
+def test_gradient_is_the_first_order_change_when_a_neuron_is_removed(family: str) -> None:
+    """Finite differences: each neuron's out-column scaled by 1 ± ε, row by row."""
+    probe, batches = _probe(family)
+    found = saliency.scores("gradient", probe)
+    stream, step = torch_stream(3, "saliency-gradient"), 1e-5
+    draws = [torch.randn(len(next(iter(b.values()))), 16, generator=stream) for b in batches]
+
+    def rows(fm: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            values = [
+                (oracles.block_outputs(fm, b)[-1][:, 0] * v.double()).sum(1)
+                for b, v in zip(batches, draws, strict=True)
+            ]
+        return torch.cat(values)
+
+    for i in (0, 2, 3):
+        for j in (0, 13):
+            sides = []
+            for sign in (1, -1):
+                fm = copy.deepcopy(probe.fm)
+                with torch.no_grad():
+                    family_of(family).ffns(fm)[i].out.weight[:, j] *= 1 + sign * step
+                sides.append(rows(fm))
+            change = (sides[0] - sides[1]) / (2 * step)
+            want = float(change.square().mean().sqrt())
+            assert float(found[i][j]) == pytest.approx(want, rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", registry.names("saliency"))
+@families
+def test_every_saliency_gives_a_plan_and_leaves_the_fm_alone(family: str, name: str) -> None:
+    fm = tiny.model(family)
+    before = tiny.weights(fm)
+    batches = tiny.public(family, 2)
+    plan = sub_fm.make_plan(fm, PlanConfig(saliency=name), 0, lambda: batches)
+    again = sub_fm.make_plan(fm, PlanConfig(saliency=name), 0, lambda: batches)
+    assert plan == again
+    assert [len(b.kept) for b in plan.blocks] == [0, 6, 6, 0]
+    assert tiny.same_bits(tiny.weights(fm), before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in base_model(fm).modules())
+    assert all(p.grad is None for p in fm.parameters())
+
+
+def test_saliencies_differ() -> None:
+    fm, batches = tiny.model("bert"), tiny.public("bert", 2)
+    plans = {
+        n: sub_fm.make_plan(fm, PlanConfig(saliency=n), 0, lambda: batches)
+        for n in registry.names("saliency")
+    }
+    assert len({p.to_json() for p in plans.values()}) == len(plans)
+
+
+def test_without_public_rows_the_key_is_named() -> None:
+    with pytest.raises(UserError, match=r"plan\.saliency"):
+        sub_fm.make_plan(tiny.model("bert"), PlanConfig(saliency="activation"), 0)
+
+
+def test_padding_does_not_enter_the_activation_saliency() -> None:
+    fm = tiny.model("bert")
+    (batch,) = tiny.public("bert", 1, rows=3)
+    wider = {
+        k: torch.cat([v, torch.zeros(3, 5, dtype=v.dtype)], 1) for k, v in batch.items()
+        if k != "index"
+    }  # fmt: skip
+    found = [saliency.scores("activation", Probe(fm, 0, lambda b=b: [b])) for b in (batch, wider)]
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
