@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from fedpft_core import adapters, alignment, distill, inspect, measure, models, selection, sub_fm
+from fedpft_core import adapters, alignment, distill, measure, models, selection, sub_fm
 from fedpft_core.config import Config
 from fedpft_core.data.batches import Encoded, encode, public_batches, tokenise_public
 from fedpft_core.data.public import load_public
@@ -288,6 +288,7 @@ class Bench:
         the clients' inactivity counts, where the selection looks at them.
         """
         a, d = self.config.align, self.config.distill
+        noise = d.adapter_noise if a.adapter_noise < 0 else a.adapter_noise
         with phase(self.events, "align", round=round):
             start = time.perf_counter()
             self.plug(state.adapter)
@@ -309,8 +310,8 @@ class Bench:
                 seed=derive(self.config.run.seed, "align", round),
                 on_step=progress(self.events, "align", "steps", round=round),
             )  # fmt: skip
-            after = distill.output_error(self.fm, self.proxy, self.plan, probe)
             first, last, _ = alignment.run(a.method, job, "align.method")
+            after = distill.output_error(self.fm, self.proxy, self.plan, probe)
             _check_finite(after, "align.lr")
             patch, package = make_patch(
                 self.proxy, self.plan, chosen, state.package, state.digests, self.config.wire.patch
@@ -330,7 +331,6 @@ class Bench:
             )  # fmt: skip
 
 
-def _check_finite(errors: dict[int, float], key: str) -> None:
 def public_stream(
     config: Config, public: list[Any], processor: Any, steps: int, *purpose: str | int
 ) -> Iterator[Any]:
@@ -340,6 +340,7 @@ def public_stream(
     return public_batches(public, processor, d.batch_size, d.length, steps, seed)
 
 
+def _check_finite(errors: dict[int, float], key: str) -> None:
     if not all(math.isfinite(e) for e in errors.values()):
         raise RunError(f"the distillation diverged; lower {key}")
 
