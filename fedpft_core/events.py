@@ -31,14 +31,14 @@ bytes            round, client, direction (down | up), kind (package | patch | a
                  | control), bytes
 alignment        round, neurons, share, loss_before, loss_after, digest_from, digest_to,
                  seconds, blocks: [{block, error_before, error_after}]
+alignment_check  round, measure (align.disagreement), value, threshold, aligned (true or false):
+                 with align.threshold, whether a due alignment happens
 agreement        round, when (start | before-align | after-align | end), cosine, relative_l2,
                  head_cosine, head_relative_l2, blocks: [{block, cosine, relative_l2}]
 adapter          round, norm
 memory           process (server), peak_rss_bytes
 files            paths: {name: path}
 warning          text
-alignment_check  round, measure (align.disagreement), value, threshold, aligned (true or false):
-                 with align.threshold, whether a due alignment happens
 run_finished     seconds
 run_failed       reason
 """

@@ -356,6 +356,9 @@ class Strategy:
             except ReplyError as error:
                 bad[node.name] = reason = _printable(error)
                 return "refused", {"reason": reason}
+            longest = self.config.federation.clip_update_norm
+            if longest:
+                adapter = clip_change(adapter, want.adapter, longest)
             good[node.name] = Good(message, adapter, counts, time.perf_counter() - started)
             state.have[node.name] = (state.digest,)
             return "ok", {
@@ -365,9 +368,6 @@ class Strategy:
 
         def on_reply(node_id: int, reply: Envelope | Failure) -> None:
             node = by_id.get(node_id)
-            longest = self.config.federation.clip_update_norm
-            if longest:
-                adapter = clip_change(adapter, want.adapter, longest)
             if node is None:
                 return
             if isinstance(reply, Envelope):
