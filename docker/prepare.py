@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -76,7 +77,9 @@ def _private(key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat)
     return key.private_bytes(serialization.Encoding.PEM, form, plain)
 
 
-def _builder(subject: str, issuer: x509.Name | None, key: ec.EllipticCurvePublicKey, days: int):  # type: ignore[no-untyped-def]
+def _builder(
+    subject: str, issuer: x509.Name | None, key: ec.EllipticCurvePublicKey, days: int
+) -> x509.CertificateBuilder:
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, subject)])
     now = datetime.datetime.now(datetime.UTC)
     return (
@@ -191,9 +194,10 @@ def keys(state: Path, hosts: Sequence[str]) -> None:
 # ---------------------------------------------------------------- model and data
 
 
-def write_rows(path: Path, examples, names: Sequence[str]) -> None:  # type: ignore[no-untyped-def]
+def write_rows(path: Path, examples: Any, names: Sequence[str]) -> None:
     """Labelled texts as CSV, under another name until they are complete."""
     part = path.with_name(f".{path.name}.part")
+    part.touch(0o600)
     with open(part, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["text", "label"])

@@ -421,9 +421,7 @@ def fake_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         labels = np.arange(count) % 4
         return Examples(tuple(f"text {start + i}, with a comma" for i in range(count)), labels)
 
-    task = tasks.Task(
-        "fake", "text", ("w", "x", "y", "z"), rows(90, 0), rows(0, 0), rows(20, 1000)
-    )
+    task = tasks.Task("fake", "text", ("w", "x", "y", "z"), rows(90, 0), rows(0, 0), rows(20, 1000))
     monkeypatch.setattr(tasks, "load_task", lambda *a: task)
     monkeypatch.setattr(builtin, "public_paragraphs", lambda *a: ("one\nparagraph", "two"))
     (tmp_path / "fm").mkdir(exist_ok=True)
@@ -441,6 +439,7 @@ def test_parties_get_rows_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path
     for path in files:
         with open(path, newline="", encoding="utf-8") as file:
             table = list(csv.DictReader(file))
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert set(table[0]) == {"text", "label"}
         shares.append({row["text"] for row in table})
     assert sum(map(len, shares)) == len(set.union(*shares)) == 110
@@ -466,7 +465,9 @@ def test_scripts_parse_and_are_executable(script: str) -> None:
 
 def test_private_things_are_never_committed() -> None:
     for name in ("state/ca.key", "results/x/events.jsonl", ".env", "ca.crt"):
-        done = subprocess.run(["git", "check-ignore", "-q", f"docker/{name}"], cwd=ROOT, check=False)
+        done = subprocess.run(
+            ["git", "check-ignore", "-q", f"docker/{name}"], cwd=ROOT, check=False
+        )
         assert done.returncode == 0, f"docker/{name} is not ignored"
 
 
