@@ -10,11 +10,14 @@ from typing import Any
 from fedpft_core import config as configs
 from fedpft_core.client import Client
 from fedpft_core.data.partition import partition
+from fedpft_core.data.rowcache import RowCache, content_of_file, folds_of, held_out, key_of
 from fedpft_core.data.tasks import Examples, Task, load_examples, load_task
 from fedpft_core.errors import UserError
 from fedpft_core.seeds import derive
 from fedpft_core.store import Store
 from fedpft_core.training import pick_device
+
+_MOST_HELD_OUT = 0.9
 
 # key: (type, default); types are those of Flower's node config.
 NODE_KEYS: dict[str, tuple[type, Any]] = {
@@ -27,6 +30,7 @@ NODE_KEYS: dict[str, tuple[type, Any]] = {
     "image-column": (str, ""),
     "label-column": (str, "label"),
     "cache-dir": (str, ""),
+    "validation-share": (float, 0.0),
     "device": (str, "cpu"),
     "max-threads": (int, 0),
 }
@@ -34,7 +38,7 @@ NODE_KEYS: dict[str, tuple[type, Any]] = {
 
 def client_for(node_config: Mapping[str, Any], run_config: Mapping[str, Any]) -> Client:
     """The client a node is. Raises UserError naming the node config key that is wrong."""
-    node = _checked(node_config)
+    node = checked(node_config)
     config = configs.from_flat(run_config)
     if node["data-path"]:
         return _edge_client(node)
@@ -46,39 +50,72 @@ def client_for(node_config: Mapping[str, Any], run_config: Mapping[str, Any]) ->
     return _simulated_client(node, config)
 
 
-def _checked(node_config: Mapping[str, Any]) -> dict[str, Any]:
+def checked(node_config: Mapping[str, Any]) -> dict[str, Any]:
+    """All keys of a node config with their values. Raises UserError naming the wrong key."""
     node = {k: default for k, (_, default) in NODE_KEYS.items()}
     for key, value in node_config.items():
         if key not in NODE_KEYS:
             raise UserError(f"node config: no such key {key!r} (known: {', '.join(NODE_KEYS)}).")
         want = NODE_KEYS[key][0]
+        if want is float and type(value) is int:
+            value = float(value)
         if not isinstance(value, want) or isinstance(value, bool):
             raise UserError(f"node config: {key} expects {want.__name__}, got {value!r}.")
         node[key] = value
+    if not 0 <= node["validation-share"] <= _MOST_HELD_OUT:
+        raise UserError(
+            f"node config: validation-share = {node['validation-share']:g} is not between 0 and "
+            f"{_MOST_HELD_OUT:g}."
+        )
     pick_device(node["device"], "node config: device")
     return node
+
+
+def own_rows(node: Mapping[str, Any], labels: tuple[str, ...] | None) -> Examples:
+    """The rows of a node's own data file; `labels` None where the names are not known yet."""
+    return load_examples(
+        Path(node["data-path"]),
+        label_names=labels,
+        text_column=node["text-column"],
+        text_pair_column=node["text-pair-column"],
+        image_column=node["image-column"],
+        label_column=node["label-column"],
+    )
+
+
+def cache_root(node: Mapping[str, Any]) -> Path:
+    """The folder a node keeps everything in."""
+    given = node["cache-dir"]
+    return Path(given).expanduser() if given else configs.home() / node["name"]
+
+
+def _split_sizes(rows: Examples, share: float) -> tuple[int, int]:
+    out = int(held_out(folds_of(rows), share).sum()) if share else 0
+    return len(rows) - out, out
 
 
 def _edge_client(node: Mapping[str, Any]) -> Client:
     if not node["name"]:
         raise UserError("node config: a node with data-path needs a stable name.")
     path = Path(node["data-path"])
-    columns = {
-        "text_column": node["text-column"],
-        "text_pair_column": node["text-pair-column"],
-        "image_column": node["image-column"],
-        "label_column": node["label-column"],
-    }
+    share = node["validation-share"]
 
     def load_rows(labels: tuple[str, ...]) -> Examples:
-        return load_examples(path, label_names=labels, **columns)
+        return own_rows(node, labels)
 
-    def count_rows() -> int:
-        return len(load_examples(path, label_names=None, **columns))
+    def count_rows() -> tuple[int, int]:
+        return _split_sizes(own_rows(node, None), share)
 
-    root = (
-        Path(node["cache-dir"]).expanduser() if node["cache-dir"] else configs.home() / node["name"]
-    )
+    def rows_digest() -> str:
+        if node["image-column"]:
+            return ""  # a cell may name an image file, whose content the data file does not tell
+        columns = [node[key] for key in ("text-column", "text-pair-column", "label-column")]
+        try:
+            return key_of(content_of_file(path), path.suffix.lower(), columns)
+        except OSError:
+            return ""  # reading the rows will say why
+
+    root = cache_root(node)
     return Client(
         name=node["name"],
         count_rows=count_rows,
@@ -87,6 +124,9 @@ def _edge_client(node: Mapping[str, Any]) -> Client:
         device=node["device"],
         max_threads=node["max-threads"],
         rows_id=_file_id(path),
+        validation_share=share,
+        kept_rows=RowCache(root / "rows"),
+        rows_digest=rows_digest,
     )
 
 
@@ -136,8 +176,10 @@ def _simulated_client(node: Mapping[str, Any], config: configs.Config) -> Client
             raise UserError(f"client {index} has labels {names}, the server {labels}.")
         return rows
 
-    def count_rows() -> int:
-        return len(partition_rows(config, index, count))
+    share = node["validation-share"]
+
+    def count_rows() -> tuple[int, int]:
+        return _split_sizes(partition_rows(config, index, count), share)
 
     # Partition names sort like their numbers, so that replies are averaged in partition order.
     name = f"client-{index:0{len(str(count - 1))}d}"
@@ -151,4 +193,5 @@ def _simulated_client(node: Mapping[str, Any], config: configs.Config) -> Client
         max_threads=node["max-threads"],
         shared_store=True,
         rows_id=(config.data, config.federation, config.run.seed, index, count),
+        validation_share=share,
     )

@@ -7,13 +7,17 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from . import __version__, adapters, codec
+from .data import rowcache
 from .data.batches import Encoded, encode
+from .data.rowcache import RowCache
 from .data.tasks import Examples
 from .errors import ReplyError, UserError
 from .exchange import (
@@ -34,8 +38,9 @@ from .exchange import (
 )
 from .proxy import ClientModel, apply_patch, load_processor, rebuild
 from .seeds import derive
+from .startup import collector_paused
 from .store import Residuals, Store
-from .training import count_inactive, fine_tune
+from .training import count_inactive, evaluate, fine_tune
 
 Tensors = dict[str, torch.Tensor]
 log = logging.getLogger("fedpft")
@@ -51,12 +56,20 @@ class Held:
     reader: str  # digest of `files`
 
 
+@dataclass(frozen=True)
+class Rows:
+    """A node's encoded rows: what it trains on, and what it keeps from training."""
+
+    train: Encoded
+    validation: Encoded
+
+
 class ProcessCache:
     """Models, processors and encoded rows that outlive a message within one worker process."""
 
     def __init__(self, max_models: int = 2, max_clients: int = 64) -> None:
         self.models: dict[str, Held] = {}
-        self.rows: dict[Any, Encoded] = {}
+        self.rows: dict[Any, Rows] = {}
         self.processors: dict[str, Any] = {}
         self.max_models = max_models
         self.max_clients = max_clients
@@ -66,7 +79,7 @@ class ProcessCache:
             self.models.pop(next(iter(self.models)))
         self.models[digest] = model
 
-    def keep_rows(self, key: Any, rows: Encoded) -> None:
+    def keep_rows(self, key: Any, rows: Rows) -> None:
         while len(self.rows) >= self.max_clients:
             self.rows.pop(next(iter(self.rows)))
         self.rows[key] = rows
@@ -80,20 +93,28 @@ class Client:
     """A node's identity, rows and store. Models and encoded rows are kept per process.
 
     `load_rows(labels)` reads the node's rows; it raises UserError for data that cannot be used.
-    `count_rows()` says how many there are without needing the label names.
+    `count_rows()` says how many there are to train on and to validate on, without needing the
+    label names. `validation_share` of the rows, chosen by their content, is never trained on.
     `shared_store` says that the store is not this client's alone (simulation). `rows_id` is equal
     for equal rows and differs for others (another seed, another file), so that encoded rows kept
     in this process are never taken for those of another run.
+
+    With `kept_rows` encoded rows also outlive the process. `rows_digest()` is then a digest of all
+    the rows depend on at the source (a file's content, the columns), or empty where only the rows
+    themselves can tell (a file that names image files).
     """
 
     name: str
-    count_rows: Callable[[], int]
+    count_rows: Callable[[], tuple[int, int]]
     load_rows: Callable[[tuple[str, ...]], Examples]
     store: Store
     device: str = "cpu"
     max_threads: int = 0
     shared_store: bool = False
     rows_id: tuple[object, ...] = ()
+    validation_share: float = 0.0
+    kept_rows: RowCache | None = None
+    rows_digest: Callable[[], str] = str
     cache: ProcessCache = field(default_factory=lambda: PROCESS_CACHE)
 
     def handle(self, envelope: Envelope) -> Envelope:
@@ -109,7 +130,8 @@ class Client:
     def _answer(self, message: Message) -> Message:
         if isinstance(message, Hello):
             have = () if self.shared_store else self.store.digests()
-            return HelloReply(self.name, self.count_rows(), have, __version__)
+            examples, validation = self.count_rows()
+            return HelloReply(self.name, examples, have, __version__, validation)
         if isinstance(message, TrainRequest):
             return self._train(message)
         raise ReplyError(f"a client cannot answer a {type(message).__name__}")
@@ -127,13 +149,19 @@ class Client:
             have = tuple(d for d in self.store.digests() if d != request.digest)
             return NeedReply(self.name, request.digest, have)
         model, plan = held.model.model, held.model.plan
-        rows = self._rows(held)
+        both = self._rows(held)
+        rows, held_out = both.train, both.validation
         sent = codec.decode(request.adapter, request.fmt)
         try:
             adapters.load(model, sent, plan)
         except ValueError as error:
             raise ReplyError(f"the adapter received does not fit the sub-FM ({error})") from error
         ready = time.perf_counter()
+        right = 0
+        if len(held_out):
+            score = evaluate(model, held_out, 2 * request.settings.batch_size)
+            right = round(score.accuracy * score.rows)
+        validated = time.perf_counter()
         seed = derive(request.seed, "local", request.round, self.name)
         result = fine_tune(model, rows, request.settings, seed)
         trained = time.perf_counter()
@@ -158,7 +186,14 @@ class Client:
             adapter=self._update(request, adapters.read(model, plan), sent, fmt),
             fmt=fmt,
             counts=counts,
-            timings={"prepare": ready - start, "train": trained - ready, "count": done - trained},
+            timings={
+                "prepare": ready - start,
+                "validate": validated - ready,
+                "train": trained - validated,
+                "count": done - trained,
+            },
+            validation_rows=len(held_out),
+            validation_correct=right,
         )
 
     def _update(self, request: TrainRequest, new: Tensors, sent: Tensors, fmt: str) -> Tensors:
@@ -195,7 +230,8 @@ class Client:
         package = self._package(request)
         if package is None:
             return None
-        model = rebuild(package)
+        with collector_paused():  # a family's own module is imported here
+            model = rebuild(package)
         model.model.to(self.device)
         reader = combine_digest("", package.files, {})
         held = Held(model, package.files, reader)
@@ -237,17 +273,61 @@ class Client:
         except OSError as error:
             log.warning("client %s: sub-FM not kept on disk: %s", self.name, error)
 
-    def _rows(self, held: Held) -> Encoded:
-        key = (self.name, self.rows_id, held.reader, held.model.labels, held.model.max_length)
+    def _rows(self, held: Held) -> Rows:
+        share = self.validation_share
+        key = (
+            self.name, self.rows_id, share, held.reader, held.model.labels, held.model.max_length,
+        )  # fmt: skip
         if key not in self.cache.rows:
-            examples = self.load_rows(held.model.labels)
-            if not len(examples):
-                raise UserError(f"client {self.name} has no rows.")
-            if held.reader not in self.cache.processors:
-                self.cache.processors[held.reader] = _processor(held)
-            processor = self.cache.processors[held.reader]
-            self.cache.keep_rows(key, encode(examples, processor, held.model.max_length))
+            encoded, folds = self._encoded(held)
+            out = rowcache.held_out(folds, share)
+            if out.all():
+                raise UserError(
+                    f"client {self.name}: validation-share = {share:g} leaves none of its "
+                    f"{len(out)} rows to train on."
+                )
+            rows = Rows(encoded, encoded.select(np.empty(0, np.int64)))
+            if out.any():
+                rows = Rows(
+                    encoded.select(np.flatnonzero(~out)), encoded.select(np.flatnonzero(out))
+                )
+            self.cache.keep_rows(key, rows)
         return self.cache.rows[key]
+
+    def _encoded(self, held: Held) -> tuple[Encoded, np.ndarray]:
+        """All rows and their folds: from the disk where the same have been encoded before."""
+        source = self.rows_digest() if self.kept_rows else ""
+        key = self._rows_key(held, source)
+        found = self.kept_rows.get(key) if self.kept_rows and source else None
+        if found:
+            return found
+        examples = self.load_rows(held.model.labels)
+        if not len(examples):
+            raise UserError(f"client {self.name} has no rows.")
+        if self.kept_rows and not source:
+            key = self._rows_key(held, rowcache.content_of(examples))
+            found = self.kept_rows.get(key)
+            if found:
+                return found
+        if held.reader not in self.cache.processors:
+            self.cache.processors[held.reader] = _processor(held)
+        processor = self.cache.processors[held.reader]
+        rows = encode(examples, processor, held.model.max_length)
+        folds = rowcache.folds_of(examples)
+        # Not what was read while the file changed, under the digest of what it was before.
+        if self.kept_rows and self.rows_digest() == source:
+            try:
+                self.kept_rows.put(key, rows, folds)
+            except OSError as error:
+                log.warning("client %s: encoded rows not kept on disk: %s", self.name, error)
+        return rows, folds
+
+    def _rows_key(self, held: Held, source: str) -> str:
+        """Names encoded rows by everything they depend on."""
+        return rowcache.key_of(
+            source, held.reader, held.model.labels, held.model.max_length, held.model.kind,
+            version("transformers"), version("tokenizers"), version("pillow"),
+        )  # fmt: skip
 
 
 def _processor(held: Held) -> Any:

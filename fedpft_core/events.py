@@ -8,23 +8,30 @@ on the undistilled sub-FM has `arm = "undistilled"`) and are no part of the main
 The other fields by event:
 
 run_started      run_dir, version, seed, method, rounds, clients_per_round, resumed_from (round)
-phase_started    phase (load | build | baselines | undistilled | distil | round | align | export),
+phase_started    phase (load | build | baselines | undistilled | distil | round | align | local |
+                 export),
                  round (round and align only)
 phase_finished   phase, seconds, round (as above)
 progress         phase, done, total, unit, and any of loss, round, model
 model            name, fm_parameters, fm_bytes, proxy_parameters, proxy_bytes,
-                 fm_block_parameters, proxy_block_parameters,
+                 fm_block_parameters, proxy_block_parameters, step_flops: {fm, proxy: [a, b]}
+                 (a + b·L FLOPs per token of a training step at length L), image_tokens,
                  blocks: [{block, kind, neurons, fm_neurons}]
 task             name, kind, train, validation, test (rows), labels (names), public (rows)
 nodes            count, names
 baseline         name (linear-probe | tf-idf | undistilled), accuracy, rows, split
-distilled        steps, seconds, loss_first, loss_last, error_before, output_error: {block: error}
+distilled        steps, seconds, loss_first, loss_last, error_before, output_error: {block: error},
+                 cached (true: found in run.proxy-cache, with the seconds it took then)
 round_started    round, rounds, attempt, clients (names), lr
 reply            round, client, status (ok | refused | error | need), seconds, reason, and when
-                 ok: examples, loss, steps, train_seconds, timings: {part: seconds}
+                 ok: examples, loss, steps, train_seconds, timings: {part: seconds}, and of a
+                 client with a validation-share: validation_rows, validation_correct
 round_finished   round, seconds, exchange_seconds, train_seconds, evaluate_seconds, loss,
                  examples, good, bad
 evaluation       round, model (proxy | fm), split, accuracy, loss, rows, seconds
+client_validation round (rounds behind the adapter measured: that of round r is measured while
+                 round r + 1 trains), accuracy, correct, rows, clients: summed over clients
+                 with a validation-share, on rows they keep from training
 validation       round, model (proxy | fm), accuracy, loss, rows, seconds: at the end, on the
                  server's validation rows, for choosing settings
 bytes            round, client, direction (down | up), kind (package | patch | adapter | counts

@@ -24,7 +24,7 @@ from .errors import ReplyError
 from .training import Counts, LocalSettings
 
 Tensors = dict[str, Tensor]
-PROTOCOL = 1
+PROTOCOL = 2
 _MAX_HEAD = 2**20  # characters; real heads have well under a thousand per patch
 _SLACK = 2**16  # bytes a reply may have beyond its tensors: head, safetensors headers
 
@@ -140,12 +140,16 @@ class Hello:
 
 @dataclass(frozen=True)
 class HelloReply:
-    """`name` is the node's stable name; `have` the digests in its own store."""
+    """`name` is the node's stable name; `have` the digests in its own store.
+
+    `examples` are the rows it trains on, `validation` those it keeps from training.
+    """
 
     name: str
     examples: int
     have: tuple[str, ...] = ()
     version: str = ""
+    validation: int = 0
 
 
 @dataclass(frozen=True)
@@ -180,6 +184,8 @@ class TrainReply:
     fmt: str
     counts: Tensors = field(default_factory=dict)  # `{block}` int64 [K], `{block}/tokens` [1]
     timings: dict[str, float] = field(default_factory=dict)
+    validation_rows: int = 0  # rows kept from training …
+    validation_correct: int = 0  # … that the sub-FM with the adapter *received* labels right
 
 
 @dataclass(frozen=True)
@@ -393,6 +399,9 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "reason": ("a text", lambda v: _is_text(v, 4000)),
     "round": ("a whole number", _is_int),
     "examples": ("a whole number", _is_int),
+    "validation": ("a whole number", _is_int),
+    "validation_rows": ("a whole number", _is_int),
+    "validation_correct": ("a whole number", _is_int),
     "steps": ("a whole number", _is_int),
     "seed": ("a whole number", _is_int),
     "loss": ("a number", _is_float),
@@ -476,9 +485,10 @@ def _at_least(value: float, low: float) -> bool:
 
 
 def validate(
-    reply: TrainReply, want: Expected, name: str, announced: int
+    reply: TrainReply, want: Expected, name: str, announced: int, held_out: int = 0
 ) -> tuple[Tensors, Counts | None]:
-    """Check one reply from the node `name` against what was asked of it.
+    """Check one reply from the node `name` against what was asked of it, and against the numbers
+    of training and of held-out rows it announced.
 
     Returns the float32 adapter and the counts. Raises ReplyError with the first check failed:
     identity, numbers, format, keys, shapes, finiteness, size of the change, counts. The types
@@ -494,6 +504,14 @@ def validate(
         raise ReplyError(f"example count {reply.examples} is not positive")
     if reply.examples != announced:
         raise ReplyError(f"example count {reply.examples} is not the {announced} announced")
+    if reply.validation_rows != held_out:
+        raise ReplyError(
+            f"validation row count {reply.validation_rows} is not the {held_out} announced"
+        )
+    if not 0 <= reply.validation_correct <= reply.validation_rows:
+        raise ReplyError(
+            f"{reply.validation_correct} of {reply.validation_rows} validation rows cannot be right"
+        )
     if reply.steps < 1:
         raise ReplyError(f"step count {reply.steps} is not positive")
     if not _at_least(reply.loss, 0) or not _at_least(reply.seconds, 0):

@@ -140,7 +140,30 @@ def load(cfg: ModelConfig, label_names: tuple[str, ...], kind: str, seed: int) -
             f"model.name = {cfg.name}: the weights do not fit the model's configuration, "
             f"{broken[0]} has none or of another shape."
         )
-    return Loaded(model.eval(), family, load_processor(source, want, common), fresh, cfg.name)
+    processor = load_processor(source, want, common)
+    if want == "image":
+        _check_size(cfg, config, processor)
+    return Loaded(model.eval(), family, processor, fresh, cfg.name)
+
+
+def _check_size(cfg: ModelConfig, config: Any, processor: Any) -> None:
+    """Refuse an image processor that makes other images than the model takes."""
+    from PIL import Image
+
+    # Neither square nor of a usual size, so that whatever resizes or crops shows.
+    probe = processor([Image.new("RGB", (301, 203))], return_tensors="pt")["pixel_values"]
+    found, side = tuple(probe.shape[1:]), config.image_size
+    height, width = side if isinstance(side, list | tuple) else (side, side)
+    if found != (config.num_channels, height, width):
+        raise UserError(
+            f"model.name = {cfg.name}: its image processor makes images of "
+            f"{_times(found)} (channels x height x width), but the model takes "
+            f"{_times((config.num_channels, height, width))}."
+        )
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
 
 
 @contextmanager

@@ -145,6 +145,11 @@ def lines_for(event: Event, seen: Mapping[str, Any]) -> list[str]:
     if kind == "evaluation":
         model = MODELS.get(str(get("model")), str(get("model")))
         return [f"{where}: {model} accuracy {percent(get('accuracy'))} ({get('split')})"]
+    if kind == "client_validation":
+        return [
+            f"{where}: sub-FM accuracy {percent(get('accuracy'))} on {get('rows')} rows that "
+            f"{get('clients')} clients keep from training"
+        ]
     if kind == "validation":
         model = MODELS.get(str(get("model")), str(get("model")))
         return [f"end: {model} accuracy {percent(get('accuracy'))} (validation rows)"]

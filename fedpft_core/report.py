@@ -72,6 +72,7 @@ class Round:
     number: int
     proxy: Score | None = None
     fm: Score | None = None
+    clients: Score | None = None  # the sub-FM on rows that clients keep from training
     loss: float | None = None
     seconds: float | None = None
     exchange_seconds: float | None = None
@@ -156,7 +157,9 @@ _OF_ROUND = (
     "loss", "seconds", "exchange_seconds", "train_seconds", "evaluate_seconds",
     "overhead_seconds", "good", "bad", "examples",
 )  # fmt: skip
-_PER_ROUND = frozenset(("round_finished", "evaluation", "bytes", "alignment", "agreement"))
+_PER_ROUND = frozenset(
+    ("round_finished", "evaluation", "client_validation", "bytes", "alignment", "agreement")
+)
 
 
 def _clean(event: Event) -> dict[str, Any]:
@@ -214,6 +217,8 @@ def summarise(events: Iterable[Event]) -> Summary:
                 at.proxy = score
             else:
                 at.fm = score
+        elif kind == "client_validation":
+            at.clients = Score(float(event["accuracy"]), int(get("rows") or 0))
         elif kind == "bytes":
             counts = at.bytes[str(event["direction"])]
             name = str(event["kind"])
@@ -294,9 +299,9 @@ def _accuracy(s: Summary) -> Sheet:
     rows = []
     order = [b for b in BASELINES if b in s.baselines]
     for name in order + sorted(set(s.baselines).difference(order)):
-        rows.append([BASELINES.get(name, name), "", s.baselines[name].text(), "", ""])
+        rows.append([BASELINES.get(name, name), "", s.baselines[name].text(), "", "", ""])
     for r in s.rounds:
-        if r.proxy is None and r.fm is None:
+        if r.proxy is None and r.fm is None and r.clients is None:
             continue
         mark = " *" if r.aligned_neurons else ""
         rows.append([
@@ -305,6 +310,7 @@ def _accuracy(s: Summary) -> Sheet:
             r.fm.text() if r.fm else "-",
             f"{100 * r.gap:+.1f}" if r.gap is not None else "-",
             number(r.loss),
+            r.clients.text() if r.clients else "-",
         ])  # fmt: skip
     notes = []
     if rows:
@@ -317,7 +323,11 @@ def _accuracy(s: Summary) -> Sheet:
             notes.append("Plug-in gap: sub-FM minus plugged-in FM, in points.")
         if any(r.aligned_neurons for r in s.rounds):
             notes.append("* neurons of the sub-FM were re-aligned after this round.")
-    columns = ["", "sub-FM", "plugged-in FM", "gap", "training loss"]
+    columns = ["", "sub-FM", "plugged-in FM", "gap", "training loss", "sub-FM at clients"]
+    if any(r.clients for r in s.rounds):
+        notes.append("At clients: the sub-FM on rows that clients keep from training.")
+    else:
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
     return Sheet("Accuracy", columns, rows, notes)
 
 
@@ -447,7 +457,7 @@ def rounds_csv(s: Summary) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([
         "round", "proxy_accuracy", "proxy_standard_error", "fm_accuracy", "fm_standard_error",
-        "gap", *_OF_ROUND,
+        "gap", "clients_accuracy", "clients_rows", *_OF_ROUND,
         "aligned_neurons", "align_error_before", "align_error_after", "cosine", "relative_l2",
         *(f"{d}_{k}_bytes" for d, k in kinds),
     ])  # fmt: skip
@@ -455,7 +465,8 @@ def rounds_csv(s: Summary) -> str:
         scores = [v for x in (r.proxy, r.fm)
                   for v in ((x.accuracy, x.standard_error) if x else (None, None))]  # fmt: skip
         writer.writerow([
-            r.number, *scores, r.gap, *(getattr(r, name) for name in _OF_ROUND),
+            r.number, *scores, r.gap, r.clients and r.clients.accuracy,
+            r.clients and r.clients.rows, *(getattr(r, name) for name in _OF_ROUND),
             r.aligned_neurons, r.align_error_before, r.align_error_after,
             r.latest(r.cosine), r.latest(r.relative_l2),
             *(r.bytes[d].get(k, 0) for d, k in kinds),

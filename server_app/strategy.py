@@ -76,11 +76,13 @@ class State:
 
 @dataclass(frozen=True)
 class Node:
-    """A connected client: Flower's id for this run, its stable name, rows it announced."""
+    """A connected client: Flower's id for this run, its stable name, rows it announced to train
+    on and to keep from training."""
 
     id: int
     name: str
     examples: int
+    validation: int = 0
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,8 @@ class Strategy:
                 raise ReplyError("its name is not a printable text of 1 to 64 characters")
             if not 1 <= message.examples < _MOST_EXAMPLES:
                 raise ReplyError(f"client {name} says it has {message.examples} rows")
+            if not 0 <= message.validation < _MOST_EXAMPLES:
+                raise ReplyError(f"client {name} says it has {message.validation} validation rows")
             connected = set(self.transport.nodes())
             for other_id, other in list(self.known.items()):
                 if other.name == name:
@@ -234,7 +238,7 @@ class Strategy:
             self.events.emit("warning", text=text)
             return "?"
         self.left_out.pop(node_id, None)
-        self.known[node_id] = Node(node_id, name, message.examples)
+        self.known[node_id] = Node(node_id, name, message.examples, message.validation)
         if message.have:
             state.have[name] = message.have
         return name
@@ -259,6 +263,7 @@ class Strategy:
             )  # fmt: skip
             good, bad = self._collect(state, round, lr, nodes, count_rule)
             if len(good) >= f.min_clients:
+                self._report_validation(round, [g.reply for g in good.values()])
                 return self._average(good, len(bad), start)
             out = {f"node {i}": why for i, why in self.left_out.items()}
             why = "; ".join(f"{name}: {reason}" for name, reason in sorted((out | bad).items()))
@@ -352,7 +357,7 @@ class Strategy:
                     raise ReplyError(message.reason)
                 if not isinstance(message, TrainReply):
                     raise ReplyError(f"unexpected {type(message).__name__}")
-                adapter, counts = validate(message, want, node.name, node.examples)
+                adapter, counts = validate(message, want, node.name, node.examples, node.validation)
             except ReplyError as error:
                 bad[node.name] = reason = _printable(error)
                 return "refused", {"reason": reason}
@@ -361,9 +366,14 @@ class Strategy:
                 adapter = clip_change(adapter, want.adapter, longest)
             good[node.name] = Good(message, adapter, counts, time.perf_counter() - started)
             state.have[node.name] = (state.digest,)
+            held_out = {
+                "validation_rows": message.validation_rows,
+                "validation_correct": message.validation_correct,
+            }
             return "ok", {
                 "examples": message.examples, "loss": message.loss, "steps": message.steps,
                 "train_seconds": message.seconds, "timings": message.timings,
+                **(held_out if message.validation_rows else {}),
             }  # fmt: skip
 
         def on_reply(node_id: int, reply: Envelope | Failure) -> None:
@@ -432,6 +442,19 @@ class Strategy:
             busy_seconds=training_wall(replies) + done - averaging,
             seconds=done - start,
         )
+
+    def _report_validation(self, round: int, replies: Iterable[TrainReply]) -> None:
+        """What clients found on rows they keep from training: of the adapter the round began with,
+        so of the round before."""
+        having = [r for r in replies if r.validation_rows]
+        correct, rows = (
+            sum(r.validation_correct for r in having), sum(r.validation_rows for r in having),
+        )  # fmt: skip
+        if rows:
+            self.events.emit(
+                "client_validation", round=round - 1, accuracy=correct / rows, correct=correct,
+                rows=rows, clients=len(having),
+            )  # fmt: skip
 
     def _count_bytes(self, round: int, client: str, direction: str, envelope: Envelope) -> None:
         for kind, size in envelope.sizes().items():

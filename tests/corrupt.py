@@ -249,29 +249,35 @@ FORGERIES: tuple[Spoil, ...] = (
 # --- the judge ----------------------------------------------------------------------------
 
 
-def is_good(envelope: Envelope, want: Expected, name: str, announced: int) -> bool:
+def is_good(
+    envelope: Envelope, want: Expected, name: str, announced: int, held_out: int = 0
+) -> bool:
     """Whether a reply means something a good client could have meant. fp32 adapters only."""
     try:
-        return _good(envelope, want, name, announced)
+        return _good(envelope, want, name, announced, held_out)
     except Exception:
         return False
 
 
-def _good(envelope: Envelope, want: Expected, name: str, announced: int) -> bool:
+def _good(envelope: Envelope, want: Expected, name: str, announced: int, held_out: int) -> bool:
     head = json.loads(envelope.head)
     exact = {
-        "protocol": 1,
+        "protocol": 2,
         "name": name,
         "round": want.round,
         "digest": want.digest,
         "examples": announced,
+        "validation_rows": held_out,
         "fmt": "fp32",
     }
     if any(type(head[k]) is not type(v) or head[k] != v for k, v in exact.items()):
         return False
-    if set(head) != {*exact, "steps", "loss", "seconds", "timings"}:
+    if set(head) != {*exact, "steps", "loss", "seconds", "timings", "validation_correct"}:
         return False
     if type(head["steps"]) is not int or head["steps"] < 1:
+        return False
+    correct = head["validation_correct"]
+    if type(correct) is not int or correct not in range(held_out + 1):
         return False
     numbers = [head["loss"], head["seconds"], *head["timings"].values()]
     if not all(type(n) in (int, float) and 0 <= n < math.inf for n in numbers):

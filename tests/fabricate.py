@@ -170,8 +170,10 @@ def expected(round: int = 1, fmt: str = "fp32", counted: bool = True) -> Expecte
     return Expected(round, current.digest, fmt, current.adapter, 100.0, blocks, MAX_LENGTH)
 
 
-def reply(want: Expected, name: str = "a", examples: int = 5) -> TrainReply:
-    """A good reply to what is expected."""
+def reply(
+    want: Expected, name: str = "a", examples: int = 5, validation: tuple[int, int] = (0, 0)
+) -> TrainReply:
+    """A good reply to what is expected; `validation` is (right, rows)."""
     new = {k: t + 0.01 * _noise(tuple(t.shape), name, k) for k, t in want.adapter.items()}
     tensors, _ = codec.encode_update(new, want.adapter, {}, want.fmt)
     return TrainReply(
@@ -186,6 +188,8 @@ def reply(want: Expected, name: str = "a", examples: int = 5) -> TrainReply:
         fmt=want.fmt,
         counts=counts(name, want.round, 7 * examples) if want.count_blocks else {},
         timings={"train": 1.0},
+        validation_correct=validation[0],
+        validation_rows=validation[1],
     )
 
 
@@ -201,13 +205,16 @@ class Node:
     spoil: Callable[[TrainReply], Answer] | None = None
     greet: Callable[[HelloReply], Answer] | None = None
     packages: dict[str, Package] = field(default_factory=dict)
+    validation: tuple[int, int] = (0, 0)  # rows kept from training: right, all
     trained: list[tuple[int, str]] = field(default_factory=list)  # (round, digest)
 
     def answer(self, envelope: Envelope) -> Envelope | Failure:
         message = open_envelope(envelope)
         made: Answer
         if isinstance(message, Hello):
-            hello = HelloReply(self.name, self.examples, tuple(sorted(self.packages)), "0")
+            hello = HelloReply(
+                self.name, self.examples, tuple(sorted(self.packages)), "0", self.validation[1]
+            )
             made = self.greet(hello) if self.greet else hello
         else:
             assert isinstance(message, TrainRequest)
@@ -248,6 +255,8 @@ class Node:
             counts=(
                 counts(self.name, request.round, 3 * self.examples) if request.count_rule else {}
             ),
+            validation_correct=self.validation[0],
+            validation_rows=self.validation[1],
         )
         return self.spoil(made) if self.spoil else made
 

