@@ -16,13 +16,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import tiny
 
 from fedpft_core.config import write_yaml
 from fedpft_core.events import read_events
+
+ROOT = Path(__file__).parents[1]
 
 
 def simulate(folder: Path, flat: dict[str, Any]) -> tuple[list[dict[str, Any]], float]:
@@ -50,7 +52,9 @@ def bench_round(folder: Path) -> None:
             "run.baselines": False, "run.undistilled": False,
         },
     )  # fmt: skip
-    print("| round | seconds | exchange | evaluation | outside | share |\n|---|---|---|---|---|---|")
+    print(
+        "| round | seconds | exchange | evaluation | outside | share |\n|---|---|---|---|---|---|"
+    )
     shares = []
     for e in events:
         if e["event"] != "round_finished":
