@@ -34,7 +34,6 @@ from .exchange import (
     is_digest,
     open_envelope,
     seal,
-    tensor_digest,
 )
 from .proxy import ClientModel, apply_patch, load_processor, rebuild
 from .seeds import derive
@@ -257,10 +256,10 @@ class Client:
                 # The chain may start before what this client has.
                 if not is_digest(patch.source):
                     raise ReplyError("a patch received starts from what is no digest")
-                base = self.store.get(patch.source)
-                if base is None:
+                found = self.store.read(patch.source)
+                if found is None:
                     continue
-                digests = {k: tensor_digest(t) for k, t in base.weights.items()}
+                base, digests = found
             base = apply_patch(base, patch, digests)
         if base is not None:
             self._keep(request.digest, base)
