@@ -211,6 +211,16 @@ class Deployment:
         assert self.superlink is not None
         return self._find(self.superlink, "flwr-serverapp", 0.0, 60)
 
+    def crash_server(self) -> None:
+        """What a power cut does to the server's machine: SuperLink and ServerApp at once."""
+        assert self.superlink is not None
+        caused = psutil.Process(self.superlink.pid).children(recursive=True)
+        kill(self.superlink)
+        for process in caused:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        self.superlink.wait(10)
+
     @staticmethod
     def _find(
         parent: subprocess.Popen[bytes], program: str, since: float, seconds: float

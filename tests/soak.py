@@ -2,12 +2,12 @@
 
     python tests/soak.py --rounds 40 FOLDER
 
-A SuperLink and four SuperNodes on loopback, a tiny random model, and about one fault every
-`--every` seconds: a client process killed, a SuperNode killed and started again later, a node
-that leaves in order, half of the time without its disk when it returns. The same seed injects the
-same faults into the same nodes in the same order. At the end every round must be there once, in
-order, with what its replies said; the last line printed is JSON with the counts, and the growth of
-the processes' memory by round.
+A SuperLink and four SuperNodes on loopback, a tiny random model, and at about every other try of a
+round a fault: a client process killed, a SuperNode killed and started again one or two tries
+later, a node that leaves in order, half of the time without its disk when it returns. The same
+seed picks the same faults, nodes and moments. At the end every round must be there once, in order,
+with what its replies said; the last line printed is JSON with the counts, and the growth of the
+processes' memory by round.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import contextlib
 import json
 import random
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
@@ -43,43 +44,48 @@ FAULTS = (
 
 @dataclass
 class Chaos:
-    """Injects one fault after another; a node that is down returns after a while."""
+    """Injects faults as the tries of rounds begin; a node that is down returns later."""
 
     d: flower.Deployment
     rng: random.Random
-    every: float
+    share: float
     counts: Counter[str] = field(default_factory=Counter)
-    returns: dict[str, float] = field(default_factory=dict)
-    due: float = 0.0
+    returns: dict[str, int] = field(default_factory=dict)  # the try at which a node is back
+    tries: int = 0
 
     def join(self, name: str) -> None:
         cache = str(self.d.folder / f"cache-{name}")
         self.d.start_node(name, self.d.folder / f"{name}.csv", **{"cache-dir": cache})
 
-    def step(self, now: float) -> None:
+    def step(self, tries: int) -> None:
+        """To be called often, with the number of tries begun so far."""
+        if tries == self.tries:
+            return
+        self.tries = tries
         for name, when in list(self.returns.items()):
-            if now >= when:
+            if tries >= when:
                 del self.returns[name]
                 self.join(name)
-        if now < self.due:
-            return
-        self.due = now + self.every * (0.5 + self.rng.random())
+        # Drawn always, so that what happened before changes nothing in what is drawn.
+        hit, wait, away = (
+            self.rng.random() < self.share,
+            12 * self.rng.random(),
+            self.rng.choice((1, 2)),
+        )
         fault, name = self.rng.choice(FAULTS), self.rng.choice(NAMES)
-        away = 5 + 60 * self.rng.random()
-        if name in self.returns:
-            self.counts["nobody there to hit"] += 1
+        if not hit:
             return
-        if fault == "client killed":
-            if not self._kill_client(name):
-                fault = "nobody there to hit"
-        else:
+        time.sleep(wait)
+        if name in self.returns or (fault == "client killed" and not self._kill_client(name)):
+            fault = "nobody there to hit"
+        elif fault != "client killed":
             if "killed" in fault:
                 flower.kill(self.d.nodes.pop(name))
             else:
                 self.d.stop_node(name)
             if "disk lost" in fault:
                 shutil.rmtree(self.d.folder / f"cache-{name}", ignore_errors=True)
-            self.returns[name] = now + away
+            self.returns[name] = tries + away
         self.counts[fault] += 1
         print(f"{time.strftime('%H:%M:%S')} {name}: {fault}", flush=True)
 
@@ -140,10 +146,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--every", type=float, default=45.0, help="mean seconds between faults")
+    parser.add_argument("--share", type=float, default=0.5, help="of tries that meet a fault")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--most-growth", type=float, default=0.5, help="of the server, MB a round")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # nothing is to outlive this
     folder = args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     tree = job(
@@ -155,7 +162,7 @@ def main() -> int:
     memory: dict[str, list[tuple[int, int]]] = {"server": [], "superlink": []}
     began = time.monotonic()
     with flower.deployment(folder / "flower") as d:
-        chaos = Chaos(d, random.Random(args.seed), args.every)
+        chaos = Chaos(d, random.Random(args.seed), args.share)
         for i, name in enumerate(NAMES):
             tiny.write_csv(d.folder / f"{name}.csv", tiny.sentences(30 + i, 50 + i))
             chaos.join(name)
@@ -166,10 +173,9 @@ def main() -> int:
         watched = {"server": server, "superlink": psutil.Process(d.superlink.pid)}
         seen = 1
         while cli.poll() is None:
-            chaos.step(time.monotonic())
-            done = max(
-                int(str(e["round"])) for e in flower.events(run) if e["event"] == "round_finished"
-            )
+            log = flower.events(run)
+            chaos.step(sum(e["event"] == "round_started" for e in log))
+            done = max(int(str(e["round"])) for e in log if e["event"] == "round_finished")
             if done > seen:
                 seen = done
                 for name, process in watched.items():
