@@ -89,7 +89,8 @@ def cache_root(node: Mapping[str, Any]) -> Path:
     return Path(given).expanduser() if given else configs.home() / node["name"]
 
 
-def _split_sizes(rows: Examples, share: float) -> tuple[int, int]:
+def split_sizes(rows: Examples, share: float) -> tuple[int, int]:
+    """How many rows a node trains on, and how many it keeps from training."""
     out = int(held_out(folds_of(rows), share).sum()) if share else 0
     return len(rows) - out, out
 
@@ -104,7 +105,7 @@ def _edge_client(node: Mapping[str, Any]) -> Client:
         return own_rows(node, labels)
 
     def count_rows() -> tuple[int, int]:
-        return _split_sizes(own_rows(node, None), share)
+        return split_sizes(own_rows(node, None), share)
 
     def rows_digest() -> str:
         if node["image-column"]:
@@ -179,7 +180,7 @@ def _simulated_client(node: Mapping[str, Any], config: configs.Config) -> Client
     share = node["validation-share"]
 
     def count_rows() -> tuple[int, int]:
-        return _split_sizes(partition_rows(config, index, count), share)
+        return split_sizes(partition_rows(config, index, count), share)
 
     # Partition names sort like their numbers, so that replies are averaged in partition order.
     name = f"client-{index:0{len(str(count - 1))}d}"

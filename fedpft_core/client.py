@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -309,7 +309,7 @@ class Client:
             if found:
                 return found
         if held.reader not in self.cache.processors:
-            self.cache.processors[held.reader] = _processor(held)
+            self.cache.processors[held.reader] = processor_of(held.files, held.model.kind)
         processor = self.cache.processors[held.reader]
         rows = encode(examples, processor, held.model.max_length)
         folds = rowcache.folds_of(examples)
@@ -329,9 +329,9 @@ class Client:
         )  # fmt: skip
 
 
-def _processor(held: Held) -> Any:
+def processor_of(files: Mapping[str, bytes], kind: str) -> Any:
     """From the verified bytes: the files on disk may have changed, or be gone, by now."""
     with tempfile.TemporaryDirectory(prefix="fedpft-") as folder:
-        for name, data in held.files.items():
+        for name, data in files.items():
             (Path(folder) / name).write_bytes(data)
-        return load_processor(Path(folder), held.model.kind)
+        return load_processor(Path(folder), kind)

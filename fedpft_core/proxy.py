@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,10 +102,22 @@ class _NoRandomFill(TorchFunctionMode):
 
 def rebuild(package: Package) -> ClientModel:
     """Package → model in eval mode. Raises ReplyError when the parts do not fit together."""
+    return _made(package.meta, package.weights)
+
+
+def blank(meta: str) -> ClientModel:
+    """A model of the shape a package's metadata describe, with random weights.
+
+    Raises ReplyError when the metadata describe none.
+    """
+    return _made(meta, None)
+
+
+def _made(text: str, weights: Mapping[str, Tensor] | None) -> ClientModel:
     import transformers
 
     try:
-        meta = json.loads(package.meta)
+        meta = json.loads(text)
         plan = Plan.from_json(meta["plan"])
         spec = AdapterSpec.from_json(meta["adapter"])
         config = transformers.AutoConfig.for_model(**meta["model_config"])
@@ -113,17 +127,12 @@ def rebuild(package: Package) -> ClientModel:
             if meta["kind"] == "image"
             else transformers.AutoModelForSequenceClassification
         )
-        with torch.random.fork_rng(devices=[]), _NoRandomFill():
+        fill = contextlib.nullcontext() if weights is None else _NoRandomFill()
+        with torch.random.fork_rng(devices=[]), fill:
             model = auto.from_config(config, trust_remote_code=False)
             skeleton(model, plan)
-        missing, unexpected = model.load_state_dict(package.weights, strict=False)
-        inside = tuple(f"{m}." for m in spec.modules)
-        if unexpected or any(not k.startswith(inside) for k in missing):
-            raise ReplyError(f"the package's weights do not fit its plan: {missing or unexpected}")
-        # What the adapter brings is not in the package, and was never filled.
-        state = model.state_dict()
-        for name in missing:
-            state[name].zero_()
+        if weights is not None:
+            _fill(model, weights, spec)
         return ClientModel(
             adapters.attach(model.float().eval(), spec, plan),
             plan,
@@ -134,6 +143,17 @@ def rebuild(package: Package) -> ClientModel:
         )
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise ReplyError(f"the package is malformed ({error})") from error
+
+
+def _fill(model: nn.Module, weights: Mapping[str, Tensor], spec: AdapterSpec) -> None:
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    inside = tuple(f"{m}." for m in spec.modules)
+    if unexpected or any(not k.startswith(inside) for k in missing):
+        raise ReplyError(f"the package's weights do not fit its plan: {missing or unexpected}")
+    # What the adapter brings is not in the package, and was never filled.
+    state = model.state_dict()
+    for name in missing:
+        state[name].zero_()
 
 
 def load_processor(folder: Path, kind: str) -> Any:

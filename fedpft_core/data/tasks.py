@@ -134,7 +134,7 @@ def load_task(data: DataSettings, seed: int, cache_dir: Path | None = None) -> T
     owned = "train" if data.train else "test"
     owned_rows = _read_split(data, data.train or data.test, owned, cache_dir)
     if data.labels:
-        names = _label_names(data.labels)
+        names = label_names(data.labels)
     else:
         names = owned_rows.names or _names_from_rows(owned_rows.labels, owned_rows.where)
     if len(names) < 2:
@@ -418,8 +418,11 @@ def _image_content(value: Any, folder: Path, where: str) -> bytes:
     )
 
 
-def _label_names(setting: str) -> tuple[str, ...]:
-    """``data.labels``: a path to a JSON list of names, or names separated by commas."""
+def label_names(setting: str) -> tuple[str, ...]:
+    """``data.labels``: a path to a JSON list of names, or names separated by commas.
+
+    Raises UserError when it names fewer than two, one twice, or an unreadable file.
+    """
     if setting.lower().endswith(".json"):
         text = files.read_text(setting, "data.labels")
         try:
