@@ -426,10 +426,51 @@ def command_inspect(args: argparse.Namespace, console: Console) -> int:
     flat = absolute_files(config.to_flat(config.from_flat(collect(args))))
     from .inspect import inspect
 
+    if args.json:
+        from .plansize import describe
+
+        print(describe(config.from_flat(flat)).to_json(), end="")
+        return 0
     found: Mapping[str, Any] = inspect(config.from_flat(flat))
     for table in found.get("tables", [found]):
         _print_table(console, table)
     return 0
+
+
+def command_node_check(args: argparse.Namespace, console: Console) -> int:
+    """Look at everything a node needs; status 1 when something is not as it must be."""
+    from client_app import check
+
+    from . import nodecheck
+
+    if args.insecure and args.root_certificates:
+        raise UserError("--insecure and --root-certificates exclude each other.")
+    found = check.check(
+        check.Options(
+            node_config=args.node_config,
+            superlink=args.superlink,
+            insecure=args.insecure,
+            root_certificates=args.root_certificates,
+            key=args.auth_supernode_private_key,
+            plan=args.plan,
+            sub_fm_mb=args.sub_fm_mb,
+            labels=args.labels,
+            timeout=args.timeout,
+        )
+    )
+    if args.json:
+        print(nodecheck.as_json(found))
+    else:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table("check", "", "", box=box.SIMPLE_HEAD)
+        style = {nodecheck.PASS: "green", nodecheck.FAIL: "bold red", nodecheck.SKIPPED: "dim"}
+        for f in found:
+            table.add_row(f.name, Text(f.status, style=style[f.status]), Text(f.text))
+        console.print(table)
+    return 1 if any(f.status == nodecheck.FAIL for f in found) else 0
 
 
 def _print_table(console: Console, table: Mapping[str, Any]) -> None:
@@ -461,6 +502,32 @@ def _cell(value: Any) -> str:
 
 
 # ---------------------------------------------------------------- command line
+
+
+def _node_arguments(node: argparse.ArgumentParser) -> None:
+    actions = node.add_subparsers(dest="action", required=True, metavar="ACTION")
+    check = actions.add_parser(
+        "check", help="before a machine joins: data, room, connection, certificate, speed"
+    )
+    check.add_argument(
+        "--node-config", required=True, metavar='"KEY=VALUE ..."', help="as for flower-supernode"
+    )
+    check.add_argument("--superlink", default="", metavar="HOST:PORT")
+    check.add_argument("--insecure", action="store_true", help="the SuperLink has no TLS")
+    check.add_argument(
+        "--root-certificates", type=Path, metavar="FILE", help="certificate of the authority (PEM)"
+    )
+    check.add_argument("--auth-supernode-private-key", type=Path, metavar="FILE")
+    check.add_argument(
+        "--plan", type=Path, metavar="FILE", help="from `fedpft inspect --json` at the server"
+    )
+    check.add_argument(
+        "--sub-fm-mb", type=float, default=0.0, metavar="MB", help="instead of --plan: size only"
+    )
+    check.add_argument("--labels", default="", metavar="A,B,...", help="label names of the server")
+    check.add_argument("--timeout", type=float, default=10.0, metavar="SECONDS")
+    check.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    check.set_defaults(function=command_node_check)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -507,7 +574,12 @@ def parser() -> argparse.ArgumentParser:
     look = commands.add_parser(
         "inspect", parents=[keys], help="sizes and costs of the foundation model and its proxy"
     )
+    look.add_argument(
+        "--json", action="store_true",
+        help="print what `fedpft node check --plan` needs to know of the plan's size, as JSON",
+    )  # fmt: skip
     look.set_defaults(function=command_inspect)
+    _node_arguments(commands.add_parser("node", help="look after a node of a federation"))
 
     grid = commands.add_parser("compare", help="run a grid of methods, data and seeds in process")
     grid.add_argument("experiment", metavar="FILE", help="experiment file (YAML)")
