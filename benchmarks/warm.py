@@ -105,19 +105,25 @@ def child(folder: Path) -> None:
     print(json.dumps(clock.seconds))
 
 
+def again(checkout: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """This program in a new process, with the code of a checkout."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).resolve()), *args],
+        env=os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    return done
+
+
 def one(checkout: Path, folder: Path) -> dict[str, float]:
     """One warm message in a new process: CPU seconds by piece, and the whole."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).resolve()), "--child", str(folder)],
-        env=os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"},
-        cwd=folder, capture_output=True, text=True,
-    )  # fmt: skip
+    done = again(checkout, "--child", str(folder))
     wall = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if done.returncode:
-        raise SystemExit(done.stderr[-3000:])
     pieces: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     pieces["start and end of the process"] = cpu - sum(pieces.values())
@@ -129,9 +135,8 @@ def one(checkout: Path, folder: Path) -> dict[str, float]:
 # ------------------------------------------------------------------ what is prepared once
 
 
-def prepare(folder: Path, steps: int, rounds_done: int = 1) -> None:
+def prepare(folder: Path, steps: int) -> None:
     """A node's data file, its configuration, and a training message for what it has in store."""
-    sys.path.insert(0, str(ROOT))
     from fedpft_core import adapters, config, models, sub_fm
     from fedpft_core.data.partition import partition
     from fedpft_core.data.tasks import load_task
@@ -170,18 +175,21 @@ def prepare(folder: Path, steps: int, rounds_done: int = 1) -> None:
         (folder / "parts" / name).write_bytes(data)
     node = {"name": "a", "data-path": str(folder / "rows.csv"), "cache-dir": str(folder / "cache")}
     (folder / "node.json").write_text(json.dumps(node))
-    print(f"{len(rows)} rows, {steps} steps of {cfg.train.batch_size}\n")
+    print(f"{len(rows)} rows, {steps} steps of {cfg.train.batch_size}")
 
 
 def by_hand(repeats: int, against: Path | None, steps: int) -> None:
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        prepare(folder, steps)
         checkouts = ([against] if against else []) + [ROOT]
+        folders = {c: Path(name) / str(i) for i, c in enumerate(checkouts)}
+        for checkout, folder in folders.items():
+            folder.mkdir()
+            done = again(checkout, "--prepare", str(folder), "--steps", str(steps))
+        print(done.stdout)
         found: dict[Path, list[dict[str, float]]] = {c: [] for c in checkouts}
         for turn in range(repeats + 1):
             for checkout in checkouts:
-                pieces = one(checkout, folder)
+                pieces = one(checkout, folders[checkout])
                 if turn:  # the first one warms the page cache and whatever the node keeps
                     found[checkout].append(pieces)
     medians = [
@@ -204,7 +212,7 @@ def real(rounds: int, checkout: Path) -> None:
     flower.ROOT = checkout
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(folder, 14)
+        again(checkout, "--prepare", str(folder))
         os.environ["PYTHONPATH"] = str(checkout)
         keys = {
             "data.train": "", "data.test": str(folder / "rows.csv"), "federation.rounds": rounds,
@@ -234,9 +242,12 @@ def main() -> None:
     parser.add_argument("--real", action="store_true")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         child(args.child)
+    elif args.prepare:
+        prepare(args.prepare, args.steps)
     elif args.real:
         real(args.rounds, (args.against or ROOT).resolve())
     else:
