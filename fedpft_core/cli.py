@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, config
+from .compare.command import arguments as compare_arguments
 from .config import Scalar
 from .errors import RunError, UserError
 from .events import EventLog
+from .lock import held
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,7 +35,7 @@ _FILE_KEYS = ("data.train", "data.validation", "data.test", "data.public")
 _MAYBE_FILE_KEYS = ("model.name", "data.labels")
 # What a resumed run may change: it alters neither the model nor what has been drawn at random.
 _FREE_ON_RESUME = (
-    "run.resume", "run.dir", "run.stop-after", "run.checkpoints",
+    "run.resume", "run.dir", "run.stop-after", "run.checkpoints", "run.proxy-cache",
     "federation.round-timeout", "federation.node-timeout", "federation.attempts",
 )  # fmt: skip
 _LEAST_FREE_BYTES = 200_000_000
@@ -137,20 +139,9 @@ def save_config(folder: Path, flat: Mapping[str, Scalar]) -> None:
         config.write_yaml(folder / CONFIG_FILE, flat)
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Hold the run folder, so that two commands never write the same run."""
-    try:
-        import fcntl
-    except ImportError:  # no such lock on this system
-        yield
-        return
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"the run folder {folder} is in use by another run.") from error
-        yield
+    return held(folder / ".lock", f"the run folder {folder} is in use by another run.")
 
 
 # ---------------------------------------------------------------- fedpft run
@@ -394,17 +385,10 @@ def command_config(args: argparse.Namespace, console: Console) -> int:
 
 
 def command_compare(args: argparse.Namespace, console: Console) -> int:
-    """Run the cells of a grid that have no result yet, and print the table."""
-    from . import compare
+    """Run the cells of grids that have no result yet, or make what is made of them."""
+    from .compare import command
 
-    path = Path(args.experiment)
-    experiment = compare.Experiment.read(path)
-    folder = Path(args.results) if args.results else path.with_suffix("")
-    failed = 0
-    if not args.table:
-        failed = compare.run(experiment, folder, say=lambda text: print(text, flush=True))
-    print(compare.table(experiment, folder, args.reference), end="")
-    return 1 if failed else 0
+    return command.command(args, console)
 
 
 def command_report(args: argparse.Namespace, console: Console) -> int:
@@ -581,15 +565,10 @@ def parser() -> argparse.ArgumentParser:
     look.set_defaults(function=command_inspect)
     _node_arguments(commands.add_parser("node", help="look after a node of a federation"))
 
-    grid = commands.add_parser("compare", help="run a grid of methods, data and seeds in process")
-    grid.add_argument("experiment", metavar="FILE", help="experiment file (YAML)")
-    grid.add_argument("--results", metavar="DIR", help="results folder (default: beside the file)")
-    grid.add_argument(
-        "--table", action="store_true", help="only print the table of what is there, as Markdown"
+    grid = commands.add_parser(
+        "compare", help="run a grid of methods, data and seeds in process, and report on it"
     )
-    grid.add_argument(
-        "--reference", default="fedpetuning", help="method that the others are compared with"
-    )
+    compare_arguments(grid)
     grid.set_defaults(function=command_compare)
     return main_parser
 

@@ -58,6 +58,17 @@ def step_ratio(
     return total[0] / total[1]
 
 
+def step_flops(family: Family, model: nn.Module, rank: int) -> tuple[float, float]:
+    """FLOPs per token of a training step on all blocks: at length L [tokens], a + b·L.
+
+    The second term is attention's. Embeddings, pooler and head are left out.
+    """
+    blocks = list(family.block_list(model))
+    width = family.ffns(model)[0].out.out_features
+    at = [sum(block_cost(family, b, n, rank, width).step for b in blocks) for n in (0, 1)]
+    return at[0], at[1] - at[0]
+
+
 def inspect(config: Config) -> dict[str, Any]:
     """The table of `fedpft inspect`: one row per FM block, FM against proxy, and totals."""
     # No data are needed: the model says what it reads, and two classes stand for its head.

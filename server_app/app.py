@@ -17,6 +17,7 @@ from fedpft_core.config import Config
 from fedpft_core.errors import RunError, UserError
 from fedpft_core.events import EventLog
 from fedpft_core.training import evaluate
+from server_app import proxycache
 from server_app.bench import Bench, peak_rss_bytes, phase
 from server_app.checkpoint import Checkpoints
 from server_app.runfolder import RunFolder
@@ -87,7 +88,7 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
                 baselines.score(bench.fm, bench.processor, bench.task, config, events)
         if config.run.undistilled:
             undistilled(config, transport, events, bench, package)
-        bench.distil()
+        proxycache.distil(bench)
         state = bench.fresh_state(bench.repack(package))
         bench.agreement(0, "start", start=True)
         if config.run.evaluate_every == 1:

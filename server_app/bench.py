@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from fedpft_core import adapters, alignment, distill, measure, models, selection, sub_fm
+from fedpft_core import adapters, alignment, distill, inspect, measure, models, selection, sub_fm
 from fedpft_core.config import Config
 from fedpft_core.data.batches import Encoded, encode, public_batches, tokenise_public
 from fedpft_core.data.public import load_public
@@ -138,7 +138,7 @@ class Bench:
                 )
             proxy = sub_fm.build(loaded.model, plan)
             spec = adapters.make_spec(loaded.family, plan, loaded.fresh, config.lora)
-            _emit_model(events, loaded, proxy, plan)
+            _emit_model(events, loaded, proxy, plan, config.lora.rank)
             package = make_package(
                 proxy, plan, spec, loaded.processor, kind, task.label_names, length
             )
@@ -357,7 +357,9 @@ def _check_lengths(config: Config, loaded: models.Loaded) -> None:
             raise UserError(f"{key} = {length} is more than the {limit} tokens the model can read.")
 
 
-def _emit_model(events: Events, loaded: models.Loaded, proxy: nn.Module, plan: sub_fm.Plan) -> None:
+def _emit_model(
+    events: Events, loaded: models.Loaded, proxy: nn.Module, plan: sub_fm.Plan, rank: int
+) -> None:
     fm_parameters, fm_bytes = models.size(loaded.model)
     proxy_parameters, proxy_bytes = models.size(proxy)
     fm_blocks, proxy_blocks = (loaded.family.block_list(m) for m in (loaded.model, proxy))
@@ -370,6 +372,11 @@ def _emit_model(events: Events, loaded: models.Loaded, proxy: nn.Module, plan: s
         proxy_bytes=proxy_bytes,
         fm_block_parameters=sub_fm.block_parameters(loaded.model, list(fm_blocks)),
         proxy_block_parameters=sub_fm.block_parameters(proxy, list(proxy_blocks)),
+        step_flops={
+            "fm": inspect.step_flops(loaded.family, loaded.model, rank),
+            "proxy": inspect.step_flops(loaded.family, proxy, rank),
+        },
+        image_tokens=inspect.image_tokens(loaded.model) if loaded.family.kind == "image" else None,
         blocks=[
             {
                 "block": i,

@@ -1,0 +1,11 @@
+"""`fedpft compare`: a grid of runs, resumable cell by cell, and what comes of it.
+
+`experiment` says which cells there are, `results` keeps them, `run` runs them, `record` says what
+is kept of one; `tables`, `plots` and `page` are made of what is kept, `command` is the command.
+"""
+
+from .experiment import Cell, Experiment, Point, best_rate
+from .results import Results
+from .tables import paired
+
+__all__ = ["Cell", "Experiment", "Point", "Results", "best_rate", "paired"]
