@@ -360,3 +360,21 @@ def test_follower_of_a_resumed_run_ignores_the_part_before(tmp_path: Path) -> No
 )  # fmt: skip
 def test_numbers_are_legible(made: str, wanted: str) -> None:
     assert made == wanted
+
+
+def test_what_clients_found_on_rows_of_their_own_is_shown() -> None:
+    found = event(118, "client_validation", round=0, accuracy=0.25, correct=5, rows=20, clients=2)
+    s = report.summarise([*whole_run(), found])
+    before = next(r for r in s.rounds if r.number == 0)
+    assert before.clients == report.Score(0.25, 20)
+    (shown,) = [t for t in report.tables(s) if t.title == "Accuracy"]
+    assert shown.columns[-1] == "sub-FM at clients"
+    rows = {row[0]: row[-1] for row in shown.rows}
+    assert rows["FedPFT before round 1"] == "25.0 ± 9.7 %"
+    assert all(len(row) == len(shown.columns) for row in shown.rows)
+    assert list(csv.DictReader(io.StringIO(report.rounds_csv(s))))[0]["clients_rows"] == "20"
+    # Where nobody keeps rows, there is no such column.
+    (plain,) = [t for t in report.tables(report.summarise(whole_run())) if t.title == "Accuracy"]
+    assert plain.columns[-1] == "training loss"
+    (line,) = lines_for(found, {})
+    assert line == "round 0: sub-FM accuracy 25.0 % on 20 rows that 2 clients keep from training"
