@@ -89,14 +89,20 @@ _RANDOM_FILLS = frozenset(
 
 
 class _NoRandomFill(TorchFunctionMode):
-    """Leaves new weights as they are: drawing what is overwritten next is most of building."""
+    """Zeros instead of draws: drawing what is overwritten next is most of building.
+
+    Not whatever the memory held, because `trunc_normal_` (ViT, DeiT) draws again until all numbers
+    lie within its bounds, which with no draw at all is never.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         # Both the methods of tensors and the functions of torch.nn.init that come to them.
         if getattr(func, "__name__", "") in _RANDOM_FILLS:
-            return args[0] if args else kwargs["tensor"]
+            target: Tensor = args[0] if args else kwargs["tensor"]
+            with torch.no_grad():
+                return target.zero_()
         return func(*args, **(kwargs or {}))
 
 
