@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import flower
+import psutil
 import pytest
 import tiny
 from flwr.supercore.task_identity import TaskIdentity
@@ -71,10 +72,16 @@ def statuses(run: Path, round: int) -> list[tuple[str, str]]:
     return sorted((e["client"], e["status"]) for e in of(run, "reply", round=round))
 
 
-def in_training(d: flower.Deployment, name: str, started: dict[str, object]) -> Any:
-    """The process of a node that has been working on its training message for a while."""
+def in_training(d: flower.Deployment, name: str, started: dict[str, object]) -> psutil.Process:
+    """The process of a node that has its training message and is at work on it.
+
+    Killed before it has taken the message, Flower would start another in its place. Processor
+    time tells how far it is, however busy the machine.
+    """
     process = d.client_process(name, float(str(started["t"])))
-    time.sleep(4)
+    deadline = time.monotonic() + 60
+    while sum(process.cpu_times()[:2]) < 2.5 and time.monotonic() < deadline:
+        time.sleep(0.05)
     return process
 
 
@@ -105,15 +112,15 @@ def test_dead_clients_dead_nodes_late_nodes_and_lost_disks(tmp_path: Path) -> No
         assert started["clients"] == ["node-a", "node-b", "node-c", "node-d"]
         flower.kill(d.nodes["node-b"])
         in_training(d, "node-a", started).kill()
-        gone = flower.wait_for(run, "reply", 120, cli, round=1, client="node-b")
+        gone = flower.wait_for(run, "reply", 160, cli, round=1, client="node-b")
         assert gone["status"] == "error" and "the node is gone (code 5" in str(gone["reason"])
         join(d, "node-b")
         join(d, "node-e")
-        dead = flower.wait_for(run, "reply", 120, cli, round=1, client="node-a")
+        dead = flower.wait_for(run, "reply", 160, cli, round=1, client="node-a")
         assert dead["status"] == "error"
         assert "the client process died (code 8" in str(dead["reason"])
-        # Flower looks at heartbeats: it takes a minute, not an instant and not the deadline.
-        assert 40 < float(str(gone["seconds"])) < 110 and 40 < float(str(dead["seconds"])) < 110
+        # Flower looks at heartbeats: it takes up to a minute, not an instant nor the deadline.
+        assert all(20 < float(str(e["seconds"])) < 150 for e in (gone, dead))
         flower.wait_for(run, "round_started", 200, cli, round=1, attempt=2)
         said = [e["text"] for e in of(run, "warning") if "attempt 1 of 3" in e["text"]]
         assert len(said) == 1 and "2 good replies of the federation.min-clients = 3" in said[0]
@@ -121,7 +128,7 @@ def test_dead_clients_dead_nodes_late_nodes_and_lost_disks(tmp_path: Path) -> No
 
         # Round 2: the late node and the restarted one are there; one client process dies, and
         # one node leaves in order after its reply, loses its disk and comes back.
-        started = flower.wait_for(run, "round_started", 150, cli, round=2)
+        started = flower.wait_for(run, "round_started", 250, cli, round=2)
         assert started["clients"] == ["node-a", "node-b", "node-c", "node-d", "node-e"]
         in_training(d, "node-c", started).kill()
         flower.wait_for(run, "reply", 150, cli, round=2, client="node-d", status="ok")
@@ -146,8 +153,7 @@ def test_dead_clients_dead_nodes_late_nodes_and_lost_disks(tmp_path: Path) -> No
 
 @slow
 def test_a_slow_node_misses_the_deadline_and_its_late_reply_is_not_used(tmp_path: Path) -> None:
-    # Just below the minute after which Flower would take the sleeping process for dead.
-    deadline = 54.0
+    deadline = 80.0
     conf, run = deployed(
         tmp_path / "job", **{"rounds": 2, "clients": 3, "clients-per-round": 3, "min-clients": 1,
                              "attempts": 4, "round-timeout": deadline},
@@ -157,19 +163,24 @@ def test_a_slow_node_misses_the_deadline_and_its_late_reply_is_not_used(tmp_path
             join(d, name)
         cli = d.run(run, conf)
         started = flower.wait_for(run, "round_started", 200, cli, round=1)
-        asleep = d.client_process("node-b", float(str(started["t"])))
-        time.sleep(2)
-        asleep.suspend()
+        slowed = in_training(d, "node-b", started)
         try:
-            flower.wait_for(run, "round_finished", 100, cli, round=1)
+            # Awake for moments only, in which it can tell Flower that it lives.
+            while not of(run, "round_finished"):
+                slowed.suspend()
+                time.sleep(12)
+                slowed.resume()
+                time.sleep(0.2)
+                assert cli.poll() is None and time.time() < float(str(started["t"])) + 150
         finally:
-            asleep.resume()
+            slowed.resume()
         assert finished(d, cli, 400) == 0, d.logs()
         log = (d.folder / "node-b.log").read_text()
     late = of(run, "reply", round=1, client="node-b")
     assert [e["status"] for e in late] == ["error"]
-    assert re.fullmatch(r"no reply within 5\d\.\d s", late[0]["reason"])
+    assert re.fullmatch(r"no reply within (79|80)\.\d s", late[0]["reason"])
     assert deadline - 1 <= late[0]["seconds"] < deadline + 20
+    assert {e["client"] for e in of(run, "reply", round=1, status="ok")} == {"node-a", "node-c"}
     # It did send that reply while round 2 was on, as it had sent its answer to "who are you" ...
     assert log.count("Sent successfully") >= 2
     # ... but round 2 took answers to its own questions only: a reply of round 1 would have been
