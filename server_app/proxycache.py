@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import fedpft_core
+from fedpft_core import alignment
 from fedpft_core import config as configs
 from fedpft_core.exchange import tensor_digest
 from server_app.bench import Bench, phase
@@ -48,8 +49,8 @@ def distil(bench: Bench) -> None:
 
     A cache that cannot be read or written is no reason to fail: the work is then done here.
     """
-    folder = bench.config.run.proxy_cache
-    if not folder or bench.config.distill.method == "none" or not bench.plan.pruned:
+    folder, d = bench.config.run.proxy_cache, bench.config.distill
+    if not folder or not alignment.needed(d.method, bench.plan, d.steps):
         bench.distil()
         return
     before = _digests(bench.proxy)

@@ -79,12 +79,20 @@ class Cell:
         Keys that did not exist when the row was written count as having their default: a new
         key's default must leave what was computed before as it was.
         """
-        return next((r for r in rows if "failed" not in r and not self.differs(r)), None)
+        return next((r for r in rows if "failed" not in r and self.same(r)), None)
 
     def failure(self, rows: Iterable[Row]) -> Row | None:
         """The latest failed run of this very configuration, if there is one."""
-        failed = [r for r in rows if "failed" in r and not self.differs(r)]
+        failed = [r for r in rows if "failed" in r and self.same(r)]
         return failed[-1] if failed else None
+
+    def same(self, row: Row) -> bool:
+        """Whether a row is of this configuration."""
+        # What differs most between cells is looked at first: tables ask this of all pairs.
+        then = row["config"]
+        if any(then.get(k) != self.resolved[k] for k in ("run.seed", "train.lr")):
+            return False
+        return not self.differs(row)
 
     def differs(self, row: Row) -> dict[str, tuple[Any, Any]]:
         """Keys in which a row's configuration is not this cell's: (in the row, here)."""
@@ -157,6 +165,8 @@ class Experiment:
     targets: dict[str, float] = field(default_factory=dict)
     unequal: tuple[str, ...] = ()
     name: str = "experiment"
+    # Cells made so far: tables ask for the same ones again and again.
+    _cells: dict[Any, Cell] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def read(path: Path) -> Experiment:
@@ -192,6 +202,12 @@ class Experiment:
 
     def cell(self, point: Point, seed: int, lr: float | None) -> Cell:
         """A run of a line; `lr` None leaves the rate to the keys."""
+        key = (point, seed, lr)
+        if key not in self._cells:
+            self._cells[key] = self._cell(point, seed, lr)
+        return self._cells[key]
+
+    def _cell(self, point: Point, seed: int, lr: float | None) -> Cell:
         flat = (
             self.base
             | self.datasets[point.dataset]

@@ -42,11 +42,18 @@ table { border-collapse: collapse; font-size: 0.875rem; width: 100%;
   font-variant-numeric: tabular-nums; }
 th, td { padding: 0.4rem 0.7rem; text-align: right; white-space: nowrap; vertical-align: top; }
 th { color: var(--dim); font-weight: 600; border-bottom: 1px solid var(--rule);
-  white-space: normal; vertical-align: bottom; min-width: 4.5rem; }
+  white-space: normal; vertical-align: bottom; min-width: 3rem; }
 th.text, td.text { text-align: left; }
 td.long { white-space: normal; min-width: 22rem; text-align: left; }
-tbody tr:nth-child(even) { background: var(--band); }
-td .each { color: var(--dim); font-size: 0.8em; display: block; }
+tbody tr + tr td { border-top: 1px solid var(--band); }
+tr.group th { text-align: left; background: var(--band); color: var(--ink); }
+tr.group span { position: sticky; left: 0.7rem; }
+thead th:first-child, td:first-child { position: sticky; left: 0; background: var(--paper); }
+td .each { color: var(--dim); font-size: 0.8em; display: block; white-space: normal;
+  max-width: 9rem; margin-left: auto; }
+@media (max-width: 40rem) { th, td { padding: 0.35rem 0.45rem; }
+  td.long { min-width: 14rem; } thead th:first-child, td:first-child { max-width: 8rem;
+  white-space: normal; } }
 .plots { display: grid; gap: 1.5rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
 figure { margin: 0; min-width: 0; }
@@ -101,7 +108,20 @@ def _about(experiment: Experiment, rows: Sequence[Row], found: Sequence[tables.L
 
 
 def _findings(experiment: Experiment, found: Sequence[tables.Line]) -> list[str]:
-    """What the differences say, one sentence per line that has an interval."""
+    """What the differences say, a sentence for each line that has an interval.
+
+    Of many data sets and partitions only the averages are put into words.
+    """
+    if len({line.point.place for line in found}) > 2:
+        sheet = tables.average(experiment, found)
+        at = {name: i for i, name in enumerate(sheet.columns)}
+        difference = at.get(f"difference to {experiment.reference} (95% interval)")
+        return [
+            f"{', '.join(row[: at['n']])}: {row[difference]} points against "
+            f"{experiment.reference} on average, {row[at['worst difference']]} at worst."
+            for row in sheet.rows
+            if difference is not None and row[difference]
+        ]
     out = []
     for line in found:
         reference = tables.reference_of(experiment, line, found)
@@ -158,18 +178,22 @@ def _themed(svg: str) -> str:
 
 
 def _table(sheet: Sheet) -> str:
-    text = _text_columns(sheet)
-    kinds = ["text" if is_text else "" for is_text in text]
+    kinds = ["text" if is_text else "" for is_text in _text_columns(sheet)]
+    # Data set and partition stand once above their lines instead of in every one.
+    lead = sum(1 for c in sheet.columns[:2] if c in ("dataset", "partition"))
     head = "".join(
         f'<th scope="col"{_class(k)}>{escape(c)}</th>'
-        for c, k in zip(sheet.columns, kinds, strict=True)
+        for c, k in list(zip(sheet.columns, kinds, strict=True))[lead:]
     )
-    rows = "".join(
-        "<tr>"
-        + "".join(f"<td{_class(k, c)}>{_cell(c)}</td>" for c, k in zip(row, kinds, strict=True))
-        + "</tr>\n"
-        for row in sheet.rows
-    )
+    rows, group = "", ""
+    for row in sheet.rows:
+        place = ", ".join(row[:lead])
+        if place != group:
+            group = place
+            span = len(sheet.columns) - lead
+            rows += f'<tr class="group"><th colspan="{span}"><span>{escape(place)}</span></th></tr>'
+        cells = list(zip(row, kinds, strict=True))[lead:]
+        rows += "<tr>" + "".join(f"<td{_class(k, c)}>{_cell(c)}</td>" for c, k in cells) + "</tr>\n"
     notes = "".join(f'<p class="note">{escape(n)}</p>' for n in sheet.notes)
     return (
         f'<h2>{escape(sheet.title)}</h2>\n<div class="scroll" tabindex="0" role="region" '

@@ -203,7 +203,7 @@ def sheets(experiment: Experiment, rows: Sequence[Row]) -> list[Sheet]:
     found = lines(experiment, rows)
     made = [
         _accuracy(experiment, found),
-        _average(experiment, found),
+        average(experiment, found),
         _figures(experiment, found, "Agreement of sub-FM and FM", AGREEMENT),
         _cost(experiment, found),
         _owner(experiment, found),
@@ -271,7 +271,7 @@ def _accuracy(experiment: Experiment, found: Sequence[Line]) -> Sheet:
     return Sheet("Accuracy", *_trim(columns, out), notes)
 
 
-def _average(experiment: Experiment, found: Sequence[Line]) -> Sheet:
+def average(experiment: Experiment, found: Sequence[Line]) -> Sheet:
     """Mean over all places of each method that has been run in all of them."""
     trained = [line for line in found if line.trained]
     places = list(dict.fromkeys(line.point.place for line in trained))

@@ -1,0 +1,252 @@
+"""Tables, plots and the report, from made-up cells whose figures are known."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+import statistics
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fedpft_core import compare
+from fedpft_core.compare import page, plots, tables
+
+FULL = {"plan": {"proxy": "full"}, "align": {"interval": 0}, "distill": {"method": "none"}}
+FM = {  # plugged-in accuracy by method, dataset and seed
+    ("fedpft", "easy"): {0: 0.80, 1: 0.84, 2: 0.82},
+    ("fedpft", "hard"): {0: 0.50, 1: 0.52, 2: 0.54},
+    ("fedpetuning", "easy"): {0: 0.81, 1: 0.86, 2: 0.83},
+    ("fedpetuning", "hard"): {0: 0.56, 1: 0.56, 2: 0.56},
+}
+
+
+def grid(folder: Path, **change: Any) -> compare.Experiment:
+    tree = {
+        "methods": {"fedpft": {}, "fedpetuning": FULL},
+        "datasets": {"easy": {}, "hard": {"data": {"max-length": 32}}},
+        "seeds": [0, 1, 2],
+        "learning-rates": [0.001, 0.01],
+        "targets": {"easy": 0.6},
+    }
+    path = folder / "grid.yaml"
+    path.write_text(yaml.safe_dump(tree | change, sort_keys=False))
+    return compare.Experiment.read(path)
+
+
+def row(cell: compare.Cell, fm: float, **more: Any) -> dict[str, Any]:
+    gap = 0.0 if cell.method == "fedpetuning" else 0.01 * (cell.seed + 1)
+    return {
+        "digest": cell.digest(), "method": cell.method, "dataset": cell.dataset,
+        "seed": cell.seed, "lr": cell.lr, "config": cell.resolved, "seconds": 100.0,
+        "fm_test": fm, "proxy_test": fm + gap, "fm_validation": 0.5 + cell.lr,
+        "linear-probe": 0.4, "bytes": {"adapter": 2_000_000, "package": 8_000_000},
+    } | more  # fmt: skip
+
+
+def cells(experiment: compare.Experiment, **more: Any) -> list[dict[str, Any]]:
+    """All cells; those at the worse rate would spoil every figure if they were taken."""
+    out = []
+    for point in experiment.points():
+        for seed, fm in FM[point.method, point.dataset].items():
+            out.append(row(experiment.cell(point, seed, 0.01), fm, **more))
+        out.append(row(experiment.cell(point, 0, 0.001), 0.01, **more))
+    return out
+
+
+def read_table(text: str, title: str) -> list[dict[str, str]]:
+    """A table of table.md as one mapping per line."""
+    body = text.split(f"## {title}\n\n")[1].split("\n\n")[0].splitlines()
+    head, _, *lines = [[c.strip() for c in line.strip("|").split("|")] for line in body]
+    return [dict(zip(head, line, strict=True)) for line in lines]
+
+
+def test_paired_difference_is_the_t_interval() -> None:
+    mean, half = compare.paired([3.0, 5.0, 7.0], [1.0, 4.0, 4.0])
+    assert mean == 2.0
+    # Differences 2, 1, 3: standard deviation 1, t(0.975, 2) = 4.302652729911275.
+    assert math.isclose(half, 4.302652729911275 / math.sqrt(3))
+    assert math.isnan(compare.paired([1.0], [0.0])[1])
+
+
+def test_accuracy_table(tmp_path: Path) -> None:
+    experiment = grid(tmp_path)
+    text = tables.markdown(experiment, cells(experiment))
+    found = {(r["dataset"], r["method"]): r for r in read_table(text, "Accuracy")}
+    assert list(found) == [
+        ("easy", "fedpft"), ("easy", "fedpetuning"), ("easy", "linear probe on the FM"),
+        ("hard", "fedpft"), ("hard", "fedpetuning"), ("hard", "linear probe on the FM"),
+    ]  # fmt: skip
+    line = found["easy", "fedpft"]
+    assert line["plugged-in FM"] == "82.0 ± 2.0 (80.0, 84.0, 82.0)"
+    assert line["worst seed"] == "80.0" and line["n"] == "3" and line["gap"] == "+2.0"
+    assert line["sub-FM"] == "84.0 ± 2.6 (81.0, 86.0, 85.0)"
+    # Differences -1, -2, -1.
+    half = 4.302652729911275 * statistics.stdev([1, 2, 1]) / math.sqrt(3)
+    assert line["difference to fedpetuning (95% interval)"] == f"-1.3 ± {half:.1f}"
+    assert line["worst difference"] == "-2.0"
+    assert line["lr"] == "0.01\\*" and "a better one may lie outside" in text
+    average = {r["method"]: r for r in read_table(text, "Average over data sets")}
+    # By seed: -3.5, -3, -1.5.
+    half = 4.302652729911275 * statistics.stdev([3.5, 3, 1.5]) / math.sqrt(3)
+    assert average["fedpft"]["difference to fedpetuning (95% interval)"] == f"-2.7 ± {half:.1f}"
+    assert average["fedpft"]["worst difference"] == "-6.0"
+
+
+def test_rates_are_shown_with_the_one_chosen(tmp_path: Path) -> None:
+    experiment = grid(tmp_path)
+    line = read_table(tables.markdown(experiment, cells(experiment)), "Choice of the learning rate")
+    assert [(r["lr 0.001"], r["lr 0.01"]) for r in line] == [("50.1", "51.0 ✓")] * 4
+
+
+def test_rows_of_older_versions_and_partial_grids_are_coped_with(tmp_path: Path) -> None:
+    experiment = grid(tmp_path)
+    old = [
+        {k: v for k, v in r.items() if k not in ("bytes", "seconds", "linear-probe")}
+        for r in cells(experiment)
+    ]
+    text = tables.markdown(experiment, old)
+    assert "## Cost" not in text and "## Agreement" not in text and "linear probe" not in text
+    assert not plots.panels(experiment, old)
+    assert "<svg" not in page.html(experiment, old)
+    part = [r for r in cells(experiment) if r["method"] == "fedpft" and r["seed"] != 2]
+    text = tables.markdown(experiment, part)
+    assert "difference" not in text.split("\n\n")[4]
+    missing = read_table(text, "Cells without a result")
+    assert {r["why"] for r in missing} == {"not run"}
+    # One seed of each fedpft line, and of fedpetuning both rates, on two data sets.
+    assert len(missing) == 2 * (1 + 2)
+    assert tables.markdown(experiment, []) and page.html(experiment, [])
+
+
+def test_a_failed_cell_is_listed_with_its_reason(tmp_path: Path) -> None:
+    experiment = grid(tmp_path)
+    rows = cells(experiment)
+    bad = {k: rows[2][k] for k in ("digest", "method", "dataset", "seed", "lr", "config")}
+    rows[2] = bad | {"failed": "it\ndiverged | lower distill.lr"}
+    (line,) = tables.sheets(experiment, rows)[-1].rows
+    assert line == ["easy fedpft seed 2 lr 0.01", "it diverged | lower distill.lr"]
+    assert "diverged \\| lower" in tables.markdown(experiment, rows)
+
+
+def test_rounds_to_the_target() -> None:
+    curve = {"curve": [[0, 0.1, 0.1], [1, 0.9, 0.5], [2, 0.9, None], [3, 0.9, 0.7], [4, 0, 0.6]]}
+    assert tables.rounds_to(curve, 0.6) == 3
+    assert tables.rounds_to(curve, 0.71) == math.inf
+    assert tables.rounds_to(curve, None) is None and tables.rounds_to({}, 0.5) is None
+
+
+def test_targets_count_runs_that_reached_them(tmp_path: Path) -> None:
+    experiment = grid(tmp_path)
+    rows = cells(experiment, curve=[[0, 0.2, 0.2], [2, 0.7, 0.7]])
+    found = read_table(tables.markdown(experiment, rows), "Cost")
+    by = {(r["dataset"], r["method"]): r["rounds to target"] for r in found}
+    assert by["easy", "fedpft"] == "2.0" and by["hard", "fedpft"] == ""
+    rows[0] = rows[0] | {"curve": [[2, 0.5, 0.5]]}
+    found = read_table(tables.markdown(experiment, rows), "Cost")
+    assert found[0]["rounds to target"] == "2 of 3 runs"
+
+
+def test_validation_rows_are_said_to_be_that(tmp_path: Path) -> None:
+    experiment = grid(tmp_path, base={"run": {"eval-split": "validation"}})
+    rows = []
+    for r in cells(experiment):
+        value = {"proxy_validation": r["proxy_test"], "fm_validation": r["fm_test"]}
+        rows.append({k: v for k, v in r.items() if not k.endswith("_test")} | value)
+    text = tables.markdown(experiment, rows)
+    assert "Accuracy on validation rows" in text and "82.0 ± 2.0" in text
+
+
+def test_grid_points_are_compared_with_the_reference_at_their_point(tmp_path: Path) -> None:
+    experiment = grid(tmp_path, grid={"lora.rank": [4, 8]}, targets={})
+    value = {("fedpft", 4): 0.6, ("fedpft", 8): 0.7, ("fedpetuning", 4): 0.8, ("fedpetuning", 8): 1}
+    rows = [
+        row(experiment.cell(p, s, lr), value[p.method, p.grid[0][1]])
+        for p in experiment.points() for s in (0, 1, 2) for lr in (0.001, 0.01)
+    ]  # fmt: skip
+    found = read_table(tables.markdown(experiment, rows), "Accuracy")
+    diffs = {
+        (r["method"], r["lora.rank"]): r["difference to fedpetuning (95% interval)"] for r in found
+    }
+    assert diffs["fedpft", "4"] == "-20.0 ± 0.0" and diffs["fedpft", "8"] == "-30.0 ± 0.0"
+
+
+def test_csv_has_the_same_figures(tmp_path: Path) -> None:
+    experiment = grid(tmp_path)
+    rows = cells(experiment)
+    found = list(csv.DictReader(io.StringIO(tables.table_csv(experiment, rows))))
+    first = found[0]
+    assert (first["dataset"], first["method"], first["seeds"]) == ("easy", "fedpft", "0 1 2")
+    assert [float(first[k]) for k in ("fm", "fm_std", "fm_min")] == pytest.approx([82, 2, 80])
+    assert float(first["difference"]) == pytest.approx(-4 / 3, rel=1e-5)
+    assert float(first["mb"]) == 10 and float(first["mb_package"]) == 8
+    assert first["cosine_end"] == ""
+
+
+def test_correlation_is_spearmans() -> None:
+    # Ranks 1 2 3 4 5 against 2 1 4 3 5: rho = 1 - 6 * 4 / (5 * 24).
+    found = plots.correlation([1, 2, 3, 4, 5], [20, 10, 40, 30, 1e9])
+    assert found is not None and found[0] == pytest.approx(0.8)
+    assert plots.correlation([1, 2, 3], [1, 2, 3]) is None
+    assert plots.correlation([1, 1, 1, 1], [1, 2, 3, 4]) is None
+
+
+def test_gap_plot_takes_every_run_with_a_sub_fm(tmp_path: Path) -> None:
+    experiment = grid(tmp_path)
+    rows = cells(experiment, cosine_end=0.5)
+    for i, r in enumerate(rows):
+        r["cosine_end"] = 0.9 - r["proxy_test"] + r["fm_test"] + i * 1e-9
+    (panel,) = (p for p in plots.panels(experiment, rows) if "predict" in p.group)
+    # Three seeds and the other rate, on two data sets; the FM at the clients has no gap.
+    assert "all (n = 8)" in panel.caption and "easy (n = 4)" in panel.caption
+    assert panel.labels == ("fedpft",)
+
+
+class Links(HTMLParser):
+    """Collects tags and everything that could lead outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.outside: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "data", "action") and value:
+                self.outside += [] if value.startswith("#") else [value]
+
+
+def test_the_report_stands_alone(tmp_path: Path) -> None:
+    methods = {"fedpft": {}, "fedpetuning": FULL}
+    experiment = grid(tmp_path, methods=methods)
+    rows = cells(experiment, cosine_end=0.5, curve=[[0, 0.2, 0.2], [2, 0.7, 0.7]])
+    text = page.html(experiment, rows)
+    seen = Links()
+    seen.feed(text)
+    assert not seen.outside
+    assert {"script", "link", "iframe", "img"}.isdisjoint(seen.tags)
+    assert not re.search(r"@import|url\((?!#)", text)
+    assert seen.tags.count("svg") == len(plots.panels(experiment, rows)) >= 4
+    assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
+    # The plots' own colours are gone: they would not be legible on dark.
+    drawn = "".join(re.findall(r"<svg.*?</svg>", text, re.S)).lower()
+    assert not any(c.lower() in drawn for c in (*plots.COLOURS, plots.INK))
+    assert "var(--c0)" in drawn and "currentcolor" in drawn
+    assert len(page._DARK) == len(plots.COLOURS)
+    assert text == page.html(experiment, rows)  # equal cells, equal bytes
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    experiment = grid(tmp_path, datasets={"<b>&": {}}, targets={})
+    rows = [
+        row(experiment.cell(p, s, lr), 0.5)
+        for p in experiment.points() for s in (0, 1, 2) for lr in (0.001, 0.01)
+    ]  # fmt: skip
+    text = page.html(experiment, rows)
+    assert "<b>" not in text and "&lt;b&gt;&amp;" in text
