@@ -193,11 +193,15 @@ def _room(
         why = "there is not enough memory to try one."
     elif held.meta is None:
         why = "only --plan, or a sub-FM in the store, tells the model's shape."
-    elif node["data-path"] and any(f.name == "labels" and f.status == FAIL for f in before):
-        why = "the labels have to be known first."
+    elif plan is None and (held.rows is None or _failed(before, "labels")):
+        why = "data and labels have to be right first."
     else:
         return [*out, guarded("training step", lambda: _step(node, plan, held, batch))]
     return [*out, Finding("training step", SKIPPED, why)]
+
+
+def _failed(findings: list[Finding], name: str) -> bool:
+    return any(f.name == name and f.status == FAIL for f in findings)
 
 
 def _row_bytes(held: _Held) -> int:

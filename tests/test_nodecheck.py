@@ -422,7 +422,7 @@ def test_each_fault_of_the_data_is_named(plan: Path, tmp_path: Path) -> None:
         "labels", "row 2 has the unknown label 'ghost'", "text,label\na,animal\nb,ghost\n"
     )
     assert found["data"].status == PASS and "ghost 1" in found["data"].text
-    assert found["training step"].status == SKIPPED
+    assert found["training step"].status == PASS  # random rows do not need these
     status("data", "label", "text,kind\na,animal\n")
     status("node config", "no such key 'nmae'", "text,label\na,animal\n", nmae="x")
     found = status("node config", "name and data-path", name="")
@@ -468,6 +468,11 @@ def test_the_sub_fm_in_the_store_tells_labels_and_speed(tmp_path: Path) -> None:
     assert found["labels"].status == PASS
     assert "the sub-FM in the store, own rows" in found["training step"].text, found
     assert found["memory"].status == PASS
+    for text in ("text,label\na,ghost\n", "text\na\n"):
+        (tmp_path / "rows.csv").write_text(text)
+        found = findings(Options(node_config(tmp_path)))
+        assert found["training step"].status == SKIPPED, found
+        assert FAIL in (found["labels"].status, found["data"].status)
 
 
 def test_images(tmp_path: Path) -> None:
