@@ -423,12 +423,16 @@ def command_inspect(args: argparse.Namespace, console: Console) -> int:
 
 def command_node_check(args: argparse.Namespace, console: Console) -> int:
     """Look at everything a node needs; status 1 when something is not as it must be."""
+    import warnings
+
     from client_app import check
 
     from . import nodecheck
 
     if args.insecure and args.root_certificates:
         raise UserError("--insecure and --root-certificates exclude each other.")
+    # What one library thinks of another is of no use to who sets up a node.
+    warnings.simplefilter("ignore", FutureWarning)
     found = check.check(
         check.Options(
             node_config=args.node_config,
