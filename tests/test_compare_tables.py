@@ -67,11 +67,11 @@ def read_table(text: str, title: str) -> list[dict[str, str]]:
 
 
 def test_paired_difference_is_the_t_interval() -> None:
-    mean, half = compare.paired([3.0, 5.0, 7.0], [1.0, 4.0, 4.0])
+    mean, half = tables.paired([3.0, 5.0, 7.0], [1.0, 4.0, 4.0])
     assert mean == 2.0
     # Differences 2, 1, 3: standard deviation 1, t(0.975, 2) = 4.302652729911275.
     assert math.isclose(half, 4.302652729911275 / math.sqrt(3))
-    assert math.isnan(compare.paired([1.0], [0.0])[1])
+    assert math.isnan(tables.paired([1.0], [0.0])[1])
 
 
 def test_accuracy_table(tmp_path: Path) -> None:

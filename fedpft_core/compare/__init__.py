@@ -6,6 +6,5 @@ is kept of one; `tables`, `plots` and `page` are made of what is kept, `command`
 
 from .experiment import Cell, Experiment, Point, best_rate
 from .results import Results
-from .tables import paired
 
-__all__ = ["Cell", "Experiment", "Point", "Results", "best_rate", "paired"]
+__all__ = ["Cell", "Experiment", "Point", "Results", "best_rate"]

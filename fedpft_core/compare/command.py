@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import RunError, UserError
-from . import tables
 from .experiment import Experiment, Point
 from .results import CELLS, Results
 
@@ -51,6 +50,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(args: argparse.Namespace, console: Console) -> int:
     """Returns 1 when a cell failed. Raises UserError or RunError with one sentence."""
+    from . import tables
+
     if args.results and len(args.experiment) > 1:
         raise UserError("--results is the folder of one experiment, and several are given.")
     jobs = []
@@ -131,6 +132,8 @@ def _write(experiment: Experiment, results: Results) -> None:
 
 def texts(experiment: Experiment, results: Results) -> list[tuple[str, str]]:
     """The files that are committed beside the cells, and checked."""
+    from . import tables
+
     return [
         ("table.md", tables.markdown(experiment, results.rows)),
         ("table.csv", tables.table_csv(experiment, results.rows)),
@@ -157,6 +160,8 @@ def _check(jobs: list[tuple[Path, Experiment, Path]]) -> int:
 
 def _strays(experiment: Experiment, results: Results) -> list[str]:
     """Cells of this name that were run with other settings, such as a default since changed."""
+    from . import tables
+
     out: dict[str, None] = {}
     for cell in tables.wanted(experiment, results.rows):
         if cell.find(results.rows) is None and cell.failure(results.rows) is None:

@@ -190,6 +190,10 @@ def correlations(
     return out
 
 
+def _p_value(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"= {p:.2g}"
+
+
 def _scatter(
     experiment: Experiment, rows: Sequence[Row], found: Sequence[Line], name: str, unit: str,
     x_of: Callable[[Row], float | None], look: Mapping[str, Style],
@@ -202,7 +206,9 @@ def _scatter(
     if len(points) < 2:
         return None
     measured = correlations(points)
-    said = "; ".join(f"{where} (n = {n}): ρ = {r:+.2f}, p = {p:.2g}" for where, n, r, p in measured)
+    said = "; ".join(
+        f"{where} (n = {n}): ρ = {r:+.2f}, p {_p_value(p)}" for where, n, r, p in measured
+    )
 
     def draw(axis: Any) -> None:
         for label in dict.fromkeys(p[0] for p in points):
