@@ -20,6 +20,7 @@ from fedpft_core.training import evaluate
 from server_app import proxycache
 from server_app.bench import Bench, peak_rss_bytes, phase
 from server_app.checkpoint import Checkpoints
+from server_app.local import local_only
 from server_app.runfolder import RunFolder
 from server_app.strategy import Events, State, Strategy
 from server_app.transport import FlowerTransport, Transport
@@ -95,6 +96,10 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
             bench.score(0, "proxy")
             bench.score(0, "fm")
 
+    if f.aggregate == "none":
+        local_only(config, transport, events, bench, state)
+        events.emit("files", paths={"plan": f"{config.run.dir}/plan.json"})
+        return
     strategy = Strategy(config, transport, events)
     strategy.wait_for_nodes()
     last = min(f.rounds, config.run.stop_after or f.rounds)

@@ -233,3 +233,22 @@ def test_norm_is_the_l2_norm_over_all_tensors() -> None:
     assert adapters.norm({"a": torch.tensor([3.0]), "b": torch.tensor([[4.0]])}) == 5.0
     # In float64: squares of large values must not overflow.
     assert adapters.norm({"a": torch.tensor([1e30])}) == pytest.approx(1e30)
+
+
+def test_clip_change_scales_lora_factors_alone_and_leaves_short_changes_to_the_bit() -> None:
+    start = {
+        "a.lora_A.weight": torch.ones(2, 2),
+        "b.lora_B.weight": torch.zeros(3),
+        "head": torch.zeros(2),
+    }
+    end = {
+        "a.lora_A.weight": torch.ones(2, 2) + torch.tensor([[3.0, 0.0], [0.0, 0.0]]),
+        "b.lora_B.weight": torch.tensor([0.0, 4.0, 0.0]),
+        "head": torch.tensor([100.0, 0.0]),
+    }
+    same = adapters.clip_change(end, start, 5.0)
+    assert all(torch.equal(same[k], end[k]) for k in end)
+    cut = adapters.clip_change(end, start, 2.5)
+    torch.testing.assert_close(cut["a.lora_A.weight"], torch.tensor([[2.5, 1.0], [1.0, 1.0]]))
+    torch.testing.assert_close(cut["b.lora_B.weight"], torch.tensor([0.0, 2.0, 0.0]))
+    assert torch.equal(cut["head"], end["head"])

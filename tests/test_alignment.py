@@ -24,7 +24,7 @@ methods = pytest.mark.parametrize("method", registry.names("alignment"))
 
 def _job(
     family: str, pair: Any = None, chosen: Any = None, steps: int = 12, double: bool = False,
-    alpha: float = 0.0, **keys: Any,
+    alpha: float = 0.0, lr: float = 3e-3, **keys: Any,
 ) -> Job:  # fmt: skip
     teacher, student, plan, _ = pair or tiny.pair(family)
     if double:
@@ -33,7 +33,7 @@ def _job(
     batches = [tiny.double(b) for b in made] if double else made
     cfg = replace(DistillConfig(), **({"fit_batches": 6} | keys))
     return Job(
-        teacher, student, plan, lambda n: iter(batches[:n]), cfg, steps=steps, lr=3e-3,
+        teacher, student, plan, lambda n: iter(batches[:n]), cfg, steps=steps, lr=lr,
         alpha=alpha, chosen=chosen,
     )  # fmt: skip
 
@@ -76,8 +76,7 @@ def test_it_lowers_the_output_error_and_moves_compressed_ffns_only(
     grads = {n: p.requires_grad for n, p in job.student.named_parameters()}
     before = _error(job)
     first, last, seconds = alignment.run(method, job)
-    # The functional of `gradient` is drawn anew each step, so single losses say little.
-    assert (last < first or method == "gradient") and seconds > 0
+    assert min(first, last, seconds) > 0
     assert _error(job) < before
     named = {id(p): n for n, p in job.student.named_parameters()}
     moving = {named[id(p)] for p in distill.moving_parts(job.student, job.plan).values()}
@@ -167,8 +166,8 @@ def _tokens(
     for batch in batches:
         seen: list[Any] = []
         handles = [
-            ffn.ins[0].register_forward_pre_hook(lambda _m, args: seen.append(args[0])),
-            ffn.out.register_forward_hook(lambda _m, _a, out: seen.append(out)),
+            ffn.ins[0].register_forward_pre_hook(lambda _m, args, s=seen: s.append(args[0])),
+            ffn.out.register_forward_hook(lambda _m, _a, out, s=seen: s.append(out)),
         ]
         with torch.no_grad():
             model(**oracles.inputs(batch))
@@ -307,20 +306,30 @@ def test_gradient_objective_is_output_error_plus_squared_relative_distance(
 
 
 @families
-def test_gradient_matching_brings_the_adapters_gradients_together(family: str) -> None:
-    """On the training batches the gradients come nearer than without the term."""
-    apart = {}
-    for weight in (0.0, 10.0):
-        job = _job(family, steps=20, gradient_weight=weight)
-        alignment.run("gradient", job)
-        probe = gradient.Objective(job.teacher, job.student, job.plan, 1.0, seed=0)
-        plain = gradient.Objective(job.teacher, job.student, job.plan, 0.0, seed=0)
-        parts = distill.moving_parts(job.student, job.plan).values()
-        with distill.only_trained(job.student, parts):
-            apart[weight] = sum(
-                float(probe(b).detach()) - float(plain(b).detach()) for b in job.batches(12)
-            )
-    assert apart[10.0] < apart[0.0]
+def test_gradient_of_the_gradient_objective_equals_finite_differences(family: str) -> None:
+    """The second derivative is there, through every part that moves."""
+    job = _job(family, double=True)
+    (batch,) = job.batches(1)
+    parts = distill.moving_parts(job.student, job.plan)
+
+    def loss() -> torch.Tensor:
+        # Made anew, so that each call draws the same functional.
+        objective = gradient.Objective(job.teacher, job.student, job.plan, 5.0, seed=4)
+        with distill.only_trained(job.student, parts.values()):
+            return objective(batch)
+
+    objective = gradient.Objective(job.teacher, job.student, job.plan, 5.0, seed=4)
+    with distill.only_trained(job.student, parts.values()):
+        grads = torch.autograd.grad(objective(batch), list(parts.values()))
+    step = 1e-6
+    for p, g in zip(parts.values(), grads, strict=True):
+        flat, at = p.detach().view(-1), int(g.abs().argmax())
+        value, sides = float(flat[at]), []
+        for sign in (1, -1):
+            flat[at] = value + sign * step
+            sides.append(float(loss().detach()))
+        flat[at] = value
+        assert float(g.view(-1)[at]) == pytest.approx((sides[0] - sides[1]) / (2 * step), rel=1e-4)
 
 
 # --- layer-drop ---------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,8 @@ def test_every_event_and_field_is_documented(done: Done) -> None:
 
 def test_a_whole_run_emits_every_event_that_is_not_about_trouble(done: Done) -> None:
     seen = {e["event"] for e in done.events}
-    assert set(_documented()) - seen <= {"warning", "run_failed"}
+    optional = {"warning", "run_failed", "alignment_check", "client_validation"}
+    assert set(_documented()) - seen <= optional
     assert done.events[0]["event"] == "run_started"
     assert done.events[-1]["event"] == "run_finished"
     assert all(e["status"] == "ok" for e in done.of("reply"))
@@ -247,7 +249,77 @@ def test_alignment_fires_exactly_when_due(
     assert len(done.of("round_finished")) == 3
 
 
-@pytest.mark.parametrize("selection", ["apoz", "active", "random"])
+@pytest.mark.parametrize("measure", ["cosine", "relative-l2", "output-error"])
+def test_a_threshold_aligns_only_where_disagreement_is_above_it(
+    measure: str, text: dict[str, Any], tmp_path: Path
+) -> None:
+    """Below every measured value it always fires, above each it never does."""
+    keys = {"align__disagreement": measure, "federation__rounds": 4, "align__steps": 2}
+    low = go(text, tmp_path / "low", align__threshold=1e-9, **keys)
+    checks = low.of("alignment_check")
+    assert [e["round"] for e in checks] == [1, 2, 3]
+    assert [e["round"] for e in low.of("alignment")] == [1, 2, 3]
+    assert {e["measure"] for e in checks} == {measure}
+    first = checks[0]["value"]
+    agreed = {e["round"]: e for e in low.of("agreement") if e["when"] == "before-align"}
+    if measure == "output-error":
+        blocks = low.of("alignment")[0]["blocks"]
+        want = sum(b["error_before"] for b in blocks) / len(blocks)
+    else:
+        want = 1 - agreed[1]["cosine"] if measure == "cosine" else agreed[1]["relative_l2"]
+    assert first == pytest.approx(want)
+
+    high = go(text, tmp_path / "high", align__threshold=1e9, **keys)
+    assert not high.of("alignment") and len(high.of("alignment_check")) == 3
+    assert not any(e["aligned"] for e in high.of("alignment_check"))
+    # The first check is the same whatever the threshold; just below and just above its value.
+    for factor, fires in ((1 - 1e-6, True), (1 + 1e-6, False)):
+        folder = tmp_path / f"at{fires}"
+        done = go(text, folder, align__threshold=first * factor, **keys | {"federation__rounds": 2})
+        assert [e["aligned"] for e in done.of("alignment_check")] == [fires]
+        assert len(done.of("alignment")) == fires
+
+
+def test_a_threshold_on_gradients_needs_rows_to_measure_them_on() -> None:
+    for keys, sentence in (
+        ({"run.gradient-rows": 0}, r"align\.threshold = 0\.1 .* needs run\.gradient-rows"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            config.from_flat({"align.threshold": 0.1} | keys)
+    config.from_flat(
+        {"align.threshold": 0.1, "align.disagreement": "output-error", "run.gradient-rows": 0}
+    )
+
+
+def test_without_a_threshold_nothing_is_checked(through: Done) -> None:
+    assert not through.of("alignment_check") and through.of("alignment")
+
+
+@pytest.mark.parametrize("method", ["closed-form", "block-local+sgd"])
+def test_other_alignments_before_and_during(
+    method: str, text: dict[str, Any], tmp_path: Path
+) -> None:
+    keys = {"distill__method": method, "align__method": method, "distill__fit_batches": 3}
+    done = go(text, tmp_path, **keys)
+    (distilled,) = done.of("distilled")
+    assert sum(distilled["output_error"].values()) < sum(distilled["error_before"].values())
+    assert [e["round"] for e in done.of("alignment")] == [1, 2]
+    assert all(e["status"] == "ok" for e in done.of("reply"))
+
+
+def test_alignment_takes_its_own_adapter_noise(text: dict[str, Any], tmp_path: Path) -> None:
+    same, none, other = (
+        go(text, tmp_path / name, distill__adapter_noise=0.02, federation__rounds=2, **keys)
+        for name, keys in (
+            ("same", {}),
+            ("none", {"align__adapter_noise": 0.0}),
+            ("equal", {"align__adapter_noise": 0.02}),
+        )
+    )
+    assert same.adapter == other.adapter != none.adapter
+
+
+@pytest.mark.parametrize("selection", ["apoz", "active", "random", "discrepancy"])
 def test_only_the_chosen_share_travels(
     selection: str, text: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -331,6 +403,96 @@ def test_clients_that_hold_the_fm(text: dict[str, Any], tmp_path: Path) -> None:
     for e in done.of("evaluation"):
         by_round.setdefault((e["round"], e["split"]), []).append((e["accuracy"], e["loss"]))
     assert all(proxy == fm for proxy, fm in by_round.values()), "proxy and FM are one model"
+
+
+def test_distilled_layer_drop_run_resumes(text: dict[str, Any], tmp_path: Path) -> None:
+    """Whole blocks were trained: package, checkpoint and resume must carry all of them."""
+    keys = {"plan__proxy": "layer-drop", "plan__drop_to": 3}
+    whole = go(text, tmp_path / "whole", **keys)
+    (distilled,) = whole.of("distilled")
+    assert list(distilled["output_error"]) == ["1"] or list(distilled["output_error"]) == ["2"]
+    assert sum(distilled["output_error"].values()) < sum(distilled["error_before"].values())
+    with pytest.raises(RunError, match="stopped after round 1"):
+        go(text, tmp_path / "stopped", run__stop_after=1, **keys)
+    resumed = go(text, tmp_path / "stopped", run__resume=True, **keys)
+    assert resumed.adapter == whole.adapter
+    plain = go(text, tmp_path / "plain", distill__method="none", **keys)
+    assert not plain.of("distilled") and plain.adapter != whole.adapter
+
+
+def test_local_only_is_the_mean_of_federations_of_one(text: dict[str, Any], tmp_path: Path) -> None:
+    keys = {"align__interval": 0, "run__eval_split": "test"}
+    local = go(text, tmp_path / "local", federation__aggregate="none", **keys)
+    assert local.of("run_started")[0]["method"] == "local-only"
+    arms = {e["arm"] for e in local.events if e["event"] == "round_started"}
+    assert len(arms) == 3
+    scores: dict[str, list[float]] = {"proxy": [], "fm": []}
+    for index in range(4):
+        if f"client-{index}" not in arms:
+            continue
+
+        class One(tiny.Federation):
+            """The same four partitions, of which one client is there."""
+
+            def transport(self, index: int = index) -> Any:
+                from server_app.transport import LocalTransport
+
+                return LocalTransport({index + 1: partial(self._answer, index)})
+
+        alone = keys | {"federation__clients_per_round": 1, "federation__min_clients": 1}
+        federation = One(text)
+        events = tiny.run(text, tmp_path / f"one{index}", federation, **alone)
+        for which, found in scores.items():
+            last = [e for e in tiny.main_run(events, "evaluation") if e["model"] == which][-1]
+            found.append(last["accuracy"])
+    ends = {e["model"]: e["accuracy"] for e in local.of("evaluation") if e["round"] == 3}
+    for which, found in scores.items():
+        assert ends[which] == pytest.approx(sum(found) / 3, abs=1e-12)
+    assert {e["model"] for e in local.of("validation")} == {"proxy", "fm"}
+    assert not (tmp_path / "local" / ADAPTER).exists()
+
+
+def test_one_shot_and_centralised_run(text: dict[str, Any], tmp_path: Path) -> None:
+    shot = go(text, tmp_path / "shot", federation__rounds=1, train__local_steps=6)
+    assert shot.of("run_started")[0]["method"] == "one-shot fedpft-b"
+    assert {e["steps"] for e in shot.of("reply")} == {6} and not shot.of("alignment")
+    one = {"federation__clients": 1, "federation__clients_per_round": 1}
+    central = go(
+        text | {"federation.clients": 1}, tmp_path / "central", plan__proxy="full",
+        federation__min_clients=1, **one,
+    )  # fmt: skip
+    assert central.of("run_started")[0]["method"] == "centralised"
+    assert {e["examples"] for e in central.of("reply")} == {central.of("task")[0]["train"]}
+
+
+def test_methods_are_called_what_their_settings_are() -> None:
+    """Each heading of docs/methods.md names the method of the settings below it."""
+    import yaml
+
+    text = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+    found = re.findall(r"^## (.+?)\n(.*?)(?=^#|\Z)", text, flags=re.M | re.S)
+    named = 0
+    for heading, body in found:
+        block = re.search(r"```yaml\n(.*?)```", body, flags=re.S)
+        if block:
+            flat = config.flatten(yaml.safe_load(block[1]))
+            assert config.method_name(config.from_flat(flat)) == heading
+            named += 1
+    assert named == 10
+
+
+def test_a_long_update_is_cut_before_averaging(text: dict[str, Any], tmp_path: Path) -> None:
+    keys = {"federation__rounds": 1, "align__interval": 0}
+    free, cut, loose = (
+        go(text, tmp_path / str(c), federation__clip_update_norm=c, **keys) for c in (0.0, 0.1, 1e3)
+    )
+    assert free.adapter == loose.adapter != cut.adapter
+    moved = []
+    for done in (free, cut):
+        stored = load_file(done.folder / ADAPTER)
+        factors = {k: v for k, v in stored.items() if k.endswith("lora_B.weight")}
+        moved.append(adapters.norm(factors))  # B starts at 0
+    assert moved[1] <= 0.1 < moved[0]
 
 
 def test_undistilled_run(text: dict[str, Any], tmp_path: Path) -> None:

@@ -1,0 +1,73 @@
+"""Local-only tuning: what each client reaches alone, the reference point without a federation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fedpft_core import adapters
+from fedpft_core.config import Config
+from fedpft_core.data.batches import Encoded, encode
+from fedpft_core.events import EventLog
+from fedpft_core.training import Score, evaluate
+from server_app.bench import Bench, phase, progress
+from server_app.strategy import Events, Node, State, Strategy
+from server_app.transport import Transport
+
+
+class Alone(Strategy):
+    """A federation of one client, the one called `name`."""
+
+    def __init__(self, config: Config, transport: Transport, events: Events, name: str) -> None:
+        one = replace(config.federation, min_clients=1, clients_per_round=1)
+        super().__init__(replace(config, federation=one), transport, events)
+        self.name = name
+
+    def _sample(self, nodes: list[Node], round: int, attempt: int) -> list[Node]:
+        return [n for n in nodes if n.name == self.name]
+
+
+def local_only(
+    config: Config, transport: Transport, events: EventLog, bench: Bench, state: State
+) -> None:
+    """Each of `federation.clients-per-round` clients, drawn once, tunes alone for all rounds.
+
+    As many local steps at the same rates as one client's share of every round, no averaging, no
+    alignment between rounds. Emits the mean over clients of the scores of proxy and FM, as if one
+    round had been evaluated. Nothing is exported: there is no one adapter. Raises RunError when a
+    client fails.
+    """
+    strategy = Strategy(config, transport, events)
+    strategy.wait_for_nodes()
+    chosen = strategy._sample(strategy.meet(state, 1), 1, 1)
+    rounds = config.federation.rounds
+    sets: list[tuple[str, Encoded]] = [("evaluation", bench.score_rows)]
+    if config.run.eval_split != "validation" and len(bench.task.validation):
+        rows = encode(bench.task.validation, bench.processor, config.data.max_length)
+        sets.append(("validation", rows))
+    scores: dict[tuple[str, str], list[Score]] = {}
+    norms = []
+    with phase(events, "local"):
+        report = progress(events, "local", "rounds")
+        for i, node in enumerate(chosen):
+            arm = Alone(config, transport, events.tagged(arm=node.name), node.name)
+            mine = replace(state, adapter={k: t.clone() for k, t in bench.start.items()})
+            loss = 0.0
+            for round in range(1, rounds + 1):
+                outcome = arm.run_round(mine, round, "")
+                mine.adapter, loss = outcome.adapter, outcome.loss
+                report(i * rounds + round, len(chosen) * rounds, loss)
+            bench.plug(mine.adapter)
+            norms.append(adapters.norm(mine.adapter))
+            for event, rows in sets:
+                for which, model in (("proxy", bench.proxy), ("fm", bench.fm)):
+                    score = evaluate(model, rows, config.run.eval_batch_size)
+                    scores.setdefault((event, which), []).append(score)
+    n = len(chosen)
+    events.emit("adapter", round=rounds, norm=sum(norms) / n)
+    for (event, which), found in scores.items():
+        split = {"split": config.run.eval_split} if event == "evaluation" else {}
+        events.emit(
+            event, round=rounds, model=which, **split,
+            accuracy=sum(s.accuracy for s in found) / n, loss=sum(s.loss for s in found) / n,
+            rows=found[0].rows, seconds=sum(s.seconds for s in found),
+        )  # fmt: skip
