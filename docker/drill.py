@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -176,12 +177,18 @@ def fill(service: str) -> Callable[[], None]:
 
 def small_store(on: bool) -> None:
     """Give clinic-b a volume that can be filled, or its usual one back; both start empty."""
+    if on:
+        os.environ["FEDPFT_COMPOSE"] = "drill.yaml"  # docker/demo passes it on to compose
+    else:
+        os.environ.pop("FEDPFT_COMPOSE", None)
     demo("compose", "rm", "-sf", "client-b")
     names = docker("volume", "ls", "-q", "--filter", "label=com.docker.compose.volume=store-b")
+    project = docker("inspect", "--format", '{{index .Config.Labels "com.docker.compose.project"}}',
+                     container("superlink"))  # fmt: skip
     for name in names.split():
-        docker("volume", "rm", name)
-    files = ["-f", str(HERE / "drill.yaml")] if on else []
-    demo("compose", *files, "up", "-d", "--no-build", "--no-deps", "client-b")
+        if name.startswith(f"{project}_"):
+            docker("volume", "rm", name)
+    demo("compose", "up", "-d", "--no-build", "--no-deps", "client-b")
 
 
 FAULTS: dict[str, tuple[str, Callable[[], None]]] = {
@@ -195,6 +202,10 @@ FAULTS: dict[str, tuple[str, Callable[[], None]]] = {
         crash("supernode-b"),
     ),
     "client-killed": ("`docker kill client-b`, left dead", kill_container("client-b")),
+    "client-crashed": (
+        "SIGKILL to all processes of client-b, Docker restarts it",
+        crash("client-b"),
+    ),
     "superlink-30s": ("`docker kill superlink`, started again 30 s later", outage("superlink", 30)),
     "server-crashed": (
         "SIGKILL to all processes of server, Docker restarts it",

@@ -259,11 +259,12 @@ def test_clients_do_not_need_what_their_image_lacks() -> None:
     code = f"""
 import sys
 from importlib.machinery import PathFinder
-class Without:
-    def find_spec(self, name, path=None, target=None):
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
         if name.partition(".")[0] not in {sorted(blocked)!r}:
             return PathFinder.find_spec(name, path, target)
-sys.meta_path[sys.meta_path.index(PathFinder)] = Without()
+sys.meta_path[sys.meta_path.index(PathFinder)] = Without
 import client_app.app, fedpft_core.client, fedpft_core.training, fedpft_core.proxy
 import fedpft_core.data.tasks, fedpft_core.data.files, fedpft_core.data.batches
 """
