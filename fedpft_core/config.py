@@ -113,6 +113,12 @@ class PlanConfig:
     saliency_batches: int = _key(
         8, "public batches a saliency that reads them looks at, of distill.batch-size rows", low=1
     )
+    qk_rank: int = _key(
+        0,
+        "rank of the attention's query and key projections in pruned blocks (truncated SVD; LoRA "
+        "stays on them under the FM's names), 0 = as in the FM",
+        low=0,
+    )
     drop_to: int = _key(
         0,
         "blocks a layer-drop proxy keeps, 0 = as many as fit the sub-FM's block parameters",

@@ -26,8 +26,9 @@ round_started    round, rounds, attempt, clients (names), lr
 reply            round, client, status (ok | refused | error | need), seconds, reason, and when
                  ok: examples, loss, steps, train_seconds, timings: {part: seconds}, and of a
                  client with a validation-share: validation_rows, validation_correct
-round_finished   round, seconds, exchange_seconds, train_seconds, evaluate_seconds, loss,
-                 examples, good, bad
+round_finished   round, seconds, exchange_seconds, train_seconds, evaluate_seconds,
+                 overhead_seconds (neither training, averaging nor evaluation), loss, examples,
+                 good, bad
 evaluation       round, model (proxy | fm), split, accuracy, loss, rows, seconds
 client_validation round (rounds behind the adapter measured: that of round r is measured while
                  round r + 1 trains), accuracy, correct, rows, clients: summed over clients

@@ -51,6 +51,11 @@ class Family:
         """One view per block, in order."""
         return [FFN(self, block) for block in self.block_list(model)]
 
+    @property
+    def query_key(self) -> tuple[str, str]:
+        """Paths of the query and the key projection, relative to the block."""
+        return self.attention[0], self.attention[1]
+
     def lora_targets(self, blocks: Iterable[int]) -> tuple[str, ...]:
         """Full paths of the LoRA targets in the given blocks; full, because suffixes such as
         `output.dense` would also hit the FFN."""
@@ -250,6 +255,43 @@ class FFN:
         old = self.out
         out[self.family.ffn_out] = _empty_linear(neurons, old.out_features, old)
         return out
+
+
+class LowRank(nn.Linear):
+    """A linear map as the product of two thin ones: y = up (down x) + bias.
+
+    `down` [r, D_in], `up` [D_out, r]. An `nn.Linear`, so that PEFT puts LoRA on it; `weight` is the
+    product, for whoever asks for its device or type, and no parameter.
+    """
+
+    def __init__(self, d_in: int, d_out: int, rank: int, like: nn.Linear) -> None:
+        nn.Module.__init__(self)  # not Linear's, which would make the weight a parameter
+        self.in_features, self.out_features, self.rank = d_in, d_out, rank
+        options: Any = {"device": like.weight.device, "dtype": like.weight.dtype}
+        self.down = nn.Parameter(torch.empty(rank, d_in, **options))
+        self.up = nn.Parameter(torch.empty(d_out, rank, **options))
+        bias = nn.Parameter(torch.empty(d_out, **options)) if like.bias is not None else None
+        self.register_parameter("bias", bias)
+
+    @staticmethod
+    def of(linear: nn.Linear, rank: int) -> LowRank:
+        """The nearest map of that rank (truncated SVD, in float64, singular values shared out)."""
+        low = LowRank(linear.in_features, linear.out_features, rank, linear)
+        u, s, vh = torch.linalg.svd(linear.weight.detach().double(), full_matrices=False)
+        root = s[:rank].sqrt()
+        with torch.no_grad():
+            low.up.copy_(u[:, :rank] * root)
+            low.down.copy_(root[:, None] * vh[:rank])
+            if linear.bias is not None:
+                low.bias.copy_(linear.bias)
+        return low.requires_grad_(linear.weight.requires_grad)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self.up @ self.down
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.linear(x, self.down), self.up, self.bias)
 
 
 def _empty_linear(d_in: int, d_out: int, like: nn.Linear) -> nn.Linear:

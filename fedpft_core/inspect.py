@@ -30,7 +30,8 @@ class BlockCost:
 def block_cost(family: Family, block: nn.Module, length: int, rank: int, width: int) -> BlockCost:
     """Cost of a block at sequence length `length` [tokens] with LoRA of rank `rank`."""
     linears = [m for m in block.modules() if isinstance(m, nn.Linear)]
-    dense = 2.0 * sum(m.weight.numel() for m in linears)
+    # A low-rank projection has two thin matrices in the place of its weight.
+    dense = 2.0 * sum(p.numel() for m in linears for p in m.parameters(False) if p.dim() > 1)
     attention = 4.0 * length * width
     targets: list[Any] = [block.get_submodule(path) for path in family.attention]
     lora = 2.0 * rank * sum(t.in_features + t.out_features for t in targets)

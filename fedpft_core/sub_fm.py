@@ -19,15 +19,24 @@ from torch import Tensor, nn
 from . import saliency
 from .config import PlanConfig
 from .errors import UserError
-from .families import FFN, Family, family_of, family_of_model
+from .families import FFN, Family, LowRank, family_of, family_of_model
 
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """What the proxy keeps of one block: `whole`, `pruned` to `kept`, or `dropped`."""
+    """What the proxy keeps of one block: `whole`, `pruned` to `kept`, or `dropped`.
+
+    In a pruned block query and key have rank `qk_rank`; 0 = as in the FM.
+    """
 
     state: str
     kept: tuple[int, ...] = ()
+    qk_rank: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        # Left out where there is none, so that plans without it keep their digest.
+        low = {"qk_rank": self.qk_rank} if self.qk_rank else {}
+        return {"state": self.state, "kept": list(self.kept), **low}
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ class Plan:
             {
                 "model_type": self.model_type,
                 "fm_neurons": self.fm_neurons,
-                "blocks": [{"state": b.state, "kept": list(b.kept)} for b in self.blocks],
+                "blocks": [b.as_json() for b in self.blocks],
             },
             separators=(",", ":"),
         )
@@ -67,9 +76,11 @@ class Plan:
         """Raises ValueError when the text is no valid plan."""
         raw = json.loads(text)
         try:
-            blocks = tuple(BlockPlan(b["state"], tuple(b["kept"])) for b in raw["blocks"])
+            blocks = tuple(
+                BlockPlan(b["state"], tuple(b["kept"]), b.get("qk_rank", 0)) for b in raw["blocks"]
+            )
             plan = Plan(raw["model_type"], raw["fm_neurons"], blocks)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a plan: {error!r}") from error
         for i, b in enumerate(blocks):
             in_order = all(x < y for x, y in zip(b.kept, b.kept[1:], strict=False))
@@ -78,6 +89,9 @@ class Plan:
                 raise ValueError(f"not a plan: block {i} is {b.state!r}")
             if (b.state == "pruned") != bool(b.kept) or not in_order or not in_range:
                 raise ValueError(f"not a plan: the kept neurons of block {i} are not valid")
+            rank_ok = type(b.qk_rank) is int and b.qk_rank >= 0
+            if not rank_ok or (b.qk_rank and b.state != "pruned"):
+                raise ValueError(f"not a plan: the rank of block {i} is not valid")
         return plan
 
 
@@ -123,6 +137,9 @@ def make_plan(
         raise UserError(
             f"plan.keep-neurons = {cfg.keep_neurons} is more than the FM's {f} neurons."
         )
+    width = ffns[0].out.out_features
+    if cfg.qk_rank > width:
+        raise UserError(f"plan.qk-rank = {cfg.qk_rank} is more than the model's width, {width}.")
     k = cfg.keep_neurons or max(1, round(cfg.keep_share * f))
     retained = parse_layers(cfg.retained_layers, n)
     if cfg.proxy == "layer-drop":
@@ -140,7 +157,9 @@ def make_plan(
         family.model_type,
         f,
         tuple(
-            BlockPlan("whole") if all_of_it else BlockPlan("pruned", keep_most_salient(s, k))
+            BlockPlan("whole")
+            if all_of_it
+            else BlockPlan("pruned", keep_most_salient(s, k), cfg.qk_rank)
             for all_of_it, s in zip(whole, scores, strict=True)
         ),
     )
@@ -183,6 +202,9 @@ def build(fm: nn.Module, plan: Plan) -> nn.Module:
             ffn = family.ffns(fm)[i]
             for path, linear in _sliced(ffn, torch.tensor(entry.kept)).items():
                 memo[id(block.get_submodule(path))] = linear
+            for path in family.query_key if entry.qk_rank else ():
+                whole: Any = block.get_submodule(path)
+                memo[id(whole)] = LowRank.of(whole, entry.qk_rank)
         elif entry.state == "dropped":
             memo[id(block)] = nn.Identity()
     # deepcopy takes what the memo already holds for a module instead of copying that module.
@@ -223,6 +245,10 @@ def skeleton(model: nn.Module, plan: Plan) -> nn.Module:
         if entry.state == "pruned":
             for path, linear in ffn.resized(len(entry.kept)).items():
                 ffn.block.set_submodule(path, linear)
+            for path in family.query_key if entry.qk_rank else ():
+                old: Any = ffn.block.get_submodule(path)
+                low = LowRank(old.in_features, old.out_features, entry.qk_rank, old)
+                ffn.block.set_submodule(path, low)
     return _without_dropped(model, family, plan)
 
 
