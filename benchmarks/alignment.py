@@ -54,7 +54,18 @@ BEFORE: dict[str, tuple[str, int, dict[str, Any]]] = {
     "sgd 100, adapter noise": ("sgd", 100, {"adapter_noise": -1.0}),
     "closed-form, 10 batches": ("closed-form", 1, {"fit_batches": 10}),
     "closed-form, 40 batches": ("closed-form", 1, {}),
+    "closed-form, 10 batches, ridge 0.1": (
+        "closed-form",
+        1,
+        {"fit_batches": 10, "ridge": 0.1},
+    ),
+    "closed-form, 10 batches, ridge 1": ("closed-form", 1, {"fit_batches": 10, "ridge": 1.0}),
+    "closed-form, 10 batches, ridge 10": ("closed-form", 1, {"fit_batches": 10, "ridge": 10.0}),
     "sequential, 10 batches": ("sequential", 1, {"fit_batches": 10}),
+    "sequential, 10 batches, ridge 1": ("sequential", 1, {"fit_batches": 10, "ridge": 1.0}),
+    "block-local 25": ("block-local", 25, {}),
+    "block-local 25, lr 2.4e-3": ("block-local", 25, {"lr": 2.4e-3}),
+    "sgd 25, lr 2.4e-3": ("sgd", 25, {"lr": 2.4e-3}),
     "block-local 100": ("block-local", 100, {}),
     "closed-form + block-local 50": ("closed-form+block-local", 50, {"fit_batches": 10}),
     "closed-form + sgd 25": ("closed-form+sgd", 25, {"fit_batches": 10}),
@@ -72,7 +83,21 @@ DURING: dict[str, tuple[str, int, dict[str, Any], str, float]] = {
     "sgd 20, half: random": ("sgd", 20, {}, "random", 0.5),
     "sgd 20, all, adapter noise": ("sgd", 20, {"adapter_noise": -1.0}, "random", 1.0),
     "closed-form, 10 batches": ("closed-form", 1, {"fit_batches": 10}, "random", 1.0),
+    "closed-form, 10 batches, ridge 1": (
+        "closed-form",
+        1,
+        {"fit_batches": 10, "ridge": 1.0},
+        "random",
+        1.0,
+    ),
     "sequential, 10 batches": ("sequential", 1, {"fit_batches": 10}, "random", 1.0),
+    "sequential, 10 batches, ridge 1": (
+        "sequential",
+        1,
+        {"fit_batches": 10, "ridge": 1.0},
+        "random",
+        1.0,
+    ),
     "block-local 40": ("block-local", 40, {}, "random", 1.0),
     "gradient 20": ("gradient", 20, {}, "random", 1.0),
     "gradient 20, weight 0.1": ("gradient", 20, {"gradient_weight": 0.1}, "random", 1.0),
@@ -110,9 +135,7 @@ class Study:
         for (b, k), p in self.parts.items():
             p.copy_(weights[f"{b}/{k}"])
 
-    def align(
-        self, method: str, steps: int, keys: dict[str, Any], chosen: Any = None, lr: float = 6e-4
-    ) -> float:
+    def align(self, method: str, steps: int, keys: dict[str, Any], chosen: Any = None) -> float:
         """Align at the adapter now plugged in; returns seconds of processor time."""
         from dataclasses import replace
 
@@ -123,7 +146,7 @@ class Study:
         b, d = self.bench, replace(self.config.distill, **keys)
         job = alignment.Job(
             b.fm, b.proxy, b.plan, lambda n: b._public_batches(n, "study", str(chosen is None)), d,
-            steps=steps, lr=lr, alpha=d.alpha if chosen is None else 0.0, chosen=chosen, seed=1,
+            steps=steps, lr=d.lr, alpha=d.alpha if chosen is None else 0.0, chosen=chosen, seed=1,
         )  # fmt: skip
         start = time.process_time()
         alignment.run(method, job)
@@ -226,7 +249,9 @@ def main() -> None:
             with open(out, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)
-    print("\n".join(tables(done)))
+    order = {("before", n): i for i, n in enumerate([*BEFORE])}
+    order |= {("during", n): i for i, n in enumerate([*DURING])}
+    print("\n".join(tables(sorted(done, key=lambda r: order[r["kind"], r["name"]]))))
 
 
 if __name__ == "__main__":

@@ -418,9 +418,9 @@ def test_5_replies_weighted_wrongly(
 
         def by_arrival(self: Any, good: Any, *args: Any) -> Any:
             names = list(good)
-            weights = [good[n][0].examples for n in sorted(good)]
+            weights = [good[n].reply.examples for n in sorted(good)]
             mixed = {
-                n: (replace(good[n][0], examples=w), *good[n][1:])
+                n: replace(good[n], reply=replace(good[n].reply, examples=w))
                 for n, w in zip(names, weights, strict=True)
             }
             return mean(self, mixed, *args)
