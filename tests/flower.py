@@ -230,7 +230,8 @@ class Deployment:
             for process in psutil.Process(parent.pid).children(recursive=True):
                 with contextlib.suppress(psutil.Error):
                     words = [Path(word).name for word in process.cmdline()[:3]]
-                    if program in words and process.create_time() > since - 0.5:
+                    # The start of a process is known to a second; a message takes longer.
+                    if program in words and process.create_time() > since - 2.0:
                         return process
             time.sleep(0.1)
         raise AssertionError(f"no {program} within {seconds:g} s")
