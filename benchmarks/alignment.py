@@ -190,7 +190,7 @@ class Study:
         self.put(load_file(self.paper))
         b.plug(self.tuned)
         rates = {}
-        if selection.needs_counts(choice):
+        if selection.needs_counts(choice, share):
             counts = count_inactive(b.proxy, b.plan, b.gradient_rows, 16, "nonpositive")
             rates = {k: distill.apoz(counts.inactive[k], counts.tokens[k]) for k in counts.tokens}
         view = selection.View(

@@ -188,7 +188,10 @@ class AlignConfig:
         joined=True,
     )
     proportion: float = _key(
-        1.0, "share p of each pruned block's neurons re-aligned", above=0.0, high=1.0
+        1.0,
+        "share p of each pruned block's neurons re-aligned; at 1 clients need not count",
+        above=0.0,
+        high=1.0,
     )
     selection: str = _key(
         "apoz",

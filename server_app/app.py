@@ -126,8 +126,9 @@ def one_round(
     """Clients train, the server averages, both models are scored, the proxy is re-aligned."""
     start = time.perf_counter()
     due = alignment_due(config, bench, round)
-    count = due and selection.needs_counts(config.align.selection)
-    outcome = strategy.run_round(state, round, config.align.inactive if count else "")
+    a = config.align
+    count = due and selection.needs_counts(a.selection, a.proportion)
+    outcome = strategy.run_round(state, round, a.inactive if count else "")
     state.adapter, state.round = outcome.adapter, round
     bench.plug(state.adapter)
     events.emit("adapter", round=round, norm=adapters.norm(state.adapter))
@@ -138,8 +139,8 @@ def one_round(
     events.emit(
         "round_finished", round=round, seconds=seconds,
         exchange_seconds=outcome.seconds, evaluate_seconds=scored,
-        train_seconds=outcome.train_seconds, overhead_seconds=seconds - scored - outcome.busy_seconds,
-        loss=outcome.loss,
+        train_seconds=outcome.train_seconds, loss=outcome.loss,
+        overhead_seconds=seconds - scored - outcome.busy_seconds,
         examples=outcome.examples, good=outcome.good, bad=outcome.bad,
     )  # fmt: skip
     if due and bench.disagrees(state, round):

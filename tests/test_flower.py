@@ -32,7 +32,7 @@ def job(folder: Path, **federation: Any) -> dict[str, Any]:
             "max-length": 16,
         },
         "distill": {"steps": 4, "length": 16, "batch-size": 4},
-        "align": {"interval": 1, "steps": 2},
+        "align": {"interval": 1, "steps": 2, "proportion": 0.5},
         "lora": {"rank": 2},
         "train": {"lr": 5e-3},
         "federation": {"rounds": 3, "clients": 3, "clients-per-round": 2} | federation,

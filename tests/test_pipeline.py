@@ -29,7 +29,7 @@ CHANCE = 1 / 3
 ADAPTER = "adapter/adapter_model.safetensors"
 # What a clock or a folder name decides; all else must be the same in two equal runs.
 _FREE = {
-    *("t", "seconds", "train_seconds", "exchange_seconds", "evaluate_seconds"),
+    *("t", "seconds", "train_seconds", "exchange_seconds", "evaluate_seconds", "overhead_seconds"),
     *("timings", "peak_rss_bytes", "run_dir", "paths", "resumed_from", "bytes"),
 }
 
@@ -247,6 +247,13 @@ def test_alignment_fires_exactly_when_due(
     }
     assert with_counts == set(want)
     assert len(done.of("round_finished")) == 3
+
+
+def test_where_every_neuron_moves_no_client_counts(text: dict[str, Any], tmp_path: Path) -> None:
+    done = go(text, tmp_path, align__interval=1, align__proportion=1.0)
+    assert not any("counts" in e.parts for _, e in done.federation.received)
+    neurons = sum(b["neurons"] for b in done.of("model")[0]["blocks"] if b["kind"] == "pruned")
+    assert [e["neurons"] for e in done.of("alignment")] == [neurons] * 2
 
 
 @pytest.mark.parametrize("measure", ["cosine", "relative-l2", "output-error"])

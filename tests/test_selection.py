@@ -126,5 +126,13 @@ def test_discrepancy_is_zero_where_there_is_no_error() -> None:
 
 
 def test_only_selections_that_look_at_counts_ask_for_them() -> None:
-    asks = {n: selection.needs_counts(n) for n in registry.names("selection")}
+    asks = {n: selection.needs_counts(n, 0.5) for n in registry.names("selection")}
     assert asks == {"apoz": True, "active": True, "random": False, "discrepancy": False}
+    assert not any(selection.needs_counts(n, 1.0) for n in asks)
+
+
+def test_all_neurons_move_without_being_counted() -> None:
+    plan = tiny.plan_for(tiny.model("bert"))
+    sizes = {b: len(plan.blocks[b].kept) for b in plan.pruned}
+    chosen = selection.choose("apoz", View({}, 0, plan=plan), 1.0)
+    assert {b: i.tolist() for b, i in chosen.items()} == {b: [*range(k)] for b, k in sizes.items()}

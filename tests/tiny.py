@@ -278,6 +278,7 @@ def write_task(family: str, path: Path, rows: int = 240) -> dict[str, Any]:
         "distill.steps": 30,
         "distill.length": 16,
         "align.interval": 2,
+        "align.proportion": 0.5,
         "align.steps": 10,
         "lora.rank": 4,
         "lora.alpha": 16.0,

@@ -37,8 +37,11 @@ class View:
         return {b: len(self.plan.blocks[b].kept) for b in self.plan.pruned}
 
 
-def needs_counts(name: str) -> bool:
-    """Whether the choice called `name` looks at the clients' inactivity counts."""
+def needs_counts(name: str, proportion: float) -> bool:
+    """Whether clients must count inactive tokens: not where every neuron moves anyway, since
+    counting costs each client a pass over all its rows."""
+    if proportion >= 1:
+        return False
     return bool(getattr(registry.load("selection", name), "NEEDS_COUNTS", False))
 
 
@@ -47,6 +50,8 @@ def choose(name: str, view: View, proportion: float) -> dict[int, Tensor]:
 
     Of equal scores the lower position is taken; at least one neuron is chosen.
     """
+    if proportion >= 1:
+        return {block: torch.arange(size) for block, size in view.sizes().items()}
     out = {}
     for block, score in registry.load("selection", name).scores(view).items():
         m = max(1, round(proportion * len(score)))
