@@ -38,7 +38,8 @@ validation       round, model (proxy | fm), accuracy, loss, rows, seconds: at th
 bytes            round, client, direction (down | up), kind (package | patch | adapter | counts
                  | control), bytes
 alignment        round, neurons, share, loss_before, loss_after, digest_from, digest_to,
-                 seconds, blocks: [{block, error_before, error_after}]
+                 seconds, blocks: [{block, error_before, error_after}], gap_before, gap_after
+                 (plug-in gap, null in rounds that are not evaluated)
 alignment_check  round, measure (align.disagreement), value, threshold, aligned (true or false):
                  with align.threshold, whether a due alignment happens
 agreement        round, when (start | before-align | after-align | end), cosine, relative_l2,

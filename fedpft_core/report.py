@@ -85,6 +85,9 @@ class Round:
     aligned_neurons: int | None = None
     align_error_before: float | None = None
     align_error_after: float | None = None
+    aligned_share: float | None = None
+    gap_before: float | None = None
+    gap_after: float | None = None
     cosine: dict[str, float] = field(default_factory=dict)
     relative_l2: dict[str, float] = field(default_factory=dict)
     bytes: dict[str, dict[str, int]] = field(default_factory=lambda: {d: {} for d in DIRECTIONS})
@@ -224,7 +227,8 @@ def summarise(events: Iterable[Event]) -> Summary:
             name = str(event["kind"])
             counts[name] = counts.get(name, 0) + int(event["bytes"])
         elif kind == "alignment":
-            at.aligned_neurons = get("neurons")
+            at.aligned_neurons, at.aligned_share = get("neurons"), get("share")
+            at.gap_before, at.gap_after = get("gap_before"), get("gap_after")
             blocks = get("blocks") or []
             if blocks:
                 at.align_error_before = _mean([b.get("error_before") for b in blocks])
@@ -274,7 +278,7 @@ class Sheet:
 
 def tables(s: Summary) -> list[Sheet]:
     """The tables of a report, in order; those without rows are left out."""
-    made = [_sizes(s), _accuracy(s), _traffic(s), _phases(s), _files(s)]
+    made = [_sizes(s), _accuracy(s), _alignments(s), _traffic(s), _phases(s), _files(s)]
     return [sheet for sheet in made if sheet.rows]
 
 
@@ -329,6 +333,33 @@ def _accuracy(s: Summary) -> Sheet:
     else:
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     return Sheet("Accuracy", columns, rows, notes)
+
+
+def _alignments(s: Summary) -> Sheet:
+    """What each re-alignment changed: before → after."""
+
+    def change(
+        before: float | None, after: float | None, scale: float = 1.0, form: str = ".3f"
+    ) -> str:
+        shown = [f"{scale * v:{form}}" if v is not None else "-" for v in (before, after)]
+        return " → ".join(shown)
+
+    rows = [
+        [
+            f"after round {r.number}",
+            f"{r.aligned_neurons:,} ({100 * (r.aligned_share or 0):.0f}%)",
+            change(r.align_error_before, r.align_error_after),
+            change(r.cosine.get("before-align"), r.cosine.get("after-align")),
+            change(r.relative_l2.get("before-align"), r.relative_l2.get("after-align")),
+            change(r.gap_before, r.gap_after, 100, "+.1f"),
+        ]
+        for r in s.rounds
+        if r.aligned_neurons
+    ]
+    columns = [
+        "", "neurons moved", "output error", "gradient cosine", "gradient relative L2", "gap",
+    ]  # fmt: skip
+    return Sheet("Re-alignments, before → after", columns, rows, [])
 
 
 def _traffic(s: Summary) -> Sheet:
@@ -458,7 +489,8 @@ def rounds_csv(s: Summary) -> str:
     writer.writerow([
         "round", "proxy_accuracy", "proxy_standard_error", "fm_accuracy", "fm_standard_error",
         "gap", "clients_accuracy", "clients_rows", *_OF_ROUND,
-        "aligned_neurons", "align_error_before", "align_error_after", "cosine", "relative_l2",
+        "aligned_neurons", "aligned_share", "align_error_before", "align_error_after",
+        "gap_before_alignment", "gap_after_alignment", "cosine", "relative_l2",
         *(f"{d}_{k}_bytes" for d, k in kinds),
     ])  # fmt: skip
     for r in s.rounds:
@@ -467,7 +499,8 @@ def rounds_csv(s: Summary) -> str:
         writer.writerow([
             r.number, *scores, r.gap, r.clients and r.clients.accuracy,
             r.clients and r.clients.rows, *(getattr(r, name) for name in _OF_ROUND),
-            r.aligned_neurons, r.align_error_before, r.align_error_after,
+            r.aligned_neurons, r.aligned_share, r.align_error_before, r.align_error_after,
+            r.gap_before, r.gap_after,
             r.latest(r.cosine), r.latest(r.relative_l2),
             *(r.bytes[d].get(k, 0) for d, k in kinds),
         ])  # fmt: skip
@@ -553,6 +586,14 @@ def _plot_accuracy(axis: Any, s: Summary, scored: list[Round]) -> None:
     ):
         axis.axhline(100 * score.accuracy, color=_GREY, linewidth=1.1, dashes=dashes,
                      label=BASELINES.get(name, name))  # fmt: skip
+    moved = [
+        (r.number + 0.5, 100 * (r.fm.accuracy + r.gap_after))
+        for r in s.rounds
+        if r.fm and r.gap_after is not None
+    ]
+    if moved:
+        axis.plot(*zip(*moved, strict=True), "o", color=_BLUE, fillstyle="none", markersize=5,
+                  label="sub-FM re-aligned")  # fmt: skip
     aligned = [r.number for r in s.rounds if r.aligned_neurons]
     for i, n in enumerate(aligned):
         axis.axvline(n + 0.5, color=_GREEN, alpha=0.35, linewidth=3,
@@ -590,6 +631,14 @@ def _plot_agreement(axis: Any, compared: list[Round]) -> None:
         ("gradient relative difference", _ORANGE, "^", lambda r: r.latest(r.relative_l2)),
         ("output error after re-alignment", _GREEN, "s", lambda r: r.align_error_after),
     )
+    label: str | None = "before re-alignment"
+    for values, colour, marker in (("cosine", _BLUE, "o"), ("relative_l2", _ORANGE, "^")):
+        found = [(r.number, getattr(r, values).get("before-align")) for r in compared]
+        known = [(n, v) for n, v in found if v is not None]
+        if known:
+            axis.plot(*zip(*known, strict=True), marker, color=colour, fillstyle="none",
+                      markersize=6, label=label)  # fmt: skip
+            label = None
     for label, colour, marker, pick in series:
         points = [(r.number, pick(r)) for r in compared if pick(r) is not None]
         if points:

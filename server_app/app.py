@@ -132,9 +132,10 @@ def one_round(
     state.adapter, state.round = outcome.adapter, round
     bench.plug(state.adapter)
     events.emit("adapter", round=round, norm=adapters.norm(state.adapter))
-    scored = 0.0
+    scored, accuracies = 0.0, None
     if round % config.run.evaluate_every == 0 or round == config.federation.rounds:
-        scored = bench.score(round, "proxy").seconds + bench.score(round, "fm").seconds
+        proxy, fm = bench.score(round, "proxy"), bench.score(round, "fm")
+        scored, accuracies = proxy.seconds + fm.seconds, (proxy.accuracy, fm.accuracy)
     seconds = time.perf_counter() - start
     events.emit(
         "round_finished", round=round, seconds=seconds,
@@ -144,7 +145,7 @@ def one_round(
         examples=outcome.examples, good=outcome.good, bad=outcome.bad,
     )  # fmt: skip
     if due and bench.disagrees(state, round):
-        bench.align(state, round, outcome.counts)
+        bench.align(state, round, outcome.counts, accuracies)
 
 
 def alignment_due(config: Config, bench: Bench, round: int) -> bool:

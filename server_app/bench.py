@@ -281,11 +281,19 @@ class Bench:
         )  # fmt: skip
         return above
 
-    def align(self, state: State, round: int, counts: Counts | None) -> None:
+    def align(
+        self,
+        state: State,
+        round: int,
+        counts: Counts | None,
+        accuracies: tuple[float, float] | None = None,
+    ) -> None:
         """Neuron-level distillation at the current adapter; extends `state` by a patch.
 
         Teacher and student both carry the aggregate adapter, which stays as it is. `counts` are
-        the clients' inactivity counts, where the selection looks at them.
+        the clients' inactivity counts, where the selection looks at them. `accuracies`
+        are those of proxy and FM at this adapter; with them the plug-in gap is recorded before
+        and after (the FM's accuracy stays).
         """
         a, d = self.config.align, self.config.distill
         noise = d.adapter_noise if a.adapter_noise < 0 else a.adapter_noise
@@ -319,9 +327,16 @@ class Bench:
             state.package, state.digest = package, patch.target
             state.patches.append(patch)
             self.agreement(round, "after-align")
+            gap_before = gap_after = None
+            if accuracies is not None:
+                proxy, fm = accuracies
+                size = self.config.run.eval_batch_size
+                gap_before = proxy - fm
+                gap_after = evaluate(self.proxy, self.score_rows, size).accuracy - fm
             self.events.emit(
                 "alignment", round=round, neurons=sum(len(i) for i in chosen.values()),
-                share=a.proportion, loss_before=first, loss_after=last,
+                gap_before=gap_before, gap_after=gap_after, share=a.proportion,
+                loss_before=first, loss_after=last,
                 digest_from=patch.source, digest_to=patch.target,
                 seconds=time.perf_counter() - start,
                 blocks=[

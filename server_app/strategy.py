@@ -48,6 +48,7 @@ from server_app.transport import Transport
 
 Tensors = dict[str, Tensor]
 _SETTLE_SECONDS = 3.0  # how long the set of nodes must stand still before a smaller one will do
+_HELLO_SECONDS = 300.0  # a fresh process has to import torch, on a machine that may be busy
 _HELLO_BYTES = 2**17  # the largest answer to the first query
 _MOST_PATCHES = 2**16  # tokens an image can become
 _MOST_EXAMPLES = 2**40  # keeps sums over clients exact in float64
@@ -193,7 +194,9 @@ class Strategy:
         new = [i for i in ids if i not in self.known]
         hello = seal(Hello())
         replies = self.transport.exchange(
-            dict.fromkeys(new, hello), round, min(120.0, self.config.federation.round_timeout)
+            dict.fromkeys(new, hello),
+            round,
+            min(_HELLO_SECONDS, self.config.federation.round_timeout),
         )
         for node_id in new:
             reply = replies[node_id]

@@ -256,6 +256,18 @@ def test_where_every_neuron_moves_no_client_counts(text: dict[str, Any], tmp_pat
     assert [e["neurons"] for e in done.of("alignment")] == [neurons] * 2
 
 
+def test_alignment_records_the_gap_before_and_after(through: Done) -> None:
+    """Against the evaluations of its round; afterwards only the sub-FM has changed."""
+    scores = {(e["round"], e["model"]): e["accuracy"] for e in through.of("evaluation")}
+    found = through.of("alignment")
+    assert found
+    for e in found:
+        fm = scores[e["round"], "fm"]
+        assert e["gap_before"] == scores[e["round"], "proxy"] - fm
+        right = (e["gap_after"] + fm) * 90  # of 90 test rows
+        assert abs(right - round(right)) < 1e-6
+
+
 @pytest.mark.parametrize("measure", ["cosine", "relative-l2", "output-error"])
 def test_a_threshold_aligns_only_where_disagreement_is_above_it(
     measure: str, text: dict[str, Any], tmp_path: Path

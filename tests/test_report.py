@@ -84,6 +84,7 @@ def whole_run() -> list[dict[str, Any]]:
                       relative_l2=0.8, head_cosine=1.0, blocks=[]),
                 event(t + 7, "alignment", round=1, neurons=384, share=0.5, loss_before=0.3,
                       loss_after=0.2, digest_from="aaaaaaaabbbb", digest_to="ccccccccdddd",
+                      gap_before=0.05, gap_after=-0.025,
                       seconds=1.0, blocks=[{"block": 1, "error_before": 0.3, "error_after": 0.1},
                                            {"block": 2, "error_before": 0.5, "error_after": 0.3}]),
                 event(t + 7, "agreement", round=1, when="after-align", cosine=0.7,
@@ -379,3 +380,15 @@ def test_what_clients_found_on_rows_of_their_own_is_shown() -> None:
     assert plain.columns[-1] == "training loss"
     (line,) = lines_for(found, {})
     assert line == "round 0: sub-FM accuracy 25.0 % on 20 rows that 2 clients keep from training"
+
+
+def test_what_an_alignment_changed_is_shown_before_and_after() -> None:
+    s = report.summarise(whole_run())
+    (shown,) = [t for t in report.tables(s) if t.title.startswith("Re-alignments")]
+    (row,) = shown.rows
+    assert row[0] == "after round 1" and row[1] == "384 (50%)"
+    assert row[2] == "0.400 → 0.200"  # means over the two blocks
+    assert row[3].endswith("→ 0.700") and row[5] == "+5.0 → -2.5"
+    first = next(r for r in csv.DictReader(io.StringIO(report.rounds_csv(s))) if r["round"] == "1")
+    assert (first["gap_before_alignment"], first["gap_after_alignment"]) == ("0.05", "-0.025")
+    assert first["aligned_share"] == "0.5"

@@ -13,7 +13,8 @@ agreement                [{round, when, cosine, relative_l2, head_cosine, head_r
 cosine_WHEN              the last cosine measured then (start, before-align, after-align, end)
 output_error_before, output_error
                          hidden-state error, mean over pruned blocks, before and after distillation
-alignments               [{round, neurons, seconds, error_before, error_after}]
+alignments               [{round, neurons, gap_before, gap_after, seconds, error_before,
+                         error_after}]
 norms                    [[round, L2 norm of the adapter], ...]; adapter_norm is the last
 bytes, bytes_down, bytes_up
                          bytes on the wire by kind: both ways, to clients, from clients
@@ -107,6 +108,8 @@ def _alignment(e: Event) -> dict[str, Any]:
     return {
         "round": e["round"],
         "neurons": e["neurons"],
+        "gap_before": _short(e.get("gap_before")),
+        "gap_after": _short(e.get("gap_after")),
         "seconds": _short(e["seconds"]),
         "error_before": _short(_mean([b.get("error_before") for b in blocks])),
         "error_after": _short(_mean([b.get("error_after") for b in blocks])),
