@@ -281,7 +281,7 @@ class WireConfig:
     """How arrays travel."""
 
     adapter: str = _key(
-        "fp32",
+        "int8",
         "adapter format on the wire: `fp32`, `bf16`, `fp16`, `int8`",
         choices=("fp32", "bf16", "fp16", "int8"),
     )
@@ -292,7 +292,7 @@ class WireConfig:
         choices=("same", "fp32", "bf16", "fp16", "int8", "ternary"),
     )
     patch: str = _key(
-        "fp32",
+        "fp16",
         "format of re-aligned weights on the wire: `fp32`, `bf16`, `fp16`",
         choices=("fp32", "bf16", "fp16"),
     )

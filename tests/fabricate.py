@@ -147,6 +147,7 @@ def config(**keys: Any) -> Config:
         "federation.rounds": 6,
         "federation.round-timeout": 30.0,
         "federation.node-timeout": 0.3,
+        "wire.adapter": "fp32",  # what is fabricated can then be reckoned with exactly
     }
     flat |= {k.replace("__", ".").replace("_", "-"): v for k, v in keys.items()}
     return configs.from_flat(flat)
