@@ -76,6 +76,15 @@ def test_dirichlet_skew_falls_with_alpha() -> None:
     assert values[2] < 0.2
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_two_classes_can_be_shared_out_very_unevenly(seed: int) -> None:
+    # One draw in forty leaves none of the ten clients below ten rows.
+    labels = np.repeat([0, 1], 3000)
+    parts = partition(labels, 10, "dirichlet", 0.1, seed)
+    check(parts, 6000, 10)
+    assert min(map(len, parts)) >= 10
+
+
 def test_dirichlet_rows_of_a_class_are_shuffled_first() -> None:
     # Without the shuffle each client would get one run of consecutive rows per class.
     labels = np.zeros(1000, dtype=np.int64)
