@@ -451,6 +451,18 @@ def test_where_a_cell_runs_is_no_part_of_what_it_is(tmp_path: Path) -> None:
         ("methods: {a: }\ndatasets: {b: }\nseeds: 3", "seeds: expected a list"),
         ("methods: {a: }\ndatasets: {b: }\nseeds: [x]", "seeds: expected a list"),
         ("methods: {a: }\ndatasets: {b: }\nlearning-rates: [x]", "learning-rates: expected num"),
+        (
+            "methods: {a: }\ndatasets: {b: }\nlearning-rates: {iid: [1.0]}",
+            "learning-rates: expected one list, as there are no partitions, got iid",
+        ),
+        (
+            "methods: {a: }\ndatasets: {b: }\npartitions: {p: , q: }\nlearning-rates: {p: [1.0]}",
+            "learning-rates: expected p, q, got p",
+        ),
+        (
+            "methods: {a: }\ndatasets: {b: }\npartitions: {p: }\nlearning-rates: {p: [x]}",
+            "learning-rates.p: expected numbers",
+        ),
         ("methods: {a: }\ndatasets: {b: }\nreference: c", "no such method 'c'"),
         ("methods: {a: {run.seed: 1}}\ndatasets: {b: }", "run.seed, which seeds decides"),
         (

@@ -104,6 +104,27 @@ def test_rates_are_shown_with_the_one_chosen(tmp_path: Path) -> None:
     assert [(r["lr 0.001"], r["lr 0.01"]) for r in line] == [("50.1", "51.0 ✓")] * 4
 
 
+def test_each_partition_has_its_own_rates(tmp_path: Path) -> None:
+    experiment = grid(
+        tmp_path,
+        datasets={"easy": {}},
+        partitions={"iid": {"federation.partition": "iid"}, "skewed": {}},
+        **{"learning-rates": {"iid": [0.01, 0.02], "skewed": [0.001, 0.01]}},
+    )
+    made = [
+        row(cell, 0.5) | {"partition": cell.partition}
+        for point in experiment.points()
+        for cell in experiment.first(point)
+    ]
+    text = tables.markdown(experiment, made)
+    names = ("partition", "lr 0.001", "lr 0.01", "lr 0.02")
+    line = [tuple(r[k] for k in names) for r in read_table(text, "Choice of the learning rate")]
+    assert line == [("iid", "", "51.0", "52.0 ✓")] * 2 + [("skewed", "50.1", "51.0 ✓", "")] * 2
+    assert "not run" in text  # the other seeds
+    # 0.01 is the highest of one grid and the lowest of the other; only the former was chosen.
+    assert {r["lr"] for r in read_table(text, "Accuracy") if r["lr"]} == {"0.02\\*", "0.01\\*"}
+
+
 def test_rows_of_older_versions_and_partial_grids_are_coped_with(tmp_path: Path) -> None:
     experiment = grid(tmp_path)
     old = [

@@ -7,7 +7,8 @@
     grid: {align.interval: [1, 2, 5]}  # optional: key -> values, each a line of the tables
     seeds: [0, 1, 2]
     more-seeds: [{seeds: [3, 4], methods: [fedpft], datasets: [trec6], partitions: [iid]}]
-    learning-rates: [0.0016, 0.0032]   # optional: chosen on validation rows at the first seed
+    learning-rates: [0.0016, 0.0032]   # optional: chosen on validation rows at the first seed;
+                                       # {iid: [...], ...} gives each partition its own
     reference: fedpetuning             # optional: what the others are compared with
     targets: {trec6: 0.9}              # optional: accuracies that rounds are counted to
     unequal: [data.max-length]         # optional: keys in which methods differ on purpose
@@ -157,7 +158,7 @@ class Experiment:
     methods: dict[str, dict[str, Any]]
     datasets: dict[str, dict[str, Any]]
     seeds: tuple[int, ...]
-    rates: tuple[float, ...] = ()
+    rates: dict[str, tuple[float, ...]] = field(default_factory=dict)  # by partition
     partitions: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
     grid: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     more_seeds: tuple[dict[str, Any], ...] = ()
@@ -223,7 +224,7 @@ class Experiment:
 
     def first(self, point: Point) -> list[Cell]:
         """The cells on which a line's learning rate is chosen: the first seed at every rate."""
-        rates: Sequence[float | None] = self.rates or (None,)
+        rates: Sequence[float | None] = self.rates.get(point.partition) or (None,)
         return [self.cell(point, self.seeds[0], lr) for lr in rates]
 
     def seeds_of(self, point: Point) -> tuple[int, ...]:
@@ -307,7 +308,7 @@ def _parse(raw: Any, name: str) -> Experiment:
     axes: dict[str, Iterable[str]] = {
         "methods": methods, "datasets": datasets, "partitions": partitions
     }  # fmt: skip
-    rates = _numbers(raw, "learning-rates")
+    rates = _rates(raw, partitions)
     experiment = Experiment(
         _keys_of(raw.get("base") or {}, "base"),
         methods,
@@ -385,13 +386,24 @@ def _seeds(value: Any, where: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(value))
 
 
-def _numbers(raw: Mapping[str, Any], name: str) -> tuple[float, ...]:
+def _rates(raw: Mapping[str, Any], partitions: Iterable[str]) -> dict[str, tuple[float, ...]]:
+    """The learning rates of each partition: one list for all, or one for each."""
+    name, given = "learning-rates", raw.get("learning-rates")
+    if not isinstance(given, Mapping):
+        rates = _numbers(raw, name, name)
+        return dict.fromkeys(partitions, rates) if rates else {}
+    if set(given) != set(partitions) or "" in partitions:
+        expected = ", ".join(filter(None, partitions)) or "one list, as there are no partitions"
+        raise UserError(f"{name}: expected {expected}, got {', '.join(map(str, given))}.")
+    return {key: _numbers(given, key, f"{name}.{key}") for key in partitions}
+
+
+def _numbers(raw: Mapping[str, Any], key: str, name: str) -> tuple[float, ...]:
     try:
         # Through text, since YAML 1.1 takes 6e-4, without a point, for one.
-        out = tuple(dict.fromkeys(float(str(x)) for x in _list(raw, name)))
+        return tuple(dict.fromkeys(float(str(x)) for x in _list(raw, key)))
     except ValueError:
-        raise UserError(f"{name}: expected numbers, got {raw[name]!r}.") from None
-    return out
+        raise UserError(f"{name}: expected numbers, got {raw[key]!r}.") from None
 
 
 def _more(entry: Any, axes: Mapping[str, Iterable[str]]) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def lines(experiment: Experiment, rows: Sequence[Row]) -> list[Line]:
             cells = experiment.chosen(point, rows)
             if cells:
                 lr = next(iter(cells.values()))["lr"]
-                here.append(Line(point, cells, lr, _edge(experiment, lr)))
+                here.append(Line(point, cells, lr, _edge(experiment, point, lr)))
         out += here
         for name in NOT_TRAINED:
             fixed = {s: 100 * r[name] for li in here for s, r in li.cells.items() if name in r}
@@ -154,9 +154,9 @@ def lines(experiment: Experiment, rows: Sequence[Row]) -> list[Line]:
     return out
 
 
-def _edge(experiment: Experiment, lr: float) -> str:
+def _edge(experiment: Experiment, point: Point, lr: float) -> str:
     """Whether a better rate may lie outside the grid."""
-    rates = sorted(experiment.rates)
+    rates = sorted(experiment.rates.get(point.partition, ()))
     if len(rates) < 2 or rates[0] < lr < rates[-1]:
         return ""
     return "highest" if lr == rates[-1] else "lowest"
@@ -369,7 +369,8 @@ def _cost(experiment: Experiment, found: Sequence[Line]) -> Sheet:
 
 def _rates(experiment: Experiment, rows: Sequence[Row]) -> Sheet:
     """How each line's learning rate was chosen."""
-    if len(experiment.rates) < 2:
+    rates = sorted({lr for some in experiment.rates.values() for lr in some})
+    if len(rates) < 2:
         return Sheet("", [], [])
     out = []
     for point in experiment.points():
@@ -377,13 +378,14 @@ def _rates(experiment: Experiment, rows: Sequence[Row]) -> Sheet:
         best = best_rate([r for r in tried if r])
         if best is None:
             continue
-        cells = []
+        shown_at = dict.fromkeys(rates, "")
         for row in tried:
             value = row.get("fm_validation") if row else None
             text = "" if value is None else f"{100 * value:.1f}"
-            cells.append(f"{text} ✓" if row and row["lr"] == best else text)
-        out.append([*_names(experiment, Line(point, {})), *cells])
-    columns = [*_named(experiment), *(f"lr {lr:g}" for lr in experiment.rates)]
+            if row:
+                shown_at[row["lr"]] = f"{text} ✓" if row["lr"] == best else text
+        out.append([*_names(experiment, Line(point, {})), *shown_at.values()])
+    columns = [*_named(experiment), *(f"lr {lr:g}" for lr in rates)]
     note = (
         f"Accuracy of the plugged-in FM on validation rows at seed {experiment.seeds[0]}; "
         "✓ was taken for all seeds."
