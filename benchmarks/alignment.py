@@ -1,10 +1,10 @@
 """Which alignment brings proxy and FM together for the least compute, at the start and at a tuned
 adapter.
 
-`python benchmarks/alignment.py TRAIN TEST [--out FILE]` prints two Markdown tables. Rows found in
-FILE (JSON lines) are not computed again. Seconds are processor time of the alignment alone, one
-thread. The tuned adapter is the last of a federation on the sub-FM distilled as in the paper, so
-every row is measured at the same place.
+`python benchmarks/alignment.py TRAIN TEST [--out FILE] [--only NAME]` prints two Markdown tables.
+Rows found in FILE (JSON lines) are not computed again; NAME ("before sgd *") may be repeated.
+Seconds are processor time of the alignment alone, one thread. The tuned adapter is the last of a
+federation on the sub-FM distilled as in the paper, so every row is measured at the same place.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from fedpft_core.data.batches import encode, public_batches
 from fedpft_core.events import EventLog
 from fedpft_core.training import count_inactive, evaluate
 from server_app.app import run
-from server_app.bench import Bench
+from server_app.bench import Bench, public_stream
 from server_app.transport import LocalTransport
 
 BASE: dict[str, Any] = {
@@ -66,6 +67,12 @@ BEFORE: dict[str, tuple[str, int, dict[str, Any]]] = {
     "block-local 25": ("block-local", 25, {}),
     "block-local 25, lr 2.4e-3": ("block-local", 25, {"lr": 2.4e-3}),
     "sgd 25, lr 2.4e-3": ("sgd", 25, {"lr": 2.4e-3}),
+    "sgd 100, 4 x 32": ("sgd", 100, {"batch_size": 4, "length": 32}),
+    "sgd 50, 4 x 32": ("sgd", 50, {"batch_size": 4, "length": 32}),
+    "sgd 50, 4 x 32, lr 1.2e-3": ("sgd", 50, {"batch_size": 4, "length": 32, "lr": 1.2e-3}),
+    "sgd 50, 8 x 32": ("sgd", 50, {"batch_size": 8, "length": 32}),
+    "sgd 25, 8 x 32, lr 1.2e-3": ("sgd", 25, {"batch_size": 8, "length": 32, "lr": 1.2e-3}),
+    "sgd 100, 2 x 32": ("sgd", 100, {"batch_size": 2, "length": 32}),
     "block-local 100": ("block-local", 100, {}),
     "closed-form + block-local 50": ("closed-form+block-local", 50, {"fit_batches": 10}),
     "closed-form + sgd 25": ("closed-form+sgd", 25, {"fit_batches": 10}),
@@ -144,8 +151,13 @@ class Study:
         if keys.get("adapter_noise") == -1.0:
             keys = keys | {"adapter_noise": self.size}
         b, d = self.bench, replace(self.config.distill, **keys)
+        shaped = replace(self.config, distill=d)
+
+        def rows(n: int) -> Iterator[Any]:
+            return public_stream(shaped, b.public, b.processor, n, "study", str(chosen is None))
+
         job = alignment.Job(
-            b.fm, b.proxy, b.plan, lambda n: b._public_batches(n, "study", str(chosen is None)), d,
+            b.fm, b.proxy, b.plan, rows, d,
             steps=steps, lr=d.lr, alpha=d.alpha if chosen is None else 0.0, chosen=chosen, seed=1,
         )  # fmt: skip
         start = time.process_time()
@@ -231,6 +243,7 @@ def main() -> None:
     parser.add_argument("train")
     parser.add_argument("test")
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--only", action="append", default=[])
     args = parser.parse_args()
     torch.set_num_threads(1)
     work = args.out.parent if args.out else Path(tempfile.mkdtemp())
@@ -243,6 +256,8 @@ def main() -> None:
     ):  # fmt: skip
         for name in names:
             if any((r["kind"], r["name"]) == (kind, name) for r in done):
+                continue
+            if args.only and not any(fnmatchcase(f"{kind} {name}", p) for p in args.only):
                 continue
             row = {"kind": kind, "name": name, "size": study.size} | work_of(name)
             done.append(row)
