@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from fedpft_core import compare
-from fedpft_core.compare import page, plots, tables
+from fedpft_core.compare import gap, lines, page, plots, tables
 
 FULL = {"plan": {"proxy": "full"}, "align": {"interval": 0}, "distill": {"method": "none"}}
 FM = {  # plugged-in accuracy by method, dataset and seed
@@ -67,11 +67,11 @@ def read_table(text: str, title: str) -> list[dict[str, str]]:
 
 
 def test_paired_difference_is_the_t_interval() -> None:
-    mean, half = tables.paired([3.0, 5.0, 7.0], [1.0, 4.0, 4.0])
+    mean, half = lines.paired([3.0, 5.0, 7.0], [1.0, 4.0, 4.0])
     assert mean == 2.0
     # Differences 2, 1, 3: standard deviation 1, t(0.975, 2) = 4.302652729911275.
     assert math.isclose(half, 4.302652729911275 / math.sqrt(3))
-    assert math.isnan(tables.paired([1.0], [0.0])[1])
+    assert math.isnan(lines.paired([1.0], [0.0])[1])
 
 
 def test_accuracy_table(tmp_path: Path) -> None:
@@ -157,9 +157,9 @@ def test_a_failed_cell_is_listed_with_its_reason(tmp_path: Path) -> None:
 
 def test_rounds_to_the_target() -> None:
     curve = {"curve": [[0, 0.1, 0.1], [1, 0.9, 0.5], [2, 0.9, None], [3, 0.9, 0.7], [4, 0, 0.6]]}
-    assert tables.rounds_to(curve, 0.6) == 3
-    assert tables.rounds_to(curve, 0.71) == math.inf
-    assert tables.rounds_to(curve, None) is None and tables.rounds_to({}, 0.5) is None
+    assert lines.rounds_to(curve, 0.6) == 3
+    assert lines.rounds_to(curve, 0.71) == math.inf
+    assert lines.rounds_to(curve, None) is None and lines.rounds_to({}, 0.5) is None
 
 
 def test_targets_count_runs_that_reached_them(tmp_path: Path) -> None:
@@ -209,12 +209,25 @@ def test_csv_has_the_same_figures(tmp_path: Path) -> None:
     assert first["cosine_end"] == ""
 
 
+def test_what_goes_with_the_gap_is_a_table(tmp_path: Path) -> None:
+    experiment = grid(tmp_path)
+    # cells() makes the gap grow with the seed: 1, 2, 3 points. Let the norm do so, too.
+    made = [r | {"adapter_norm": 5.0 + r["seed"]} for r in cells(experiment)]
+    found = read_table(tables.markdown(experiment, made), "What goes with the plug-in gap")
+    # On each data set three seeds of fedpft and the worse rate; fedpetuning has no gap to predict.
+    assert [(r["where"], r["n"], r["ρ"]) for r in found] == [
+        ("all", "8", "+1.00"), ("easy", "4", "+1.00"), ("hard", "4", "+1.00")
+    ]  # fmt: skip
+    assert {r["figure"] for r in found} == {"adapter norm (L2, at the end)"}
+    assert "What goes" not in tables.markdown(experiment, cells(experiment))
+
+
 def test_correlation_is_spearmans() -> None:
     # Ranks 1 2 3 4 5 against 2 1 4 3 5: rho = 1 - 6 * 4 / (5 * 24).
-    found = plots.correlation([1, 2, 3, 4, 5], [20, 10, 40, 30, 1e9])
+    found = gap.correlation([1, 2, 3, 4, 5], [20, 10, 40, 30, 1e9])
     assert found is not None and found[0] == pytest.approx(0.8)
-    assert plots.correlation([1, 2, 3], [1, 2, 3]) is None
-    assert plots.correlation([1, 1, 1, 1], [1, 2, 3, 4]) is None
+    assert gap.correlation([1, 2, 3], [1, 2, 3]) is None
+    assert gap.correlation([1, 1, 1, 1], [1, 2, 3, 4]) is None
 
 
 def test_gap_plot_takes_every_run_with_a_sub_fm(tmp_path: Path) -> None:

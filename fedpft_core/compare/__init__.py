@@ -1,7 +1,8 @@
 """`fedpft compare`: a grid of runs, resumable cell by cell, and what comes of it.
 
 `experiment` says which cells there are, `results` keeps them, `run` runs them, `record` says what
-is kept of one; `tables`, `plots` and `page` are made of what is kept, `command` is the command.
+is kept of one; `lines` brings seeds together, `gap` holds figures against the plug-in gap;
+`tables`, `plots` and `page` are made of these, `command` is the command.
 """
 
 from .experiment import Cell, Experiment, Point, best_rate

@@ -12,6 +12,7 @@ from html import escape
 from ..report import Sheet
 from . import plots, tables
 from .experiment import Experiment, Row
+from .lines import Line, differences, interval, lines, reference_of
 
 # The plots' colours by place in the palette: (on light, on dark).
 _DARK = (
@@ -69,7 +70,7 @@ figure svg text { font-family: inherit; }
 
 def html(experiment: Experiment, rows: Sequence[Row]) -> str:
     """The report. Equal cells give equal bytes."""
-    found = tables.lines(experiment, rows)
+    found = lines(experiment, rows)
     sheets = tables.sheets(experiment, rows)
     body = [
         f"<h1>{escape(experiment.name)}</h1>",
@@ -97,7 +98,7 @@ def _style() -> str:
     return _STYLE.replace("LIGHT", light).replace("DARK", dark)
 
 
-def _about(experiment: Experiment, rows: Sequence[Row], found: Sequence[tables.Line]) -> str:
+def _about(experiment: Experiment, rows: Sequence[Row], found: Sequence[Line]) -> str:
     runs = {id(r): r for line in found for r in line.cells.values()}
     hours = sum(r.get("seconds", 0.0) for r in rows) / 3600
     machines = sorted({
@@ -107,7 +108,7 @@ def _about(experiment: Experiment, rows: Sequence[Row], found: Sequence[tables.L
     return text + (f" {'; '.join(machines)}." if machines else "")
 
 
-def _findings(experiment: Experiment, found: Sequence[tables.Line]) -> list[str]:
+def _findings(experiment: Experiment, found: Sequence[Line]) -> list[str]:
     """What the differences say, a sentence for each line that has an interval.
 
     Of many data sets and partitions only the averages are put into words.
@@ -124,11 +125,11 @@ def _findings(experiment: Experiment, found: Sequence[tables.Line]) -> list[str]
         ]
     out = []
     for line in found:
-        reference = tables.reference_of(experiment, line, found)
-        diff = tables.differences(line, reference)
+        reference = reference_of(experiment, line, found)
+        diff = differences(line, reference)
         if not line.trained or reference is None or len(diff) < 2:
             continue
-        mean, half = tables.interval(diff)
+        mean, half = interval(diff)
         where = ", ".join(filter(None, line.point.place))
         way = "ahead of" if mean > 0 else "behind"
         verdict = "" if abs(mean) > half else ", which may be chance: the interval includes zero"
@@ -140,7 +141,7 @@ def _findings(experiment: Experiment, found: Sequence[tables.Line]) -> list[str]
     return out
 
 
-def _plots(experiment: Experiment, rows: Sequence[Row], found: Sequence[tables.Line]) -> list[str]:
+def _plots(experiment: Experiment, rows: Sequence[Row], found: Sequence[Line]) -> list[str]:
     look = plots.styles(found)
     all_panels = plots.panels(experiment, rows)
     out: list[str] = []

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import tables
+from . import gap
 from .experiment import Experiment, Row
-from .tables import Line
+from .lines import Line, lines, place_name
 
 COLOURS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#A6761D",
@@ -57,7 +57,7 @@ def styles(found: Sequence[Line]) -> dict[str, Style]:
 
 def panels(experiment: Experiment, rows: Sequence[Row]) -> list[Panel]:
     """All plots there are data for."""
-    found = tables.lines(experiment, rows)
+    found = lines(experiment, rows)
     look = styles(found)
     places = list(dict.fromkeys(line.point.place for line in found))
     out = []
@@ -65,8 +65,8 @@ def panels(experiment: Experiment, rows: Sequence[Row]) -> list[Panel]:
         here = [line for line in found if line.point.place == place and line.trained]
         if any(len(_curve(line, 1)) > 1 for line in here):
             out.append(_rounds(place, here, look))
-    for name, unit, x_of in _PREDICTORS:
-        panel = _scatter(experiment, rows, found, name, unit, x_of, look)
+    for predictor in gap.PREDICTORS:
+        panel = _scatter(experiment, rows, predictor, look)
         if panel:
             out.append(panel)
     for place in places:
@@ -78,10 +78,6 @@ def panels(experiment: Experiment, rows: Sequence[Row]) -> list[Panel]:
 
 def _labels(here: Sequence[Line]) -> tuple[str, ...]:
     return tuple(line.point.label for line in here if line.trained)
-
-
-def _named(place: tuple[str, str]) -> str:
-    return ", ".join(filter(None, place))
 
 
 # ---------------------------------------------------------------- accuracy by round
@@ -118,7 +114,7 @@ def _rounds(place: tuple[str, str], here: Sequence[Line], look: Mapping[str, Sty
 
     return Panel(
         "Accuracy by round",
-        _named(place),
+        place_name(place),
         "Mean over seeds. Solid: plugged-in FM, shaded from the worst to the best seed. "
         "Dashed: sub-FM.",
         _labels(here),
@@ -129,103 +125,34 @@ def _rounds(place: tuple[str, str], here: Sequence[Line], look: Mapping[str, Sty
 # ---------------------------------------------------------------- what goes with the gap
 
 
-def _disagreement(key: str) -> Callable[[Row], float | None]:
-    return lambda r: None if r.get(key) is None else 1 - r[key]
-
-
-def _last_error(r: Row) -> float | None:
-    aligned = [
-        a["error_after"] for a in r.get("alignments", ()) if a.get("error_after") is not None
-    ]
-    error: float | None = aligned[-1] if aligned else r.get("output_error")
-    return error
-
-
-_PREDICTORS: tuple[tuple[str, str, Callable[[Row], float | None]], ...] = (
-    ("gradients at the start", "1 − cosine", _disagreement("cosine_start")),
-    ("gradients at the end", "1 − cosine", _disagreement("cosine_end")),
-    ("output error", "of the pruned blocks, after the last alignment", _last_error),
-    ("adapter norm", "L2, at the end", lambda r: r.get("adapter_norm")),
-)
-
-
-def _runs(experiment: Experiment, rows: Sequence[Row], found: Sequence[Line]) -> list[
-    tuple[str, tuple[str, str], Row]
-]:  # fmt: skip
-    """(label, place, row) of every finished run with a sub-FM, at every learning rate."""
-    out: dict[int, tuple[str, tuple[str, str], Row]] = {}
-    for line in found:
-        if not line.trained:
-            continue
-        tried = [r for c in experiment.first(line.point) if (r := c.find(rows))]
-        for row in [*tried, *line.cells.values()]:
-            if row["config"].get("plan.proxy") != "full":
-                out.setdefault(id(row), (line.point.label, line.point.place, row))
-    return list(out.values())
-
-
-def correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, float] | None:
-    """Spearman's rank correlation and its p-value; None below four runs or without spread."""
-    if len(x) < 4 or len(set(x)) < 2 or len(set(y)) < 2:
-        return None
-    from scipy import stats
-
-    found = stats.spearmanr(x, y)
-    return float(found.statistic), float(found.pvalue)
-
-
-def correlations(
-    points: Sequence[tuple[str, tuple[str, str], float, float]],
-) -> list[tuple[str, int, float, float]]:
-    """(where, runs, ρ, p) over all runs and, where there are several, on each place alone."""
-    places = list(dict.fromkeys(place for _, place, _, _ in points))
-    parts = {"all": points}
-    if len(places) > 1:
-        parts |= {_named(p): [q for q in points if q[1] == p] for p in places}
-    out = []
-    for name, some in parts.items():
-        found = correlation([x for _, _, x, _ in some], [y for _, _, _, y in some])
-        if found:
-            out.append((name, len(some), *found))
-    return out
-
-
-def _p_value(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"= {p:.2g}"
-
-
 def _scatter(
-    experiment: Experiment, rows: Sequence[Row], found: Sequence[Line], name: str, unit: str,
-    x_of: Callable[[Row], float | None], look: Mapping[str, Style],
-) -> Panel | None:  # fmt: skip
-    points = [
-        (label, place, x, y)
-        for label, place, row in _runs(experiment, rows, found)
-        if (x := x_of(row)) is not None and (y := tables.gap(row)) is not None
-    ]
-    if len(points) < 2:
+    experiment: Experiment, rows: Sequence[Row], predictor: gap.Predictor, look: Mapping[str, Style]
+) -> Panel | None:
+    dots = gap.dots(experiment, rows, predictor)
+    if len(dots) < 2:
         return None
-    measured = correlations(points)
+    measured = gap.correlations(dots)
     said = "; ".join(
-        f"{where} (n = {n}): ρ = {r:+.2f}, p {_p_value(p)}" for where, n, r, p in measured
+        f"{where} (n = {n}): ρ = {r:+.2f}, p {gap.p_value(p)}" for where, n, r, p in measured
     )
 
     def draw(axis: Any) -> None:
-        for label in dict.fromkeys(p[0] for p in points):
-            own = [p for p in points if p[0] == label]
-            axis.scatter([p[2] for p in own], [p[3] for p in own], color=look[label].colour,
+        for label in dict.fromkeys(d.label for d in dots):
+            own = [d for d in dots if d.label == label]
+            axis.scatter([d.x for d in own], [d.y for d in own], color=look[label].colour,
                          marker=look[label].marker, s=26, alpha=0.85, linewidth=0)  # fmt: skip
         axis.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
-        axis.set_xlabel(unit)
+        axis.set_xlabel(predictor.unit)
         axis.set_ylabel("gap, points")
         axis.grid(alpha=0.15)
 
+    name = predictor.name
     return Panel(
         "Plug-in gap and what may predict it",
         name[0].upper() + name[1:] + (f": ρ = {measured[0][2]:+.2f}" if measured else ""),
         "One mark per run, at every learning rate. "
         + (f"Spearman's rank correlation: {said}." if said else "Too few for a correlation."),
-        tuple(dict.fromkeys(p[0] for p in points)),
+        tuple(dict.fromkeys(d.label for d in dots)),
         draw,
     )
 
@@ -266,7 +193,7 @@ def _bytes(place: tuple[str, str], here: Sequence[Line], look: Mapping[str, Styl
     rest = [line.point.method for line in here if not line.trained]
     lines = f" Lines: {', '.join(rest)} (dashed, dotted)." if rest else ""
     return Panel(
-        "Traffic against accuracy", _named(place),
+        "Traffic against accuracy", place_name(place),
         f"Mean and standard deviation over seeds; both ways, all clients.{lines}",
         _labels(here), draw,
     )  # fmt: skip
@@ -298,7 +225,7 @@ def files(experiment: Experiment, rows: Sequence[Row]) -> dict[str, bytes]:
     by_group: dict[str, list[Panel]] = {}
     for panel in panels(experiment, rows):
         by_group.setdefault(panel.group, []).append(panel)
-    look = styles(tables.lines(experiment, rows))
+    look = styles(lines(experiment, rows))
     out: dict[str, bytes] = {}
     for group, some in by_group.items():
         name = _NAMES[group]
