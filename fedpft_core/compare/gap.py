@@ -1,0 +1,113 @@
+"""What goes with the plug-in gap: figures of single runs against sub-FM minus plugged-in FM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ..report import Sheet
+from .experiment import Experiment, Row
+from .lines import Line, end_of, gap, lines, place_name
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A figure that may predict the gap: its name, its unit, and where it comes from."""
+
+    name: str
+    unit: str
+    of: Callable[[Row], float | None]
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A run: the line it belongs to, its place, the predictor's value and the gap in points."""
+
+    label: str
+    place: tuple[str, str]
+    x: float
+    y: float
+
+
+def _disagreement(key: str) -> Callable[[Row], float | None]:
+    return lambda r: None if r.get(key) is None else 1 - r[key]
+
+
+def _last_error(r: Row) -> float | None:
+    after: float | None = end_of("alignments", "error_after")(r)
+    return r.get("output_error") if after is None else after
+
+
+PREDICTORS = (
+    Predictor("gradients at the start", "1 − cosine", _disagreement("cosine_start")),
+    Predictor("gradients at the end", "1 − cosine", _disagreement("cosine_end")),
+    Predictor("gradients at the end, distance", "relative L2", end_of("agreement", "relative_l2")),
+    Predictor("output error", "of the pruned blocks, after the last alignment", _last_error),
+    Predictor("adapter norm", "L2, at the end", lambda r: r.get("adapter_norm")),
+)
+
+
+def dots(experiment: Experiment, rows: Sequence[Row], predictor: Predictor) -> list[Dot]:
+    """Every finished run with a sub-FM, at every learning rate, that has figure and gap."""
+    seen: dict[int, Dot] = {}
+    for line in lines(experiment, rows):
+        for row in _runs(experiment, rows, line):
+            x, y = predictor.of(row), gap(row)
+            if x is not None and y is not None:
+                # Differences of shares carry rounding noise, which would part what is tied.
+                x, y = round(x, 9), round(y, 9)
+                seen.setdefault(id(row), Dot(line.point.label, line.point.place, x, y))
+    return list(seen.values())
+
+
+def _runs(experiment: Experiment, rows: Sequence[Row], line: Line) -> Iterator[Row]:
+    if not line.trained:
+        return
+    tried = [r for c in experiment.first(line.point) if (r := c.find(rows))]
+    for row in [*tried, *line.cells.values()]:
+        if row["config"].get("plan.proxy") != "full":
+            yield row
+
+
+def correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, float] | None:
+    """Spearman's rank correlation and its p-value; None below four runs or without spread."""
+    if len(x) < 4 or len(set(x)) < 2 or len(set(y)) < 2:
+        return None
+    from scipy import stats
+
+    found = stats.spearmanr(x, y)
+    return float(found.statistic), float(found.pvalue)
+
+
+def correlations(found: Sequence[Dot]) -> list[tuple[str, int, float, float]]:
+    """(where, runs, ρ, p) over all runs and, where there are several, on each place alone."""
+    places = list(dict.fromkeys(d.place for d in found))
+    parts = {"all": list(found)}
+    if len(places) > 1:
+        parts |= {place_name(p): [d for d in found if d.place == p] for p in places}
+    out = []
+    for name, some in parts.items():
+        measured = correlation([d.x for d in some], [d.y for d in some])
+        if measured:
+            out.append((name, len(some), *measured))
+    return out
+
+
+def p_value(p: float) -> str:
+    """As papers write it."""
+    return "< 0.001" if p < 0.001 else f"= {p:.2g}"
+
+
+def sheet(experiment: Experiment, rows: Sequence[Row]) -> Sheet:
+    """The correlations as a table."""
+    out = []
+    for predictor in PREDICTORS:
+        for where, n, rho, p in correlations(dots(experiment, rows, predictor)):
+            what = f"{predictor.name} ({predictor.unit})"
+            out.append([what, where, str(n), f"{rho:+.2f}", p_value(p).removeprefix("= ")])
+    notes = [
+        "Spearman's rank correlation ρ of a run's figure with its gap, sub-FM minus plugged-in FM; "
+        "every run at every learning rate. Runs of one seed share partition and head, so p is "
+        "smaller than it should be."
+    ]
+    return Sheet("What goes with the plug-in gap", ["figure", "where", "n", "ρ", "p"], out, notes)
