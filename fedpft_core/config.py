@@ -277,6 +277,28 @@ class FederationConfig:
 
 
 @dataclass(frozen=True)
+class PlugConfig:
+    """How the tuned adapter becomes the product: the FM's head fitted to the FM's features.
+
+    Without labels, by least squares from the FM's features to the sub-FM's. LoRA's factors, and
+    what clients get, stay as they are.
+    """
+
+    refit: str = _key(
+        "validation",
+        "rows the head is refitted on when the adapter is plugged into the FM: `validation` (the "
+        "inputs of the server's validation rows, without labels; with no such rows the head stays "
+        "as trained), `public` or `none` (the head as trained, as in the paper)",
+        choices=("validation", "public", "none"),
+    )
+    rows: int = _key(128, "rows it is refitted on", low=1)
+    ridge: float = _key(
+        1.0, "pull of the refitted head towards the trained one, as a share of the features' "
+        "mean square", above=0.0,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class WireConfig:
     """How arrays travel."""
 
@@ -352,6 +374,7 @@ class Config:
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
     federation: FederationConfig = FederationConfig()
+    plug: PlugConfig = PlugConfig()
     wire: WireConfig = WireConfig()
     run: RunConfig = RunConfig()
 

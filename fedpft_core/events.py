@@ -29,7 +29,10 @@ reply            round, client, status (ok | refused | error | need), seconds, r
 round_finished   round, seconds, exchange_seconds, train_seconds, evaluate_seconds,
                  overhead_seconds (neither training, averaging nor evaluation), loss, examples,
                  good, bad
-evaluation       round, model (proxy | fm), split, accuracy, loss, rows, seconds
+evaluation       round, model (proxy | fm | fm-as-trained: its head not refitted, where fm's is),
+                 split, accuracy, loss, rows, seconds
+refit            round, source (plug.refit), error_before, error_after (features of the FM against
+                 the sub-FM's, over their variance), seconds
 client_validation round (rounds behind the adapter measured: that of round r is measured while
                  round r + 1 trains), accuracy, correct, rows, clients: summed over clients
                  with a validation-share, on rows they keep from training
@@ -39,7 +42,7 @@ bytes            round, client, direction (down | up), kind (package | patch | a
                  | control), bytes
 alignment        round, neurons, share, loss_before, loss_after, digest_from, digest_to,
                  seconds, blocks: [{block, error_before, error_after}], gap_before, gap_after
-                 (plug-in gap, null in rounds that are not evaluated)
+                 (plug-in gap of the head as trained, null in rounds that are not evaluated)
 alignment_check  round, measure (align.disagreement), value, threshold, aligned (true or false):
                  with align.threshold, whether a due alignment happens
 agreement        round, when (start | before-align | after-align | end), cosine, relative_l2,

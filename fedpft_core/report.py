@@ -72,6 +72,7 @@ class Round:
     number: int
     proxy: Score | None = None
     fm: Score | None = None
+    trained: Score | None = None  # the FM with the head as clients left it, where `fm` has another
     clients: Score | None = None  # the sub-FM on rows that clients keep from training
     loss: float | None = None
     seconds: float | None = None
@@ -216,10 +217,9 @@ def summarise(events: Iterable[Event]) -> Summary:
             score = Score(
                 float(event["accuracy"]), int(get("rows") or 0), get("loss"), str(get("split", ""))
             )
-            if get("model") == "proxy":
-                at.proxy = score
-            else:
-                at.fm = score
+            field_of = {"proxy": "proxy", "fm": "fm", "fm-as-trained": "trained"}
+            if get("model") in field_of:
+                setattr(at, field_of[str(get("model"))], score)
         elif kind == "client_validation":
             at.clients = Score(float(event["accuracy"]), int(get("rows") or 0))
         elif kind == "bytes":
@@ -300,19 +300,23 @@ def _sizes(s: Summary) -> Sheet:
 
 
 def _accuracy(s: Summary) -> Sheet:
+    columns = ["", "sub-FM", "plugged-in FM", "gap", "head as trained", "training loss",
+               "sub-FM at clients"]  # fmt: skip
     rows = []
     order = [b for b in BASELINES if b in s.baselines]
     for name in order + sorted(set(s.baselines).difference(order)):
-        rows.append([BASELINES.get(name, name), "", s.baselines[name].text(), "", "", ""])
+        rows.append([BASELINES.get(name, name), "", s.baselines[name].text(), "", "", "", ""])
+    method = str(s.run.get("method") or "fedpft").replace("fedpft", "FedPFT")
     for r in s.rounds:
         if r.proxy is None and r.fm is None and r.clients is None:
             continue
         mark = " *" if r.aligned_neurons else ""
         rows.append([
-            f"FedPFT after round {r.number}{mark}" if r.number else "FedPFT before round 1",
+            f"{method} after round {r.number}{mark}" if r.number else f"{method} before round 1",
             r.proxy.text() if r.proxy else "-",
             r.fm.text() if r.fm else "-",
             f"{100 * r.gap:+.1f}" if r.gap is not None else "-",
+            r.trained.text() if r.trained else "-",
             number(r.loss),
             r.clients.text() if r.clients else "-",
         ])  # fmt: skip
@@ -327,12 +331,19 @@ def _accuracy(s: Summary) -> Sheet:
             notes.append("Plug-in gap: sub-FM minus plugged-in FM, in points.")
         if any(r.aligned_neurons for r in s.rounds):
             notes.append("* neurons of the sub-FM were re-aligned after this round.")
-    columns = ["", "sub-FM", "plugged-in FM", "gap", "training loss", "sub-FM at clients"]
+    known = set(columns)
+    if any(r.trained for r in s.rounds):
+        notes.append("Head as trained: the FM without refitting the head to it (plug.refit).")
+    else:
+        known.discard("head as trained")
     if any(r.clients for r in s.rounds):
         notes.append("At clients: the sub-FM on rows that clients keep from training.")
     else:
-        columns, rows = columns[:-1], [row[:-1] for row in rows]
-    return Sheet("Accuracy", columns, rows, notes)
+        known.discard("sub-FM at clients")
+    keep = [i for i, name in enumerate(columns) if name in known]
+    return Sheet(
+        "Accuracy", [columns[i] for i in keep], [[row[i] for i in keep] for row in rows], notes
+    )
 
 
 def _alignments(s: Summary) -> Sheet:
@@ -488,7 +499,7 @@ def rounds_csv(s: Summary) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([
         "round", "proxy_accuracy", "proxy_standard_error", "fm_accuracy", "fm_standard_error",
-        "gap", "clients_accuracy", "clients_rows", *_OF_ROUND,
+        "gap", "fm_as_trained_accuracy", "clients_accuracy", "clients_rows", *_OF_ROUND,
         "aligned_neurons", "aligned_share", "align_error_before", "align_error_after",
         "gap_before_alignment", "gap_after_alignment", "cosine", "relative_l2",
         *(f"{d}_{k}_bytes" for d, k in kinds),
@@ -497,7 +508,8 @@ def rounds_csv(s: Summary) -> str:
         scores = [v for x in (r.proxy, r.fm)
                   for v in ((x.accuracy, x.standard_error) if x else (None, None))]  # fmt: skip
         writer.writerow([
-            r.number, *scores, r.gap, r.clients and r.clients.accuracy,
+            r.number, *scores, r.gap, r.trained and r.trained.accuracy,
+            r.clients and r.clients.accuracy,
             r.clients and r.clients.rows, *(getattr(r, name) for name in _OF_ROUND),
             r.aligned_neurons, r.aligned_share, r.align_error_before, r.align_error_after,
             r.gap_before, r.gap_after,

@@ -114,6 +114,7 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
     with phase(events, "export"):
         bench.plug(state.adapter)
         bench.agreement(state.round, "end")
+        bench.refit(state.round)
         bench.score_validation(state.round)
         folder = Path(config.run.dir) / "adapter"
         adapters.export(bench.fm, folder, bench.source)
@@ -134,8 +135,8 @@ def one_round(
     events.emit("adapter", round=round, norm=adapters.norm(state.adapter))
     scored, accuracies = 0.0, None
     if round % config.run.evaluate_every == 0 or round == config.federation.rounds:
-        proxy, fm = bench.score(round, "proxy"), bench.score(round, "fm")
-        scored, accuracies = proxy.seconds + fm.seconds, (proxy.accuracy, fm.accuracy)
+        proxy, trained, scored = bench.score_all(round)
+        accuracies = (proxy.accuracy, trained.accuracy)
     seconds = time.perf_counter() - start
     events.emit(
         "round_finished", round=round, seconds=seconds,
@@ -180,6 +181,7 @@ def undistilled(
                 unit="rounds", loss=outcome.loss,
             )  # fmt: skip
         bench.plug(state.adapter)
+        bench.refit(state.round, arm)
         score = evaluate(bench.fm, bench.score_rows, config.run.eval_batch_size)
         events.emit(
             "baseline", name="undistilled", accuracy=score.accuracy, rows=score.rows,

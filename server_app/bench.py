@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,9 +15,19 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from fedpft_core import adapters, alignment, distill, inspect, measure, models, selection, sub_fm
+from fedpft_core import (
+    adapters,
+    alignment,
+    distill,
+    inspect,
+    measure,
+    models,
+    plug,
+    selection,
+    sub_fm,
+)
 from fedpft_core.config import Config
-from fedpft_core.data.batches import Encoded, encode, public_batches, tokenise_public
+from fedpft_core.data.batches import Encoded, batches, encode, public_batches, tokenise_public
 from fedpft_core.data.public import load_public
 from fedpft_core.data.tasks import Task, load_task
 from fedpft_core.errors import RunError, UserError
@@ -160,8 +170,11 @@ class Bench:
         adapters.load(self.proxy, adapter, self.plan)
 
     def score(self, round: int, which: str) -> Score:
-        """Evaluate the proxy or the FM with the adapter now plugged in."""
-        model = self.fm if which == "fm" else self.proxy
+        """Evaluate the `proxy` or the FM with the adapter now plugged in.
+
+        The FM is called `fm`, or `fm-as-trained` where its head is still to be refitted.
+        """
+        model = self.proxy if which == "proxy" else self.fm
         total = len(self.score_rows)
         report = progress(self.events, "evaluate", "rows", round=round, model=which)
         result = evaluate(
@@ -173,8 +186,54 @@ class Bench:
         )  # fmt: skip
         return result
 
+    def score_all(self, round: int) -> tuple[Score, Score, float]:
+        """Evaluate the proxy, the FM with the head as trained, and the product, which is then what
+        the FM is. Returns the first two scores and the seconds of it all."""
+        proxy = self.score(round, "proxy")
+        if not self.refits:
+            fm = self.score(round, "fm")
+            return proxy, fm, proxy.seconds + fm.seconds
+        trained = self.score(round, "fm-as-trained")
+        seconds = self.refit(round)
+        fm = self.score(round, "fm")
+        return proxy, trained, proxy.seconds + trained.seconds + seconds + fm.seconds
+
+    @property
+    def refits(self) -> bool:
+        """Whether the head is refitted when the adapter is plugged in."""
+        source = self.config.plug.refit
+        return not self.plan.is_full and (
+            source == "public" or (source == "validation" and len(self.task.validation) > 0)
+        )
+
+    def refit(self, round: int, events: Events | None = None) -> float:
+        """Refit the FM's head to the adapter now plugged in; returns seconds."""
+        if not self.refits:
+            return 0.0
+        start, p = time.perf_counter(), self.config.plug
+        found = plug.refit_head(self.fm, self.proxy, self._refit_rows, p.ridge)
+        seconds = time.perf_counter() - start
+        (events or self.events).emit(
+            "refit", round=round, source=p.refit, error_before=found.error_before,
+            error_after=found.error_after, seconds=seconds,
+        )  # fmt: skip
+        return seconds
+
+    def _refit_rows(self) -> Iterable[Any]:
+        """The same unlabelled batches each time."""
+        n = self.config.plug.rows
+        if self.config.plug.refit == "public":
+            steps = math.ceil(n / self.config.distill.batch_size)
+            return self._public_batches(steps, "refit")
+        chosen = numpy_stream(self.config.run.seed, "refit-rows").permutation(
+            len(self.task.validation)
+        )[:n]
+        length = self.config.data.max_length
+        rows = encode(self.task.validation.select(chosen), self.processor, length)
+        return batches(replace(rows, labels=None), self.config.run.eval_batch_size, None)
+
     def score_validation(self, round: int) -> None:
-        """Score both models on the server's validation rows, on which settings are chosen."""
+        """Score proxy and product on the server's validation rows, on which settings are chosen."""
         if self.config.run.eval_split == "validation" or not len(self.task.validation):
             return
         rows = encode(self.task.validation, self.processor, self.config.data.max_length)

@@ -57,6 +57,7 @@ def local_only(
                 mine.adapter, loss = outcome.adapter, outcome.loss
                 report(i * rounds + round, len(chosen) * rounds, loss)
             bench.plug(mine.adapter)
+            bench.refit(rounds, arm.events)
             norms.append(adapters.norm(mine.adapter))
             for event, rows in sets:
                 for which, model in (("proxy", bench.proxy), ("fm", bench.fm)):

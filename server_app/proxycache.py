@@ -38,7 +38,7 @@ Tensors = dict[str, Tensor]
 log = logging.getLogger("fedpft")
 
 # What comes after distillation, or says where and how a run goes: no part of a result's name.
-_LATER = ("align.", "train.", "federation.", "wire.")
+_LATER = ("align.", "train.", "federation.", "plug.", "wire.")
 _OF_RUN = ("run.seed",)
 # Files that decide nothing of what distillation computes.
 _ASIDE = ("compare/", "cli.py", "launch.py", "progress.py", "report.py", "events.py", "lock.py")

@@ -453,11 +453,11 @@ def test_where_a_cell_runs_is_no_part_of_what_it_is(tmp_path: Path) -> None:
         ("methods: {a: }\ndatasets: {b: }\nlearning-rates: [x]", "learning-rates: expected num"),
         (
             "methods: {a: }\ndatasets: {b: }\nlearning-rates: {iid: [1.0]}",
-            "learning-rates: expected one list, as there are no partitions, got iid",
+            "learning-rates: expected a list of numbers, or one for each of b; got iid",
         ),
         (
             "methods: {a: }\ndatasets: {b: }\npartitions: {p: , q: }\nlearning-rates: {p: [1.0]}",
-            "learning-rates: expected p, q, got p",
+            "or one for each of b, or for each of p, q; got p",
         ),
         (
             "methods: {a: }\ndatasets: {b: }\npartitions: {p: }\nlearning-rates: {p: [x]}",

@@ -121,8 +121,14 @@ def test_each_partition_has_its_own_rates(tmp_path: Path) -> None:
     line = [tuple(r[k] for k in names) for r in read_table(text, "Choice of the learning rate")]
     assert line == [("iid", "", "51.0", "52.0 ✓")] * 2 + [("skewed", "50.1", "51.0 ✓", "")] * 2
     assert "not run" in text  # the other seeds
-    # 0.01 is the highest of one grid and the lowest of the other; only the former was chosen.
+    # 0.01 is the highest of one grid and the lowest of the other, which did not choose it.
     assert {r["lr"] for r in read_table(text, "Accuracy") if r["lr"]} == {"0.02\\*", "0.01\\*"}
+
+
+def test_each_dataset_has_its_own_rates(tmp_path: Path) -> None:
+    experiment = grid(tmp_path, **{"learning-rates": {"easy": [0.01, 0.02], "hard": [0.001]}})
+    tried = {p.dataset: [c.lr for c in experiment.first(p)] for p in experiment.points()}
+    assert tried == {"easy": [0.01, 0.02], "hard": [0.001]}
 
 
 def test_rows_of_older_versions_and_partial_grids_are_coped_with(tmp_path: Path) -> None:

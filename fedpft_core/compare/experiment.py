@@ -8,7 +8,8 @@
     seeds: [0, 1, 2]
     more-seeds: [{seeds: [3, 4], methods: [fedpft], datasets: [trec6], partitions: [iid]}]
     learning-rates: [0.0016, 0.0032]   # optional: chosen on validation rows at the first seed;
-                                       # {iid: [...], ...} gives each partition its own
+                                       # {trec6: [...], ...} gives each dataset its own, or each
+                                       # partition
     reference: fedpetuning             # optional: what the others are compared with
     targets: {trec6: 0.9}              # optional: accuracies that rounds are counted to
     unequal: [data.max-length]         # optional: keys in which methods differ on purpose
@@ -44,6 +45,8 @@ _DEFAULTS = {name: info.default for name, info in configs.keys().items()}
 NO_RESULT = (
     "run.dir", "run.resume", "run.stop-after", "run.checkpoints", "run.threads", "run.proxy-cache",
 )  # fmt: skip
+# What a run did that is older than the key, where that is not today's default.
+BEFORE_IT_WAS = {"plug.refit": "none"}
 # What all methods must have alike for their difference to mean anything; steps are compared as
 # rounds times steps, since a one-shot method makes them all in one round.
 _EQUAL_SECTIONS = ("data.", "model.")
@@ -77,8 +80,8 @@ class Cell:
     def find(self, rows: Iterable[Row]) -> Row | None:
         """The result of a run of this very configuration, if there is one.
 
-        Keys that did not exist when the row was written count as having their default: a new
-        key's default must leave what was computed before as it was.
+        Keys that did not exist when the row was written count as having their default, or what
+        `BEFORE_IT_WAS` says: what was computed before is still what it was.
         """
         return next((r for r in rows if "failed" not in r and self.same(r)), None)
 
@@ -103,10 +106,9 @@ class Cell:
             for k, v in then.items()
             if k not in NO_RESULT and self.resolved.get(k, _GONE) != v
         }
+        absent = _DEFAULTS | BEFORE_IT_WAS
         return out | {
-            k: (_DEFAULTS[k], v)
-            for k, v in self.resolved.items()
-            if k not in then and v != _DEFAULTS[k]
+            k: (absent[k], v) for k, v in self.resolved.items() if k not in then and v != absent[k]
         }
 
     def title(self) -> str:
@@ -158,7 +160,7 @@ class Experiment:
     methods: dict[str, dict[str, Any]]
     datasets: dict[str, dict[str, Any]]
     seeds: tuple[int, ...]
-    rates: dict[str, tuple[float, ...]] = field(default_factory=dict)  # by partition
+    rates: dict[tuple[str, str], tuple[float, ...]] = field(default_factory=dict)  # by place
     partitions: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
     grid: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     more_seeds: tuple[dict[str, Any], ...] = ()
@@ -224,7 +226,7 @@ class Experiment:
 
     def first(self, point: Point) -> list[Cell]:
         """The cells on which a line's learning rate is chosen: the first seed at every rate."""
-        rates: Sequence[float | None] = self.rates.get(point.partition) or (None,)
+        rates: Sequence[float | None] = self.rates.get(point.place) or (None,)
         return [self.cell(point, self.seeds[0], lr) for lr in rates]
 
     def seeds_of(self, point: Point) -> tuple[int, ...]:
@@ -308,7 +310,7 @@ def _parse(raw: Any, name: str) -> Experiment:
     axes: dict[str, Iterable[str]] = {
         "methods": methods, "datasets": datasets, "partitions": partitions
     }  # fmt: skip
-    rates = _rates(raw, partitions)
+    rates = _rates(raw, axes["datasets"], axes["partitions"])
     experiment = Experiment(
         _keys_of(raw.get("base") or {}, "base"),
         methods,
@@ -386,16 +388,24 @@ def _seeds(value: Any, where: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(value))
 
 
-def _rates(raw: Mapping[str, Any], partitions: Iterable[str]) -> dict[str, tuple[float, ...]]:
-    """The learning rates of each partition: one list for all, or one for each."""
+def _rates(
+    raw: Mapping[str, Any], datasets: Iterable[str], partitions: Iterable[str]
+) -> dict[tuple[str, str], tuple[float, ...]]:
+    """The learning rates at each place: one list for all, or one for each dataset or partition."""
     name, given = "learning-rates", raw.get("learning-rates")
+    places = list(itertools.product(datasets, partitions))
     if not isinstance(given, Mapping):
         rates = _numbers(raw, name, name)
-        return dict.fromkeys(partitions, rates) if rates else {}
-    if set(given) != set(partitions) or "" in partitions:
-        expected = ", ".join(filter(None, partitions)) or "one list, as there are no partitions"
-        raise UserError(f"{name}: expected {expected}, got {', '.join(map(str, given))}.")
-    return {key: _numbers(given, key, f"{name}.{key}") for key in partitions}
+        return dict.fromkeys(places, rates) if rates else {}
+    for axis, names in enumerate((datasets, partitions)):
+        if set(given) == set(names):
+            own = {key: _numbers(given, key, f"{name}.{key}") for key in names}
+            return {place: own[place[axis]] for place in places}
+    raise UserError(
+        f"{name}: expected a list of numbers, or one for each of {', '.join(datasets)}"
+        + (f", or for each of {', '.join(partitions)}" if any(partitions) else "")
+        + f"; got {', '.join(map(str, given))}."
+    )
 
 
 def _numbers(raw: Mapping[str, Any], key: str, name: str) -> tuple[float, ...]:

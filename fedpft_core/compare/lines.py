@@ -157,7 +157,7 @@ def place_name(place: tuple[str, str]) -> str:
 
 def _edge(experiment: Experiment, point: Point, lr: float) -> str:
     """Whether a better rate may lie outside the grid."""
-    rates = sorted(experiment.rates.get(point.partition, ()))
+    rates = sorted(experiment.rates.get(point.place, ()))
     if len(rates) < 2 or rates[0] < lr < rates[-1]:
         return ""
     return "highest" if lr == rates[-1] else "lowest"

@@ -7,6 +7,9 @@ Keys of a row beyond what names it:
 
 fm_test, proxy_test      accuracy of the plugged-in FM and of the sub-FM at the end; `_validation`
                          likewise, on the server's validation rows
+fm-as-trained_test       accuracy of the FM with its head as trained, where fm_test is of a refitted
+                         one; refit_error is how far the FM's features then are from the sub-FM's
+                         (`refit_error_before`: without the map), over their variance
 curve                    [[round, sub-FM, plugged-in FM], ...]: accuracies on run.eval-split
 linear-probe, tf-idf     accuracy of the reference points, where run.baselines asked for them
 agreement                [{round, when, cosine, relative_l2, head_cosine, head_relative_l2}]
@@ -60,6 +63,8 @@ def summary(
         if kind == "evaluation":
             out[f"{e['model']}_{e['split']}"] = e["accuracy"]
             curve.setdefault(e["round"], {})[e["model"]] = e["accuracy"]
+        elif kind == "refit":
+            out["refit_error"], out["refit_error_before"] = e["error_after"], e["error_before"]
         elif kind == "validation":
             out[f"{e['model']}_validation"] = e["accuracy"]
         elif kind == "agreement":

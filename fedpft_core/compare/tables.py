@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..report import Sheet
-from . import gap as gaps
 from .experiment import Cell, Experiment, Row, best_rate, shown
+from .gap import sheet as gap_sheet
 from .lines import (
     AGREEMENT,
     COST,
@@ -35,7 +35,7 @@ def sheets(experiment: Experiment, rows: Sequence[Row]) -> list[Sheet]:
         _accuracy(experiment, found),
         average(experiment, found),
         _figures(experiment, found, "Agreement of sub-FM and FM", AGREEMENT),
-        gaps.sheet(experiment, rows),
+        gap_sheet(experiment, rows),
         _cost(experiment, found),
         _owner(experiment, found),
         _rates(experiment, rows),
@@ -72,6 +72,7 @@ def _accuracy(experiment: Experiment, found: Sequence[Line]) -> Sheet:
             continue
         proxy = line.values(lambda r: accuracy(r, "proxy"))
         gaps = line.values(gap)
+        trained = line.values(lambda r: accuracy(r, "fm-as-trained"))
         out.append([
             *_names(experiment, line),
             "" if line.lr is None else f"{line.lr:g}" + ("*" if line.note else ""),
@@ -80,19 +81,26 @@ def _accuracy(experiment: Experiment, found: Sequence[Line]) -> Sheet:
             f"{min(fm):.1f}",
             spread(proxy) if proxy else "",
             f"{statistics.fmean(gaps):+.1f}" if gaps else "",
+            spread(trained) if trained else "",
             plus_minus(*interval(diff)) if diff else "",
             f"{min(diff):+.1f}" if diff else "",
         ])  # fmt: skip
     reference = experiment.reference
     columns = [
         *_named(experiment), "lr", "n", "plugged-in FM", "worst seed", "sub-FM", "gap",
-        f"difference to {reference} (95% interval)", "worst difference",
+        "head as trained", f"difference to {reference} (95% interval)", "worst difference",
     ]  # fmt: skip
     notes = [
         f"Accuracy on {split_of(found)} rows in points: mean ± standard deviation over n seeds, "
         "and the single seeds. Gap: sub-FM minus plugged-in FM. Differences are paired by "
         "seed; their intervals are Student's t.",
     ]
+    if any(
+        "fm-as-trained_test" in r or "fm-as-trained_validation" in r
+        for line in found
+        for r in line.cells.values()
+    ):
+        notes.append("Head as trained: the plugged-in FM without refitting its head (plug.refit).")
     edges = sorted({line.note for line in found if line.note})
     if edges:
         notes.append(
@@ -303,7 +311,8 @@ def table_csv(experiment: Experiment, rows: Sequence[Row]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     figures = {f.name: f for f in (*AGREEMENT, *COST, *OWNER[:2])}
     scores: dict[str, Callable[[Row], float | None]] = {
-        "proxy": lambda r: accuracy(r, "proxy"), "gap": gap
+        "proxy": lambda r: accuracy(r, "proxy"), "gap": gap,
+        "fm_as_trained": lambda r: accuracy(r, "fm-as-trained"),
     }  # fmt: skip
     found = lines(experiment, rows)
     kinds = sorted({k for line in found for r in line.cells.values() for k in r.get("bytes", ())})
@@ -313,8 +322,9 @@ def table_csv(experiment: Experiment, rows: Sequence[Row]) -> str:
 
     writer.writerow([
         "dataset", "partition", "method", *experiment.grid, "lr", "n", "seeds", "fm", "fm_std",
-        "fm_min", "proxy", "proxy_std", "gap", "gap_std", "difference", "difference_half_width",
-        "difference_min", *figures, *(f"mb_{k}" for k in kinds),
+        "fm_min", "proxy", "proxy_std", "gap", "gap_std", "fm_as_trained",
+        "fm_as_trained_std", "difference", "difference_half_width", "difference_min", *figures,
+        *(f"mb_{k}" for k in kinds),
     ])  # fmt: skip
     for line in found:
         fm = line.fm()
