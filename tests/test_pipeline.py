@@ -146,10 +146,33 @@ def test_the_exported_adapter_makes_the_untouched_fm_the_plugged_in_fm(done: Don
     assert (score.accuracy, score.loss) == (last["accuracy"], last["loss"])
 
 
-def test_the_exported_adapter_is_the_last_rounds_average(done: Done) -> None:
-    last = [e for e in done.of("adapter") if e["round"] == 4]
-    stored = load_file(done.folder / ADAPTER)
-    assert adapters.norm(stored) == last[0]["norm"]
+def test_only_the_head_of_the_exported_adapter_is_not_the_last_rounds_average(
+    text: dict[str, Any], through: Done, tmp_path: Path
+) -> None:
+    as_trained = go(text, tmp_path / "run", plug__refit="none")
+    last = as_trained.of("adapter")[-1]
+    stored, refitted = (load_file(x.folder / ADAPTER) for x in (as_trained, through))
+    assert adapters.norm(stored) == last["norm"] == through.of("adapter")[-1]["norm"]
+    other = {k for k, t in stored.items() if not torch.equal(t, refitted[k])}
+    assert other and all("classifier" in k for k in other)
+    assert as_trained.scores("fm")[1:] == through.scores("fm-as-trained")  # not before round 1
+    assert not as_trained.of("refit") and not as_trained.scores("fm-as-trained")
+
+
+def test_refitting_brings_the_features_together(done: Done) -> None:
+    found = done.of("refit")
+    assert [e["round"] for e in found] == [1, 2, 3, 4, 4]  # each scored round, and the export
+    assert all(e["error_after"] < e["error_before"] for e in found)
+    assert found[-2]["error_after"] == found[-1]["error_after"]
+
+
+def test_without_validation_rows_the_head_stays_as_trained(
+    text: dict[str, Any], tmp_path: Path
+) -> None:
+    run = go(text, tmp_path / "run", data__validation_share=0.0, data__validation="")
+    assert not run.of("refit")
+    public = go(text, tmp_path / "public", plug__refit="public", data__validation_share=0.0)
+    assert public.of("refit")[-1]["source"] == "public"
 
 
 def test_distillation_and_alignment_lower_the_output_error(done: Done) -> None:

@@ -1,0 +1,97 @@
+"""Refitting the head at plug-in: exact cases, a slow oracle, every family."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from fedpft_core import adapters, plug
+from fedpft_core.training import logits
+
+
+def stream(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=stream(seed), dtype=torch.float64)
+
+
+def test_alike_features_leave_the_head_alone() -> None:
+    features = draw(50, 8)
+    head = nn.Linear(8, 3)
+    before = [p.detach().clone() for p in head.parameters()]
+    found = plug.fit(features, features, 1.0)
+    plug.fold(head, found)
+    assert found.error_before == 0.0 and found.error_after < 1e-25
+    for p, old in zip(head.parameters(), before, strict=True):
+        torch.testing.assert_close(p.detach(), old)
+
+
+def test_moved_and_turned_features_are_read_as_before() -> None:
+    """With a vanishing ridge an affine change of the features is undone, on other rows too."""
+    f_S, turn, shift = draw(200, 8), draw(8, 8, seed=1), draw(8, seed=2)
+    head = nn.Linear(8, 3).double()
+    wanted = head(f_S).detach()
+    f_T = f_S @ turn + shift
+    plug.fold(head, plug.fit(f_T[:100], f_S[:100], 1e-12))
+    torch.testing.assert_close(head(f_T).detach(), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_the_fit_is_ridge_regression_towards_the_identity() -> None:
+    """Against least squares on rows stacked with the pull, and each map's own derivative."""
+    f_T, f_S, ridge = draw(20, 6), draw(20, 6, seed=1), 0.7
+    a, b = f_T - f_T.mean(0), f_S - f_S.mean(0)
+    root = (ridge * a.square().sum() / 6) ** 0.5 * torch.eye(6, dtype=torch.float64)
+    slow = torch.linalg.lstsq(torch.cat([a, root]), torch.cat([b, root])).solution
+    found = plug.fit(f_T, f_S, ridge)
+    torch.testing.assert_close(found.turn, slow)
+    variance = b.square().sum()
+    assert found.error_before == pytest.approx(float((f_T - f_S).square().sum() / variance))
+    assert found.error_after == pytest.approx(float((a @ slow - b).square().sum() / variance))
+
+
+def test_few_rows_turn_little_and_one_only_shifts() -> None:
+    one = plug.fit(draw(1, 6), draw(1, 6, seed=1), 1.0)
+    torch.testing.assert_close(one.turn, torch.eye(6, dtype=torch.float64))
+    head = nn.Linear(6, 3).double()
+    f_T, f_S = draw(1, 6), draw(1, 6, seed=1)
+    wanted = head(f_S).detach()
+    plug.fold(head, one)
+    torch.testing.assert_close(head(f_T).detach(), wanted)
+
+
+def test_a_head_without_bias_is_refused() -> None:
+    found = plug.fit(draw(9, 4), draw(9, 4, seed=1), 1.0)
+    with pytest.raises(ValueError, match="no bias"):
+        plug.fold(nn.Linear(4, 2, bias=False), found)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family(family: str) -> None:
+    fm, proxy, _, _ = tiny.pair(family)
+    batch = tiny.batch_of(family)
+    rows = lambda: [batch]  # noqa: E731
+    kept = {k: t.clone() for k, t in proxy.state_dict().items()}
+    before = {k: t.clone() for k, t in fm.state_dict().items()}
+    head = plug.last_linear(fm)
+    with torch.no_grad():
+        f_T = plug.features(fm, rows())
+        # What it reads is what the scores are made of.
+        torch.testing.assert_close(head(f_T.float()), logits(fm, batch))
+        weight, bias = head.weight.double(), head.bias.double()
+        found = plug.refit_head(fm, proxy, rows, 1.0)
+        mapped = (f_T - found.mean_T) @ found.turn + found.mean_S
+        torch.testing.assert_close(
+            logits(fm, batch).double(), mapped @ weight.T + bias, rtol=1e-4, atol=1e-4
+        )
+    assert found.error_after < found.error_before
+    for k, t in proxy.state_dict().items():
+        assert torch.equal(t, kept[k]), k
+    changed = {k for k, t in fm.state_dict().items() if not torch.equal(t, before[k])}
+    trained = {f"base_model.model.{k}" for k in adapters.parameters(fm)}
+    assert len(changed) == 2
+    for k in changed:
+        assert k.replace(".modules_to_save.default", "") in trained
