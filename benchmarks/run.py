@@ -138,8 +138,8 @@ def bench_distil() -> list[str]:
             p.requires_grad_(True)
         for batch in ready:
             with torch.no_grad():
-                h_T = distill._outputs(s.fm, s.plan, batch, own_index=False)
-            h_S = distill._outputs(s.proxy, s.plan, batch, own_index=True)
+                h_T = distill.outputs(s.fm, s.plan, batch, own_index=False)
+            h_S = distill.outputs(s.proxy, s.plan, batch, own_index=True)
             torch.autograd.grad(sum((h_S[b] - h_T[b]).square().mean() for b in h_T), moving)
         for p in moving:
             p.requires_grad_(False)

@@ -259,13 +259,18 @@ class Bench:
     def _public_batches(self, steps: int, *purpose: str | int) -> Iterator[Any]:
         return public_stream(self.config, self.public, self.processor, steps, *purpose)
 
+    def _probe(self) -> Iterator[Any]:
+        """Public batches, at least 32 rows, on which output error is measured: always the same."""
+        rows = self.config.distill.batch_size
+        return self._public_batches(max(2, math.ceil(32 / rows)), "probe")
+
     def distil(self) -> None:
         """Layer-level distillation of the proxy, before FL."""
         d = self.config.distill
         if not alignment.needed(d.method, self.plan, d.steps):
             return
         with phase(self.events, "distil"):
-            probe = list(self._public_batches(2, "probe"))
+            probe = list(self._probe())
             before = distill.output_error(self.fm, self.proxy, self.plan, probe)
             job = alignment.Job(
                 self.fm, self.proxy, self.plan, lambda n: self._public_batches(n, "distil"), d,
@@ -321,7 +326,7 @@ class Bench:
             return True
         self.plug(state.adapter)
         if a.disagreement == "output-error":
-            probe = self._public_batches(2, "probe")
+            probe = self._probe()
             errors = distill.output_error(self.fm, self.proxy, self.plan, probe)
             found = sum(errors.values()) / len(errors)
         else:
@@ -367,7 +372,7 @@ class Bench:
                 lambda: self._public_batches(a.selection_batches, "choose", round),
             )  # fmt: skip
             chosen = selection.choose(a.selection, view, a.proportion)
-            probe = list(self._public_batches(2, "probe"))
+            probe = list(self._probe())
             before = distill.output_error(self.fm, self.proxy, self.plan, probe)
             job = alignment.Job(
                 self.fm, self.proxy, self.plan,

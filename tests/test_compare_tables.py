@@ -225,6 +225,10 @@ def test_what_goes_with_the_gap_is_a_table(tmp_path: Path) -> None:
         ("all", "8", "+1.00"), ("easy", "4", "+1.00"), ("hard", "4", "+1.00")
     ]  # fmt: skip
     assert {r["figure"] for r in found} == {"adapter norm (L2, at the end)"}
+    # The gap is that of the head as trained where the head was refitted.
+    turned = [r | {"fm-as-trained_test": r["proxy_test"] + 0.1 * r["seed"]} for r in made]
+    found = read_table(tables.markdown(experiment, turned), "What goes with the plug-in gap")
+    assert {r["ρ"] for r in found} == {"-1.00"}
     assert "What goes" not in tables.markdown(experiment, cells(experiment))
 
 

@@ -46,7 +46,7 @@ NO_RESULT = (
     "run.dir", "run.resume", "run.stop-after", "run.checkpoints", "run.threads", "run.proxy-cache",
 )  # fmt: skip
 # What a run did that is older than the key, where that is not today's default.
-BEFORE_IT_WAS = {"plug.refit": "none"}
+BEFORE_IT_WAS = {"plug.refit": "none", "distill.fit-batches": 40, "distill.ridge": 1e-3}
 # What all methods must have alike for their difference to mean anything; steps are compared as
 # rounds times steps, since a one-shot method makes them all in one round.
 _EQUAL_SECTIONS = ("data.", "model.")

@@ -1,4 +1,5 @@
-"""What goes with the plug-in gap: figures of single runs against sub-FM minus plugged-in FM."""
+"""What goes with the plug-in gap: figures of single runs against sub-FM minus plugged-in FM, whose
+head is as trained: refitting it (plug.refit) is a remedy for what is studied here."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 
 from ..report import Sheet
 from .experiment import Experiment, Row
-from .lines import Line, end_of, gap, lines, place_name
+from .lines import Line, end_of, gap_as_trained, lines, place_name
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ PREDICTORS = (
     Predictor("gradients at the end", "1 − cosine", _disagreement("cosine_end")),
     Predictor("gradients at the end, distance", "relative L2", end_of("agreement", "relative_l2")),
     Predictor("output error", "of the pruned blocks, after the last alignment", _last_error),
+    Predictor(
+        "features the head reads", "distance over variance", lambda r: r.get("refit_error_before")
+    ),
     Predictor("adapter norm", "L2, at the end", lambda r: r.get("adapter_norm")),
 )
 
@@ -52,7 +56,7 @@ def dots(experiment: Experiment, rows: Sequence[Row], predictor: Predictor) -> l
     seen: dict[int, Dot] = {}
     for line in lines(experiment, rows):
         for row in _runs(experiment, rows, line):
-            x, y = predictor.of(row), gap(row)
+            x, y = predictor.of(row), gap_as_trained(row)
             if x is not None and y is not None:
                 # Differences of shares carry rounding noise, which would part what is tied.
                 x, y = round(x, 9), round(y, 9)
@@ -106,8 +110,8 @@ def sheet(experiment: Experiment, rows: Sequence[Row]) -> Sheet:
             what = f"{predictor.name} ({predictor.unit})"
             out.append([what, where, str(n), f"{rho:+.2f}", p_value(p).removeprefix("= ")])
     notes = [
-        "Spearman's rank correlation ρ of a run's figure with its gap, sub-FM minus plugged-in FM; "
-        "every run at every learning rate. Runs of one seed share partition and head, so p is "
-        "smaller than it should be."
+        "Spearman's rank correlation ρ of a run's figure with its gap, sub-FM minus FM with the "
+        "head as trained; every run at every learning rate. Runs of one seed share partition and "
+        "start, so p is smaller than it should be."
     ]
     return Sheet("What goes with the plug-in gap", ["figure", "where", "n", "ρ", "p"], out, notes)

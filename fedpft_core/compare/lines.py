@@ -28,6 +28,12 @@ def gap(row: Row) -> float | None:
     return None if fm is None or proxy is None else proxy - fm
 
 
+def gap_as_trained(row: Row) -> float | None:
+    """Plug-in gap in points of the FM whose head is as clients left it."""
+    trained, proxy = accuracy(row, "fm-as-trained"), accuracy(row, "proxy")
+    return gap(row) if trained is None or proxy is None else proxy - trained
+
+
 def rounds_to(row: Row, target: float | None) -> float | None:
     """The first round whose plugged-in FM reached `target` (a share); inf if none did."""
     scored = [(n, fm) for n, _, fm in row.get("curve", ()) if fm is not None]

@@ -143,7 +143,7 @@ def _scatter(
                          marker=look[label].marker, s=26, alpha=0.85, linewidth=0)  # fmt: skip
         axis.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
         axis.set_xlabel(predictor.unit)
-        axis.set_ylabel("gap, points")
+        axis.set_ylabel("gap of the head as trained, points")
         axis.grid(alpha=0.15)
 
     name = predictor.name
