@@ -131,8 +131,8 @@ def clip_change(
 ) -> Tensors:
     """The adapter with the change of LoRA's factors since `start` scaled down to L2 norm `longest`.
 
-    The head's change stays as it is: it is read off the same features in proxy and FM, and is no
-    part of what makes their bodies differ. A change no longer than that is left to the bit.
+    The head's change stays as it is: it is no part of what makes the bodies of proxy and FM differ.
+    A change no longer than that is left to the bit.
     """
     change = {k: t - start[k] for k, t in adapter.items() if ".lora_" in k}
     size = norm(change)
