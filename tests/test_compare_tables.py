@@ -98,6 +98,28 @@ def test_accuracy_table(tmp_path: Path) -> None:
     assert average["fedpft"]["worst difference"] == "-6.0"
 
 
+def test_methods_by_data_set(tmp_path: Path) -> None:
+    experiment = grid(tmp_path)
+    text = tables.markdown(experiment, cells(experiment))
+    found = {r["method"]: r for r in read_table(text, "Methods by data set")}
+    assert list(found) == ["fedpft", "fedpetuning", "linear probe on the FM"]
+    assert found["fedpft"]["easy"] == "82.0 ± 2.0"
+    assert found["linear probe on the FM"]["hard"] == "40.0 ± 0.0"
+    # A second row for what was measured before the head was refitted.
+    both = [
+        r | ({"fm-as-trained_test": 0.5} if r["method"] == "fedpft" else {})
+        for r in cells(experiment)
+    ]
+    found = read_table(tables.markdown(experiment, both), "Methods by data set")
+    assert [(r["method"], r[""]) for r in found][:2] == [
+        ("fedpft", ""),
+        ("fedpft", "head as trained"),
+    ]
+    assert found[1]["hard"] == "50.0 ± 0.0"
+    one = grid(tmp_path, datasets={"easy": {}}, targets={})
+    assert "Methods by" not in tables.markdown(one, cells(experiment))
+
+
 def test_rates_are_shown_with_the_one_chosen(tmp_path: Path) -> None:
     experiment = grid(tmp_path)
     line = read_table(tables.markdown(experiment, cells(experiment)), "Choice of the learning rate")

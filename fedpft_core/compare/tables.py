@@ -23,6 +23,7 @@ from .lines import (
     gap,
     interval,
     lines,
+    place_name,
     reference_of,
     rounds_to,
 )  # fmt: skip
@@ -33,6 +34,7 @@ def sheets(experiment: Experiment, rows: Sequence[Row]) -> list[Sheet]:
     found = lines(experiment, rows)
     made = [
         _accuracy(experiment, found),
+        _by_method(experiment, found),
         average(experiment, found),
         _figures(experiment, found, "Agreement of sub-FM and FM", AGREEMENT),
         gap_sheet(experiment, rows),
@@ -52,9 +54,12 @@ def _named(experiment: Experiment) -> list[str]:
 def _names(experiment: Experiment, line: Line) -> list[str]:
     p = line.point
     partition = [p.partition] if any(experiment.partitions) else []
-    values = dict(p.grid)
-    grid = [shown(values[k]) if k in values else "" for k in experiment.grid]
-    return [p.dataset, *partition, p.method, *grid]
+    return [p.dataset, *partition, p.method, *_values(experiment, line)]
+
+
+def _values(experiment: Experiment, line: Line) -> list[str]:
+    values = dict(line.point.grid)
+    return [shown(values[k]) if k in values else "" for k in experiment.grid]
 
 
 def split_of(found: Sequence[Line]) -> str:
@@ -108,6 +113,31 @@ def _accuracy(experiment: Experiment, found: Sequence[Line]) -> Sheet:
             "rows: a better one may lie outside."
         )
     return Sheet("Accuracy", *_trim(columns, out), notes)
+
+
+def _by_method(experiment: Experiment, found: Sequence[Line]) -> Sheet:
+    """The form papers have: a row for each method, a column for each place."""
+    places = list(dict.fromkeys(line.point.place for line in found))
+    if len(places) < 2:
+        return Sheet("", [], [])
+    cells: dict[tuple[str, ...], dict[tuple[str, str], str]] = {}
+    for line in found:
+        key = (line.point.method, *_values(experiment, line))
+        trained = line.values(lambda r: accuracy(r, "fm-as-trained"))
+        for name, values in (("", list(line.fm().values())), ("head as trained", trained)):
+            if values:
+                some = cells.setdefault((*key, name), {})
+                some[line.point.place] = _short_spread(values)
+    out = [[*key, *(row.get(place, "") for place in places)] for key, row in cells.items()]
+    columns = ["method", *experiment.grid, "", *map(place_name, places)]
+    notes = ["Plugged-in FM, points on "
+             f"{split_of(found)} rows: mean ± standard deviation over seeds."]  # fmt: skip
+    return Sheet("Methods by data set", *_trim(columns, out), notes)
+
+
+def _short_spread(values: Sequence[float]) -> str:
+    mean = f"{statistics.fmean(values):.1f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
 def average(experiment: Experiment, found: Sequence[Line]) -> Sheet:
