@@ -162,6 +162,12 @@ class Bench:
             loaded.source, score_rows, gradient_rows, device, start,
         )  # fmt: skip
         bench.plug(start)
+        if config.plug.refit == "validation" and not plan.is_full and not len(task.validation):
+            events.emit(
+                "warning",
+                text="the server has no validation rows, so the head is plugged in as trained; under "
+                "label skew that can cost much (data.validation, or plug.refit=public)",
+            )
         return bench, package
 
     def plug(self, adapter: Tensors) -> None:

@@ -171,6 +171,7 @@ def test_without_validation_rows_the_head_stays_as_trained(
 ) -> None:
     run = go(text, tmp_path / "run", data__validation_share=0.0, data__validation="")
     assert not run.of("refit")
+    assert any("plugged in as trained" in e["text"] for e in run.of("warning"))
     public = go(text, tmp_path / "public", plug__refit="public", data__validation_share=0.0)
     assert public.of("refit")[-1]["source"] == "public"
 
