@@ -165,8 +165,8 @@ class Bench:
         if config.plug.refit == "validation" and not plan.is_full and not len(task.validation):
             events.emit(
                 "warning",
-                text="the server has no validation rows, so the head is plugged in as trained; under "
-                "label skew that can cost much (data.validation, or plug.refit=public)",
+                text="the server has no validation rows, so the head is plugged in as trained; "
+                "under label skew that can cost much (data.validation, or plug.refit=public)",
             )
         return bench, package
 
