@@ -207,7 +207,7 @@ def test_a_run_completes_and_leaves_nothing(start) -> None:
     assert run.process.returncode == 0, err
     assert out.startswith(f"run folder {run.folder}\n"), "printed first"
     assert "round 2/2 done" in out and "plugged-in FM accuracy 25.0 %" in out
-    assert "FedPFT after round 2" in out
+    assert "tiny after round 2" in out
     assert "\x1b" not in out and "\r" not in out, "no control characters without a terminal"
     assert err == ""
     run.assert_nothing_left()
