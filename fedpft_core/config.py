@@ -287,11 +287,13 @@ class PlugConfig:
     """
 
     refit: str = _key(
-        "validation",
+        "better",
         "rows the head is refitted on when the adapter is plugged into the FM: `validation` (the "
         "inputs of the server's validation rows, without labels; with no such rows the head stays "
-        "as trained), `public` or `none` (the head as trained, as in the paper)",
-        choices=("validation", "public", "none"),
+        "as trained), `better` (the same, and whichever of the two heads labels more of all "
+        "validation rows right is taken), `public`, or `none` (the head as trained, as in the "
+        "paper)",
+        choices=("better", "validation", "public", "none"),
     )
     rows: int = _key(128, "rows it is refitted on", low=1)
     ridge: float = _key(

@@ -32,7 +32,8 @@ round_finished   round, seconds, exchange_seconds, train_seconds, evaluate_secon
 evaluation       round, model (proxy | fm | fm-as-trained: its head not refitted, where fm's is),
                  split, accuracy, loss, rows, seconds
 refit            round, source (plug.refit), error_before, error_after (features of the FM against
-                 the sub-FM's, over their variance), seconds
+                 the sub-FM's, over their variance), right_before, right_after (validation rows
+                 labelled right, with plug.refit = better), taken (true or false), seconds
 client_validation round (rounds behind the adapter measured: that of round r is measured while
                  round r + 1 trains), accuracy, correct, rows, clients: summed over clients
                  with a validation-share, on rows they keep from training

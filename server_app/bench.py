@@ -162,7 +162,11 @@ class Bench:
             loaded.source, score_rows, gradient_rows, device, start,
         )  # fmt: skip
         bench.plug(start)
-        if config.plug.refit == "validation" and not plan.is_full and not len(task.validation):
+        if (
+            config.plug.refit in ("better", "validation")
+            and not plan.is_full
+            and not len(task.validation)
+        ):
             events.emit(
                 "warning",
                 text="the server has no validation rows, so the head is plugged in as trained; "
@@ -209,7 +213,8 @@ class Bench:
         """Whether the head is refitted when the adapter is plugged in."""
         source = self.config.plug.refit
         return not self.plan.is_full and (
-            source == "public" or (source == "validation" and len(self.task.validation) > 0)
+            source == "public"
+            or (source in ("better", "validation") and len(self.task.validation) > 0)
         )
 
     def refit(self, round: int, events: Events | None = None) -> float:
@@ -217,13 +222,39 @@ class Bench:
         if not self.refits:
             return 0.0
         start, p = time.perf_counter(), self.config.plug
+        head = plug.last_linear(self.fm)
+        kept = [v.detach().clone() for v in head.parameters()]
+        # One pass over the rows serves both heads: what they read is the same.
+        right = self._count_right() if p.refit == "better" else None
+        before = right() if right else None
         found = plug.refit_head(self.fm, self.proxy, self._refit_rows, p.ridge)
+        after = right() if right else None
+        taken = before is None or after is None or after > before
+        if not taken:
+            with torch.no_grad():
+                for value, old in zip(head.parameters(), kept, strict=True):
+                    value.copy_(old)
         seconds = time.perf_counter() - start
         (events or self.events).emit(
             "refit", round=round, source=p.refit, error_before=found.error_before,
-            error_after=found.error_after, seconds=seconds,
+            error_after=found.error_after, right_before=before, right_after=after, taken=taken,
+            seconds=seconds,
         )  # fmt: skip
         return seconds
+
+    def _count_right(self) -> Callable[[], int]:
+        """How many validation rows the FM's head, as it is when asked, labels right."""
+        length, size = self.config.data.max_length, self.config.run.eval_batch_size
+        rows = encode(self.task.validation, self.processor, length)
+        read = plug.features(self.fm, batches(rows, size, None))
+        labels = torch.cat([batch["labels"] for batch in batches(rows, size, None)])
+        head = plug.last_linear(self.fm)
+
+        def right() -> int:
+            weight, bias = (v.detach().to("cpu", torch.float64) for v in head.parameters())
+            return int(((read @ weight.T + bias).argmax(-1) == labels).sum())
+
+        return right
 
     def _refit_rows(self) -> Iterable[Any]:
         """The same unlabelled batches each time."""

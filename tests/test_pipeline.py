@@ -150,13 +150,19 @@ def test_only_the_head_of_the_exported_adapter_is_not_the_last_rounds_average(
     text: dict[str, Any], through: Done, tmp_path: Path
 ) -> None:
     as_trained = go(text, tmp_path / "run", plug__refit="none")
+    always = go(text, tmp_path / "always", plug__refit="validation")
     last = as_trained.of("adapter")[-1]
-    stored, refitted = (load_file(x.folder / ADAPTER) for x in (as_trained, through))
+    stored, refitted = (load_file(x.folder / ADAPTER) for x in (as_trained, always))
     assert adapters.norm(stored) == last["norm"] == through.of("adapter")[-1]["norm"]
     other = {k for k, t in stored.items() if not torch.equal(t, refitted[k])}
     assert other and all("classifier" in k for k in other)
     assert as_trained.scores("fm")[1:] == through.scores("fm-as-trained")  # not before round 1
     assert not as_trained.of("refit") and not as_trained.scores("fm-as-trained")
+    # By default the better of the two heads is taken, by the labels of the validation rows.
+    for event in through.of("refit"):
+        assert event["taken"] == (event["right_after"] > event["right_before"])
+    taken = through.of("refit")[-1]["taken"]
+    assert through.adapter == (always if taken else as_trained).adapter
 
 
 def test_refitting_brings_the_features_together(done: Done) -> None:
