@@ -40,13 +40,14 @@ _KEYS = (
     "reference", "targets", "unequal",
 )  # fmt: skip
 _GONE = object()
-_DEFAULTS = {name: info.default for name, info in configs.keys().items()}
 # Keys that say where or how fast a cell runs, not what it computes.
 NO_RESULT = (
     "run.dir", "run.resume", "run.stop-after", "run.checkpoints", "run.threads", "run.proxy-cache",
 )  # fmt: skip
-# What a run did that is older than the key, where that is not today's default.
-BEFORE_IT_WAS = {"plug.refit": "none", "distill.fit-batches": 40, "distill.ridge": 1e-3}
+# What a run did that is older than a key: today's default, but for these.
+_ABSENT = {name: info.default for name, info in configs.keys().items()} | {
+    "plug.refit": "none", "distill.fit-batches": 40, "distill.ridge": 1e-3
+}  # fmt: skip
 # What all methods must have alike for their difference to mean anything; steps are compared as
 # rounds times steps, since a one-shot method makes them all in one round.
 _EQUAL_SECTIONS = ("data.", "model.")
@@ -80,8 +81,8 @@ class Cell:
     def find(self, rows: Iterable[Row]) -> Row | None:
         """The result of a run of this very configuration, if there is one.
 
-        Keys that did not exist when the row was written count as having their default, or what
-        `BEFORE_IT_WAS` says: what was computed before is still what it was.
+        Keys that did not exist when the row was written count as `_ABSENT` says: what was
+        computed before is still what it was.
         """
         return next((r for r in rows if "failed" not in r and self.same(r)), None)
 
@@ -106,9 +107,10 @@ class Cell:
             for k, v in then.items()
             if k not in NO_RESULT and self.resolved.get(k, _GONE) != v
         }
-        absent = _DEFAULTS | BEFORE_IT_WAS
         return out | {
-            k: (absent[k], v) for k, v in self.resolved.items() if k not in then and v != absent[k]
+            k: (_ABSENT[k], v)
+            for k, v in self.resolved.items()
+            if k not in then and v != _ABSENT[k]
         }
 
     def title(self) -> str:
@@ -310,7 +312,7 @@ def _parse(raw: Any, name: str) -> Experiment:
     axes: dict[str, Iterable[str]] = {
         "methods": methods, "datasets": datasets, "partitions": partitions
     }  # fmt: skip
-    rates = _rates(raw, axes["datasets"], axes["partitions"])
+    rates = _rates(raw, datasets, partitions)
     experiment = Experiment(
         _keys_of(raw.get("base") or {}, "base"),
         methods,

@@ -3,12 +3,12 @@ head is as trained: refitting it (plug.refit) is a remedy for what is studied he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..report import Sheet
 from .experiment import Experiment, Row
-from .lines import Line, end_of, gap_as_trained, lines, place_name
+from .lines import Line, end_of, gap_as_trained, place_name
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,15 @@ class Predictor:
     name: str
     unit: str
     of: Callable[[Row], float | None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run with a sub-FM, the line it belongs to, and its place."""
+
+    label: str
+    place: tuple[str, str]
+    row: Row
 
 
 @dataclass(frozen=True)
@@ -51,26 +60,28 @@ PREDICTORS = (
 )
 
 
-def dots(experiment: Experiment, rows: Sequence[Row], predictor: Predictor) -> list[Dot]:
-    """Every finished run with a sub-FM, at every learning rate, that has figure and gap."""
-    seen: dict[int, Dot] = {}
-    for line in lines(experiment, rows):
-        for row in _runs(experiment, rows, line):
-            x, y = predictor.of(row), gap_as_trained(row)
-            if x is not None and y is not None:
-                # Differences of shares carry rounding noise, which would part what is tied.
-                x, y = round(x, 9), round(y, 9)
-                seen.setdefault(id(row), Dot(line.point.label, line.point.place, x, y))
-    return list(seen.values())
+def runs(experiment: Experiment, rows: Sequence[Row], found: Sequence[Line]) -> list[Run]:
+    """Every finished run with a sub-FM behind the lines, at every learning rate, once."""
+    out: dict[int, Run] = {}
+    for line in found:
+        if not line.trained:
+            continue
+        tried = [r for c in experiment.first(line.point) if (r := c.find(rows))]
+        for row in [*tried, *line.cells.values()]:
+            if row["config"].get("plan.proxy") != "full":
+                out.setdefault(id(row), Run(line.point.label, line.point.place, row))
+    return list(out.values())
 
 
-def _runs(experiment: Experiment, rows: Sequence[Row], line: Line) -> Iterator[Row]:
-    if not line.trained:
-        return
-    tried = [r for c in experiment.first(line.point) if (r := c.find(rows))]
-    for row in [*tried, *line.cells.values()]:
-        if row["config"].get("plan.proxy") != "full":
-            yield row
+def dots(some: Sequence[Run], predictor: Predictor) -> list[Dot]:
+    """The runs that have both figure and gap."""
+    out = []
+    for run in some:
+        x, y = predictor.of(run.row), gap_as_trained(run.row)
+        if x is not None and y is not None:
+            # Differences of shares carry rounding noise, which would part what is tied.
+            out.append(Dot(run.label, run.place, round(x, 9), round(y, 9)))
+    return out
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, float] | None:
@@ -102,11 +113,11 @@ def p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"= {p:.2g}"
 
 
-def sheet(experiment: Experiment, rows: Sequence[Row]) -> Sheet:
+def sheet(some: Sequence[Run]) -> Sheet:
     """The correlations as a table."""
     out = []
     for predictor in PREDICTORS:
-        for where, n, rho, p in correlations(dots(experiment, rows, predictor)):
+        for where, n, rho, p in correlations(dots(some, predictor)):
             what = f"{predictor.name} ({predictor.unit})"
             out.append([what, where, str(n), f"{rho:+.2f}", p_value(p).removeprefix("= ")])
     notes = [

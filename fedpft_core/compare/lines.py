@@ -55,7 +55,7 @@ def _bytes(key: str) -> Callable[[Row], float | None]:
 
 
 def end_of(key: str, field_name: str) -> Callable[[Row], float | None]:
-    """The last known value of a field in a row\'s list."""
+    """The last known value of a field in a row's list."""
 
     def last(r: Row) -> float | None:
         known = [e[field_name] for e in r.get(key, ()) if e.get(field_name) is not None]

@@ -12,7 +12,7 @@ from html import escape
 from ..report import Sheet
 from . import plots, tables
 from .experiment import Experiment, Row
-from .lines import Line, differences, interval, lines, reference_of
+from .lines import Line, differences, interval, lines, place_name, reference_of
 
 # The plots' colours by place in the palette: (on light, on dark).
 _DARK = (
@@ -130,7 +130,7 @@ def _findings(experiment: Experiment, found: Sequence[Line]) -> list[str]:
         if not line.trained or reference is None or len(diff) < 2:
             continue
         mean, half = interval(diff)
-        where = ", ".join(filter(None, line.point.place))
+        where = place_name(line.point.place)
         way = "ahead of" if mean > 0 else "behind"
         verdict = "" if abs(mean) > half else ", which may be chance: the interval includes zero"
         out.append(

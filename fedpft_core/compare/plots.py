@@ -65,8 +65,9 @@ def panels(experiment: Experiment, rows: Sequence[Row]) -> list[Panel]:
         here = [line for line in found if line.point.place == place and line.trained]
         if any(len(_curve(line, 1)) > 1 for line in here):
             out.append(_rounds(place, here, look))
+    runs = gap.runs(experiment, rows, found)
     for predictor in gap.PREDICTORS:
-        panel = _scatter(experiment, rows, predictor, look)
+        panel = _scatter(runs, predictor, look)
         if panel:
             out.append(panel)
     for place in places:
@@ -126,9 +127,9 @@ def _rounds(place: tuple[str, str], here: Sequence[Line], look: Mapping[str, Sty
 
 
 def _scatter(
-    experiment: Experiment, rows: Sequence[Row], predictor: gap.Predictor, look: Mapping[str, Style]
+    runs: Sequence[gap.Run], predictor: gap.Predictor, look: Mapping[str, Style]
 ) -> Panel | None:
-    dots = gap.dots(experiment, rows, predictor)
+    dots = gap.dots(runs, predictor)
     if len(dots) < 2:
         return None
     measured = gap.correlations(dots)
@@ -191,10 +192,10 @@ def _bytes(place: tuple[str, str], here: Sequence[Line], look: Mapping[str, Styl
             axis.set_xlim(low - 0.05 * (high - low), high + 0.05 * (high - low))
 
     rest = [line.point.method for line in here if not line.trained]
-    lines = f" Lines: {', '.join(rest)} (dashed, dotted)." if rest else ""
+    drawn = f" Lines: {', '.join(rest)} (dashed, dotted)." if rest else ""
     return Panel(
         "Traffic against accuracy", place_name(place),
-        f"Mean and standard deviation over seeds; both ways, all clients.{lines}",
+        f"Mean and standard deviation over seeds; both ways, all clients.{drawn}",
         _labels(here), draw,
     )  # fmt: skip
 

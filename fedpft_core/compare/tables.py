@@ -11,6 +11,7 @@ from typing import Any
 
 from ..report import Sheet
 from .experiment import Cell, Experiment, Row, best_rate, shown
+from .gap import runs
 from .gap import sheet as gap_sheet
 from .lines import (
     AGREEMENT,
@@ -26,7 +27,7 @@ from .lines import (
     place_name,
     reference_of,
     rounds_to,
-)  # fmt: skip
+)
 
 
 def sheets(experiment: Experiment, rows: Sequence[Row]) -> list[Sheet]:
@@ -37,7 +38,7 @@ def sheets(experiment: Experiment, rows: Sequence[Row]) -> list[Sheet]:
         _by_method(experiment, found),
         average(experiment, found),
         _figures(experiment, found, "Agreement of sub-FM and FM", AGREEMENT),
-        gap_sheet(experiment, rows),
+        gap_sheet(runs(experiment, rows, found)),
         _cost(experiment, found),
         _owner(experiment, found),
         _rates(experiment, rows),
@@ -127,17 +128,12 @@ def _by_method(experiment: Experiment, found: Sequence[Line]) -> Sheet:
         for name, values in (("", list(line.fm().values())), ("head as trained", trained)):
             if values:
                 some = cells.setdefault((*key, name), {})
-                some[line.point.place] = _short_spread(values)
+                some[line.point.place] = brief_spread(values)
     out = [[*key, *(row.get(place, "") for place in places)] for key, row in cells.items()]
     columns = ["method", *experiment.grid, "", *map(place_name, places)]
     notes = ["Plugged-in FM, points on "
              f"{split_of(found)} rows: mean ± standard deviation over seeds."]  # fmt: skip
     return Sheet("Methods by data set", *_trim(columns, out), notes)
-
-
-def _short_spread(values: Sequence[float]) -> str:
-    mean = f"{statistics.fmean(values):.1f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
 def average(experiment: Experiment, found: Sequence[Line]) -> Sheet:
@@ -302,12 +298,16 @@ def _trim(columns: list[str], rows: list[list[str]]) -> tuple[list[str], list[li
 # ---------------------------------------------------------------- text
 
 
+def brief_spread(values: Sequence[float]) -> str:
+    """`94.3 ± 0.8`, without a deviation where there is one value."""
+    mean = f"{statistics.fmean(values):.1f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.1f}"
+
+
 def spread(values: Sequence[float]) -> str:
     """`94.3 ± 0.8 (94.8, 94.8, 93.4)`"""
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
     each = ", ".join(f"{v:.1f}" for v in values)
-    return f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f} ({each})"
+    return brief_spread(values) + (f" ({each})" if len(values) > 1 else "")
 
 
 def plus_minus(mean: float, half: float) -> str:
