@@ -92,28 +92,66 @@ def fit(f_T: Tensor, f_S: Tensor, ridge: float) -> Map:
     return Map(turn, mean_T, mean_S, before, after)
 
 
-@torch.no_grad()
-def fold(head: nn.Linear, found: Map) -> None:
-    """Put the map into a linear layer that reads f_S, so that it reads f_T.
+def turned(head: nn.Linear, found: Map) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a linear layer that reads f_S, for reading f_T instead.
 
     Raises ValueError when it has no bias to take the shift.
     """
     if head.bias is None:
         raise ValueError("the head's last linear layer has no bias")
-    weight = head.weight.detach().to("cpu", torch.float64)
-    turned = weight @ found.turn.T
-    shift = weight @ found.mean_S - turned @ found.mean_T
-    head.weight.copy_(turned)
-    head.bias.add_(shift.to(head.bias))
+    old = head.weight.detach().to("cpu", torch.float64)
+    weight = old @ found.turn.T
+    shift = old @ found.mean_S - weight @ found.mean_T
+    return weight.to(head.weight), head.bias.detach() + shift.to(head.bias)
 
 
+@dataclass(frozen=True)
+class Refit:
+    """What refitting came to: the map, how many of the labelled rows the head as trained and the
+    refitted one label right (None without such rows), and whether the refitted one was taken."""
+
+    map: Map
+    right_before: int | None
+    right_after: int | None
+    taken: bool
+
+
+@torch.no_grad()
 def refit_head(
-    fm: nn.Module, proxy: nn.Module, rows: Callable[[], Iterable[Batch]], ridge: float
-) -> Map:
+    fm: nn.Module,
+    proxy: nn.Module,
+    rows: Callable[[], Iterable[Batch]],
+    ridge: float,
+    labelled: Callable[[], Iterable[Batch]] | None = None,
+) -> Refit:
     """Refit the FM's head, in place, to the features it has with the adapter now plugged in.
 
-    `rows()` gives the same unlabelled rows each time it is called. The proxy stays as it is.
+    The proxy stays as it is.
+
+    Args:
+        fm, proxy: with the same adapter plugged in.
+        rows: gives the same unlabelled rows each time it is called.
+        ridge: see :func:`fit`.
+        labelled: gives the same rows with labels each time it is called. The refitted head is then
+            taken only if it labels more of them right than the head as trained.
     """
     found = fit(features(fm, rows()), features(proxy, rows()), ridge)
-    fold(last_linear(fm), found)
-    return found
+    head = last_linear(fm)
+    weight, bias = turned(head, found)
+    before = after = None
+    if labelled is not None:
+        # One pass serves both heads: what they read is the same.
+        read = features(fm, labelled())
+        labels = torch.cat([batch["labels"] for batch in labelled()])
+        before = _right(read, labels, head.weight, head.bias)
+        after = _right(read, labels, weight, bias)
+    taken = before is None or after is None or after > before
+    if taken:
+        head.weight.copy_(weight)
+        head.bias.copy_(bias)
+    return Refit(found, before, after, taken)
+
+
+def _right(read: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> int:
+    scores = read @ weight.to(read).T + bias.to(read)
+    return int((scores.argmax(-1) == labels.to(scores.device)).sum())

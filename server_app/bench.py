@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -162,11 +163,7 @@ class Bench:
             loaded.source, score_rows, gradient_rows, device, start,
         )  # fmt: skip
         bench.plug(start)
-        if (
-            config.plug.refit in ("better", "validation")
-            and not plan.is_full
-            and not len(task.validation)
-        ):
+        if config.plug.refit != "none" and not plan.is_full and not bench.refits:
             events.emit(
                 "warning",
                 text="the server has no validation rows, so the head is plugged in as trained; "
@@ -179,6 +176,13 @@ class Bench:
         adapters.load(self.fm, adapter)
         adapters.load(self.proxy, adapter, self.plan)
 
+    @cached_property
+    def validation_rows(self) -> Encoded:
+        """The server's validation rows as model inputs."""
+        if self.config.run.eval_split == "validation":
+            return self.score_rows
+        return encode(self.task.validation, self.processor, self.config.data.max_length)
+
     def score(self, round: int, which: str) -> Score:
         """Evaluate the `proxy` or the FM with the adapter now plugged in.
 
@@ -190,23 +194,30 @@ class Bench:
         result = evaluate(
             model, self.score_rows, self.config.run.eval_batch_size, lambda n: report(n, total)
         )
+        self._emit_score(round, which, result)
+        return result
+
+    def _emit_score(self, round: int, which: str, result: Score) -> None:
         self.events.emit(
             "evaluation", round=round, model=which, split=self.config.run.eval_split,
             accuracy=result.accuracy, loss=result.loss, rows=result.rows, seconds=result.seconds,
         )  # fmt: skip
-        return result
 
     def score_all(self, round: int) -> tuple[Score, Score, float]:
         """Evaluate the proxy, the FM with the head as trained, and the product, which is then what
         the FM is. Returns the first two scores and the seconds of it all."""
+        start = time.perf_counter()
         proxy = self.score(round, "proxy")
         if not self.refits:
-            fm = self.score(round, "fm")
-            return proxy, fm, proxy.seconds + fm.seconds
-        trained = self.score(round, "fm-as-trained")
-        seconds = self.refit(round)
-        fm = self.score(round, "fm")
-        return proxy, trained, proxy.seconds + trained.seconds + seconds + fm.seconds
+            trained = self.score(round, "fm")
+        else:
+            trained = self.score(round, "fm-as-trained")
+            if self.refit(round):
+                self.score(round, "fm")
+            else:
+                # The product has the head as trained, which has its score.
+                self._emit_score(round, "fm", replace(trained, seconds=0.0))
+        return proxy, trained, time.perf_counter() - start
 
     @property
     def refits(self) -> bool:
@@ -217,44 +228,22 @@ class Bench:
             or (source in ("better", "validation") and len(self.task.validation) > 0)
         )
 
-    def refit(self, round: int, events: Events | None = None) -> float:
-        """Refit the FM's head to the adapter now plugged in; returns seconds."""
+    def refit(self, round: int, events: Events | None = None) -> bool:
+        """Refit the FM's head to the adapter now plugged in; returns whether it is another now."""
         if not self.refits:
-            return 0.0
-        start, p = time.perf_counter(), self.config.plug
-        head = plug.last_linear(self.fm)
-        kept = [v.detach().clone() for v in head.parameters()]
-        # One pass over the rows serves both heads: what they read is the same.
-        right = self._count_right() if p.refit == "better" else None
-        before = right() if right else None
-        found = plug.refit_head(self.fm, self.proxy, self._refit_rows, p.ridge)
-        after = right() if right else None
-        taken = before is None or after is None or after > before
-        if not taken:
-            with torch.no_grad():
-                for value, old in zip(head.parameters(), kept, strict=True):
-                    value.copy_(old)
-        seconds = time.perf_counter() - start
-        (events or self.events).emit(
-            "refit", round=round, source=p.refit, error_before=found.error_before,
-            error_after=found.error_after, right_before=before, right_after=after, taken=taken,
-            seconds=seconds,
+            return False
+        start, p, size = time.perf_counter(), self.config.plug, self.config.run.eval_batch_size
+        result = plug.refit_head(
+            self.fm, self.proxy, self._refit_rows, p.ridge,
+            (lambda: batches(self.validation_rows, size, None)) if p.refit == "better" else None,
         )  # fmt: skip
-        return seconds
-
-    def _count_right(self) -> Callable[[], int]:
-        """How many validation rows the FM's head, as it is when asked, labels right."""
-        length, size = self.config.data.max_length, self.config.run.eval_batch_size
-        rows = encode(self.task.validation, self.processor, length)
-        read = plug.features(self.fm, batches(rows, size, None))
-        labels = torch.cat([batch["labels"] for batch in batches(rows, size, None)])
-        head = plug.last_linear(self.fm)
-
-        def right() -> int:
-            weight, bias = (v.detach().to("cpu", torch.float64) for v in head.parameters())
-            return int(((read @ weight.T + bias).argmax(-1) == labels).sum())
-
-        return right
+        (events or self.events).emit(
+            "refit", round=round, source=p.refit, error_before=result.map.error_before,
+            error_after=result.map.error_after, right_before=result.right_before,
+            right_after=result.right_after, taken=result.taken,
+            seconds=time.perf_counter() - start,
+        )  # fmt: skip
+        return result.taken
 
     def _refit_rows(self) -> Iterable[Any]:
         """The same unlabelled batches each time."""
@@ -262,20 +251,16 @@ class Bench:
         if self.config.plug.refit == "public":
             steps = math.ceil(n / self.config.distill.batch_size)
             return self._public_batches(steps, "refit")
-        chosen = numpy_stream(self.config.run.seed, "refit-rows").permutation(
-            len(self.task.validation)
-        )[:n]
-        length = self.config.data.max_length
-        rows = encode(self.task.validation.select(chosen), self.processor, length)
+        stream = numpy_stream(self.config.run.seed, "refit-rows")
+        rows = self.validation_rows.select(stream.permutation(len(self.task.validation))[:n])
         return batches(replace(rows, labels=None), self.config.run.eval_batch_size, None)
 
     def score_validation(self, round: int) -> None:
         """Score proxy and product on the server's validation rows, on which settings are chosen."""
         if self.config.run.eval_split == "validation" or not len(self.task.validation):
             return
-        rows = encode(self.task.validation, self.processor, self.config.data.max_length)
         for which, model in (("proxy", self.proxy), ("fm", self.fm)):
-            result = evaluate(model, rows, self.config.run.eval_batch_size)
+            result = evaluate(model, self.validation_rows, self.config.run.eval_batch_size)
             self.events.emit(
                 "validation", round=round, model=which,
                 accuracy=result.accuracy, loss=result.loss, rows=result.rows,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from fedpft_core import adapters
 from fedpft_core.config import Config
-from fedpft_core.data.batches import Encoded, encode
+from fedpft_core.data.batches import Encoded
 from fedpft_core.events import EventLog
 from fedpft_core.training import Score, evaluate
 from server_app.bench import Bench, phase, progress
@@ -42,8 +42,7 @@ def local_only(
     rounds = config.federation.rounds
     sets: list[tuple[str, Encoded]] = [("evaluation", bench.score_rows)]
     if config.run.eval_split != "validation" and len(bench.task.validation):
-        rows = encode(bench.task.validation, bench.processor, config.data.max_length)
-        sets.append(("validation", rows))
+        sets.append(("validation", bench.validation_rows))
     scores: dict[tuple[str, str], list[Score]] = {}
     norms = []
     with phase(events, "local"):

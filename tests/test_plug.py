@@ -22,12 +22,10 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_alike_features_leave_the_head_alone() -> None:
     features = draw(50, 8)
     head = nn.Linear(8, 3)
-    before = [p.detach().clone() for p in head.parameters()]
     found = plug.fit(features, features, 1.0)
-    plug.fold(head, found)
     assert found.error_before == 0.0 and found.error_after < 1e-25
-    for p, old in zip(head.parameters(), before, strict=True):
-        torch.testing.assert_close(p.detach(), old)
+    for new, old in zip(plug.turned(head, found), head.parameters(), strict=True):
+        torch.testing.assert_close(new, old.detach())
 
 
 def test_moved_and_turned_features_are_read_as_before() -> None:
@@ -36,8 +34,8 @@ def test_moved_and_turned_features_are_read_as_before() -> None:
     head = nn.Linear(8, 3).double()
     wanted = head(f_S).detach()
     f_T = f_S @ turn + shift
-    plug.fold(head, plug.fit(f_T[:100], f_S[:100], 1e-12))
-    torch.testing.assert_close(head(f_T).detach(), wanted, rtol=1e-6, atol=1e-6)
+    weight, bias = plug.turned(head, plug.fit(f_T[:100], f_S[:100], 1e-12))
+    torch.testing.assert_close(f_T @ weight.T + bias, wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_the_fit_is_ridge_regression_towards_the_identity() -> None:
@@ -59,14 +57,43 @@ def test_few_rows_turn_little_and_one_only_shifts() -> None:
     head = nn.Linear(6, 3).double()
     f_T, f_S = draw(1, 6), draw(1, 6, seed=1)
     wanted = head(f_S).detach()
-    plug.fold(head, one)
-    torch.testing.assert_close(head(f_T).detach(), wanted)
+    weight, bias = plug.turned(head, one)
+    torch.testing.assert_close(f_T @ weight.T + bias, wanted)
 
 
 def test_a_head_without_bias_is_refused() -> None:
     found = plug.fit(draw(9, 4), draw(9, 4, seed=1), 1.0)
     with pytest.raises(ValueError, match="no bias"):
-        plug.fold(nn.Linear(4, 2, bias=False), found)
+        plug.turned(nn.Linear(4, 2, bias=False), found)
+
+
+def test_the_head_that_labels_more_rows_right_is_taken() -> None:
+    """Labels from the refitted head's reading, then from the trained one's, and a draw."""
+    fm, proxy, _, _ = tiny.pair("bert")
+    batch = tiny.batch_of("bert")
+    judged = lambda labels: lambda: [batch | {"labels": labels}]  # noqa: E731
+    head = plug.last_linear(fm)
+    with torch.no_grad():
+        # Scores large against the bias, so that the two heads disagree on some row.
+        plug.last_linear(fm).weight.mul_(50)
+        f_T, f_S = (plug.features(m, [batch]) for m in (fm, proxy))
+        weight, bias = plug.turned(head, plug.fit(f_T, f_S, 1e-3))
+        trained = logits(fm, batch).argmax(-1)
+        refitted = (f_T.float() @ weight.T + bias).argmax(-1)
+    as_trained = [p.detach().clone() for p in head.parameters()]
+    n, alike = len(trained), int((trained == refitted).sum())
+    assert alike < n
+
+    kept = plug.refit_head(fm, proxy, lambda: [batch], 1e-3, judged(trained))
+    assert (kept.right_before, kept.right_after, kept.taken) == (n, alike, False)
+    for p, old in zip(head.parameters(), as_trained, strict=True):
+        assert torch.equal(p, old)
+    neither = torch.full_like(trained, -1)
+    draw = plug.refit_head(fm, proxy, lambda: [batch], 1e-3, judged(neither))
+    assert (draw.right_before, draw.right_after, draw.taken) == (0, 0, False)
+    taken = plug.refit_head(fm, proxy, lambda: [batch], 1e-3, judged(refitted))
+    assert (taken.right_before, taken.right_after, taken.taken) == (alike, n, True)
+    assert torch.equal(head.weight, weight) and torch.equal(head.bias, bias)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -82,7 +109,7 @@ def test_every_family(family: str) -> None:
         # What it reads is what the scores are made of.
         torch.testing.assert_close(head(f_T.float()), logits(fm, batch))
         weight, bias = head.weight.double(), head.bias.double()
-        found = plug.refit_head(fm, proxy, rows, 1.0)
+        found = plug.refit_head(fm, proxy, rows, 1.0).map
         mapped = (f_T - found.mean_T) @ found.turn + found.mean_S
         torch.testing.assert_close(
             logits(fm, batch).double(), mapped @ weight.T + bias, rtol=1e-4, atol=1e-4
