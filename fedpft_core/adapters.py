@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from .config import LoraConfig as LoraSettings
-from .families import Family, base_model
+from .families import Family
 from .seeds import torch_stream
 from .sub_fm import Plan, to_fm_name, to_proxy_name
 
@@ -139,18 +139,6 @@ def clip_change(
     if size <= longest:
         return dict(adapter)
     return dict(adapter) | {k: start[k] + d * (longest / size) for k, d in change.items()}
-
-
-def merge(model: nn.Module, tensors: Mapping[str, Tensor], spec: AdapterSpec) -> None:
-    """Add the adapter to a bare FM's weights in place: W + (alpha / r) B A, head replaced."""
-    bare = dict(base_model(model).named_parameters())
-    with torch.no_grad():
-        for target in spec.targets:
-            a, b = tensors[f"{target}.lora_A.weight"], tensors[f"{target}.lora_B.weight"]
-            bare[f"{target}.weight"].add_(spec.alpha / spec.rank * (b @ a))
-        for name, value in tensors.items():
-            if ".lora_" not in name:
-                bare[name].copy_(value)
 
 
 def export(fm: PeftModel, folder: Path, base_name: str) -> list[Path]:

@@ -272,8 +272,9 @@ class FederationConfig:
     )
     partition: str = _key(
         "dirichlet",
-        "how simulated clients share the training rows: `iid` or `dirichlet`",
-        choices=("iid", "dirichlet"),
+        "how simulated clients share the training rows: `iid`, `dirichlet`, or `shards` (two "
+        "shards of the rows sorted by label each)",
+        choices=("iid", "dirichlet", "shards"),
     )
     dirichlet_alpha: float = _key(1.0, "Dirichlet concentration (smaller = more skewed)", above=0.0)
 

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
 
 from fedpft_core import config as configs
 from fedpft_core.config import Config, RunConfig
 from fedpft_core.errors import UserError
 from fedpft_core.events import EventLog
+from fedpft_core.lock import held
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunFolder:
-    """An open run folder; a context manager that lets go of the lock."""
+    """An open run folder."""
 
     path: Path
     run_config: RunConfig
     events: EventLog
-    _lock: IO[Any]
 
     @staticmethod
-    def open(config: Config) -> RunFolder:
+    @contextlib.contextmanager
+    def open(config: Config) -> Iterator[RunFolder]:
         """Make or reopen `run.dir`, lock it, save the resolved configuration, open the log.
 
         A run that was killed before its first checkpoint starts over. Raises UserError when the
@@ -35,46 +36,33 @@ class RunFolder:
         path = Path(config.run.dir).expanduser() if config.run.dir else _new_folder()
         path = path.resolve()
         run = replace(config.run, dir=str(path))
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            lock = open(path / "lock", "a")  # noqa: SIM115  # held until the run ends
-        except OSError as error:
-            raise UserError(f"run.dir = {path}: cannot be written ({error.strerror}).") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            raise UserError(
-                f"run.dir = {path}: another server is running in this folder."
-            ) from None
-        try:
-            saved = any((path / "checkpoints").glob("round-*"))
-            if run.resume and not saved and not (path / "config.yaml").is_file():
-                raise UserError(f"run.dir = {path}: nothing to resume, there is no run here.")
-            if not run.resume and saved:
+        with contextlib.ExitStack() as stack:
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                refusal = f"run.dir = {path}: another server is running in this folder."
+                stack.enter_context(held(path / "lock", refusal))
+                events = stack.enter_context(contextlib.closing(_begin(config, path, run)))
+            except OSError as error:
                 raise UserError(
-                    f"run.dir = {path}: this folder already holds a run; resume it "
-                    "(run.resume = true) or choose another folder."
-                )
-            if not saved:
-                # A run that ended before its first checkpoint starts over, and so does its log.
-                (path / "events.jsonl").unlink(missing_ok=True)
-            configs.write_yaml(path / "config.yaml", configs.to_flat(replace(config, run=run)))
-            events = EventLog(path / "events.jsonl")
-        except OSError as error:
-            lock.close()
-            raise UserError(f"run.dir = {path}: cannot be written ({error.strerror}).") from error
-        except UserError:
-            lock.close()
-            raise
-        return RunFolder(path, run, events, lock)
+                    f"run.dir = {path}: cannot be written ({error.strerror})."
+                ) from error
+            yield RunFolder(path, run, events)
 
-    def __enter__(self) -> RunFolder:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.events.close()
-        self._lock.close()
+def _begin(config: Config, path: Path, run: RunConfig) -> EventLog:
+    saved = any((path / "checkpoints").glob("round-*"))
+    if run.resume and not saved and not (path / "config.yaml").is_file():
+        raise UserError(f"run.dir = {path}: nothing to resume, there is no run here.")
+    if not run.resume and saved:
+        raise UserError(
+            f"run.dir = {path}: this folder already holds a run; resume it "
+            "(run.resume = true) or choose another folder."
+        )
+    if not saved:
+        # A run that ended before its first checkpoint starts over, and so does its log.
+        (path / "events.jsonl").unlink(missing_ok=True)
+    configs.write_yaml(path / "config.yaml", configs.to_flat(replace(config, run=run)))
+    return EventLog(path / "events.jsonl")
 
 
 def _new_folder() -> Path:

@@ -196,8 +196,8 @@ def test_a_folder_is_opened_once_and_can_be_resumed(tmp_path: Path) -> None:
         assert folder.path == tmp_path / "run"
         folder.events.emit("run_started", run_dir="x")
         saved(folder.path / "checkpoints", 1)
-    with pytest.raises(UserError, match="already holds a run"):
-        RunFolder.open(config)
+    with pytest.raises(UserError, match="already holds a run"), RunFolder.open(config):
+        pass
     again = fabricate.config(run__dir=str(tmp_path / "run"), run__resume=True)
     with RunFolder.open(again) as folder:
         assert len(list(read_events(folder.path / "events.jsonl"))) == 1
@@ -205,8 +205,8 @@ def test_a_folder_is_opened_once_and_can_be_resumed(tmp_path: Path) -> None:
 
 def test_resuming_what_never_began(tmp_path: Path) -> None:
     config = fabricate.config(run__dir=str(tmp_path / "run"), run__resume=True)
-    with pytest.raises(UserError, match="nothing to resume"):
-        RunFolder.open(config)
+    with pytest.raises(UserError, match="nothing to resume"), RunFolder.open(config):
+        pass
 
 
 @pytest.mark.parametrize("resume", [True, False])
@@ -241,8 +241,11 @@ def test_a_log_shorter_than_the_checkpoint_remembers_stays_readable(tmp_path: Pa
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
-        RunFolder.open(fabricate.config(run__dir=str(tmp_path / "file" / "run")))
+    with (
+        pytest.raises(UserError, match="cannot be written"),
+        RunFolder.open(fabricate.config(run__dir=str(tmp_path / "file" / "run"))),
+    ):
+        pass
 
 
 def server(folder: Path, pipe: Any) -> None:
@@ -273,8 +276,11 @@ def test_a_second_server_on_one_folder_is_refused_until_the_first_is_gone(tmp_pa
     first, said = started(folder)
     try:
         assert said == "opened"
-        with pytest.raises(UserError, match="another server is running in this folder"):
-            RunFolder.open(fabricate.config(run__dir=str(folder)))
+        with (
+            pytest.raises(UserError, match="another server is running in this folder"),
+            RunFolder.open(fabricate.config(run__dir=str(folder))),
+        ):
+            pass
     finally:
         first.kill()
         first.join()

@@ -100,13 +100,12 @@ lengths_of_rows = st.lists(st.integers(1, 9), min_size=1, max_size=70)
     lengths_of_rows,
     st.integers(1, 9),
     st.one_of(st.none(), st.integers(0, 2**63 - 1)),
-    st.booleans(),
 )
 def test_every_row_once_and_padded_to_its_batch(
-    lengths: list[int], size: int, seed: int | None, group: bool
+    lengths: list[int], size: int, seed: int | None
 ) -> None:
     encoded = ragged(lengths)
-    served = list(batches(encoded, size, seed, group))
+    served = list(batches(encoded, size, seed))
     assert len(served) == math.ceil(len(lengths) / size)
     assert sorted(i for b in served for i in b["index"].tolist()) == list(range(len(lengths)))
     for batch in served:
@@ -122,8 +121,8 @@ def test_every_row_once_and_padded_to_its_batch(
             )
 
 
-def order_of(encoded: Encoded, seed: int | None, size: int = 8, group: bool = True) -> list[int]:
-    return [i for b in batches(encoded, size, seed, group) for i in b["index"].tolist()]
+def order_of(encoded: Encoded, seed: int | None, size: int = 8) -> list[int]:
+    return [i for b in batches(encoded, size, seed) for i in b["index"].tolist()]
 
 
 def test_order_is_a_function_of_the_seed() -> None:
@@ -138,18 +137,15 @@ def test_order_is_a_function_of_the_seed() -> None:
 def test_evaluation_order_is_longest_first() -> None:
     encoded = ragged([3, 1, 9, 3])
     assert order_of(encoded, None, 2) == [2, 0, 3, 1]
-    assert order_of(encoded, None, 2, group=False) == [0, 1, 2, 3]
 
 
 def test_grouping_saves_padding_and_batches_differ_between_epochs() -> None:
     encoded = ragged(np.random.default_rng(0).integers(5, 60, 900).tolist())
-    real = int(encoded.lengths.sum())
-
-    def positions(group: bool) -> int:
-        return sum(b["input_ids"].numel() for b in batches(encoded, 8, 1, group))
-
-    assert positions(True) < 1.1 * real
-    assert positions(False) > 1.4 * real
+    lengths = encoded.lengths
+    served = sum(b["input_ids"].numel() for b in batches(encoded, 8, 1))
+    unsorted = sum(lengths[i : i + 8].max() * len(lengths[i : i + 8]) for i in range(0, 900, 8))
+    assert served < 1.1 * lengths.sum()
+    assert unsorted > 1.4 * lengths.sum()
     widths = [b["input_ids"].shape[1] for b in batches(encoded, 8, 1)]
     assert widths != sorted(widths) and widths != sorted(widths, reverse=True)
     sets = [{frozenset(b["index"].tolist()) for b in batches(encoded, 8, s)} for s in (1, 2)]
@@ -222,15 +218,6 @@ def test_tiny_corpus_and_wrong_lengths(tokenizer: Any) -> None:
     with pytest.raises(UserError, match=r"data\.public has no rows"):
         next(public_batches([], tokenizer, 2, 8, 1, 0))
     assert list(public_batches(["fox"], tokenizer, 2, 8, 0, 0)) == []
-
-
-def test_unpacked_public_batches(tokenizer: Any) -> None:
-    texts = list(sentences(10))
-    served = list(public_batches(texts, tokenizer, 4, 12, 7, 1, pack=False))
-    assert len(served) == 7
-    for epoch in (served[:3], served[3:6]):
-        assert sorted(i for b in epoch for i in b["index"].tolist()) == list(range(10))
-    assert all(b["input_ids"].shape[1] <= 12 and "labels" not in b for b in served)
 
 
 def png(seed: int) -> bytes:

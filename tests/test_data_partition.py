@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedpft_core import config as configs
 from fedpft_core.data.partition import SCHEMES, partition
 from fedpft_core.errors import UserError
 
@@ -90,6 +91,10 @@ def test_dirichlet_rows_of_a_class_are_shuffled_first() -> None:
     labels = np.zeros(1000, dtype=np.int64)
     for part in partition(labels, 4, "dirichlet", 1000.0, 0):
         assert (np.diff(part) == 1).mean() < 0.5
+
+
+def test_every_scheme_can_be_configured() -> None:
+    assert configs.keys()["federation.partition"].choices == SCHEMES
 
 
 def test_shards_hold_few_classes_and_lose_no_row() -> None:

@@ -122,7 +122,6 @@ def batches(
     encoded: Encoded,
     batch_size: int,
     generator_seed: int | None,
-    group_by_length: bool = True,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Serve every row exactly once, in ceil(rows / batch_size) batches.
 
@@ -132,7 +131,6 @@ def batches(
         generator_seed: with a seed, rows are shuffled, cut into pools, sorted by length within
             each pool, cut into batches, and the batches shuffled: a function of the seed alone.
             With None, the longest rows come first and nothing is random (for evaluation).
-        group_by_length: False leaves out the sorting in both cases.
 
     Yields:
         For texts ``input_ids``, ``attention_mask`` and, where the tokenizer has them,
@@ -142,7 +140,7 @@ def batches(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}")
-    for rows in _batch_rows(encoded.lengths, batch_size, generator_seed, group_by_length):
+    for rows in _batch_rows(encoded.lengths, batch_size, generator_seed):
         yield _collate(encoded, rows)
 
 
@@ -153,24 +151,22 @@ def public_batches(
     length: int,
     steps: int,
     seed: int,
-    pack: bool = True,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Serve unlabelled rows for distillation, as often over as ``steps`` batches take.
 
     Args:
-        texts: texts, encoded images, or (packed only) texts from :func:`tokenise_public`.
+        texts: texts, encoded images, or texts from :func:`tokenise_public`.
         processor: a Hugging Face tokenizer for texts, an image processor for images.
         batch_size: B.
         length: tokens per row, special tokens included.
         steps: number of batches.
         seed: the rows' order, drawn anew every time all have been served, is a function of it.
-        pack: texts are strung together in that order and cut into rows of exactly ``length``
-            tokens, each framed by the tokenizer's special tokens, so that no step is spent on
-            padding. False: each text is a row of its own, truncated, batches grouped by length.
 
     Yields:
-        Exactly ``steps`` batches as from :func:`batches`, without labels, and packed ones without
-        ``index``. Packed batches always have B rows; so have batches of images.
+        Exactly ``steps`` batches of B rows as from :func:`batches`, without labels, and of texts
+        without ``index``. Texts are strung together in that order and cut into rows of exactly
+        ``length`` tokens, each framed by the tokenizer's special tokens, so that no step is spent
+        on padding.
 
     Raises:
         UserError: there is no text (or none with a token), or an image cannot be decoded.
@@ -183,20 +179,8 @@ def public_batches(
         return
     if isinstance(texts[0], bytes):
         yield from _image_stream(texts, processor, batch_size, steps, seed)
-    elif pack:
-        yield from _packed_stream(texts, processor, batch_size, length, steps, seed)
     else:
-        encoded = _encode(texts, None, processor, length)
-        served = 0
-        epoch = 0
-        while served < steps:
-            epoch_seed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-            for batch in batches(encoded, batch_size, epoch_seed):
-                if served == steps:
-                    return
-                served += 1
-                yield batch
-            epoch += 1
+        yield from _packed_stream(texts, processor, batch_size, length, steps, seed)
 
 
 def tokenise_public(texts: Sequence[Any], tokenizer: Any) -> list[np.ndarray]:
@@ -324,22 +308,19 @@ def _scale_and_shift(processor: Any) -> Any:
     return (factor / deviation).float(), (-mean / deviation).float()
 
 
-def _batch_rows(
-    lengths: np.ndarray, batch_size: int, seed: int | None, group: bool
-) -> Iterator[np.ndarray]:
+def _batch_rows(lengths: np.ndarray, batch_size: int, seed: int | None) -> Iterator[np.ndarray]:
     rows = len(lengths)
     if seed is None:
-        order = np.argsort(-lengths, kind="stable") if group else np.arange(rows)
+        order = np.argsort(-lengths, kind="stable")
         for start in range(0, rows, batch_size):
             yield order[start : start + batch_size]
         return
     rng = np.random.default_rng(seed)
     order = rng.permutation(rows)
-    if group:
-        pool = batch_size * max(1, min(_POOL_BATCHES, rows // (batch_size * _MIN_POOLS)))
-        for start in range(0, rows, pool):
-            inside = order[start : start + pool]
-            order[start : start + pool] = inside[np.argsort(-lengths[inside], kind="stable")]
+    pool = batch_size * max(1, min(_POOL_BATCHES, rows // (batch_size * _MIN_POOLS)))
+    for start in range(0, rows, pool):
+        inside = order[start : start + pool]
+        order[start : start + pool] = inside[np.argsort(-lengths[inside], kind="stable")]
     starts = np.arange(0, rows, batch_size)
     for start in rng.permutation(starts):
         yield order[start : start + batch_size]
