@@ -249,7 +249,7 @@ class TrainConfig:
 class FederationConfig:
     """Rounds, sampling and partitions."""
 
-    rounds: int = _key(6, "rounds T", low=1)
+    rounds: int = _key(10, "rounds T", low=1)
     aggregate: str = _key(
         "average",
         "what becomes of the clients' adapters: `average` (FedAvg) or `none` (each of "
@@ -345,7 +345,10 @@ class RunConfig:
         choices=("test", "validation"),
     )
     evaluate_every: int = _key(
-        1, "rounds between evaluations of both models; the last round always is", low=1
+        2,
+        "rounds between evaluations of both models, from the start on; the last round always is, "
+        "and alone when this is more than federation.rounds",
+        low=1,
     )
     eval_batch_size: int = _key(64, "rows per evaluation batch", low=1)
     baselines: bool = _key(True, "also score a linear probe and TF-IDF")

@@ -92,7 +92,7 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
         proxycache.distil(bench)
         state = bench.fresh_state(bench.repack(package))
         bench.agreement(0, "start", start=True)
-        if config.run.evaluate_every == 1:
+        if config.run.evaluate_every <= f.rounds:
             bench.score(0, "proxy")
             bench.score(0, "fm")
 

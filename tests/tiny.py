@@ -288,6 +288,7 @@ def write_task(family: str, path: Path, rows: int = 240) -> dict[str, Any]:
         "federation.clients": 4,
         "federation.clients-per-round": 3,
         "run.threads": 1,
+        "run.evaluate-every": 1,
         "run.baselines": False,
         "run.undistilled": False,
     }
