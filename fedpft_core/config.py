@@ -296,7 +296,7 @@ class PlugConfig:
         "paper)",
         choices=("better", "validation", "public", "none"),
     )
-    rows: int = _key(128, "rows it is refitted on", low=1)
+    rows: int = _key(512, "rows it is refitted on at most", low=1)
     ridge: float = _key(
         1.0, "pull of the refitted head towards the trained one, as a share of the features' "
         "mean square", above=0.0,

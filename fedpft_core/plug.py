@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -122,7 +123,7 @@ def refit_head(
     proxy: nn.Module,
     rows: Callable[[], Iterable[Batch]],
     ridge: float,
-    labelled: Callable[[], Iterable[Batch]] | None = None,
+    judge: Callable[[], Iterable[Batch]] | None = None,
 ) -> Refit:
     """Refit the FM's head, in place, to the features it has with the adapter now plugged in.
 
@@ -130,21 +131,28 @@ def refit_head(
 
     Args:
         fm, proxy: with the same adapter plugged in.
-        rows: gives the same unlabelled rows each time it is called.
+        rows: gives the same rows, at least one, each time it is called. The fit does not look at
+            labels.
         ridge: see :func:`fit`.
-        labelled: gives the same rows with labels each time it is called. The refitted head is then
-            taken only if it labels more of them right than the head as trained.
+        judge: likewise gives rows, or none, that are not fitted to. With it, all rows carry labels,
+            and the refitted head is taken only if it labels more of them right than the head as
+            trained; those fitted to are judged by a head refitted to the other half of them.
     """
-    found = fit(features(fm, rows()), features(proxy, rows()), ridge)
-    head = last_linear(fm)
+    f_S = features(proxy, rows())
+    # One pass over all rows serves the fit and both heads.
+    f_T = features(fm, chain(rows(), judge() if judge else ()))
+    head, n = last_linear(fm), len(f_S)
+    found = fit(f_T[:n], f_S, ridge)
     weight, bias = turned(head, found)
     before = after = None
-    if labelled is not None:
-        # One pass serves both heads: what they read is the same.
-        read = features(fm, labelled())
-        labels = torch.cat([batch["labels"] for batch in labelled()])
-        before = _right(read, labels, head.weight, head.bias)
-        after = _right(read, labels, weight, bias)
+    if judge is not None:
+        labels = torch.cat([batch["labels"] for batch in chain(rows(), judge())])
+        before = _right(f_T, labels, head.weight, head.bias)
+        after = _right(f_T[n:], labels[n:], weight, bias)
+        # No row is judged by a map that was fitted to it. Rows come by length: halves alternate.
+        for fitted, unseen in ((slice(0, n, 2), slice(1, n, 2)), (slice(1, n, 2), slice(0, n, 2))):
+            other = turned(head, fit(f_T[fitted], f_S[fitted], ridge)) if n > 1 else (weight, bias)
+            after += _right(f_T[unseen], labels[unseen], *other)
     taken = before is None or after is None or after > before
     if taken:
         head.weight.copy_(weight)

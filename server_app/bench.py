@@ -232,11 +232,9 @@ class Bench:
         """Refit the FM's head to the adapter now plugged in; returns whether it is another now."""
         if not self.refits:
             return False
-        start, p, size = time.perf_counter(), self.config.plug, self.config.run.eval_batch_size
-        result = plug.refit_head(
-            self.fm, self.proxy, self._refit_rows, p.ridge,
-            (lambda: batches(self.validation_rows, size, None)) if p.refit == "better" else None,
-        )  # fmt: skip
+        start, p = time.perf_counter(), self.config.plug
+        judge = (lambda: self._refit_rows(others=True)) if p.refit == "better" else None
+        result = plug.refit_head(self.fm, self.proxy, self._refit_rows, p.ridge, judge)
         (events or self.events).emit(
             "refit", round=round, source=p.refit, error_before=result.map.error_before,
             error_after=result.map.error_after, right_before=result.right_before,
@@ -245,15 +243,16 @@ class Bench:
         )  # fmt: skip
         return result.taken
 
-    def _refit_rows(self) -> Iterable[Any]:
-        """The same unlabelled batches each time."""
+    def _refit_rows(self, others: bool = False) -> Iterable[Any]:
+        """The batches to fit to, the same each time, or those of the other validation rows."""
         n = self.config.plug.rows
         if self.config.plug.refit == "public":
             steps = math.ceil(n / self.config.distill.batch_size)
             return self._public_batches(steps, "refit")
         stream = numpy_stream(self.config.run.seed, "refit-rows")
-        rows = self.validation_rows.select(stream.permutation(len(self.task.validation))[:n])
-        return batches(replace(rows, labels=None), self.config.run.eval_batch_size, None)
+        order = stream.permutation(len(self.task.validation))
+        rows = self.validation_rows.select(order[n:] if others else order[:n])
+        return batches(rows, self.config.run.eval_batch_size, None)
 
     def score_validation(self, round: int) -> None:
         """Score proxy and product on the server's validation rows, on which settings are chosen."""

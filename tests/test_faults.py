@@ -678,7 +678,7 @@ def test_8_best_checkpoint_chosen_on_test_data(
         result = score(self, round, which)
         if round == 0 and which == "proxy":
             best.clear()
-        if which == "fm" and result.accuracy > best.get("accuracy", -1.0):
+        if which != "proxy" and result.accuracy > best.get("accuracy", -1.0):
             best.update(accuracy=result.accuracy, adapter=adapters.read(self.fm))
         return result
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import nn
 from client_app.node import client_for
 from fedpft_core import adapters, config, sub_fm
 from fedpft_core.client import Client, ProcessCache
-from fedpft_core.data.batches import Encoded, batches, encode, public_batches
+from fedpft_core.data.batches import Encoded, batches, encode
 from fedpft_core.data.tasks import Examples
 from fedpft_core.events import EventLog, read_events
 from fedpft_core.exchange import Envelope, open_envelope
@@ -381,9 +383,9 @@ def batch_of(family: str, rows: int = 7, seed: int = 3) -> dict[str, torch.Tenso
 
 def public(family: str, steps: int, rows: int = 8, seed: int = 4) -> list[dict[str, torch.Tensor]]:
     """Unlabelled batches; texts are not packed, so that there is padding."""
-    made = examples(family, 5 * rows, seed)
-    stream = public_batches(made.inputs, processor(family), rows, 16, steps, seed, pack=False)
-    return list(stream)
+    made = replace(encoded(family, 5 * rows, seed), labels=None)
+    epochs = (batches(made, rows, seed + i) for i in range(steps))
+    return list(islice(chain.from_iterable(epochs), steps))
 
 
 def double(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
