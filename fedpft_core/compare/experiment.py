@@ -46,7 +46,7 @@ NO_RESULT = (
 )  # fmt: skip
 # What a run did that is older than a key: today's default, but for these.
 _ABSENT = {name: info.default for name, info in configs.keys().items()} | {
-    "plug.refit": "none", "distill.fit-batches": 40, "distill.ridge": 1e-3
+    "plug.refit": "none", "plug.rows": 128, "distill.fit-batches": 40, "distill.ridge": 1e-3
 }  # fmt: skip
 # What all methods must have alike for their difference to mean anything; steps are compared as
 # rounds times steps, since a one-shot method makes them all in one round.
