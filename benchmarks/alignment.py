@@ -1,8 +1,9 @@
 """Which alignment brings proxy and FM together for the least compute, at the start and at a tuned
 adapter.
 
-`python benchmarks/alignment.py TRAIN TEST [--out FILE] [--only NAME]` prints two Markdown tables.
-Rows found in FILE (JSON lines) are not computed again; NAME ("before sgd *") may be repeated.
+`python benchmarks/alignment.py TRAIN TEST [--out FILE] [--seed N] [--only NAME]` prints two
+Markdown tables. Rows found in FILE (JSON lines, a folder for each seed) are not computed again;
+NAME ("before sgd *") may be repeated.
 Seconds are processor time of the alignment alone, one thread. The tuned adapter is the last of a
 federation on the sub-FM distilled as in the paper, so every row is measured at the same place.
 """
@@ -51,6 +52,7 @@ BASE: dict[str, Any] = {
     "run.undistilled": False,
     "run.evaluate-every": 100,
     "run.gradient-rows": 128,
+    "plug.refit": "none",
 }
 # name: method, optimiser steps, keys of distill
 BEFORE: dict[str, tuple[str, int, dict[str, Any]]] = {
@@ -119,8 +121,9 @@ DURING: dict[str, tuple[str, int, dict[str, Any], str, float]] = {
 class Study:
     """MiniLM, its sub-FM and a tuned adapter."""
 
-    def __init__(self, train: str, test: str, work: Path) -> None:
+    def __init__(self, train: str, test: str, seed: int, work: Path) -> None:
         flat = BASE | {"data.train": train, "data.test": test, "run.dir": str(work / "run")}
+        flat["run.seed"] = seed
         self.config = config.from_flat(flat)
         if not (work / "run" / "adapter").exists():
             clients = {
@@ -163,7 +166,8 @@ class Study:
 
         job = alignment.Job(
             b.fm, b.proxy, b.plan, rows, d,
-            steps=steps, lr=d.lr, alpha=d.alpha if chosen is None else 0.0, chosen=chosen, seed=1,
+            steps=steps, lr=d.lr, alpha=d.alpha if chosen is None else 0.0, chosen=chosen,
+            seed=self.config.run.seed + 1,
         )  # fmt: skip
         start = time.process_time()
         alignment.run(method, job)
@@ -248,13 +252,14 @@ def main() -> None:
     parser.add_argument("train")
     parser.add_argument("test")
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", action="append", default=[])
     args = parser.parse_args()
     torch.set_num_threads(1)
     work = args.out.parent if args.out else Path(tempfile.mkdtemp())
     out = args.out or work / "rows.jsonl"
     done = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    study = Study(args.train, args.test, work)
+    study = Study(args.train, args.test, args.seed, work)
     print(f"std of B in the tuned adapter {study.size:.4f}, norm {adapters.norm(study.tuned):.2f}")
     for kind, names, work_of in (
         ("before", BEFORE, study.before), ("during", DURING, study.during),
