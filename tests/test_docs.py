@@ -73,3 +73,50 @@ def test_no_data_weights_or_pickles_are_committed() -> None:
     ).stdout.splitlines()
     bad = [f for f in files if re.search(r"\.(safetensors|pkl|pt|bin|parquet|npy|npz)$", f)]
     assert not bad
+
+
+def cells_of(table: str) -> list[list[str]]:
+    """Markdown table rows as stripped cells, head and rule left out."""
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    return [[c.strip() for c in row.strip("|").split(" | ")] for row in rows[2:]]
+
+
+def section(text: str, title: str) -> str:
+    return text.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def results() -> str:
+    return (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+
+
+def made() -> dict[str, str]:
+    """The tables that `fedpft compare --check` holds against the cells, by experiment."""
+    return {p.parent.name: p.read_text("utf-8") for p in (ROOT / "experiments").glob("*/table.md")}
+
+
+def test_every_spread_quoted_was_measured() -> None:
+    quoted = set(re.findall(r"[-+]?\d+\.\d ± \d+\.\d", results()))
+    assert len(quoted) > 20
+    tables = "\n".join(made().values())
+    assert not {q for q in quoted if q not in tables}
+
+
+@pytest.mark.parametrize(("title", "name"), [("Main table", "main"), ("Longer", "longer")])
+def test_quoted_tables_say_what_the_cells_say(title: str, name: str) -> None:
+    """Each line of a table by data set, with the head as trained in brackets."""
+    by_method: dict[str, list[str]] = {}
+    for method, head, *accuracies in cells_of(section(made()[name], "Methods by data set")):
+        method = method.removesuffix(" on the FM").lower()
+        if head:
+            pairs = zip(by_method[method], accuracies, strict=True)
+            # The brackets have the mean alone.
+            accuracies = [f"{a} ({b.split(' ± ')[0]})" if b else a for a, b in pairs]
+        by_method[method] = accuracies
+    found = {
+        row[0].replace("_", "-").lower(): row[1:]
+        for row in cells_of(section(results(), title))
+        if len(row) > 6
+    }
+    assert len(found) >= 3
+    for method, accuracies in found.items():
+        assert accuracies == by_method[method], method
