@@ -52,7 +52,7 @@ PREDICTORS = (
     Predictor("gradients at the start", "1 − cosine", _disagreement("cosine_start")),
     Predictor("gradients at the end", "1 − cosine", _disagreement("cosine_end")),
     Predictor("gradients at the end, distance", "relative L2", end_of("agreement", "relative_l2")),
-    Predictor("output error", "of the pruned blocks, after the last alignment", _last_error),
+    Predictor("output error", "pruned blocks, last alignment", _last_error),
     Predictor(
         "features the head reads", "distance over variance", lambda r: r.get("refit_error_before")
     ),
