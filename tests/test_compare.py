@@ -374,8 +374,11 @@ def test_check_sees_a_changed_table(
         file = tmp_path / "grid" / name
         good = file.read_text()
         file.write_text(good.replace("50", "51", 1))
-        assert main(["compare", "--check", str(path)]) == 1
-        assert f"{name} is not what" in capsys.readouterr().err
+        # The others are looked at all the same.
+        other = experiment(tmp_path / "other")
+        assert main(["compare", "--check", str(path), str(other)]) == 1
+        told = capsys.readouterr()
+        assert f"{name} is not what" in told.err and f"{other}: no cells yet" in told.out
         file.write_text(good)
     # A setting changed since says which: the table would be empty, and nobody would know why.
     tree = yaml.safe_load(path.read_text())

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import RunError, UserError
+from ..errors import UserError
 from .experiment import Experiment, Point
 from .results import CELLS, Results
 
@@ -49,7 +49,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(args: argparse.Namespace, console: Console) -> int:
-    """Returns 1 when a cell failed. Raises UserError or RunError with one sentence."""
+    """Returns 1 when a cell failed or a table is stale. Raises UserError with one sentence."""
     from . import tables
 
     if args.results and len(args.experiment) > 1:
@@ -141,6 +141,7 @@ def texts(experiment: Experiment, results: Results) -> list[tuple[str, str]]:
 
 
 def _check(jobs: list[tuple[Path, Experiment, Path]]) -> int:
+    status = 0
     for path, experiment, folder in jobs:
         results = Results(folder)
         if not results.rows:
@@ -150,12 +151,16 @@ def _check(jobs: list[tuple[Path, Experiment, Path]]) -> int:
             file = folder / name
             if not file.is_file() or file.read_text(encoding="utf-8") != text:
                 why = " ".join(_strays(experiment, results))
-                raise RunError(
-                    f"{file} is not what {folder / CELLS} says; `fedpft compare {path} --write` "
-                    f"renews it.{' ' if why else ''}{why}"
+                print(
+                    f"fedpft: error: {file} is not what {folder / CELLS} says; "
+                    f"`fedpft compare {path} --write` renews it.{' ' if why else ''}{why}",
+                    file=sys.stderr,
                 )
-        print(f"{path}: up to date")
-    return 0
+                status = 1
+                break
+        else:
+            print(f"{path}: up to date")
+    return status
 
 
 def _strays(experiment: Experiment, results: Results) -> list[str]:
