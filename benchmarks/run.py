@@ -252,7 +252,7 @@ BENCHES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[*BENCHES, []], default=list(BENCHES))
+    parser.add_argument("names", nargs="*", choices=[*BENCHES, []])
     names = parser.parse_args().names or list(BENCHES)
     torch.set_num_threads(1)
     print("| what | measured | result | goal |\n|---|---|---|---|")

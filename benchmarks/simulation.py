@@ -98,7 +98,7 @@ BENCHES = {"round": bench_round, "nodes": bench_nodes}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[*BENCHES, []], default=list(BENCHES))
+    parser.add_argument("names", nargs="*", choices=[*BENCHES, []])
     for name in parser.parse_args().names or list(BENCHES):
         with tempfile.TemporaryDirectory() as folder:
             print(f"\n## {name}\n", flush=True)
