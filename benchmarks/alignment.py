@@ -26,12 +26,16 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from client_app.node import client_for
-from fedpft_core import adapters, alignment, config, distill, measure, selection
+from fedpft_core import config
+from fedpft_core.adapter import lora as adapters
+from fedpft_core.align import distill, selection
+from fedpft_core.align import method as alignment
 from fedpft_core.data.batches import encode, public_batches
-from fedpft_core.events import EventLog
-from fedpft_core.training import count_inactive, evaluate
+from fedpft_core.train import agreement as measure
+from fedpft_core.train.tune import count_inactive, evaluate
 from server_app.app import run
 from server_app.bench import Bench, public_stream
+from server_app.run.events import EventLog
 from server_app.transport import LocalTransport
 
 BASE: dict[str, Any] = {

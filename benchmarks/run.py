@@ -23,10 +23,17 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fedpft_core import adapters, config, distill, exchange, inspect, models, sub_fm, training
+from fedpft_core import config
+from fedpft_core.adapter import lora as adapters
+from fedpft_core.align import distill
 from fedpft_core.data.batches import encode, public_batches
 from fedpft_core.data.public import load_public
 from fedpft_core.data.tasks import load_task
+from fedpft_core.model import load as models
+from fedpft_core.proxy import cost as inspect
+from fedpft_core.proxy import plan as sub_fm
+from fedpft_core.train import tune as training
+from fedpft_core.wire import messages as exchange
 
 REPEATS = 7
 

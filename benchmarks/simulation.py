@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny
 
 from fedpft_core.config import write_yaml
-from fedpft_core.events import read_events
+from server_app.run.events import read_events
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,7 +33,7 @@ def simulate(folder: Path, flat: dict[str, Any]) -> tuple[list[dict[str, Any]], 
     write_yaml(folder / "run.yaml", flat)
     start = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "fedpft_core.cli", "run", "--quiet", "--config",
+        [sys.executable, "-m", "fedpft_console.cli", "run", "--quiet", "--config",
          str(folder / "run.yaml"), "--run-dir", str(folder / "run")],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip

@@ -76,11 +76,11 @@ def child(folder: Path) -> None:
     from transformers import BertForSequenceClassification  # noqa: F401
 
     clock.lap("imports of the app")
+    from client_app import client as module
     from client_app.node import client_for
-    from fedpft_core import client as module
-    from fedpft_core import wire
-    from fedpft_core.exchange import Envelope
-    from fedpft_core.store import Store
+    from client_app.store import Store
+    from fedpft_core.wire import flower as wire
+    from fedpft_core.wire.messages import Envelope
 
     saved = json.loads((folder / "message.json").read_text())
     parts = {p.name: p.read_bytes() for p in (folder / "parts").iterdir()}
@@ -137,13 +137,16 @@ def one(checkout: Path, folder: Path) -> dict[str, float]:
 
 def prepare(folder: Path, steps: int) -> None:
     """A node's data file, its configuration, and a training message for what it has in store."""
-    from fedpft_core import adapters, config, models, sub_fm
+    from client_app.store import Store
+    from fedpft_core import config
+    from fedpft_core.adapter import lora as adapters
     from fedpft_core.data.partition import partition
     from fedpft_core.data.tasks import load_task
-    from fedpft_core.exchange import TrainRequest, seal
-    from fedpft_core.proxy import make_package
-    from fedpft_core.store import Store
-    from fedpft_core.training import LocalSettings
+    from fedpft_core.model import load as models
+    from fedpft_core.proxy import plan as sub_fm
+    from fedpft_core.proxy.package import make_package
+    from fedpft_core.train.tune import LocalSettings
+    from fedpft_core.wire.messages import TrainRequest, seal
 
     cfg = config.Config()
     task = load_task(cfg.data, 0)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedpft_core import codec
+from fedpft_core.wire import codec
 
 Tensors = dict[str, Tensor]
 ROUNDS = 10
@@ -84,9 +84,12 @@ def errors(base: Tensors, fmt: str) -> tuple[float, float]:
 
 def default_run() -> tuple[int, dict[str, Any]]:
     """Bytes of the package of the default run, and its shape as arguments."""
-    from fedpft_core import adapters, config, models, sub_fm
+    from fedpft_core import config
+    from fedpft_core.adapter import lora as adapters
     from fedpft_core.data.tasks import load_task
-    from fedpft_core.proxy import make_package
+    from fedpft_core.model import load as models
+    from fedpft_core.proxy import plan as sub_fm
+    from fedpft_core.proxy.package import make_package
 
     cfg = config.Config()
     task = load_task(cfg.data, cfg.run.seed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedpft_core.startup import collector_paused
+from client_app.startup import collector_paused
 
 # In a deployment each message starts a new process, and most of its cost are these imports. The
 # model's own module belongs to them, though it is used only once a message names its family.
@@ -17,9 +17,9 @@ with collector_paused(freeze=True):
     import transformers.modeling_utils  # noqa: F401
 
     from client_app.node import client_for
-    from fedpft_core import wire
     from fedpft_core.errors import ReplyError, UserError
-    from fedpft_core.exchange import Envelope, RefusalReply, seal
+    from fedpft_core.wire import flower as wire
+    from fedpft_core.wire.messages import Envelope, RefusalReply, seal
 
 app = ClientApp()
 

@@ -7,15 +7,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from client_app.client import Client
+from client_app.rowcache import RowCache, content_of_file, folds_of, held_out, key_of
+from client_app.store import Store
 from fedpft_core import config as configs
-from fedpft_core.client import Client
 from fedpft_core.data.partition import partition
-from fedpft_core.data.rowcache import RowCache, content_of_file, folds_of, held_out, key_of
 from fedpft_core.data.tasks import Examples, Task, load_examples, load_task
 from fedpft_core.errors import UserError
 from fedpft_core.seeds import derive
-from fedpft_core.store import Store
-from fedpft_core.training import pick_device
+from fedpft_core.train.tune import pick_device
 
 _MOST_HELD_OUT = 0.9
 

@@ -215,7 +215,7 @@ def data(state: Path) -> None:
     from fedpft_core.data import builtin
     from fedpft_core.data.partition import partition
     from fedpft_core.data.tasks import load_task
-    from fedpft_core.models import minilm_folder
+    from fedpft_core.model.load import minilm_folder
 
     server = state / "server"
     server.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 _ROOT = Path(__file__).parent
+_ROOMS = {"saliency": "proxy/saliency", "alignment": "align/method", "selection": "align/selection"}
 
 
 def names(folder: str) -> tuple[str, ...]:
@@ -33,8 +34,10 @@ def load(folder: str, name: str) -> ModuleType:
     """The module of a choice. Raises KeyError for a name that is none."""
     if name not in names(folder):
         raise KeyError(f"{folder} has no {name!r}")
-    return importlib.import_module(f".{folder}.{name.replace('-', '_')}", __package__)
+    return importlib.import_module(
+        f"fedpft_core.{_ROOMS[folder].replace('/', '.')}.{name.replace('-', '_')}"
+    )
 
 
 def _files(folder: str) -> list[Path]:
-    return sorted(p for p in (_ROOT / folder).glob("*.py") if not p.stem.startswith("_"))
+    return sorted(p for p in (_ROOT / _ROOMS[folder]).glob("*.py") if not p.stem.startswith("_"))

@@ -11,17 +11,21 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedpft_core import __version__, adapters, alignment, baselines, selection
+from fedpft_core import __version__
 from fedpft_core import config as configs
+from fedpft_core.adapter import lora as adapters
+from fedpft_core.align import method as alignment
+from fedpft_core.align import selection
 from fedpft_core.config import Config
 from fedpft_core.errors import RunError, UserError
-from fedpft_core.events import EventLog
-from fedpft_core.training import evaluate
-from server_app import proxycache
+from fedpft_core.train import baselines
+from fedpft_core.train.tune import evaluate
 from server_app.bench import Bench, peak_rss_bytes, phase
-from server_app.checkpoint import Checkpoints
 from server_app.local import local_only
-from server_app.runfolder import RunFolder
+from server_app.run import proxycache
+from server_app.run.checkpoint import Checkpoints
+from server_app.run.events import EventLog
+from server_app.run.folder import RunFolder
 from server_app.strategy import Events, State, Strategy
 from server_app.transport import FlowerTransport, Transport
 

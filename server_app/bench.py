@@ -16,27 +16,24 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from fedpft_core import (
-    adapters,
-    alignment,
-    distill,
-    inspect,
-    measure,
-    models,
-    plug,
-    selection,
-    sub_fm,
-)
+from fedpft_core.adapter import lora as adapters
+from fedpft_core.adapter import plug
+from fedpft_core.align import distill, selection
+from fedpft_core.align import method as alignment
 from fedpft_core.config import Config
 from fedpft_core.data.batches import Encoded, batches, encode, public_batches, tokenise_public
 from fedpft_core.data.public import load_public
 from fedpft_core.data.tasks import Task, load_task
 from fedpft_core.errors import RunError, UserError
-from fedpft_core.exchange import Package, tensor_digest
-from fedpft_core.families import base_model
-from fedpft_core.proxy import make_package, make_patch
+from fedpft_core.model import load as models
+from fedpft_core.model.families import base_model
+from fedpft_core.proxy import cost as inspect
+from fedpft_core.proxy import plan as sub_fm
+from fedpft_core.proxy.package import make_package, make_patch
 from fedpft_core.seeds import derive, numpy_stream
-from fedpft_core.training import Counts, Score, evaluate, pick_device
+from fedpft_core.train import agreement as measure
+from fedpft_core.train.tune import Counts, Score, evaluate, pick_device
+from fedpft_core.wire.messages import Package, tensor_digest
 from server_app.strategy import Events, State
 
 Tensors = dict[str, Tensor]

@@ -16,11 +16,14 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fedpft_core import codec
-from fedpft_core.adapters import clip_change
+from fedpft_core.adapter.lora import clip_change
 from fedpft_core.config import Config
 from fedpft_core.errors import ReplyError, RunError
-from fedpft_core.exchange import (
+from fedpft_core.proxy.plan import Plan
+from fedpft_core.seeds import numpy_stream
+from fedpft_core.train.tune import Counts, LocalSettings
+from fedpft_core.wire import codec
+from fedpft_core.wire.messages import (
     Average,
     Envelope,
     Expected,
@@ -41,9 +44,6 @@ from fedpft_core.exchange import (
     useful,
     validate,
 )
-from fedpft_core.seeds import numpy_stream
-from fedpft_core.sub_fm import Plan
-from fedpft_core.training import Counts, LocalSettings
 from server_app.transport import Transport
 
 Tensors = dict[str, Tensor]

@@ -11,9 +11,9 @@ import torch
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
-from fedpft_core import wire
 from fedpft_core.errors import ReplyError
-from fedpft_core.exchange import Envelope, Failure
+from fedpft_core.wire import flower as wire
+from fedpft_core.wire.messages import Envelope, Failure
 
 OnReply = Callable[[int, "Envelope | Failure"], None]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fedpft_core.exchange import Envelope, Expected, checksum
+from fedpft_core.wire.messages import Envelope, Expected, checksum
 
 _NUMPY = {
     "F32": np.float32,

@@ -20,10 +20,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedpft_core import codec
 from fedpft_core import config as configs
 from fedpft_core.config import Config
-from fedpft_core.exchange import (
+from fedpft_core.proxy.package import PatchedWeights, apply_patch
+from fedpft_core.proxy.plan import BlockPlan, Plan
+from fedpft_core.seeds import torch_stream
+from fedpft_core.wire import codec
+from fedpft_core.wire.messages import (
     Envelope,
     Expected,
     Failure,
@@ -40,9 +43,6 @@ from fedpft_core.exchange import (
     seal,
     tensor_digest,
 )
-from fedpft_core.proxy import PatchedWeights, apply_patch
-from fedpft_core.seeds import torch_stream
-from fedpft_core.sub_fm import BlockPlan, Plan
 from server_app.strategy import State
 from server_app.transport import OnReply
 

@@ -30,9 +30,9 @@ import tiny
 import torch
 
 from fedpft_core import config as configs
-from fedpft_core.events import read_events
 from server_app.app import run
-from server_app.runfolder import RunFolder
+from server_app.run.events import read_events
+from server_app.run.folder import RunFolder
 
 # Events that must be the same whatever happened on the way, and what of them may differ.
 COMPARED = ("round_finished", "reply", "bytes", "evaluation", "adapter", "alignment", "distilled")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fedpft_core.data.batches import Encoded, batches
-from fedpft_core.families import FFN, base_model, family_of
-from fedpft_core.sub_fm import Plan
+from fedpft_core.model.families import FFN, base_model, family_of
+from fedpft_core.proxy.plan import Plan
 
 
 def saliency(ffn: FFN) -> list[float]:

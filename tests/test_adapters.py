@@ -11,11 +11,12 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from fedpft_core import adapters, sub_fm
-from fedpft_core.adapters import AdapterSpec
+from fedpft_core.adapter import lora as adapters
+from fedpft_core.adapter.lora import AdapterSpec
 from fedpft_core.config import LoraConfig
-from fedpft_core.families import family_of
-from fedpft_core.training import logits
+from fedpft_core.model.families import family_of
+from fedpft_core.proxy import plan as sub_fm
+from fedpft_core.train.tune import logits
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 

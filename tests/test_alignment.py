@@ -12,11 +12,15 @@ import pytest
 import tiny
 import torch
 
-from fedpft_core import adapters, alignment, config, distill, registry, sub_fm
-from fedpft_core.alignment import Job, block_local, closed_form, gradient
+from fedpft_core import config, registry
+from fedpft_core.adapter import lora as adapters
+from fedpft_core.align import distill
+from fedpft_core.align import method as alignment
+from fedpft_core.align.method import Job, block_local, closed_form, gradient
 from fedpft_core.config import DistillConfig
 from fedpft_core.errors import UserError
-from fedpft_core.families import FFN, family_of
+from fedpft_core.model.families import FFN, family_of
+from fedpft_core.proxy import plan as sub_fm
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 methods = pytest.mark.parametrize("method", registry.names("alignment"))

@@ -16,13 +16,13 @@ import fabricate
 import pytest
 import torch
 
-from fedpft_core import codec
 from fedpft_core.errors import RunError, UserError
-from fedpft_core.events import EventLog, read_events
-from fedpft_core.proxy import PatchedWeights
-from server_app import checkpoint as checkpoint_module
-from server_app.checkpoint import Checkpoints
-from server_app.runfolder import RunFolder
+from fedpft_core.proxy.package import PatchedWeights
+from fedpft_core.wire import codec
+from server_app.run import checkpoint as checkpoint_module
+from server_app.run.checkpoint import Checkpoints
+from server_app.run.events import EventLog, read_events
+from server_app.run.folder import RunFolder
 from server_app.strategy import State
 
 ROOT = Path(__file__).parents[1]

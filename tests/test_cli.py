@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import yaml
 
-from fedpft_core import cli, config, launch
+from fedpft_console import cli, launch
+from fedpft_core import config
 from fedpft_core.errors import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -412,7 +413,7 @@ def test_report_refuses_what_is_no_run_folder(capsys: pytest.CaptureFixture[str]
 def test_inspect_prints_the_tables_it_is_given(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = types.ModuleType("fedpft_core.inspect")
+    made = types.ModuleType("fedpft_core.proxy.cost")
 
     def inspect(settings: config.Config) -> dict[str, Any]:
         rows = [["0", "whole", 1536, 1_774_464, 0.5], ["all", "[b]", None, 10_646_784, 3.14159]]
@@ -421,7 +422,7 @@ def test_inspect_prints_the_tables_it_is_given(
         return {"title": "Sizes", "columns": columns, "rows": rows, "notes": [note]}
 
     made.inspect = inspect  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "fedpft_core.inspect", made)
+    monkeypatch.setitem(sys.modules, "fedpft_core.proxy.cost", made)
     assert cli.main(["inspect", "-c", "lora.rank=3"]) == 0
     out = capsys.readouterr().out
     for part in ("Sizes", "1,774,464", "3.14", "[b]", "rank 3 [x]"):
@@ -430,7 +431,7 @@ def test_inspect_prints_the_tables_it_is_given(
 
 def test_importing_the_command_is_cheap() -> None:
     code = (
-        "import sys, fedpft_core.cli; "
+        "import sys, fedpft_console.cli; "
         "heavy = {'torch', 'transformers', 'flwr', 'ray', 'numpy', 'matplotlib', 'yaml', 'rich'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )
@@ -443,7 +444,7 @@ def test_importing_the_command_is_cheap() -> None:
 
 def test_a_reader_that_goes_away_is_no_traceback() -> None:
     done = subprocess.run(
-        f"{sys.executable} -m fedpft_core.cli config | head -1", shell=True, cwd=ROOT,
+        f"{sys.executable} -m fedpft_console.cli config | head -1", shell=True, cwd=ROOT,
         capture_output=True, text=True,
     )  # fmt: skip
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr

@@ -19,12 +19,19 @@ import tiny
 import torch
 from torch import Tensor
 
+from client_app import client, rowcache
+from client_app.client import Client, ProcessCache
 from client_app.node import client_for
-from fedpft_core import adapters, client, codec, config, sub_fm
-from fedpft_core.client import Client, ProcessCache
-from fedpft_core.data import rowcache
+from client_app.store import Store
+from fedpft_core import config
+from fedpft_core.adapter import lora as adapters
 from fedpft_core.errors import UserError
-from fedpft_core.exchange import (
+from fedpft_core.model.families import family_of
+from fedpft_core.proxy import plan as sub_fm
+from fedpft_core.proxy.package import make_package, make_patch
+from fedpft_core.train.tune import LocalSettings
+from fedpft_core.wire import codec
+from fedpft_core.wire.messages import (
     Envelope,
     Hello,
     HelloReply,
@@ -39,10 +46,6 @@ from fedpft_core.exchange import (
     seal,
     tensor_digest,
 )
-from fedpft_core.families import family_of
-from fedpft_core.proxy import make_package, make_patch
-from fedpft_core.store import Store
-from fedpft_core.training import LocalSettings
 
 RUN = "0123456789abcdef"
 SETTINGS = LocalSettings(1e-2, 4, 1, 3, 0.0, 1.0, 1)

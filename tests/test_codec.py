@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedpft_core import codec
 from fedpft_core.errors import ReplyError
+from fedpft_core.wire import codec
 
 ROOT = Path(__file__).parents[1]
 # Largest error relative to the largest magnitude of the row (int8) or to the value (casts).

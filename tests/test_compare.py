@@ -12,10 +12,10 @@ import pytest
 import tiny
 import yaml
 
-from fedpft_core import compare
-from fedpft_core.cli import main
-from fedpft_core.compare import command, page, plots
-from fedpft_core.compare import run as runner
+from fedpft_console import compare
+from fedpft_console.cli import main
+from fedpft_console.compare import command, page, plots
+from fedpft_console.compare import run as runner
 from fedpft_core.errors import UserError
 
 FULL = {"plan": {"proxy": "full"}, "align": {"interval": 0}, "distill": {"method": "none"}}
@@ -152,11 +152,11 @@ def check_record(row: dict[str, Any]) -> None:
 
 def test_client_flops_are_those_of_the_steps(tmp_path: Path) -> None:
     """Against a sum over the batches clients trained on, written out."""
+    from client_app.client import ProcessCache
+    from fedpft_console.compare.record import summary
     from fedpft_core import config as configs
-    from fedpft_core.client import ProcessCache
-    from fedpft_core.compare.record import summary
-    from fedpft_core.families import family_of
-    from fedpft_core.inspect import block_cost
+    from fedpft_core.model.families import family_of
+    from fedpft_core.proxy.cost import block_cost
 
     flat = tiny.write_task("bert", tmp_path)
     flat |= {"train.local-steps": 0, "train.local-epochs": 1, "federation.rounds": 1}
@@ -177,7 +177,7 @@ def test_client_flops_are_those_of_the_steps(tmp_path: Path) -> None:
     mean = sum(lengths) / len(lengths)
     shapes = tiny.model("bert")
     plan = tiny.plan_for(shapes, keep_share=flat["plan.keep-share"])
-    from fedpft_core import sub_fm
+    from fedpft_core.proxy import plan as sub_fm
 
     blocks = list(family.block_list(sub_fm.build(shapes, plan)))
     step = sum(block_cost(family, b, mean, rank, width).step for b in blocks)  # type: ignore[arg-type]
@@ -395,7 +395,7 @@ def test_checking_is_quick_and_leaves_torch_alone() -> None:
     root = Path(__file__).parents[1]
     files = sorted(str(p) for p in (root / "experiments").glob("*.yaml"))
     program = (
-        "import sys\nfrom fedpft_core.cli import main\n"
+        "import sys\nfrom fedpft_console.cli import main\n"
         f"code = main(['compare', '--check', *{files!r}])\n"
         "print('torch' in sys.modules, code)"
     )

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from fedpft_core import compare
-from fedpft_core.compare import gap, lines, page, plots, tables
+from fedpft_console import compare
+from fedpft_console.compare import gap, lines, page, plots, tables
 
 FULL = {"plan": {"proxy": "full"}, "align": {"interval": 0}, "distill": {"method": "none"}}
 FM = {  # plugged-in accuracy by method, dataset and seed

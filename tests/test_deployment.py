@@ -22,13 +22,14 @@ import tiny
 from flwr.supercore.task_identity import TaskIdentity
 from test_flower import job
 
+from client_app.client import ProcessCache
 from client_app.node import client_for
-from fedpft_core import config, wire
-from fedpft_core.client import ProcessCache
+from fedpft_core import config
 from fedpft_core.errors import RunError, UserError
-from fedpft_core.events import EventLog, read_events
-from fedpft_core.exchange import Envelope, Failure, Hello, RefusalReply, open_envelope, seal
+from fedpft_core.wire import flower as wire
+from fedpft_core.wire.messages import Envelope, Failure, Hello, RefusalReply, open_envelope, seal
 from server_app.app import run as server_run
+from server_app.run.events import EventLog, read_events
 from server_app.transport import FlowerTransport, LocalTransport
 
 slow = pytest.mark.slow

@@ -12,11 +12,14 @@ import pytest
 import tiny
 import torch
 
-from fedpft_core import adapters, distill, proxy, sub_fm
+from fedpft_core.adapter import lora as adapters
+from fedpft_core.align import distill
 from fedpft_core.config import DistillConfig
-from fedpft_core.exchange import tensor_digest
-from fedpft_core.families import FFN, family_of
-from fedpft_core.training import real_positions
+from fedpft_core.model.families import FFN, family_of
+from fedpft_core.proxy import package as proxy
+from fedpft_core.proxy import plan as sub_fm
+from fedpft_core.train.tune import real_positions
+from fedpft_core.wire.messages import tensor_digest
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 

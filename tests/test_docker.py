@@ -265,7 +265,7 @@ class Without(PathFinder):
         if name.partition(".")[0] not in {sorted(blocked)!r}:
             return PathFinder.find_spec(name, path, target)
 sys.meta_path[sys.meta_path.index(PathFinder)] = Without
-import client_app.app, fedpft_core.client, fedpft_core.training, fedpft_core.proxy
+import client_app.app, client_app.client, fedpft_core.train.tune, fedpft_core.proxy.package
 import fedpft_core.data.tasks, fedpft_core.data.files, fedpft_core.data.batches
 """
     done = subprocess.run(
@@ -415,8 +415,8 @@ def test_a_kept_certificate_that_will_not_do_is_refused(
 
 def fake_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A small task, corpus and model in place of the built-in ones."""
-    from fedpft_core import models
     from fedpft_core.data import builtin, tasks
+    from fedpft_core.model import load as models
 
     def rows(count: int, start: int) -> Examples:
         labels = np.arange(count) % 4

@@ -19,9 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedpft_core import codec
 from fedpft_core.errors import ReplyError
-from fedpft_core.exchange import (
+from fedpft_core.proxy.package import apply_patch
+from fedpft_core.train.tune import Counts, LocalSettings
+from fedpft_core.wire import codec
+from fedpft_core.wire.messages import (
     Average,
     Envelope,
     Expected,
@@ -41,8 +43,6 @@ from fedpft_core.exchange import (
     useful,
     validate,
 )
-from fedpft_core.proxy import apply_patch
-from fedpft_core.training import Counts, LocalSettings
 
 # Corrupt replies in the default suite; FEDPFT_FUZZ sets another number.
 CASES = int(os.environ.get("FEDPFT_FUZZ", "50000"))

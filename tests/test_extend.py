@@ -35,7 +35,7 @@ print("ran")
 
 
 def test_the_page_works_as_written(tmp_path: Path) -> None:
-    for name in ("fedpft_core", "server_app", "client_app", "tests"):
+    for name in ("fedpft_core", "server_app", "client_app", "fedpft_console", "tests"):
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
@@ -56,7 +56,7 @@ def test_the_page_works_as_written(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.stdout.strip().endswith("ran"), done.stderr[-3000:]
     wrote = subprocess.run(
-        [sys.executable, "-m", "fedpft_core.cli", "config", "--write"],
+        [sys.executable, "-m", "fedpft_console.cli", "config", "--write"],
         cwd=tmp_path, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert wrote.returncode == 0, wrote.stderr[-3000:]

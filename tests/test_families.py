@@ -8,11 +8,11 @@ import pytest
 import tiny
 import torch
 
-from fedpft_core import adapters
+from fedpft_core.adapter import lora as adapters
 from fedpft_core.config import LoraConfig
 from fedpft_core.errors import UserError
-from fedpft_core.families import FAMILIES, FFN, family_of
-from fedpft_core.training import logits
+from fedpft_core.model.families import FAMILIES, FFN, family_of
+from fedpft_core.train.tune import logits
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 text_families = pytest.mark.parametrize("family", tiny.TEXT_FAMILIES)

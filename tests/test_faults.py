@@ -19,18 +19,23 @@ import pytest
 import tiny
 import torch
 
+import client_app.client
 import client_app.node
-import fedpft_core.client
 import server_app.app
-from fedpft_core import adapters, config, distill, models, selection, sub_fm, training
+from fedpft_core import config
+from fedpft_core.adapter import lora as adapters
+from fedpft_core.align import distill, selection
 from fedpft_core.data.batches import public_batches
-from fedpft_core.events import EventLog
-from fedpft_core.exchange import open_envelope
-from fedpft_core.families import family_of
-from fedpft_core.training import Counts, count_inactive
+from fedpft_core.model import load as models
+from fedpft_core.model.families import family_of
+from fedpft_core.proxy import plan as sub_fm
+from fedpft_core.train import tune as training
+from fedpft_core.train.tune import Counts, count_inactive
+from fedpft_core.wire.messages import open_envelope
 from server_app import strategy
 from server_app.bench import Bench
-from server_app.checkpoint import Checkpoints
+from server_app.run.checkpoint import Checkpoints
+from server_app.run.events import EventLog
 from server_app.strategy import State, Strategy, learning_rate
 
 Patch = pytest.MonkeyPatch
@@ -241,7 +246,7 @@ def check_changed_weights_travel(flat: dict[str, Any], folder: Path) -> None:
 def test_4_one_model_for_everybody(
     fault: str, task: dict[str, Any], tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    held = fedpft_core.client.Client._held
+    held = client_app.client.Client._held
     deliver = strategy.delivery
 
     if fault in ("stale", "shared", "unsent"):
@@ -257,7 +262,7 @@ def test_4_one_model_for_everybody(
                 self.cache.models[wanted.digest] = next(iter(self.cache.models.values()))
             return self.cache.models.get(wanted.digest) or held(self, wanted)
 
-        monkeypatch.setattr(fedpft_core.client.Client, "_held", whatever_is_here)
+        monkeypatch.setattr(client_app.client.Client, "_held", whatever_is_here)
     if fault == "shared":
         # What the server changes is at the clients without travelling.
         benches: list[Bench] = []
@@ -276,7 +281,7 @@ def test_4_one_model_for_everybody(
             return mine
 
         monkeypatch.setattr(Bench, "load", staticmethod(remember))
-        monkeypatch.setattr(fedpft_core.client.Client, "_held", the_servers)
+        monkeypatch.setattr(client_app.client.Client, "_held", the_servers)
     if fault == "uncounted":
         monkeypatch.setattr(Strategy, "_count_bytes", lambda *args: None)
 
@@ -298,8 +303,8 @@ def check_nothing_leaks_between_clients(flat: dict[str, Any], folder: Path) -> N
     federation = tiny.Federation(flat)
     tiny.run(flat, folder, federation, federation__rounds=1)
     (request, *_) = (e for _, e in federation.sent if e.kind == "train")
-    alone = fedpft_core.client.ProcessCache()
-    shared = fedpft_core.client.ProcessCache()
+    alone = client_app.client.ProcessCache()
+    shared = client_app.client.ProcessCache()
     replies = []
     for cache, order in ((alone, [1]), (shared, [0, 2, 1]), (shared, [1])):
         for index in order:
@@ -317,7 +322,7 @@ def test_4_state_that_leaks_between_clients(
     task: dict[str, Any], tmp_path: Path, monkeypatch: Patch, fails: Any
 ) -> None:
     check_nothing_leaks_between_clients(task, tmp_path / "real")
-    train = fedpft_core.client.fine_tune
+    train = client_app.client.fine_tune
 
     def on_what_was_left_behind(model: Any, *args: Any) -> Any:
         left = getattr(model, "left_behind", None)
@@ -329,7 +334,7 @@ def test_4_state_that_leaks_between_clients(
         model.left_behind = [p.detach().clone() for p in _trainable(model)]
         return result
 
-    monkeypatch.setattr(fedpft_core.client, "fine_tune", on_what_was_left_behind)
+    monkeypatch.setattr(client_app.client, "fine_tune", on_what_was_left_behind)
     with fails():
         check_nothing_leaks_between_clients(task, tmp_path / "fault")
 

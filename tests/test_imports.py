@@ -95,7 +95,11 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 sys.path.insert(0, "tests")
 import tiny, torch
-from fedpft_core import client, distill, exchange, measure, store, training
+import client_app.client, client_app.store
+from fedpft_core.align import distill
+from fedpft_core.train import agreement
+from fedpft_core.train import tune as training
+from fedpft_core.wire import messages
 fm, proxy, plan, spec = tiny.pair("bert")
 data = tiny.encoded("bert", 12)
 settings = training.LocalSettings(1e-3, 4, 1, 0, 0.0, 1.0, 1)

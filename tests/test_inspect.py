@@ -10,9 +10,13 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedpft_core import adapters, config, inspect, models, sub_fm
-from fedpft_core.families import family_of
-from fedpft_core.training import logits
+from fedpft_core import config
+from fedpft_core.adapter import lora as adapters
+from fedpft_core.model import load as models
+from fedpft_core.model.families import family_of
+from fedpft_core.proxy import cost as inspect
+from fedpft_core.proxy import plan as sub_fm
+from fedpft_core.train.tune import logits
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 RANK = 2

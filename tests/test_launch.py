@@ -16,8 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedpft_core import cli, config, launch
-from fedpft_core.events import read_events
+from fedpft_console import cli, launch
+from fedpft_core import config
+from server_app.run.events import read_events
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -79,7 +80,7 @@ def train(message: Message, context: Context) -> Message:
 DRIVER = """
 import sys
 from pathlib import Path
-from fedpft_core import cli, launch
+from fedpft_console import cli, launch
 
 launch.assemble_app = lambda folder: Path(sys.argv[1])
 sys.exit(cli.main(sys.argv[2:]))
@@ -347,7 +348,7 @@ def test_the_app_folder_holds_the_three_packages_and_takes_every_key(tmp_path: P
     app = launch.assemble_app(tmp_path / "app")
     project = tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
     assert config.flatten(project["config"]) == config.to_flat(config.Config())
-    assert (app / "fedpft_core" / "launch.py").is_file()
+    assert (app / "fedpft_core" / "proxy" / "plan.py").is_file()
     assert {p.suffix for p in app.rglob("*") if p.is_file()} <= {".py", ".toml"}
     launch.assemble_app(tmp_path / "app")  # again, as a resumed run does
 

@@ -13,13 +13,18 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 
-from fedpft_core import adapters, config, inspect, models, proxy, sub_fm
+from fedpft_core import config
+from fedpft_core.adapter import lora as adapters
 from fedpft_core.config import LoraConfig, PlanConfig
 from fedpft_core.errors import UserError
-from fedpft_core.exchange import Package
-from fedpft_core.families import LowRank, family_of
-from fedpft_core.sub_fm import BlockPlan, Plan
-from fedpft_core.training import LocalSettings, fine_tune, logits
+from fedpft_core.model import load as models
+from fedpft_core.model.families import LowRank, family_of
+from fedpft_core.proxy import cost as inspect
+from fedpft_core.proxy import package as proxy
+from fedpft_core.proxy import plan as sub_fm
+from fedpft_core.proxy.plan import BlockPlan, Plan
+from fedpft_core.train.tune import LocalSettings, fine_tune, logits
+from fedpft_core.wire.messages import Package
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 WIDTH = 16

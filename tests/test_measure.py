@@ -9,9 +9,10 @@ import pytest
 import tiny
 import torch
 
-from fedpft_core import adapters, measure
+from fedpft_core.adapter import lora as adapters
 from fedpft_core.data.batches import batches
-from fedpft_core.training import adapter_gradient
+from fedpft_core.train import agreement as measure
+from fedpft_core.train.tune import adapter_gradient
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 

@@ -11,10 +11,12 @@ import pytest
 import tiny
 import torch
 
-from fedpft_core import adapters, config, models
+from fedpft_core import config
+from fedpft_core.adapter import lora as adapters
 from fedpft_core.config import ModelConfig
 from fedpft_core.errors import UserError
-from fedpft_core.training import logits
+from fedpft_core.model import load as models
+from fedpft_core.train.tune import logits
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 

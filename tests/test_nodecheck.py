@@ -23,14 +23,19 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import NameOID
 
-from client_app import check as node_check
-from client_app.check import Options, check, parse
-from fedpft_core import adapters, cli, config, nodecheck, plansize, sub_fm
+from client_app.check import node as node_check
+from client_app.check import probes as nodecheck
+from client_app.check.node import Options, check, parse
+from client_app.check.probes import FAIL, PASS, SKIPPED, Finding
+from client_app.store import Store
+from fedpft_console import cli
+from fedpft_core import config
+from fedpft_core.adapter import lora as adapters
 from fedpft_core.errors import UserError
-from fedpft_core.families import family_of
-from fedpft_core.nodecheck import FAIL, PASS, SKIPPED, Finding
-from fedpft_core.proxy import make_package
-from fedpft_core.store import Store
+from fedpft_core.model.families import family_of
+from fedpft_core.proxy import plan as sub_fm
+from fedpft_core.proxy import size as plansize
+from fedpft_core.proxy.package import make_package
 
 DAY = timedelta(days=1)
 

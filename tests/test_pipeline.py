@@ -16,14 +16,16 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-import fedpft_core.events
-from fedpft_core import adapters, config, models
+import server_app.run.events
+from fedpft_core import config
+from fedpft_core.adapter import lora as adapters
 from fedpft_core.data.batches import encode
 from fedpft_core.data.tasks import load_task
 from fedpft_core.errors import RunError, UserError
-from fedpft_core.exchange import RefusalReply, open_envelope, seal
-from fedpft_core.sub_fm import Plan
-from fedpft_core.training import evaluate, logits
+from fedpft_core.model import load as models
+from fedpft_core.proxy.plan import Plan
+from fedpft_core.train.tune import evaluate, logits
+from fedpft_core.wire.messages import RefusalReply, open_envelope, seal
 
 CHANCE = 1 / 3
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -220,7 +222,7 @@ def test_reference_points_are_scored(done: Done) -> None:
 
 def _documented() -> dict[str, set[str]]:
     """Event name → the words its entry in the module's documentation has."""
-    text = (fedpft_core.events.__doc__ or "").partition("The other fields by event:\n")[2]
+    text = (server_app.run.events.__doc__ or "").partition("The other fields by event:\n")[2]
     found: dict[str, set[str]] = {}
     for line in text.splitlines():
         start = re.match(r"([a-z_]+)  +\S", line)

@@ -7,8 +7,9 @@ import tiny
 import torch
 from torch import nn
 
-from fedpft_core import adapters, plug
-from fedpft_core.training import logits
+from fedpft_core.adapter import lora as adapters
+from fedpft_core.adapter import plug
+from fedpft_core.train.tune import logits
 
 
 def stream(seed: int = 0) -> torch.Generator:

@@ -21,15 +21,16 @@ from flwr.supercore.task_identity import TaskIdentity
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedpft_core import codec, wire
+from client_app.store import Store
 from fedpft_core.config import from_flat
-from fedpft_core.events import EventLog, read_events
-from fedpft_core.exchange import Envelope, Failure, Package, TrainRequest, open_envelope
-from fedpft_core.families import family_of
-from fedpft_core.proxy import PatchedWeights
-from fedpft_core.store import Store
-from fedpft_core.sub_fm import FFN, Plan
+from fedpft_core.model.families import family_of
+from fedpft_core.proxy.package import PatchedWeights
+from fedpft_core.proxy.plan import FFN, Plan
+from fedpft_core.wire import codec
+from fedpft_core.wire import flower as wire
+from fedpft_core.wire.messages import Envelope, Failure, Package, TrainRequest, open_envelope
 from server_app.app import run as server_run
+from server_app.run.events import EventLog, read_events
 from server_app.transport import LocalTransport, OnReply
 
 # What Flower adds to a message: metadata and a node of its object tree, the same for each array,

@@ -10,9 +10,9 @@ import tiny
 from safetensors.torch import load_file
 
 from fedpft_core import config as configs
-from fedpft_core.events import EventLog, read_events
-from server_app import proxycache
 from server_app.bench import Bench
+from server_app.run import proxycache
+from server_app.run.events import EventLog, read_events
 
 TIMES = {"t", "seconds", "run_dir", "cached", "peak_rss_bytes", "paths"}
 
@@ -65,7 +65,7 @@ def test_a_run_from_the_cache_is_bit_identical(task: dict[str, Any], tmp_path: P
 def test_the_seconds_are_those_of_the_run_that_did_the_work(
     task: dict[str, Any], tmp_path: Path
 ) -> None:
-    from fedpft_core.compare.record import summary
+    from fedpft_console.compare.record import summary
 
     cache = str(tmp_path / "cache")
     made = summary(tiny.run(task, tmp_path / "a", run__proxy_cache=cache))

@@ -12,10 +12,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedpft_core import report
-from fedpft_core.errors import UserError
-from fedpft_core.events import EventLog
-from fedpft_core.progress import (
+from fedpft_console import report
+from fedpft_console.progress import (
     Follower,
     View,
     human_bytes,
@@ -24,6 +22,8 @@ from fedpft_core.progress import (
     lines_for,
     percent,
 )
+from fedpft_core.errors import UserError
+from server_app.run.events import EventLog
 
 
 def event(t: float, kind_: str, **fields: Any) -> dict[str, Any]:

@@ -10,11 +10,13 @@ import tiny
 import torch
 from torch import nn
 
-from fedpft_core import registry, saliency, sub_fm
+from fedpft_core import registry
 from fedpft_core.config import PlanConfig
 from fedpft_core.errors import UserError
-from fedpft_core.families import base_model, family_of
-from fedpft_core.saliency import Probe
+from fedpft_core.model.families import base_model, family_of
+from fedpft_core.proxy import plan as sub_fm
+from fedpft_core.proxy import saliency
+from fedpft_core.proxy.saliency import Probe
 from fedpft_core.seeds import torch_stream
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)

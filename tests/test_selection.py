@@ -8,9 +8,11 @@ import pytest
 import tiny
 import torch
 
-from fedpft_core import distill, registry, selection, sub_fm
-from fedpft_core.families import FFN
-from fedpft_core.selection import View, choose
+from fedpft_core import registry
+from fedpft_core.align import distill, selection
+from fedpft_core.align.selection import View, choose
+from fedpft_core.model.families import FFN
+from fedpft_core.proxy import plan as sub_fm
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 

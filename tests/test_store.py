@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from fedpft_core import store as store_module
-from fedpft_core.exchange import Package
-from fedpft_core.store import Residuals, Store
+from client_app import store as store_module
+from client_app.store import Residuals, Store
+from fedpft_core.wire.messages import Package
 
 RUN = "0123456789abcdef"
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from fabricate import Network, Node
 
-from fedpft_core import codec
 from fedpft_core.config import Config
 from fedpft_core.errors import RunError
-from fedpft_core.events import EventLog
-from fedpft_core.exchange import (
+from fedpft_core.train.tune import Counts
+from fedpft_core.wire import codec
+from fedpft_core.wire.messages import (
     Envelope,
     Failure,
     HelloReply,
@@ -26,8 +26,8 @@ from fedpft_core.exchange import (
     open_envelope,
     seal,
 )
-from fedpft_core.training import Counts
 from server_app import strategy as strategy_module
+from server_app.run.events import EventLog
 from server_app.strategy import (
     Good,
     Outcome,

@@ -12,14 +12,16 @@ import pytest
 import tiny
 import torch
 
-from fedpft_core import adapters, proxy, sub_fm
+from fedpft_core.adapter import lora as adapters
 from fedpft_core.config import LoraConfig, PlanConfig
 from fedpft_core.errors import ReplyError, UserError
-from fedpft_core.exchange import Package
-from fedpft_core.families import family_of
-from fedpft_core.saliency.weight_norm import weight_norm
-from fedpft_core.sub_fm import BlockPlan, Plan
-from fedpft_core.training import logits
+from fedpft_core.model.families import family_of
+from fedpft_core.proxy import package as proxy
+from fedpft_core.proxy import plan as sub_fm
+from fedpft_core.proxy.plan import BlockPlan, Plan
+from fedpft_core.proxy.saliency.weight_norm import weight_norm
+from fedpft_core.train.tune import logits
+from fedpft_core.wire.messages import Package
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 

@@ -13,9 +13,11 @@ import tiny
 import torch
 from torch.nn import functional as F
 
-from fedpft_core import adapters, baselines, sub_fm
+from fedpft_core.adapter import lora as adapters
 from fedpft_core.data.batches import batches
-from fedpft_core.training import (
+from fedpft_core.proxy import plan as sub_fm
+from fedpft_core.train import baselines
+from fedpft_core.train.tune import (
     LocalSettings,
     adapter_gradient,
     count_inactive,

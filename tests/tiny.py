@@ -19,15 +19,17 @@ import torch
 import transformers
 from torch import nn
 
+from client_app.client import Client, ProcessCache
 from client_app.node import client_for
-from fedpft_core import adapters, config, sub_fm
-from fedpft_core.client import Client, ProcessCache
+from fedpft_core import config
+from fedpft_core.adapter import lora as adapters
 from fedpft_core.data.batches import Encoded, batches, encode
 from fedpft_core.data.tasks import Examples
-from fedpft_core.events import EventLog, read_events
-from fedpft_core.exchange import Envelope, open_envelope
-from fedpft_core.families import Family, family_of
-from fedpft_core.sub_fm import Plan
+from fedpft_core.model.families import Family, family_of
+from fedpft_core.proxy import plan as sub_fm
+from fedpft_core.proxy.plan import Plan
+from fedpft_core.wire.messages import Envelope, open_envelope
+from server_app.run.events import EventLog, read_events
 
 FAMILIES = ("bert", "roberta", "vit", "deit")
 TEXT_FAMILIES = ("bert", "roberta")

@@ -1,0 +1,1 @@
+"""Everything a node needs, looked at before it joins."""

@@ -1,0 +1,281 @@
+"""`fedpft node check`: everything a node needs, looked at before it joins a federation."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import sys
+import tomllib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from client_app import node as nodes
+from client_app.check import probes as nodecheck
+from client_app.check.probes import FAIL, PASS, SKIPPED, Finding, guarded
+from client_app.startup import collector_paused
+from client_app.store import Store
+from fedpft_core.data import files
+from fedpft_core.data.batches import encode
+from fedpft_core.data.tasks import Examples
+from fedpft_core.errors import ReplyError, UserError
+from fedpft_core.proxy import size as plansize
+from fedpft_core.proxy.package import ClientModel, rebuild
+from fedpft_core.proxy.size import PlanSize
+
+# Flower's own pattern: what it does not match, Flower leaves out without a word.
+_PAIR = re.compile(r"(\S+?)=(\'[^\']*\'|\"[^\"]*\"|\S+)")
+_BATCH = 16  # where no plan says how large a batch is
+_SHOWN = 12  # labels in the table
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `fedpft node check` was asked to look at; empty or None is not looked at."""
+
+    node_config: str
+    superlink: str = ""
+    insecure: bool = False
+    root_certificates: Path | None = None
+    key: Path | None = None
+    plan: Path | None = None
+    sub_fm_mb: float = 0.0
+    labels: str = ""
+    timeout: float = 10.0
+
+
+def check(options: Options) -> list[Finding]:
+    """All findings, in reading order; nothing is raised for what is wrong."""
+    out: list[Finding] = []
+    node: dict[str, Any] | None = None
+    plan: PlanSize | None = None
+
+    def parsed() -> str:
+        nonlocal node
+        node = nodes.checked(parse(options.node_config))
+        if not node["name"] or not node["data-path"]:
+            node = None
+            raise UserError("node config: name and data-path are needed.")
+        return f"{node['name']}: {node['data-path']}."
+
+    out.append(guarded("node config", parsed))
+    if options.plan:
+
+        def read_plan() -> str:
+            nonlocal plan
+            plan = plansize.read(options.plan or Path())
+            return f"{plan.model}: a sub-FM of {plan.sub_fm_bytes / 1e6:.0f} MB."
+
+        out.append(guarded("plan", read_plan))
+    held = _Held(node, plan) if node else None
+    if node and held:
+        out += _data(node, options, plan, held)
+        out += _room(node, options, plan, held, out)
+    else:
+        out += [
+            Finding(name, SKIPPED, "the node config has to be right first.")
+            for name in ("data", "labels", "cache-dir", "memory", "training step")
+        ]
+    return out + _network(options)
+
+
+def parse(text: str) -> dict[str, Any]:
+    """A node config as Flower reads it. Raises UserError for what Flower would drop or refuse."""
+    try:
+        if text.endswith(".toml"):
+            return dict(tomllib.loads(Path(text).expanduser().read_text(encoding="utf-8")))
+        left = _PAIR.sub("", text).split()
+        if left:
+            raise UserError(
+                f"node config: {left[0]!r} is no KEY=VALUE, and Flower would leave it out."
+            )
+        return dict(tomllib.loads("\n".join(f"{k} = {v}" for k, v in _PAIR.findall(text))))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(
+            f"node config: {error}; texts are quoted, as in 'name=\"a\" max-threads=2'."
+        ) from None
+    except OSError as error:
+        raise UserError(f"node config {text}: cannot be read ({error.strerror}).") from None
+
+
+class _Held:
+    """The newest sub-FM in a node's store, when no plan is given; read once."""
+
+    def __init__(self, node: dict[str, Any], plan: PlanSize | None) -> None:
+        self.model: ClientModel | None = None
+        self.files: dict[str, bytes] = {}
+        self.meta: dict[str, Any] | None = None
+        self.bytes = 0
+        self.rows: Examples | None = None
+        if plan:
+            self.meta = json.loads(plan.meta)
+            self.bytes = plan.sub_fm_bytes
+            return
+        store = Store(nodes.cache_root(node) / "store")
+        newest = sorted(store.digests(), key=lambda d: store.folder(d).stat().st_mtime)
+        package = store.get(newest[-1]) if newest else None
+        if package is None:
+            return
+        try:
+            with collector_paused():
+                self.model = rebuild(package)
+        except ReplyError:
+            return
+        self.meta, self.files = json.loads(package.meta), package.files
+        self.bytes = sum(t.numel() * t.element_size() for t in package.weights.values())
+
+
+def _data(
+    node: dict[str, Any], options: Options, plan: PlanSize | None, held: _Held
+) -> list[Finding]:
+    def readable() -> str:
+        rows = nodes.own_rows(node, None)
+        column = node["label-column"]
+        cells = files.read_columns(node["data-path"], [column])[column]
+        count = Counter(str(cell).strip() for cell in cells).most_common()
+        shown = ", ".join(f"{label} {n}" for label, n in count[:_SHOWN])
+        more = f" and {len(count) - _SHOWN} more labels" if len(count) > _SHOWN else ""
+        train, out = nodes.split_sizes(rows, node["validation-share"])
+        if not train:
+            raise UserError(f"validation-share leaves none of the {out} rows to train on.")
+        apart = f", {out} of them kept for validation" if out else ""
+        held.rows = rows
+        return f"{len(rows)} rows{apart}: {shown}{more}."
+
+    found = [guarded("data", readable)]
+
+    def known() -> str:
+        held.rows = nodes.own_rows(node, names)
+        missing = [n for i, n in enumerate(names) if not (held.rows.labels == i).any()]
+        lacking = f"; no row has {', '.join(missing[:_SHOWN])}" if missing else ""
+        return f"every label is one of the {len(names)} known{lacking}."
+
+    names: tuple[str, ...] = ()
+    if options.labels:
+        names = tuple(name.strip() for name in options.labels.split(","))
+    elif plan and plan.labels:
+        names = plan.labels
+    elif held.model:
+        names = held.model.labels
+    if found[0].status == FAIL:
+        found.append(Finding("labels", SKIPPED, "the data cannot be read."))
+    elif not names:
+        found.append(
+            Finding("labels", SKIPPED, "give the names with --labels to have them checked.")
+        )
+    else:
+        found.append(guarded("labels", known))
+    return found
+
+
+def _room(
+    node: dict[str, Any],
+    options: Options,
+    plan: PlanSize | None,
+    held: _Held,
+    before: list[Finding],
+) -> list[Finding]:
+    size = held.bytes or int(options.sub_fm_mb * 1e6)
+    batch = plan.batch_size if plan else _BATCH
+    tokens = plansize.tokens_of(held.meta) if held.meta else 0
+    root = nodes.cache_root(node)
+    stored = nodecheck.STORED * (plan.package_bytes if plan else size)
+    if size and held.rows is not None:
+        stored += _row_bytes(held) * len(held.rows)
+    out = [guarded("cache-dir", lambda: nodecheck.folder(root, stored))]
+    if not size:
+        why = "give --plan (from `fedpft inspect --json`) or --sub-fm-mb to have this checked."
+        return [*out, Finding("memory", SKIPPED, why), Finding("training step", SKIPPED, why)]
+    needed = nodecheck.memory_needed(size, held.meta, batch, tokens)
+    out.append(guarded("memory", lambda: nodecheck.memory(needed)))
+    if out[-1].status == FAIL:
+        why = "there is not enough memory to try one."
+    elif held.meta is None:
+        why = "only --plan, or a sub-FM in the store, tells the model's shape."
+    elif plan is None and (held.rows is None or _failed(before, "labels")):
+        why = "data and labels have to be right first."
+    else:
+        return [*out, guarded("training step", lambda: _step(node, plan, held, batch))]
+    return [*out, Finding("training step", SKIPPED, why)]
+
+
+def _failed(findings: list[Finding], name: str) -> bool:
+    return any(f.name == name and f.status == FAIL for f in findings)
+
+
+def _row_bytes(held: _Held) -> int:
+    """Bytes of one encoded row on disk, at most."""
+    if held.meta is None:
+        return 0
+    if held.meta["kind"] == "image":
+        c = held.meta["model_config"]
+        return int(c["num_channels"] * c["image_size"] ** 2)
+    return 5 * int(held.meta["max_length"]) + 24
+
+
+def _step(node: dict[str, Any], plan: PlanSize | None, held: _Held, batch: int) -> str:
+    threads = plan.threads if plan else 1
+    if node["max-threads"]:
+        threads = min(threads, node["max-threads"])
+    assert held.meta is not None
+    if plan:
+        with collector_paused():
+            model = plan.client_model()
+        rows = nodecheck.full_rows(held.meta, batch)
+        what = "a random model of the plan's shape, rows of full length"
+    else:
+        from client_app.client import processor_of
+
+        assert held.model is not None and held.rows is not None
+        model = held.model
+        some = held.rows.select(range(min(len(held.rows), 4 * batch)))
+        rows = encode(some, processor_of(held.files, model.kind), model.max_length)
+        what = "the sub-FM in the store, own rows"
+    model.model.to(nodes.pick_device(node["device"], "node config: device"))
+    seconds = nodecheck.step_seconds(model.model, rows, min(batch, len(rows)), threads)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak *= 1 if sys.platform == "darwin" else 1024
+    return (
+        f"{seconds:.2f} s for {min(batch, len(rows))} rows on {node['device']} with {threads} "
+        f"threads ({what}); this check took {peak / 1e6:.0f} MB of memory at most."
+    )
+
+
+def _network(options: Options) -> list[Finding]:
+    out: list[Finding] = []
+    reached: nodecheck.Address | None = None
+    if options.superlink:
+
+        def reach() -> str:
+            nonlocal reached
+            at = nodecheck.address(options.superlink)
+            text = nodecheck.reach(at, options.timeout)
+            reached = at
+            return text
+
+        out.append(guarded("SuperLink", reach))
+    else:
+        out.append(Finding("SuperLink", SKIPPED, "give --superlink HOST:PORT to have it checked."))
+    if reached is None:
+        out.append(Finding("certificate", SKIPPED, "there is no connection to a SuperLink."))
+    elif options.insecure:
+        at = reached
+        out.append(guarded("certificate", lambda: nodecheck.speak_plainly(at, options.timeout)))
+    else:
+        at, roots = reached, options.root_certificates
+        out.append(
+            guarded("certificate", lambda: nodecheck.certificate(at, roots, options.timeout))
+        )
+    if options.key is None:
+        out.append(Finding("node key", SKIPPED, "no --auth-supernode-private-key was given."))
+    elif options.insecure:
+        out.append(Finding("node key", FAIL, "Flower authenticates nodes over TLS only."))
+    else:
+        key = options.key
+        out.append(guarded("node key", lambda: nodecheck.private_key(key)))
+    return out
+
+
+__all__ = ["FAIL", "PASS", "SKIPPED", "Options", "check", "parse"]

@@ -1,0 +1,392 @@
+"""Checks of a machine before it joins: connection, certificate, key, room, time of a step.
+
+Each check returns one `Finding` with one sentence and never raises for what it looks at. Nothing
+here needs Flower: a SuperLink is reached as any HTTP server is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import shutil
+import socket
+import ssl
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedpft_core.errors import UserError
+
+PASS, FAIL, SKIPPED = "pass", "fail", "skipped"
+# What a node's process takes before it holds a model: Python, torch, transformers, Flower.
+BASE_BYTES = 450_000_000
+# Sub-FMs that may lie in a node's store while one more is being written.
+STORED = 4
+_SOON_DAYS = 14
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table: pass, fail or skipped, and why in one sentence."""
+
+    name: str
+    status: str
+    text: str
+
+
+def guarded(name: str, check: Callable[[], str]) -> Finding:
+    """Run a check that returns what is good, or raises UserError or OSError for what is not."""
+    try:
+        return Finding(name, PASS, check())
+    except UserError as error:
+        return Finding(name, FAIL, str(error))
+    except OSError as error:
+        return Finding(name, FAIL, f"{_because(error)}.")
+
+
+def _because(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
+
+
+# --- the SuperLink ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Address:
+    """Host and port of a SuperLink."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def address(text: str) -> Address:
+    """HOST:PORT, IPv6 in brackets. Raises UserError for anything else."""
+    host, colon, port = text.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    host = host[1:-1] if bracketed else host
+    good = bool(colon and host and port.isdecimal() and 0 < int(port) < 2**16)
+    if not good or (":" in host and not bracketed) or "/" in host:
+        raise UserError(f"--superlink {text}: expected HOST:PORT without http://.")
+    return Address(host, int(port))
+
+
+def reach(at: Address, timeout: float) -> str:
+    """Open a TCP connection. Raises UserError saying what stands in the way."""
+    start = time.perf_counter()
+    with _connected(at, timeout):
+        seconds = time.perf_counter() - start
+    return f"{at} accepts connections ({1000 * seconds:.0f} ms)."
+
+
+def _connected(at: Address, timeout: float) -> socket.socket:
+    try:
+        return socket.create_connection((at.host, at.port), timeout)
+    except socket.gaierror as error:
+        raise UserError(f"the host name {at.host} cannot be resolved ({error.strerror}).") from None
+    except TimeoutError:
+        raise UserError(
+            f"{at} does not answer within {timeout:g} s: a firewall, or the wrong address."
+        ) from None
+    except ConnectionRefusedError:
+        raise UserError(
+            f"{at} refuses connections: no SuperLink listens there, or on another interface only."
+        ) from None
+    except OSError as error:
+        raise UserError(f"{at} cannot be reached ({error.strerror or error}).") from None
+
+
+_REQUEST = b"GET / HTTP/1.1\r\nHost: superlink\r\nConnection: close\r\n\r\n"
+
+
+def speak_plainly(at: Address, timeout: float) -> str:
+    """With --insecure: whether the port speaks HTTP. Raises UserError when it does not."""
+    if not _answer(_connected(at, timeout), timeout).startswith(b"HTTP/"):
+        raise UserError(
+            f"{at} does not answer plain HTTP: it is a SuperLink with TLS (leave out --insecure), "
+            "or something else."
+        )
+    return "the connection is not encrypted, as --insecure says."
+
+
+def _answer(connection: socket.socket, timeout: float) -> bytes:
+    with connection, contextlib.suppress(OSError):
+        connection.settimeout(timeout)
+        connection.sendall(_REQUEST)
+        return connection.recv(64)
+    return b""
+
+
+def certificate(at: Address, roots: Path | None, timeout: float) -> str:
+    """Check chain, name and dates as Flower will. Raises UserError with the fault in words."""
+    context = _context(roots)
+    connection = _connected(at, timeout)
+    try:
+        with connection, context.wrap_socket(connection, server_hostname=at.host) as secured:
+            found: Any = secured.getpeercert() or {}
+            secured.sendall(_REQUEST)
+            with contextlib.suppress(OSError):
+                if not secured.recv(64).startswith(b"HTTP/"):
+                    raise UserError(f"{at} has a good certificate but does not answer HTTP.")
+    except ssl.SSLCertVerificationError as error:
+        raise UserError(_fault(error, at, roots, timeout)) from None
+    except ssl.SSLError as error:
+        raise UserError(
+            f"{at} does not speak TLS as expected ({error.reason or error}): a SuperLink without "
+            "TLS (then give --insecure), or something else."
+        ) from None
+    except TimeoutError:
+        raise UserError(f"{at} does not finish the TLS handshake within {timeout:g} s.") from None
+    except OSError as error:
+        raise UserError(
+            f"{at} ends the TLS handshake ({error.strerror or error}): a SuperLink without TLS "
+            "(then give --insecure), or something else."
+        ) from None
+    days = _days(ssl.cert_time_to_seconds(found["notAfter"]))
+    ends = [days]
+    with contextlib.suppress(KeyError, ValueError):
+        ends += [_days(ssl.cert_time_to_seconds(str(ca["notAfter"]))) for ca in _authorities(roots)]
+    text = f"the certificate of {at} is valid for {days:.0f} more days"
+    if len(ends) > 1:
+        text += f", its authority for {min(ends[1:]):.0f}"
+    return text + (": renew soon." if min(ends) < _SOON_DAYS else ".")
+
+
+def _context(roots: Path | None) -> ssl.SSLContext:
+    if roots is None:
+        return ssl.create_default_context()
+    try:
+        roots.read_bytes()
+        return ssl.create_default_context(cafile=str(roots))
+    except ssl.SSLError:
+        raise UserError(f"--root-certificates {roots}: holds no certificate in PEM form.") from None
+    except OSError as error:
+        raise UserError(
+            f"--root-certificates {roots}: cannot be read ({error.strerror or error})."
+        ) from None
+
+
+def _authorities(roots: Path | None) -> list[Any]:
+    # Of the system's hundreds none is of interest.
+    return [] if roots is None else list(_context(roots).get_ca_certs())
+
+
+def _days(seconds: float) -> float:
+    return (seconds - time.time()) / 86400
+
+
+# OpenSSL's numbers for the results of verification (openssl-verification-options(1)).
+_NOT_YET, _EXPIRED, _WRONG_NAME, _WRONG_ADDRESS = 9, 10, 62, 64
+_UNKNOWN_AUTHORITY = (7, 18, 19, 20, 21, 24, 30)
+
+
+def _fault(
+    error: ssl.SSLCertVerificationError, at: Address, roots: Path | None, timeout: float
+) -> str:
+    code, shown = error.verify_code, _presented(at, timeout)
+    if code in (_NOT_YET, _EXPIRED):
+        limits = ""
+        if shown is not None:
+            now = datetime.now(UTC)
+            if not shown.not_valid_before_utc <= now <= shown.not_valid_after_utc:
+                first, last = (
+                    t.date() for t in (shown.not_valid_before_utc, shown.not_valid_after_utc)
+                )
+                limits = f" (it is valid from {first} to {last})"
+            else:
+                limits = " (or that of its authority)"
+        what = "has expired" if code == _EXPIRED else "is not valid yet: check this clock"
+        return f"the certificate of {at}{limits} {what}."
+    if code in (_WRONG_NAME, _WRONG_ADDRESS):
+        names = ", ".join(_names(shown)) or "no name at all"
+        return f"the certificate of {at} is for {names}, not for {at.host}."
+    if code in _UNKNOWN_AUTHORITY:
+        given = f"that in {roots}" if roots else "one that this system trusts"
+        hint = "" if roots else " (give the authority's certificate by --root-certificates)"
+        return f"the certificate of {at} was signed by another authority than {given}{hint}."
+    return f"the certificate of {at} does not verify ({error.verify_message})."
+
+
+def _presented(at: Address, timeout: float) -> Any:
+    """The certificate the server shows, not verified: only to say what is wrong with it."""
+    from cryptography import x509  # comes with Flower
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with contextlib.suppress(OSError, UserError, ValueError):
+        connection = _connected(at, timeout)
+        with connection, context.wrap_socket(connection, server_hostname=at.host) as secured:
+            return x509.load_der_x509_certificate(secured.getpeercert(binary_form=True) or b"")
+    return None
+
+
+def _names(shown: Any) -> list[str]:
+    from cryptography import x509
+
+    if shown is None:
+        return []
+    try:
+        found = shown.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (x509.ExtensionNotFound, ValueError):
+        return []
+    return [str(name.value) for name in found][:8]
+
+
+# --- the key ------------------------------------------------------------------------------
+
+
+def private_key(path: Path) -> str:
+    """Whether Flower can sign with this key. Raises UserError saying why not."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+
+    where = f"--auth-supernode-private-key {path}"
+    make = "make one with `ssh-keygen -t ecdsa -b 384 -N '' -f KEY`"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror or error}).") from None
+    if data.startswith((b"ecdsa-sha2", b"ssh-")):
+        raise UserError(f"{where}: is a public key; the private one has no .pub at its end.")
+    try:
+        key = load_ssh_private_key(data, None)
+    except TypeError:
+        raise UserError(
+            f"{where}: is locked with a passphrase, which no SuperNode can type."
+        ) from (None)
+    except (ValueError, UnsupportedAlgorithm):
+        raise UserError(f"{where}: is no private key in OpenSSH form; {make}.") from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        kind = type(key).__name__.removeprefix("_").removesuffix("PrivateKey")
+        raise UserError(f"{where}: is of kind {kind}, not an elliptic-curve (ECDSA) key; {make}.")
+    loose = os.name == "posix" and path.stat().st_mode & 0o077
+    open_to_others = " Others on this machine can read it: chmod 600." if loose else ""
+    return f"an ECDSA key on the curve {key.curve.name}.{open_to_others}"
+
+
+# --- room ---------------------------------------------------------------------------------
+
+
+def folder(path: Path, needed: int) -> str:
+    """Whether a folder can be made and written to and has `needed` bytes free."""
+    probe = path / f".probe-{os.getpid()}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x" * 4096)
+    except OSError as error:
+        what = "is full" if error.errno == errno.ENOSPC else "cannot be written to"
+        raise UserError(f"cache-dir {path} {what} ({error.strerror or error}).") from None
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+    free = shutil.disk_usage(path).free
+    if free < needed:
+        raise UserError(
+            f"cache-dir {path} has {_mb(free)} free, but {STORED} sub-FMs and the encoded rows "
+            f"need {_mb(needed)}."
+        )
+    wanted = f"; at most {_mb(needed)} are needed" if needed else ""
+    return f"{path} is writable and has {_mb(free)} free{wanted}."
+
+
+def memory(needed: int) -> str:
+    """Whether so many bytes of memory are free now. Raises UserError when they are not."""
+    free = available_memory()
+    if free < needed:
+        raise UserError(f"{_mb(free)} of memory are free, but a message needs about {_mb(needed)}.")
+    return f"{_mb(free)} of memory are free; a message needs about {_mb(needed)}."
+
+
+def available_memory() -> int:
+    """Free bytes of memory: of the machine, or of the container's limit if that is less."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        free = min(free, max(0, limit - used))
+    return free
+
+
+def memory_needed(sub_fm_bytes: int, meta: dict[str, Any] | None, batch: int, tokens: int) -> int:
+    """Bytes a message takes at most, roughly: libraries, sub-FM as read and as built, one step.
+
+    A step keeps about 12 values of the hidden width, 3 of the FFN's and 3 of each attention map
+    for each token and block.
+    """
+    step = 0
+    if meta is not None:
+        c = meta["model_config"]
+        hidden, inner = c["hidden_size"], c["intermediate_size"]
+        token = 12 * hidden + 3 * inner + 3 * c["num_attention_heads"] * tokens
+        step = 4 * batch * tokens * token * c["num_hidden_layers"]
+    return BASE_BYTES + 3 * sub_fm_bytes + step
+
+
+def _mb(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{math.ceil(count / 1e6)} MB"
+
+
+# --- one step -----------------------------------------------------------------------------
+
+
+def step_seconds(model: Any, rows: Any, batch_size: int, threads: int, repeats: int = 5) -> float:
+    """Median seconds of a training step on these rows, after one that is not counted."""
+    import torch
+
+    from fedpft_core.train.tune import LocalSettings, fine_tune
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        one = LocalSettings(1e-4, batch_size, 1, 1, 0.0, 1.0, threads)
+        return statistics.median(
+            [fine_tune(model, rows, one, i).seconds for i in range(repeats + 1)][1:]
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
+def full_rows(meta: dict[str, Any], batch_size: int) -> Any:
+    """Rows of the greatest length, or images of noise, for a model of which only the shape is
+    known."""
+    import torch
+
+    from fedpft_core.data.batches import Encoded
+
+    c = meta["model_config"]
+    labels = torch.zeros(batch_size, dtype=torch.int64)
+    if meta["kind"] == "image":
+        side = c["image_size"]
+        return Encoded(labels=labels, pixels=torch.rand(batch_size, c["num_channels"], side, side))
+    length = int(meta["max_length"])
+    return Encoded(
+        labels=labels,
+        ids=torch.randint(5, c["vocab_size"], (batch_size * length,), dtype=torch.int32),
+        offsets=torch.arange(batch_size + 1) * length,
+    )
+
+
+def as_json(findings: list[Finding]) -> str:
+    """The findings for programs."""
+    checks = [f.__dict__ for f in findings]
+    return json.dumps({"ok": all(f.status != FAIL for f in findings), "checks": checks}, indent=1)
+
+
+__all__ = [
+    "FAIL", "PASS", "SKIPPED", "Address", "Finding", "address", "as_json", "certificate", "folder",
+    "full_rows", "guarded", "memory", "memory_needed", "private_key", "reach", "speak_plainly",
+    "step_seconds",
+]  # fmt: skip

@@ -1,0 +1,339 @@
+"""One client: from a request to a reply. It knows its own rows and its package, never the FM."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from client_app import rowcache
+from client_app.rowcache import RowCache
+from client_app.startup import collector_paused
+from client_app.store import Residuals, Store
+from fedpft_core import __version__
+from fedpft_core.adapter import lora as adapters
+from fedpft_core.data.batches import Encoded, encode
+from fedpft_core.data.tasks import Examples
+from fedpft_core.errors import ReplyError, UserError
+from fedpft_core.proxy.package import ClientModel, apply_patch, load_processor, rebuild
+from fedpft_core.seeds import derive
+from fedpft_core.train.tune import count_inactive, evaluate, fine_tune
+from fedpft_core.wire import codec
+from fedpft_core.wire.messages import (
+    Envelope,
+    Hello,
+    HelloReply,
+    Message,
+    NeedReply,
+    Package,
+    RefusalReply,
+    TrainReply,
+    TrainRequest,
+    combine_digest,
+    is_digest,
+    open_envelope,
+    seal,
+)
+
+Tensors = dict[str, torch.Tensor]
+log = logging.getLogger("fedpft")
+_REASON = 1000  # characters of a refusal's reason
+
+
+@dataclass(frozen=True)
+class Held:
+    """A sub-FM in memory: the model, and the verified files its inputs are read with."""
+
+    model: ClientModel
+    files: dict[str, bytes]
+    reader: str  # digest of `files`
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A node's encoded rows: what it trains on, and what it keeps from training."""
+
+    train: Encoded
+    validation: Encoded
+
+
+class ProcessCache:
+    """Models, processors and encoded rows that outlive a message within one worker process."""
+
+    def __init__(self, max_models: int = 2, max_clients: int = 64) -> None:
+        self.models: dict[str, Held] = {}
+        self.rows: dict[Any, Rows] = {}
+        self.processors: dict[str, Any] = {}
+        self.max_models = max_models
+        self.max_clients = max_clients
+
+    def keep_model(self, digest: str, model: Held) -> None:
+        while len(self.models) >= self.max_models:
+            self.models.pop(next(iter(self.models)))
+        self.models[digest] = model
+
+    def keep_rows(self, key: Any, rows: Rows) -> None:
+        while len(self.rows) >= self.max_clients:
+            self.rows.pop(next(iter(self.rows)))
+        self.rows[key] = rows
+
+
+PROCESS_CACHE = ProcessCache()
+
+
+@dataclass
+class Client:
+    """A node's identity, rows and store. Models and encoded rows are kept per process.
+
+    `load_rows(labels)` reads the node's rows; it raises UserError for data that cannot be used.
+    `count_rows()` says how many there are to train on and to validate on, without needing the
+    label names. `validation_share` of the rows, chosen by their content, is never trained on.
+    `shared_store` says that the store is not this client's alone (simulation). `rows_id` is equal
+    for equal rows and differs for others (another seed, another file), so that encoded rows kept
+    in this process are never taken for those of another run.
+
+    With `kept_rows` encoded rows also outlive the process. `rows_digest()` is then a digest of all
+    the rows depend on at the source (a file's content, the columns), or empty where only the rows
+    themselves can tell (a file that names image files).
+    """
+
+    name: str
+    count_rows: Callable[[], tuple[int, int]]
+    load_rows: Callable[[tuple[str, ...]], Examples]
+    store: Store
+    device: str = "cpu"
+    max_threads: int = 0
+    shared_store: bool = False
+    rows_id: tuple[object, ...] = ()
+    validation_share: float = 0.0
+    kept_rows: RowCache | None = None
+    rows_digest: Callable[[], str] = str
+    cache: ProcessCache = field(default_factory=lambda: PROCESS_CACHE)
+
+    def handle(self, envelope: Envelope) -> Envelope:
+        """Answer one message. What the user can put right comes back as a refusal."""
+        try:
+            return seal(self._answer(open_envelope(envelope)))
+        except (UserError, ReplyError) as error:
+            reason = str(error)
+        except OSError as error:
+            reason = f"disk or file error: {error}"
+        return seal(RefusalReply(self.name, reason[:_REASON]))
+
+    def _answer(self, message: Message) -> Message:
+        if isinstance(message, Hello):
+            have = () if self.shared_store else self.store.digests()
+            examples, validation = self.count_rows()
+            return HelloReply(self.name, examples, have, __version__, validation)
+        if isinstance(message, TrainRequest):
+            return self._train(message)
+        raise ReplyError(f"a client cannot answer a {type(message).__name__}")
+
+    def _train(self, request: TrainRequest) -> Message:
+        start = time.perf_counter()
+        threads = request.settings.threads
+        if self.max_threads:
+            threads = min(threads, self.max_threads)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        held = self._held(request)
+        if held is None:
+            # Not what was asked for, even if a damaged copy of it cannot be removed.
+            have = tuple(d for d in self.store.digests() if d != request.digest)
+            return NeedReply(self.name, request.digest, have)
+        model, plan = held.model.model, held.model.plan
+        both = self._rows(held)
+        rows, held_out = both.train, both.validation
+        sent = codec.decode(request.adapter, request.fmt)
+        try:
+            adapters.load(model, sent, plan)
+        except ValueError as error:
+            raise ReplyError(f"the adapter received does not fit the sub-FM ({error})") from error
+        ready = time.perf_counter()
+        right = 0
+        if len(held_out):
+            score = evaluate(model, held_out, 2 * request.settings.batch_size)
+            right = round(score.accuracy * score.rows)
+        validated = time.perf_counter()
+        seed = derive(request.seed, "local", request.round, self.name)
+        result = fine_tune(model, rows, request.settings, seed)
+        trained = time.perf_counter()
+        counts: dict[str, torch.Tensor] = {}
+        if request.count_rule:
+            found = count_inactive(
+                model, plan, rows, 2 * request.settings.batch_size, request.count_rule
+            )
+            for block, value in found.inactive.items():
+                counts[f"{block}"] = value
+                counts[f"{block}/tokens"] = torch.tensor([found.tokens[block]])
+        done = time.perf_counter()
+        fmt = request.reply_fmt or request.fmt
+        return TrainReply(
+            name=self.name,
+            round=request.round,
+            digest=request.digest,
+            examples=len(rows),
+            steps=result.steps,
+            loss=result.loss,
+            seconds=result.seconds,
+            adapter=self._update(request, adapters.read(model, plan), sent, fmt),
+            fmt=fmt,
+            counts=counts,
+            timings={
+                "prepare": ready - start,
+                "validate": validated - ready,
+                "train": trained - validated,
+                "count": done - trained,
+            },
+            validation_rows=len(held_out),
+            validation_correct=right,
+        )
+
+    def _update(self, request: TrainRequest, new: Tensors, sent: Tensors, fmt: str) -> Tensors:
+        """The trained adapter in the format asked for, with error feedback where it has any."""
+        if fmt not in codec.UPDATE_FORMATS:
+            raise ReplyError(f"the server asks for an unknown format {fmt!r}")
+        kept = Residuals(self.store.root / "residuals")
+        residual: Tensors = {}
+        if fmt == "ternary":
+            try:
+                residual = kept.get(request.run, self.name, request.round)
+            except ValueError as error:
+                raise ReplyError(f"the request cannot be used ({error})") from error
+            fits = {k: t.shape for k, t in residual.items()} == {k: t.shape for k, t in new.items()}
+            residual = residual if fits else {}
+        tensors, left = codec.encode_update(new, sent, residual, fmt)
+        # After a diverged round there is nothing sensible left to send.
+        if left and all(bool(t.isfinite().all()) for t in left.values()):
+            try:
+                kept.put(request.run, self.name, request.round, left)
+            except OSError as error:
+                log.warning("client %s: rounding residual not kept: %s", self.name, error)
+        return tensors
+
+    def _held(self, request: TrainRequest) -> Held | None:
+        """The model with the digest asked for: from memory, disk, or what the message brings."""
+        cached = self.cache.models.get(request.digest)
+        if cached is not None:
+            # Kept true to its disk copy: a wiped store must be served again, as it would be in
+            # a deployment, where each message may meet a new process.
+            if self.store.touch(request.digest):
+                return cached
+            del self.cache.models[request.digest]
+        package = self._package(request)
+        if package is None:
+            return None
+        with collector_paused():  # a family's own module is imported here
+            model = rebuild(package)
+        model.model.to(self.device)
+        reader = combine_digest("", package.files, {})
+        held = Held(model, package.files, reader)
+        self.cache.keep_model(request.digest, held)
+        return held
+
+    def _package(self, request: TrainRequest) -> Package | None:
+        if request.package:
+            package = Package.from_bytes(request.package)
+            if package.digest() != request.digest:
+                raise ReplyError("the package received does not have the digest it was sent under")
+            self._keep(request.digest, package)
+            return package
+        here = self.store.get(request.digest)
+        if here is not None or not request.patches:
+            return here
+        if request.patches[-1].target != request.digest:
+            raise ReplyError("the patches received do not lead to the sub-FM to train on")
+        base: Package | None = None
+        digests: dict[str, str] = {}
+        for patch in request.patches:
+            if base is None:
+                # The chain may start before what this client has.
+                if not is_digest(patch.source):
+                    raise ReplyError("a patch received starts from what is no digest")
+                found = self.store.read(patch.source)
+                if found is None:
+                    continue
+                base, digests = found
+            base = apply_patch(base, patch, digests)
+        if base is not None:
+            self._keep(request.digest, base)
+        return base
+
+    def _keep(self, digest: str, package: Package) -> None:
+        """Store a verified package; on a full disk train from memory and be served again."""
+        try:
+            self.store.put(digest, package)
+        except OSError as error:
+            log.warning("client %s: sub-FM not kept on disk: %s", self.name, error)
+
+    def _rows(self, held: Held) -> Rows:
+        share = self.validation_share
+        key = (
+            self.name, self.rows_id, share, held.reader, held.model.labels, held.model.max_length,
+        )  # fmt: skip
+        if key not in self.cache.rows:
+            encoded, folds = self._encoded(held)
+            out = rowcache.held_out(folds, share)
+            if out.all():
+                raise UserError(
+                    f"client {self.name}: validation-share = {share:g} leaves none of its "
+                    f"{len(out)} rows to train on."
+                )
+            rows = Rows(encoded, encoded.select(np.empty(0, np.int64)))
+            if out.any():
+                rows = Rows(
+                    encoded.select(np.flatnonzero(~out)), encoded.select(np.flatnonzero(out))
+                )
+            self.cache.keep_rows(key, rows)
+        return self.cache.rows[key]
+
+    def _encoded(self, held: Held) -> tuple[Encoded, np.ndarray]:
+        """All rows and their folds: from the disk where the same have been encoded before."""
+        source = self.rows_digest() if self.kept_rows else ""
+        key = self._rows_key(held, source)
+        found = self.kept_rows.get(key) if self.kept_rows and source else None
+        if found:
+            return found
+        examples = self.load_rows(held.model.labels)
+        if not len(examples):
+            raise UserError(f"client {self.name} has no rows.")
+        if self.kept_rows and not source:
+            key = self._rows_key(held, rowcache.content_of(examples))
+            found = self.kept_rows.get(key)
+            if found:
+                return found
+        if held.reader not in self.cache.processors:
+            self.cache.processors[held.reader] = processor_of(held.files, held.model.kind)
+        processor = self.cache.processors[held.reader]
+        rows = encode(examples, processor, held.model.max_length)
+        folds = rowcache.folds_of(examples)
+        # Not what was read while the file changed, under the digest of what it was before.
+        if self.kept_rows and self.rows_digest() == source:
+            try:
+                self.kept_rows.put(key, rows, folds)
+            except OSError as error:
+                log.warning("client %s: encoded rows not kept on disk: %s", self.name, error)
+        return rows, folds
+
+    def _rows_key(self, held: Held, source: str) -> str:
+        """Names encoded rows by everything they depend on."""
+        return rowcache.key_of(
+            source, held.reader, held.model.labels, held.model.max_length, held.model.kind,
+            version("transformers"), version("tokenizers"), version("pillow"),
+        )  # fmt: skip
+
+
+def processor_of(files: Mapping[str, bytes], kind: str) -> Any:
+    """From the verified bytes: the files on disk may have changed, or be gone, by now."""
+    with tempfile.TemporaryDirectory(prefix="fedpft-") as folder:
+        for name, data in files.items():
+            (Path(folder) / name).write_bytes(data)
+        return load_processor(Path(folder), kind)

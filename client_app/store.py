@@ -1,0 +1,220 @@
+"""What a client keeps on disk: sub-FMs by digest, and what its last updates left unsent.
+
+Layout: `<root>/<digest>/meta.json`, `weights.safetensors`, `files/…`. A folder appears whole
+(rename) or not at all; what is found corrupt is removed and asked for again. Any number of
+processes may use one root at once; how many sub-FMs stay is bounded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedpft_core.errors import ReplyError
+from fedpft_core.wire import codec
+from fedpft_core.wire.messages import Package, combine_digest, is_digest, tensor_digest
+
+Tensors = dict[str, Tensor]
+_HEX = frozenset("0123456789abcdef")
+_STALE_SECONDS = 3600.0
+
+
+class Store:
+    """Packages on disk. `keep` bounds how many sub-FMs stay (least recently used go first)."""
+
+    def __init__(self, root: Path, keep: int = 3) -> None:
+        self.root = root
+        self.keep = keep
+
+    def folder(self, digest: str) -> Path:
+        """Where a package lies or would lie. Raises ValueError for what is no sha256."""
+        if not is_digest(digest):
+            raise ValueError(f"not a digest: {digest[:80]!r}")
+        return self.root / digest
+
+    def digests(self) -> tuple[str, ...]:
+        """What is here, sorted."""
+        if not self.root.is_dir():
+            return ()
+        return tuple(sorted(p.name for p in self.root.iterdir() if is_digest(p.name)))
+
+    def touch(self, digest: str) -> bool:
+        """Whether a package is here; if so it now counts as just used."""
+        try:
+            os.utime(self.folder(digest))
+        except OSError:
+            return False
+        return True
+
+    def get(self, digest: str) -> Package | None:
+        """Read and verify a package; None when it is absent or was corrupt (then it is gone)."""
+        found = self.read(digest)
+        return found[0] if found else None
+
+    def read(self, digest: str) -> tuple[Package, dict[str, str]] | None:
+        """As `get`, with the sha256 of each tensor, which verifying has to take anyway."""
+        folder = self.folder(digest)
+        try:
+            seen = folder.stat().st_ino
+        except OSError:
+            return None
+        try:
+            # Copied out of the mapped file first: what is verified must be what is used.
+            mapped = load_file(folder / "weights.safetensors")
+            weights = {k: t.clone() for k, t in mapped.items()}
+            meta = (folder / "meta.json").read_text(encoding="utf-8")
+            files = {p.name: p.read_bytes() for p in sorted((folder / "files").iterdir())}
+            package = Package(meta, files, weights)
+            digests = {k: tensor_digest(t) for k, t in weights.items()}
+            good = combine_digest(meta, files, digests) == digest
+        except (OSError, SafetensorError, ValueError, KeyError, RuntimeError):
+            # RuntimeError: how torch reports a file that went away between two of its steps.
+            good = False
+        if not good:
+            # Not if another process has evicted it meanwhile, and perhaps put a good one there.
+            with contextlib.suppress(OSError):
+                if folder.stat().st_ino == seen:
+                    self.remove(digest)
+            return None
+        self.touch(digest)
+        return package, digests
+
+    def put(self, digest: str, package: Package) -> None:
+        """Write a package whose digest the caller has verified. Raises OSError on a full disk,
+        after removing what was half written; what was here before stays."""
+        folder = self.folder(digest)
+        if self.touch(digest):
+            return
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+        temp = Path(tempfile.mkdtemp(prefix=".new-", dir=self.root))
+        try:
+            (temp / "files").mkdir()
+            for name, data in package.files.items():
+                (temp / "files" / name).write_bytes(data)
+            (temp / "meta.json").write_text(package.meta, encoding="utf-8")
+            weights = {k: t.contiguous() for k, t in package.weights.items()}
+            try:
+                save_file(weights, temp / "weights.safetensors")
+            except SafetensorError as error:
+                # How safetensors reports a full disk or any other failure to write.
+                raise OSError(errno.EIO, str(error)) from error
+            try:
+                os.rename(temp, folder)
+            except OSError as error:
+                # Another process wrote the same content first: equal digests, equal bytes. It
+                # may be gone again by now; whoever misses it asks for it.
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+        finally:
+            shutil.rmtree(temp, ignore_errors=True)
+        self._evict(spare=digest)
+
+    def remove(self, digest: str) -> None:
+        """Drop a package if it is here. Renamed first, so that no reader sees half of it."""
+        gone = self.root / f".gone-{digest[:16]}-{os.getpid()}-{time.monotonic_ns()}"
+        with contextlib.suppress(OSError):
+            os.rename(self.folder(digest), gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def _evict(self, spare: str) -> None:
+        def age(digest: str) -> float:
+            try:
+                return self.folder(digest).stat().st_mtime
+            except OSError:
+                return 0.0
+
+        others = sorted((d for d in self.digests() if d != spare), key=age, reverse=True)
+        for digest in others[max(0, self.keep - 1) :]:
+            self.remove(digest)
+
+    def _sweep(self) -> None:
+        """Remove what killed processes left half written."""
+        for path in self.root.glob(".*-*"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+class Residuals:
+    """What ternary updates left unsent, by run, client and round (error feedback).
+
+    `get` for round t gives what the newest round before t left, so a round that is repeated, or
+    done again after the server came back from a checkpoint, starts from the same bits. All of it
+    may be lost at any time: that client's next update starts without a residual.
+    """
+
+    def __init__(self, root: Path, keep_rounds: int = 3, keep_runs: int = 4) -> None:
+        self.root = root
+        self.keep_rounds = keep_rounds
+        self.keep_runs = keep_runs
+
+    def _folder(self, run: str, client: str) -> Path:
+        """Raises ValueError for what is no run identifier: it becomes part of a path."""
+        if not 8 <= len(run) <= 64 or not _HEX.issuperset(run):
+            raise ValueError(f"not a run: {run[:80]!r}")
+        return self.root / run / hashlib.sha256(client.encode()).hexdigest()[:32]
+
+    def _rounds(self, folder: Path) -> dict[int, Path]:
+        found = folder.glob("round-*") if folder.is_dir() else ()
+        numbered = {p.name.removeprefix("round-"): p for p in found}
+        return {int(n): p for n, p in sorted(numbered.items()) if n.isdecimal()}
+
+    def get(self, run: str, client: str, round: int) -> Tensors:
+        """The residual to start round `round` from; empty when there is none or it is corrupt."""
+        rounds = self._rounds(self._folder(run, client))
+        before = [n for n in rounds if n < round]
+        if not before:
+            return {}
+        # Never an older one instead of a corrupt one: that has been sent already.
+        try:
+            digest, _, data = rounds[max(before)].read_bytes().partition(b"\n")
+            if hashlib.sha256(data).hexdigest().encode() == digest:
+                return codec.unpack(data)
+        except (OSError, ReplyError):
+            pass
+        return {}
+
+    def put(self, run: str, client: str, round: int, tensors: Tensors) -> None:
+        """Keep what round `round` left; forget later rounds, which are being done again.
+
+        Raises OSError on a full disk.
+        """
+        folder = self._folder(run, client)
+        folder.mkdir(parents=True, exist_ok=True)
+        data = codec.pack(tensors)
+        temp = folder / f".new-{os.getpid()}-{time.monotonic_ns()}"
+        try:
+            temp.write_bytes(hashlib.sha256(data).hexdigest().encode() + b"\n" + data)
+            os.replace(temp, folder / f"round-{round:06d}")
+        finally:
+            temp.unlink(missing_ok=True)
+        rounds = self._rounds(folder)
+        kept = sorted(n for n in rounds if n <= round)[-self.keep_rounds :]
+        for number, path in rounds.items():
+            if number not in kept:
+                path.unlink(missing_ok=True)
+        self._forget_runs(spare=run)
+
+    def _forget_runs(self, spare: str) -> None:
+        def age(path: Path) -> float:
+            try:
+                return path.stat().st_mtime
+            except OSError:
+                return 0.0
+
+        with contextlib.suppress(OSError):
+            os.utime(self.root / spare)
+        others = sorted((p for p in self.root.iterdir() if p.name != spare), key=age, reverse=True)
+        for old in others[self.keep_runs - 1 :]:
+            shutil.rmtree(old, ignore_errors=True)

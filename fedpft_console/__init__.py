@@ -1,0 +1,1 @@
+"""The command line, launching, progress, reports and comparisons: what stands above the apps."""

@@ -1,0 +1,11 @@
+"""`fedpft compare`: a grid of runs, resumable cell by cell, and what comes of it.
+
+`experiment` says which cells there are, `results` keeps them, `run` runs them, `record` says what
+is kept of one; `lines` brings seeds together, `gap` holds figures against the plug-in gap;
+`tables`, `plots` and `page` are made of these, `command` is the command.
+"""
+
+from fedpft_console.compare.experiment import Cell, Experiment, Point, best_rate
+from fedpft_console.compare.results import Results
+
+__all__ = ["Cell", "Experiment", "Point", "Results", "best_rate"]

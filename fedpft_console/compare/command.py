@@ -1,0 +1,182 @@
+"""`fedpft compare`: run experiments, and make or check what is made of their cells."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedpft_console.compare.experiment import Experiment, Point
+from fedpft_console.compare.results import CELLS, Results
+from fedpft_core.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("experiment", metavar="FILE", nargs="+", help="experiment file (YAML)")
+    parser.add_argument(
+        "--results", metavar="DIR", help="results folder (default: beside the file, of its name)"
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--table", action="store_true", help="run nothing: print the tables of what is there"
+    )
+    what.add_argument(
+        "--write", action="store_true",
+        help="run nothing: make tables, plots and report.html again from the cells",
+    )  # fmt: skip
+    what.add_argument(
+        "--check", action="store_true",
+        help="run nothing: fail if the tables beside the cells are not what the cells say",
+    )  # fmt: skip
+    parser.add_argument(
+        "--only", metavar="NAME", action="append",
+        help="run only METHOD[/DATASET[/PARTITION]], wildcards allowed; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--part", metavar="I/N",
+        help="run only the I-th of N parts; each in a --results folder of its own",
+    )  # fmt: skip
+    parser.add_argument(
+        "--merge", metavar="DIR", action="append", default=[],
+        help="first take over the finished cells of another results folder; may be repeated",
+    )  # fmt: skip
+
+
+def command(args: argparse.Namespace, console: Console) -> int:
+    """Returns 1 when a cell failed or a table is stale. Raises UserError with one sentence."""
+    from fedpft_console.compare import tables
+
+    if args.results and len(args.experiment) > 1:
+        raise UserError("--results is the folder of one experiment, and several are given.")
+    jobs = []
+    for name in args.experiment:
+        path = Path(name)
+        folder = Path(args.results) if args.results else path.with_suffix("")
+        jobs.append((path, Experiment.read(path), folder))
+    if args.check:
+        return _check(jobs)
+    status = 0
+    for path, experiment, folder in jobs:
+        results = Results(folder)
+        if args.merge or not (args.table or args.write):
+            with results.writing():
+                _merge(results, args.merge, console)
+                if not (args.table or args.write):
+                    status |= _run(args, experiment, results, console)
+        _warn_of_strays(experiment, results, path)
+        if not args.write:
+            print(tables.markdown(experiment, results.rows), end="")
+        if not args.table:
+            _write(experiment, results)
+    return status
+
+
+def _merge(results: Results, folders: list[str], console: Console) -> None:
+    for name in folders:
+        if not (Path(name) / CELLS).is_file():
+            raise UserError(f"--merge {name}: no {CELLS} there.")
+        count = results.merge(Results(Path(name)))
+        console.print(f"{count} cells taken over from {name}", highlight=False, markup=False)
+
+
+def _run(
+    args: argparse.Namespace, experiment: Experiment, results: Results, console: Console
+) -> int:
+    from fedpft_console.compare import run
+
+    points = selected(experiment.points(), args.only, args.part)
+    failed = run.run(experiment, results, console, points)
+    if failed:
+        console.print(f"{failed} cells failed; starting again tries them again", highlight=False)
+    return 1 if failed else 0
+
+
+def selected(points: list[Point], only: list[str] | None, part: str | None) -> list[Point]:
+    """The lines that --only and --part leave. Raises UserError when nothing is left."""
+    if only:
+        for pattern in only:
+            if not any(p.matches([pattern]) for p in points):
+                raise UserError(f"--only {pattern}: nothing in the experiment has that name.")
+        points = [p for p in points if p.matches(only)]
+    if part:
+        match = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", part)
+        if not match or int(match[1]) > int(match[2]):
+            raise UserError(f"--part {part}: expected I/N with I from 1 to N.")
+        # A line is never cut: its seeds need the rate that its first seed has chosen.
+        points = points[int(match[1]) - 1 :: int(match[2])]
+    return points
+
+
+def _write(experiment: Experiment, results: Results) -> None:
+    from fedpft_console.compare import page, plots
+
+    made: dict[str, bytes] = {name: text.encode() for name, text in texts(experiment, results)}
+    made |= plots.files(experiment, results.rows)
+    made["report.html"] = page.html(experiment, results.rows).encode()
+    try:
+        results.folder.mkdir(parents=True, exist_ok=True)
+        for name, data in made.items():
+            part = results.folder / f".{name}.part"
+            part.write_bytes(data)
+            part.replace(results.folder / name)
+    except OSError as error:
+        raise UserError(f"{results.folder}: cannot be written ({error.strerror}).") from error
+    print(f"{results.folder}: {', '.join(made)}")
+
+
+def texts(experiment: Experiment, results: Results) -> list[tuple[str, str]]:
+    """The files that are committed beside the cells, and checked."""
+    from fedpft_console.compare import tables
+
+    return [
+        ("table.md", tables.markdown(experiment, results.rows)),
+        ("table.csv", tables.table_csv(experiment, results.rows)),
+    ]
+
+
+def _check(jobs: list[tuple[Path, Experiment, Path]]) -> int:
+    status = 0
+    for path, experiment, folder in jobs:
+        results = Results(folder)
+        if not results.rows:
+            print(f"{path}: no cells yet")
+            continue
+        for name, text in texts(experiment, results):
+            file = folder / name
+            if not file.is_file() or file.read_text(encoding="utf-8") != text:
+                why = " ".join(_strays(experiment, results))
+                print(
+                    f"fedpft: error: {file} is not what {folder / CELLS} says; "
+                    f"`fedpft compare {path} --write` renews it.{' ' if why else ''}{why}",
+                    file=sys.stderr,
+                )
+                status = 1
+                break
+        else:
+            print(f"{path}: up to date")
+    return status
+
+
+def _strays(experiment: Experiment, results: Results) -> list[str]:
+    """Cells of this name that were run with other settings, such as a default since changed."""
+    from fedpft_console.compare import tables
+
+    out: dict[str, None] = {}
+    for cell in tables.wanted(experiment, results.rows):
+        if cell.find(results.rows) is None and cell.failure(results.rows) is None:
+            differing = tables.nearest(cell, results.rows)
+            if differing:
+                said = ", ".join(f"{k} = {a!r}, now {b!r}" for k, (a, b) in differing.items())
+                out[f"{cell.method} on {cell.dataset} was run with {said}."] = None
+    return list(out)
+
+
+def _warn_of_strays(experiment: Experiment, results: Results, path: Path) -> None:
+    for text in _strays(experiment, results):
+        print(f"fedpft: {path}: {text}", file=sys.stderr)

@@ -1,0 +1,151 @@
+"""The adapter: LoRA on attention plus the task head, the same on FM and proxy.
+
+Tensors are always named as in the FM, whatever model holds them, so every adapter parameter of
+a proxy has its namesake in the FM and plugging in is a copy by name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from fedpft_core.config import LoraConfig as LoraSettings
+from fedpft_core.model.families import Family
+from fedpft_core.proxy.plan import Plan, to_fm_name, to_proxy_name
+from fedpft_core.seeds import torch_stream
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What the adapter is made of; names are the FM's."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+    modules: tuple[str, ...]  # trained whole: the head and anything newly initialised
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @staticmethod
+    def from_json(text: str) -> AdapterSpec:
+        raw = json.loads(text)
+        return AdapterSpec(
+            int(raw["rank"]),
+            float(raw["alpha"]),
+            float(raw["dropout"]),
+            tuple(raw["targets"]),
+            tuple(raw["modules"]),
+        )
+
+
+def make_spec(family: Family, plan: Plan, fresh: tuple[str, ...], cfg: LoraSettings) -> AdapterSpec:
+    """The adapter of a run: LoRA in every block the proxy has, head and `fresh` modules whole."""
+    modules = tuple(dict.fromkeys((*family.head, *fresh)))
+    return AdapterSpec(cfg.rank, cfg.alpha, cfg.dropout, family.lora_targets(plan.present), modules)
+
+
+def attach(model: nn.Module, spec: AdapterSpec, plan: Plan | None = None) -> PeftModel:
+    """Put the adapter on a bare task model (in place) and return the PEFT wrapper.
+
+    `plan` is needed when the model is a proxy. Only adapter parameters require gradients after.
+    """
+    targets = [to_proxy_name(t, plan) if plan else t for t in spec.targets]
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,  # type: ignore[arg-type]  # peft scales by alpha / r, floats work
+        lora_dropout=spec.dropout,
+        target_modules=[t for t in targets if t is not None],
+        modules_to_save=list(spec.modules),
+    )
+    wrapped = get_peft_model(model, config)
+    wrapped.eval()
+    return wrapped
+
+
+def parameters(model: nn.Module, plan: Plan | None = None) -> dict[str, nn.Parameter]:
+    """The adapter's live parameters by their FM name, sorted by name."""
+    out = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        name = name.removeprefix("base_model.model.")
+        name = name.replace(".modules_to_save.default", "").replace(".default.", ".")
+        out[to_fm_name(name, plan) if plan else name] = p
+    return dict(sorted(out.items()))
+
+
+def read(model: nn.Module, plan: Plan | None = None) -> Tensors:
+    """Copies of the adapter's tensors on the CPU."""
+    return {k: p.detach().to("cpu", copy=True) for k, p in parameters(model, plan).items()}
+
+
+@torch.no_grad()
+def load(model: nn.Module, tensors: Mapping[str, Tensor], plan: Plan | None = None) -> None:
+    """Copy tensors into the adapter by name.
+
+    Raises ValueError when names or shapes differ in any way: nothing is ever matched by
+    position or silently left out.
+    """
+    live = parameters(model, plan)
+    if set(live) != set(tensors):
+        odd = sorted(set(live) ^ set(tensors))
+        raise ValueError(f"adapter names differ: {odd[:3]} and {max(0, len(odd) - 3)} more")
+    for name, p in live.items():
+        if p.shape != tensors[name].shape:
+            raise ValueError(f"{name}: shape {list(tensors[name].shape)}, not {list(p.shape)}")
+        p.copy_(tensors[name])
+
+
+def initial(model: nn.Module, spec: AdapterSpec, seed: int, plan: Plan | None = None) -> Tensors:
+    """The adapter at the start of a run: A random by name and seed, B zero, head as loaded."""
+    out = read(model, plan)
+    for name, value in out.items():
+        if name.endswith("lora_A.weight"):
+            bound = 1 / math.sqrt(value.shape[1])  # kaiming_uniform_(a=sqrt(5)), LoRA's own choice
+            stream = torch_stream(seed, "adapter", name)
+            value.uniform_(-bound, bound, generator=stream)
+        elif name.endswith("lora_B.weight"):
+            value.zero_()
+    return out
+
+
+def norm(tensors: Mapping[str, Tensor]) -> float:
+    """L2 norm over all tensors."""
+    # Exact, so that the order of the names, which no file promises, cannot change the last bit.
+    return math.sqrt(math.fsum(float(t.double().square().sum()) for t in tensors.values()))
+
+
+def clip_change(
+    adapter: Mapping[str, Tensor], start: Mapping[str, Tensor], longest: float
+) -> Tensors:
+    """The adapter with the change of LoRA's factors since `start` scaled down to L2 norm `longest`.
+
+    The head's change stays as it is: it is no part of what makes the bodies of proxy and FM differ.
+    A change no longer than that is left to the bit.
+    """
+    change = {k: t - start[k] for k, t in adapter.items() if ".lora_" in k}
+    size = norm(change)
+    if size <= longest:
+        return dict(adapter)
+    return dict(adapter) | {k: start[k] + d * (longest / size) for k, d in change.items()}
+
+
+def export(fm: PeftModel, folder: Path, base_name: str) -> list[Path]:
+    """Write the adapter now on the FM as a PEFT folder.
+
+    `PeftModel.from_pretrained(untouched_fm, folder)` gives the same logits.
+    """
+    fm.peft_config["default"].base_model_name_or_path = base_name
+    fm.save_pretrained(str(folder), safe_serialization=True)
+    return sorted(folder.glob("adapter_*"))

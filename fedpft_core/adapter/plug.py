@@ -1,0 +1,165 @@
+"""Plugging the tuned adapter into the FM: the head is refitted to the features the FM has.
+
+Clients tune the head on the sub-FM's features f_S. In the FM the same adapter gives features f_T
+that are much alike but moved and turned, and a head tuned to f_S misreads them. On rows without
+labels both can be had, so the owner fits f_S ~ (f_T - m_T) M + m_S and folds the map into the
+head's last linear layer, which gives W f + b: W' = W M^T, b' = b + W m_S - W' m_T. The adapter's
+format, LoRA's factors and what clients get stay as they are. Not in the paper.
+
+Shape letters: N rows, D features, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedpft_core.model.families import base_model, family_of_model, inputs_of
+from fedpft_core.train.tune import Batch, device_of, to_device
+
+
+def last_linear(model: nn.Module) -> nn.Linear:
+    """The layer that gives the class scores: the last linear one of the trained head.
+
+    Raises ValueError when the head has none.
+    """
+    family = family_of_model(model)
+    bare = base_model(model)
+    found: nn.Linear | None = None
+    for name in family.head:
+        module = bare.get_submodule(name)
+        # PEFT keeps the untouched head beside the trained one.
+        saved = getattr(module, "modules_to_save", None)
+        for part in (saved["default"] if saved is not None else module).modules():
+            found = part if isinstance(part, nn.Linear) else found
+    if found is None:
+        raise ValueError(f"the head {', '.join(family.head)} has no linear layer")
+    return found
+
+
+@torch.inference_mode()
+def features(model: nn.Module, data: Iterable[Batch]) -> Tensor:
+    """What the last linear layer reads for each row [N, D], float64 on the CPU, dropout off."""
+    model.eval()
+    seen: list[Tensor] = []
+
+    def keep(_m: nn.Module, args: Any) -> None:
+        seen.append(args[0].detach().to("cpu", torch.float64))
+
+    handle = last_linear(model).register_forward_pre_hook(keep)
+    try:
+        for batch in data:
+            model(**inputs_of(to_device(batch, device_of(model))))
+    finally:
+        handle.remove()
+    return torch.cat(seen)
+
+
+@dataclass(frozen=True)
+class Map:
+    """f_S ~ (f_T - mean_T) turn + mean_S; `error_before` and `error_after` are the mean squared
+    distance of f_T, as it is and mapped, from f_S over the variance of f_S."""
+
+    turn: Tensor  # [D, D]
+    mean_T: Tensor  # [D]
+    mean_S: Tensor  # [D]
+    error_before: float
+    error_after: float
+
+
+def fit(f_T: Tensor, f_S: Tensor, ridge: float) -> Map:
+    """Least squares with a pull towards the identity: with few rows little is turned.
+
+    Args:
+        f_T: the FM's features [N, D].
+        f_S: the sub-FM's features of the same rows [N, D].
+        ridge: weight of |M - I|^2 as a share of the mean squared norm of a feature, > 0.
+    """
+    mean_T, mean_S = f_T.mean(0), f_S.mean(0)
+    a, b = f_T - mean_T, f_S - mean_S
+    gram = a.T @ a
+    one = torch.eye(len(gram), dtype=gram.dtype)
+    # A feature that never moves has no say; were they all such, the identity would be the answer.
+    pull = ridge * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny) * one
+    turn = torch.linalg.solve(gram + pull, a.T @ b + pull)
+    spread = b.square().sum().clamp_min(torch.finfo(gram.dtype).tiny)
+    before = float((f_T - f_S).square().sum() / spread)
+    after = float((a @ turn - b).square().sum() / spread)
+    return Map(turn, mean_T, mean_S, before, after)
+
+
+def turned(head: nn.Linear, found: Map) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a linear layer that reads f_S, for reading f_T instead.
+
+    Raises ValueError when it has no bias to take the shift.
+    """
+    if head.bias is None:
+        raise ValueError("the head's last linear layer has no bias")
+    old = head.weight.detach().to("cpu", torch.float64)
+    weight = old @ found.turn.T
+    shift = old @ found.mean_S - weight @ found.mean_T
+    return weight.to(head.weight), head.bias.detach() + shift.to(head.bias)
+
+
+@dataclass(frozen=True)
+class Refit:
+    """What refitting came to: the map, how many of the labelled rows the head as trained and the
+    refitted one label right (None without such rows), and whether the refitted one was taken."""
+
+    map: Map
+    right_before: int | None
+    right_after: int | None
+    taken: bool
+
+
+@torch.no_grad()
+def refit_head(
+    fm: nn.Module,
+    proxy: nn.Module,
+    rows: Callable[[], Iterable[Batch]],
+    ridge: float,
+    judge: Callable[[], Iterable[Batch]] | None = None,
+) -> Refit:
+    """Refit the FM's head, in place, to the features it has with the adapter now plugged in.
+
+    The proxy stays as it is.
+
+    Args:
+        fm, proxy: with the same adapter plugged in.
+        rows: gives the same rows, at least one, each time it is called. The fit does not look at
+            labels.
+        ridge: see :func:`fit`.
+        judge: likewise gives rows, or none, that are not fitted to. With it, all rows carry labels,
+            and the refitted head is taken only if it labels more of them right than the head as
+            trained; those fitted to are judged by a head refitted to the other half of them.
+    """
+    f_S = features(proxy, rows())
+    # One pass over all rows serves the fit and both heads.
+    f_T = features(fm, chain(rows(), judge() if judge else ()))
+    head, n = last_linear(fm), len(f_S)
+    found = fit(f_T[:n], f_S, ridge)
+    weight, bias = turned(head, found)
+    before = after = None
+    if judge is not None:
+        labels = torch.cat([batch["labels"] for batch in chain(rows(), judge())])
+        before = _right(f_T, labels, head.weight, head.bias)
+        after = _right(f_T[n:], labels[n:], weight, bias)
+        # No row is judged by a map that was fitted to it. Rows come by length: halves alternate.
+        for fitted, unseen in ((slice(0, n, 2), slice(1, n, 2)), (slice(1, n, 2), slice(0, n, 2))):
+            other = turned(head, fit(f_T[fitted], f_S[fitted], ridge)) if n > 1 else (weight, bias)
+            after += _right(f_T[unseen], labels[unseen], *other)
+    taken = before is None or after is None or after > before
+    if taken:
+        head.weight.copy_(weight)
+        head.bias.copy_(bias)
+    return Refit(found, before, after, taken)
+
+
+def _right(read: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> int:
+    scores = read @ weight.to(read).T + bias.to(read)
+    return int((scores.argmax(-1) == labels.to(scores.device)).sum())

@@ -1,0 +1,1 @@
+"""Bringing the proxy nearer to the FM, before and between rounds."""

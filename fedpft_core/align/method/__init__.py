@@ -1,0 +1,66 @@
+"""Ways to align the proxy with the FM: one file per choice of `distill.method` and `align.method`.
+
+Each file has `align(job) -> (first, last)`: it changes the weights of `job.student` that
+`distill.moving_parts` names (with `job.chosen`, of those neurons only), leaves everything else as
+it was to the bit, and returns its loss before and after. `LAYER_DROP = True` says that it also
+serves proxies whose blocks are dropped instead of pruned. `a+b` runs a, then b.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+
+from torch import Tensor, nn
+
+from fedpft_core import registry
+from fedpft_core.align.distill import Progress, targets
+from fedpft_core.config import DistillConfig
+from fedpft_core.errors import UserError
+from fedpft_core.proxy.plan import Plan
+from fedpft_core.train.tune import Batch
+
+
+@dataclass(frozen=True)
+class Job:
+    """One alignment: both models at the same adapter, public batches, and how long and how fast."""
+
+    teacher: nn.Module
+    student: nn.Module
+    plan: Plan
+    batches: Callable[[int], Iterator[Batch]]  # n → n public batches, the same for the same n
+    cfg: DistillConfig
+    steps: int  # optimiser steps
+    lr: float
+    alpha: float = 0.0  # weight of the weight-product term
+    chosen: Mapping[int, Tensor] | None = None  # neurons that move, per pruned block; None = all
+    seed: int = 0
+    on_step: Progress | None = None
+
+
+def parts(name: str) -> list[str]:
+    """The methods of `a+b` in order; none for `none`."""
+    return [] if name == "none" else name.split("+")
+
+
+def run(name: str, job: Job, key: str = "distill.method") -> tuple[float, float, float]:
+    """Align by the method(s) called `name`; returns (first loss of the first, last loss of the
+    last, seconds). Raises UserError naming `key` when one cannot serve this kind of proxy."""
+    modules = [_load(part, job.plan, key) for part in parts(name)]
+    start = time.perf_counter()
+    losses = [module.align(job) for module in modules]
+    return losses[0][0], losses[-1][1], time.perf_counter() - start
+
+
+def needed(name: str, plan: Plan, steps: int) -> bool:
+    """Whether there is anything to do. `steps` = 0 switches alignment off."""
+    return bool(parts(name)) and steps > 0 and bool(targets(plan))
+
+
+def _load(name: str, plan: Plan, key: str) -> ModuleType:
+    module = registry.load("alignment", name)
+    if not plan.pruned and not getattr(module, "LAYER_DROP", False):
+        raise UserError(f"{key} = {name} needs pruned blocks; a layer-drop proxy has none.")
+    return module

@@ -1,0 +1,43 @@
+"""AdamW on each pruned FFN alone, fed what the FM's FFN gets: no attention is run twice."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fedpft_core.align.distill import hidden_errors, local_views
+from fedpft_core.align.method import Job, sgd
+from fedpft_core.model.families import family_of
+from fedpft_core.proxy.plan import Plan, pruned_ffns
+from fedpft_core.train.tune import Batch
+
+
+def align(job: Job) -> tuple[float, float]:
+    return sgd.align(job, objective(job.teacher, job.student, job.plan))
+
+
+def objective(teacher: nn.Module, student: nn.Module, plan: Plan) -> sgd.Objective:
+    """Mean over pruned blocks of the error of the block's output (paper eq. 3) when the student's
+    FFN, and in post-norm families its output norm, take the place of the FM's in that one block.
+
+    A step costs one forward pass of the FM and the student's FFNs forward and backward.
+    """
+    ffns = pruned_ffns(student, plan)
+    post_norm = bool(family_of(plan.model_type).output_norm)
+
+    def loss(batch: Batch) -> Tensor:
+        with torch.no_grad():
+            views, real = local_views(teacher, plan, batch)
+        h_T, h_S = {}, {}
+        for block, view in views.items():
+            y = ffns[block](view.x)
+            h_T[block] = view.out
+            if post_norm:
+                norm = ffns[block].norm
+                assert norm is not None
+                h_S[block] = norm(view.total + (y - view.y))
+            else:
+                h_S[block] = view.out + (y - view.y)
+        return torch.stack(list(hidden_errors(h_T, h_S, real).values())).mean()
+
+    return loss

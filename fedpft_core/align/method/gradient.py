@@ -1,0 +1,67 @@
+"""AdamW on the output error and on how far the adapter's gradients of both models lie apart."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fedpft_core.adapter import lora as adapters
+from fedpft_core.align.distill import hidden_errors, outputs, targets
+from fedpft_core.align.method import Job, sgd
+from fedpft_core.model.families import real_positions
+from fedpft_core.proxy.plan import Plan
+from fedpft_core.proxy.saliency import functional
+from fedpft_core.seeds import torch_stream
+from fedpft_core.train.tune import Batch
+
+LAYER_DROP = True
+
+
+def align(job: Job) -> tuple[float, float]:
+    objective = Objective(job.teacher, job.student, job.plan, job.cfg.gradient_weight, job.seed)
+    return sgd.align(job, objective)
+
+
+class Objective:
+    """Hidden-state error (paper eq. 3) + w · ‖g_S − g_T‖² / ‖g_T‖².
+
+    g is the gradient for LoRA's factors of a loss public rows have: a random linear functional of
+    the last block's output at the first position, where the head reads, drawn anew for each step
+    and the same for both models. Its expectation over draws compares the Jacobians of that output
+    in the adapter, so agreement does not hang on one task's labels (in the spirit of GradOT,
+    arXiv:2507.04455, which matches gradients too, but by choosing what to drop).
+    """
+
+    def __init__(
+        self, teacher: nn.Module, student: nn.Module, plan: Plan, weight: float, seed: int
+    ) -> None:
+        self.teacher, self.student, self.plan, self.weight = teacher, student, plan, weight
+        self.stream = torch_stream(seed, "gradient-matching")
+        theirs, mine = adapters.parameters(teacher), adapters.parameters(student, plan)
+        names = [n for n in mine if ".lora_" in n]
+        self.theirs, self.mine = [theirs[n] for n in names], [mine[n] for n in names]
+
+    def __call__(self, batch: Batch) -> Tensor:
+        pairs = targets(self.plan)
+        last_T, last_S = len(self.plan.blocks) - 1, self.plan.present[-1]
+        for p in self.mine:
+            p.requires_grad_(True)
+        # Fused attention kernels have no second derivative.
+        with sdpa_kernel(SDPBackend.MATH):
+            h_T = outputs(self.teacher, self.plan, batch, False, {*pairs.values(), last_T})
+            h_S = outputs(self.student, self.plan, batch, True, {*pairs, last_S})
+        state = self.stream.get_state()
+        g_T = torch.autograd.grad(functional(h_T[last_T], self.stream), self.theirs)
+        self.stream.set_state(state)
+        g_S = torch.autograd.grad(
+            functional(h_S[last_S], self.stream), self.mine, create_graph=True
+        )
+        for p in self.mine:
+            p.requires_grad_(False)
+        apart = torch.stack([(s - t).square().sum() for s, t in zip(g_S, g_T, strict=True)]).sum()
+        size = torch.stack([t.square().sum() for t in g_T]).sum()
+        wanted = {b: h_T[fm].detach() for b, fm in pairs.items()}
+        real = real_positions(batch, h_S[last_S].shape[1])
+        errors = hidden_errors(wanted, {b: h_S[b] for b in pairs}, real)
+        return torch.stack(list(errors.values())).mean() + self.weight * apart / size

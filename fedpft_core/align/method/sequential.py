@@ -1,0 +1,36 @@
+"""As closed-form, but block after block on the sub-FM's own inputs: later ones mend earlier."""
+
+from __future__ import annotations
+
+import torch
+
+from fedpft_core.align.distill import local_views
+from fedpft_core.align.method import Job
+from fedpft_core.align.method.closed_form import Fit, means
+from fedpft_core.proxy.plan import pruned_ffns
+from fedpft_core.train.tune import device_of, to_device
+
+
+def align(job: Job) -> tuple[float, float]:
+    """Each block's residual is what it adds up to in the FM (before the output norm, where there
+    is one) less what it adds up to in the student, whose input already differs.
+
+    One pass of both models over `distill.fit-batches` batches for each block, up to that block.
+    """
+    device = device_of(job.student)
+    job.teacher.eval()
+    job.student.eval()
+    ffns, n, losses = pruned_ffns(job.student, job.plan), job.cfg.fit_batches, []
+    with torch.no_grad():
+        for i, (b, ffn) in enumerate(ffns.items()):
+            fit = Fit(ffn, job, b)
+            for step, batch in enumerate(job.batches(n)):
+                batch = to_device(batch, device)
+                theirs, real = local_views(job.teacher, job.plan, batch, wanted=(b,))
+                mine, _ = local_views(job.student, job.plan, batch, own_index=True, wanted=(b,))
+                residual = theirs[b].total - mine[b].total
+                fit.add(mine[b].a[real], residual[real], theirs[b].y[real])
+                if job.on_step:
+                    job.on_step(i * n + step + 1, n * len(ffns), float("nan"))
+            losses.append(fit.solve(job.cfg.ridge))
+    return means(losses)

@@ -1,0 +1,19 @@
+"""AdamW on the blocks' output error, each model on its own inputs, paper eqs. 3-6."""
+
+from __future__ import annotations
+
+from fedpft_core.align import distill
+from fedpft_core.align.distill import Objective
+from fedpft_core.align.method import Job
+
+LAYER_DROP = True
+
+
+def align(job: Job, objective: Objective | None = None) -> tuple[float, float]:
+    """`objective` replaces the output error; step, schedule and noise stay the same."""
+    first, last, _ = distill.distil(
+        job.teacher, job.student, job.plan, job.batches(job.steps), job.cfg,
+        steps=job.steps, lr=job.lr, alpha=job.alpha, chosen=job.chosen, noise_seed=job.seed,
+        on_step=job.on_step, objective=objective,
+    )  # fmt: skip
+    return first, last

@@ -1,0 +1,623 @@
+"""Every key of a run: its type, unit, default and the values it admits.
+
+The one list of keys is the dataclasses below; `fedpft config`, `docs/config.md` and the run
+config in pyproject.toml are all made from it. A key is written `section.key-with-dashes`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from fedpft_core import registry
+from fedpft_core.errors import UserError
+
+Scalar = bool | int | float | str
+
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+# A piece of `-c`: quoted parts may hold blanks; a quote that never closes stands for itself.
+_PIECE = re.compile(r"""(?:"[^"]*"|'[^']*'|[^\s])+""")
+
+
+def _key(
+    default: Any,
+    doc: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] = (),
+    joined: bool = False,
+) -> Any:
+    """Declare one key: default, one-line doc with unit, and the range or values it admits.
+
+    `joined`: several choices in a row, `a+b`, will do; `none` stands alone.
+    """
+    meta = {
+        "doc": doc, "low": low, "high": high, "above": above, "choices": choices, "joined": joined
+    }  # fmt: skip
+    return field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which foundation model the server owns."""
+
+    name: str = _key(
+        "builtin:minilm",
+        "foundation model: `builtin:minilm`, a local folder, or a Hugging Face name",
+    )
+    revision: str = _key("", "revision of a Hugging Face name; empty = its default branch")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Task data, public corpus, and how rows become model inputs."""
+
+    train: str = _key(
+        "builtin:docstrings",
+        "training rows: `builtin:docstrings` or a .csv, .jsonl, .json or .parquet file; empty "
+        "when only the clients have any (deployment)",
+    )
+    validation: str = _key(
+        "", "validation rows held by the server; empty = carved from the training file"
+    )
+    test: str = _key("", "test rows; must be given when `data.train` is a file")
+    public: str = _key(
+        "builtin:public", "public corpus for distillation: `builtin:public` or a file"
+    )
+    text_column: str = _key("text", "column with the text")
+    text_pair_column: str = _key("", "column with the second text of a pair; empty = single text")
+    image_column: str = _key("", "column with encoded images; non-empty makes this an image task")
+    label_column: str = _key("label", "column with the label (name or index)")
+    labels: str = _key(
+        "", "label names: JSON file or comma-separated list; empty = those of the training rows"
+    )
+    validation_share: float = _key(
+        0.1, "share of training rows carved off for validation", low=0.0, high=0.49
+    )
+    max_train_rows: int = _key(0, "training rows used, 0 = all", low=0)
+    max_test_rows: int = _key(0, "test rows used, 0 = all", low=0)
+    max_public_rows: int = _key(20000, "rows of the public corpus used, 0 = all", low=0)
+    max_length: int = _key(64, "longest input, tokens (text only)", low=4)
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What the proxy keeps of the foundation model (paper section 4.1)."""
+
+    proxy: str = _key(
+        "ffn-pruned",
+        "proxy clients get: `ffn-pruned` (sub-FM), `layer-drop` (offsite tuning), `full` (the FM)",
+        choices=("ffn-pruned", "layer-drop", "full"),
+    )
+    keep_neurons: int = _key(0, "FFN neurons K kept per pruned block, 0 = use keep-share", low=0)
+    keep_share: float = _key(
+        0.25, "share of FFN neurons kept per pruned block", above=0.0, high=1.0
+    )
+    retained_layers: str = _key(
+        "first,last",
+        "blocks kept whole: comma-separated indices, `first`, `last`; empty = none",
+    )
+    saliency: str = _key(
+        "weight-norm",
+        f"how neurons are ranked: {registry.describe('saliency')}",
+        choices=registry.names("saliency"),
+    )
+    saliency_batches: int = _key(
+        8, "public batches a saliency that reads them looks at, of distill.batch-size rows", low=1
+    )
+    qk_rank: int = _key(
+        0,
+        "rank of the attention's query and key projections in pruned blocks (truncated SVD; LoRA "
+        "stays on them under the FM's names), 0 = as in the FM",
+        low=0,
+    )
+    drop_to: int = _key(
+        0,
+        "blocks a layer-drop proxy keeps, 0 = as many as fit the sub-FM's block parameters",
+        low=0,
+    )
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Layer-level distillation before federated learning (paper section 4.2)."""
+
+    method: str = _key(
+        "sgd",
+        f"alignment before FL: {registry.describe('alignment')}; `none`; `a+b` runs a, then b",
+        choices=(*registry.names("alignment"), "none"),
+        joined=True,
+    )
+    # A tenth of the compute of 100 steps of 16 x 64 tokens, for the same agreement of gradients
+    # (docs/log.md, "Small batches").
+    steps: int = _key(50, "optimiser steps of each method that takes any; 0 = no alignment", low=0)
+    batch_size: int = _key(4, "public rows per step", low=1)
+    length: int = _key(32, "longest public row, tokens (text only)", low=4)
+    lr: float = _key(6e-4, "peak learning rate of AdamW", above=0.0)
+    warmup_share: float = _key(0.048, "share of steps with rising rate", low=0.0, high=1.0)
+    weight_decay: float = _key(0.01, "AdamW weight decay", low=0.0)
+    clip: float = _key(1.0, "largest gradient norm", above=0.0)
+    alpha: float = _key(0.01, "weight of the weight-product term", low=0.0)
+    adapter_noise: float = _key(
+        0.0,
+        "largest std of the random LoRA factors put on both models at each step, 0 = none",
+        low=0.0,
+    )
+    fit_batches: int = _key(80, "public batches `closed-form` and `sequential` look at", low=1)
+    ridge: float = _key(
+        1.0,
+        "pull of `closed-form` and `sequential` towards the present weights, as a share of the "
+        "activations' mean square",
+        above=0.0,
+    )
+    gradient_weight: float = _key(
+        1.0, "weight of the gradient term of `gradient` beside the output error", low=0.0
+    )
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """Neuron-level distillation between rounds (paper section 4.3).
+
+    What is not listed here (batch size, row length, warm-up, weight decay, ridge …) is distill's.
+    """
+
+    interval: int = _key(2, "rounds t between alignments, 0 = never", low=0)
+    threshold: float = _key(
+        0.0,
+        "a due alignment happens only where align.disagreement is above this, 0 = always",
+        low=0.0,
+    )
+    disagreement: str = _key(
+        "cosine",
+        "what align.threshold is held against, at the aggregated adapter: `cosine` (1 - cosine of "
+        "the adapter gradients on validation rows), `relative-l2` (their distance over the FM's) "
+        "or `output-error` (mean hidden-state error of the pruned blocks on public rows)",
+        choices=("cosine", "relative-l2", "output-error"),
+    )
+    method: str = _key(
+        "sgd",
+        "how neurons are re-aligned: as distill.method, without `none`",
+        choices=registry.names("alignment"),
+        joined=True,
+    )
+    proportion: float = _key(
+        1.0,
+        "share p of each pruned block's neurons re-aligned; at 1 clients need not count",
+        above=0.0,
+        high=1.0,
+    )
+    selection: str = _key(
+        "apoz",
+        f"which neurons move: {registry.describe('selection')}",
+        choices=registry.names("selection"),
+    )
+    selection_batches: int = _key(
+        4, "public batches a selection that reads them looks at, of distill.batch-size rows", low=1
+    )
+    inactive: str = _key(
+        "nonpositive",
+        "when a neuron counts as inactive: `nonpositive` (activation <= 0) or `exact-zero`",
+        choices=("nonpositive", "exact-zero"),
+    )
+    steps: int = _key(20, "optimiser steps per alignment", low=1)
+    lr: float = _key(6e-4, "peak learning rate of AdamW", above=0.0)
+    adapter_noise: float = _key(
+        -1.0,
+        "largest std of the random changes of LoRA's factors put on both models at each step, "
+        "around the aggregated adapter; 0 = none, -1 = distill.adapter-noise",
+        low=-1.0,
+    )
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The adapter: LoRA on attention q, k, v, o of every block, and the task head."""
+
+    rank: int = _key(8, "rank r", low=1)
+    alpha: float = _key(48.0, "scale numerator; updates are scaled by alpha / rank", above=0.0)
+    dropout: float = _key(0.1, "dropout on LoRA inputs", low=0.0, high=0.9)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Local fine-tuning at the clients."""
+
+    lr: float = _key(
+        3.2e-3, "AdamW learning rate of round 1; falls linearly over rounds", above=0.0
+    )
+    head_lr_scale: float = _key(
+        10.0, "learning rate of the task head as a multiple of train.lr", above=0.0
+    )
+    batch_size: int = _key(12, "rows per step", low=1)
+    local_epochs: int = _key(1, "epochs per round when local-steps is 0", low=1)
+    local_steps: int = _key(14, "steps per round, 0 = use local-epochs", low=0)
+    weight_decay: float = _key(0.0, "AdamW weight decay", low=0.0)
+    clip: float = _key(1.0, "largest gradient norm, 0 = no clipping", low=0.0)
+    threads: int = _key(1, "torch threads of each client process", low=1)
+
+
+@dataclass(frozen=True)
+class FederationConfig:
+    """Rounds, sampling and partitions."""
+
+    rounds: int = _key(10, "rounds T", low=1)
+    aggregate: str = _key(
+        "average",
+        "what becomes of the clients' adapters: `average` (FedAvg) or `none` (each of "
+        "federation.clients-per-round clients tunes alone for all rounds; their mean is scored)",
+        choices=("average", "none"),
+    )
+    clip_update_norm: float = _key(
+        0.0,
+        "largest L2 norm of a client's change of LoRA's factors in a round; a longer one is scaled "
+        "down to it before averaging, 0 = no limit",
+        low=0.0,
+    )
+    clients: int = _key(10, "simulated clients started by `fedpft run`", low=1)
+    clients_per_round: int = _key(4, "clients sampled per round", low=1)
+    min_clients: int = _key(2, "good replies a round needs", low=1)
+    attempts: int = _key(2, "times a round is tried before the run fails", low=1)
+    round_timeout: float = _key(3600.0, "longest wait for a round's replies, seconds", above=0.0)
+    node_timeout: float = _key(
+        300.0, "longest wait for enough nodes at the start, seconds", above=0.0
+    )
+    partition: str = _key(
+        "dirichlet",
+        "how simulated clients share the training rows: `iid`, `dirichlet`, or `shards` (two "
+        "shards of the rows sorted by label each)",
+        choices=("iid", "dirichlet", "shards"),
+    )
+    dirichlet_alpha: float = _key(1.0, "Dirichlet concentration (smaller = more skewed)", above=0.0)
+
+
+@dataclass(frozen=True)
+class PlugConfig:
+    """How the tuned adapter becomes the product: the FM's head fitted to the FM's features.
+
+    Without labels, by least squares from the FM's features to the sub-FM's. LoRA's factors, and
+    what clients get, stay as they are.
+    """
+
+    refit: str = _key(
+        "better",
+        "rows the head is refitted on when the adapter is plugged into the FM: `validation` (the "
+        "inputs of the server's validation rows, without labels; with no such rows the head stays "
+        "as trained), `better` (the same, and whichever of the two heads labels more of all "
+        "validation rows right is taken), `public`, or `none` (the head as trained, as in the "
+        "paper)",
+        choices=("better", "validation", "public", "none"),
+    )
+    rows: int = _key(512, "rows it is refitted on at most", low=1)
+    ridge: float = _key(
+        1.0, "pull of the refitted head towards the trained one, as a share of the features' "
+        "mean square", above=0.0,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WireConfig:
+    """How arrays travel."""
+
+    adapter: str = _key(
+        "int8",
+        "adapter format on the wire: `fp32`, `bf16`, `fp16`, `int8`",
+        choices=("fp32", "bf16", "fp16", "int8"),
+    )
+    adapter_up: str = _key(
+        "same",
+        "format of the adapters clients send back: `same` as wire.adapter, one of its formats, or "
+        "`ternary` (2 bits a value of the change, with error feedback)",
+        choices=("same", "fp32", "bf16", "fp16", "int8", "ternary"),
+    )
+    patch: str = _key(
+        "fp16",
+        "format of re-aligned weights on the wire: `fp32`, `bf16`, `fp16`",
+        choices=("fp32", "bf16", "fp16"),
+    )
+    max_update_norm: float = _key(
+        1000.0, "largest L2 norm of a reply's change of the adapter; larger is refused", above=0.0
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run writes and what it evaluates."""
+
+    dir: str = _key(
+        "",
+        "run folder; empty = a new one below ./runs (`fedpft run`) or ~/.fedpft/runs (`flwr run`)",
+    )
+    seed: int = _key(0, "seed of every random stream", low=0, high=2**32 - 1)
+    threads: int = _key(0, "torch threads of the server, 0 = all cores", low=0)
+    device: str = _key("auto", "server device: `auto`, `cpu`, `cuda`, `cuda:N`")
+    eval_split: str = _key(
+        "test",
+        "rows scored after each round: `test` or `validation`",
+        choices=("test", "validation"),
+    )
+    evaluate_every: int = _key(
+        2,
+        "rounds between evaluations of both models, from the start on; the last round always is, "
+        "and alone when this is more than federation.rounds",
+        low=1,
+    )
+    eval_batch_size: int = _key(64, "rows per evaluation batch", low=1)
+    baselines: bool = _key(True, "also score a linear probe and TF-IDF")
+    undistilled: bool = _key(
+        True, "also run the federation on the undistilled sub-FM, for the final table"
+    )
+    gradient_rows: int = _key(
+        64,
+        "validation rows on which adapter gradients of both models are compared, 0 = none",
+        low=0,
+    )
+    resume: bool = _key(False, "continue the run in run.dir from its last checkpoint")
+    checkpoints: int = _key(2, "checkpoints kept", low=1)
+    stop_after: int = _key(
+        0, "stop after this round (for tests and drills), 0 = run to the end", low=0
+    )
+    proxy_cache: str = _key(
+        "", "folder where distilled sub-FMs are kept for runs that differ only later; empty = none"
+    )
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run. Build it with `from_flat`, which refuses unknown keys and wrong types."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    plan: PlanConfig = PlanConfig()
+    distill: DistillConfig = DistillConfig()
+    align: AlignConfig = AlignConfig()
+    lora: LoraConfig = LoraConfig()
+    train: TrainConfig = TrainConfig()
+    federation: FederationConfig = FederationConfig()
+    plug: PlugConfig = PlugConfig()
+    wire: WireConfig = WireConfig()
+    run: RunConfig = RunConfig()
+
+    def __post_init__(self) -> None:
+        f = self.federation
+        if f.min_clients > f.clients_per_round:
+            raise UserError(
+                f"federation.min-clients = {f.min_clients} is more than "
+                f"federation.clients-per-round = {f.clients_per_round}."
+            )
+        if f.clients_per_round > f.clients:
+            raise UserError(
+                f"federation.clients-per-round = {f.clients_per_round} is more than "
+                f"federation.clients = {f.clients}."
+            )
+        gradient = self.align.disagreement != "output-error"
+        if self.align.threshold > 0 and gradient and not self.run.gradient_rows:
+            raise UserError(
+                f"align.threshold = {self.align.threshold:g} with align.disagreement = "
+                f"{self.align.disagreement} needs run.gradient-rows above 0."
+            )
+
+
+@dataclass(frozen=True)
+class KeyInfo:
+    """One documented key."""
+
+    name: str
+    type: type
+    default: Scalar
+    doc: str
+    low: float | None
+    high: float | None
+    above: float | None
+    choices: tuple[str, ...]
+    joined: bool = False
+
+    @property
+    def allowed(self) -> str:
+        """The admitted values in words, empty when any value of the type will do."""
+        if self.choices:
+            also = ", or several joined by +" if self.joined else ""
+            return "one of " + ", ".join(self.choices) + also
+        parts = []
+        if self.above is not None:
+            parts.append(f"above {self.above:g}")
+        if self.low is not None:
+            parts.append(f"at least {self.low:g}")
+        if self.high is not None:
+            parts.append(f"at most {self.high:g}")
+        return " and ".join(parts)
+
+
+def _sections() -> dict[str, type]:
+    hints = typing.get_type_hints(Config)
+    return {f.name: hints[f.name] for f in fields(Config)}
+
+
+def keys() -> dict[str, KeyInfo]:
+    """All keys in order, by their dotted name."""
+    out: dict[str, KeyInfo] = {}
+    for section, cls in _sections().items():
+        hints = typing.get_type_hints(cls)
+        for f in fields(cls):
+            name = f"{section}.{f.name.replace('_', '-')}"
+            m = f.metadata
+            out[name] = KeyInfo(
+                name, hints[f.name], getattr(cls, f.name), m["doc"], m["low"], m["high"],
+                m["above"], m["choices"], m["joined"],
+            )  # fmt: skip
+    return out
+
+
+_TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
+def _typed(info: KeyInfo, value: Any) -> Scalar:
+    want = info.type
+    ok: Scalar | None = None
+    if want is bool:
+        ok = value if isinstance(value, bool) else None
+    elif want is int:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        ok = value if whole else None
+    elif want is float:
+        if isinstance(value, str) and _EXPONENT.fullmatch(value):
+            value = float(value)  # YAML 1.1 takes 6e-4, without a point, for a text
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        ok = float(value) if number and value == value and abs(value) != float("inf") else None
+    elif isinstance(value, str):
+        ok = value
+    if ok is None:
+        raise UserError(f"{info.name}: expected {_TYPE_WORDS[want]}, got {value!r}.")
+    words = str(ok).split("+") if info.joined else [ok]
+    bad = (
+        (info.choices and not all(w in info.choices for w in words))
+        or ("none" in words and len(words) > 1)
+        or (info.low is not None and ok < info.low)  # type: ignore[operator]
+        or (info.high is not None and ok > info.high)  # type: ignore[operator]
+        or (info.above is not None and ok <= info.above)  # type: ignore[operator]
+    )
+    if bad:
+        raise UserError(f"{info.name}: expected {info.allowed}, got {value!r}.")
+    return ok
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mapping → dotted keys: `{"lora": {"rank": 4}}` → `{"lora.rank": 4}`."""
+    flat: dict[str, Any] = {}
+    for k, v in tree.items():
+        name = f"{prefix}{k}"
+        if isinstance(v, Mapping):
+            flat |= flatten(v, f"{name}.")
+        else:
+            flat[name] = v
+    return flat
+
+
+def from_flat(flat: Mapping[str, Any]) -> Config:
+    """Build a Config from dotted keys; absent keys take their default.
+
+    Raises UserError naming the key and what was expected for an unknown key, a value of the
+    wrong type or out of range, or keys that contradict each other.
+    """
+    known = keys()
+    values: dict[str, dict[str, Scalar]] = {s: {} for s in _sections()}
+    for name, value in flat.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else " `fedpft config` lists all keys."
+            raise UserError(f"{name}: no such configuration key.{hint}")
+        section, _, key = name.partition(".")
+        values[section][key.replace("-", "_")] = _typed(known[name], value)
+    return Config(**{s: cls(**values[s]) for s, cls in _sections().items()})
+
+
+def to_flat(config: Config) -> dict[str, Scalar]:
+    """The inverse of `from_flat`, with every key present."""
+    return {
+        f"{s.name}.{f.name.replace('_', '-')}": getattr(getattr(config, s.name), f.name)
+        for s in fields(Config)
+        for f in fields(getattr(config, s.name))
+    }
+
+
+def to_tree(flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Dotted keys → one mapping per section, for YAML and TOML files."""
+    tree: dict[str, dict[str, Any]] = {}
+    for name, value in flat.items():
+        section, _, key = name.partition(".")
+        tree.setdefault(section, {})[key] = value
+    return tree
+
+
+def home() -> Path:
+    """Where things go that are not told otherwise: $FEDPFT_HOME, else ~/.fedpft."""
+    return Path(os.environ.get("FEDPFT_HOME") or "~/.fedpft").expanduser()
+
+
+def write_yaml(path: Path, flat: Mapping[str, Any]) -> None:
+    """Write dotted keys as a YAML file, whole or not at all. Raises OSError."""
+    import yaml
+
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(
+        yaml.safe_dump(to_tree(flat), sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
+    part.replace(path)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Read dotted keys from a YAML (safe_load) or TOML file, nested or already dotted.
+
+    Raises UserError when the file is missing, of another kind, or not a mapping.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such configuration file.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}).") from error
+    if path.suffix in (".yaml", ".yml"):
+        import yaml
+
+        try:
+            tree = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"{path}: not valid YAML ({str(error).splitlines()[0]}).") from error
+    elif path.suffix == ".toml":
+        import tomllib
+
+        try:
+            tree = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise UserError(f"{path}: not valid TOML ({error}).") from error
+    else:
+        raise UserError(f"{path}: a configuration file ends in .yaml, .yml or .toml.")
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{path}: expected a mapping of keys to values.")
+    return flatten(tree)
+
+
+def parse_overrides(text: str) -> dict[str, Any]:
+    """Read `key=value key2=value2`, the form of `flwr run --run-config` (TOML values).
+
+    A bare word is taken as text, so that `run.dir=/tmp/x` needs no quotes; values with blanks are
+    quoted.
+    Raises UserError when a piece has no `=`.
+    """
+    import tomllib
+
+    out: dict[str, Any] = {}
+    for piece in _PIECE.findall(text):
+        name, eq, raw = piece.partition("=")
+        if not eq:
+            raise UserError(f"-c {text!r}: expected key=value, got {piece!r}.")
+        try:
+            out[name] = tomllib.loads(f"v = {raw}")["v"]
+        except tomllib.TOMLDecodeError:
+            out[name] = raw
+    return out
+
+
+def method_name(config: Config) -> str:
+    """The method these settings amount to, by the names of docs/methods.md."""
+    f = config.federation
+    before = config.distill.method != "none" and config.distill.steps > 0
+    during = 0 < config.align.interval < f.rounds
+    if f.aggregate == "none":
+        return "local-only"
+    if config.plan.proxy == "full":
+        name = "centralised" if f.clients == 1 else "fedpetuning"
+    elif config.plan.proxy == "layer-drop":
+        name = "fedot" if before else "fedot-n"
+    else:
+        names = {(True, True): "fedpft", (True, False): "fedpft-b", (False, True): "fedpft-d"}
+        name = names.get((before, during), "fedpft-n")
+    return f"one-shot {name}" if f.rounds == 1 and f.clients > 1 else name

@@ -1,0 +1,1 @@
+"""Foundation models: their families, loading, and where to look inside."""

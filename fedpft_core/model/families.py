@@ -1,0 +1,305 @@
+"""Model families: the only place that knows how a Hugging Face model names its parts.
+
+Adding a family is one row of `FAMILIES`. Everything else reaches a model through `Family`
+(which modules) and `FFN` (one block's neurons).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedpft_core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where one `model_type` keeps its blocks, FFNs, LoRA targets and head.
+
+    Paths with a leading block are relative to the block, the others to the task model.
+    `ffn_in` lists the projections into the FFN (one, or gate then up for gated FFNs);
+    `output_norm` is the LayerNorm after the FFN output of post-norm families, else empty.
+    """
+
+    model_type: str
+    kind: str  # "text" or "image"
+    blocks: str
+    ffn_in: tuple[str, ...]
+    activation: str
+    ffn_out: str
+    output_norm: str
+    attention: tuple[str, ...]  # LoRA targets: q, k, v, attention output
+    head: tuple[str, ...]
+    after_padding: bool = False  # positions count from pad_token_id + 1 (RoBERTa)
+
+    def longest_input(self, config: Any) -> int:
+        """Tokens a text model can read."""
+        unused = int(config.pad_token_id) + 1 if self.after_padding else 0
+        return int(config.max_position_embeddings) - unused
+
+    def block_list(self, model: nn.Module) -> nn.ModuleList:
+        """The blocks of a task model, bare or wrapped by PEFT."""
+        blocks = base_model(model).get_submodule(self.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+    def ffns(self, model: nn.Module) -> list[FFN]:
+        """One view per block, in order."""
+        return [FFN(self, block) for block in self.block_list(model)]
+
+    @property
+    def query_key(self) -> tuple[str, str]:
+        """Paths of the query and the key projection, relative to the block."""
+        return self.attention[0], self.attention[1]
+
+    def lora_targets(self, blocks: Iterable[int]) -> tuple[str, ...]:
+        """Full paths of the LoRA targets in the given blocks; full, because suffixes such as
+        `output.dense` would also hit the FFN."""
+        return tuple(f"{self.blocks}.{i}.{path}" for i in blocks for path in self.attention)
+
+
+def _bert_like(model_type: str) -> Family:
+    return Family(
+        model_type=model_type,
+        kind="text",
+        blocks=f"{model_type}.encoder.layer",
+        ffn_in=("intermediate.dense",),
+        activation="intermediate.intermediate_act_fn",
+        ffn_out="output.dense",
+        output_norm="output.LayerNorm",
+        attention=(
+            "attention.self.query",
+            "attention.self.key",
+            "attention.self.value",
+            "attention.output.dense",
+        ),
+        head=("classifier",),
+        after_padding=model_type == "roberta",
+    )
+
+
+def _vit_like(model_type: str) -> Family:
+    return Family(
+        model_type=model_type,
+        kind="image",
+        blocks=f"{model_type}.layers",
+        ffn_in=("mlp.fc1",),
+        activation="mlp.activation_fn",
+        ffn_out="mlp.fc2",
+        output_norm="",
+        attention=(
+            "attention.q_proj",
+            "attention.k_proj",
+            "attention.v_proj",
+            "attention.o_proj",
+        ),
+        head=("classifier",),
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    f.model_type: f
+    for f in (_bert_like("bert"), _bert_like("roberta"), _vit_like("vit"), _vit_like("deit"))
+}
+
+
+def family_of(model_type: str) -> Family:
+    """Look a family up; raises UserError naming the supported ones."""
+    try:
+        return FAMILIES[model_type]
+    except KeyError:
+        raise UserError(
+            f"model.name: model type {model_type!r} is not supported; supported are "
+            f"{', '.join(FAMILIES)}."
+        ) from None
+
+
+def family_of_model(model: nn.Module) -> Family:
+    """The family of a task model, bare or wrapped by PEFT."""
+    config: Any = base_model(model).config
+    return family_of(config.model_type)
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The task model inside a PEFT wrapper, or the model itself."""
+    inner = getattr(model, "get_base_model", None)
+    return inner() if inner is not None else model
+
+
+def inputs_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a batch a model reads."""
+    return {k: v for k, v in batch.items() if k not in ("labels", "index")}
+
+
+def real_positions(batch: Mapping[str, Tensor], length: int) -> Tensor:
+    """Mask [B, L] of positions that are not padding; images have none."""
+    mask = batch.get("attention_mask")
+    if mask is None:
+        first = next(iter(batch.values()))
+        return torch.ones(len(first), length, dtype=torch.bool, device=first.device)
+    return mask.bool()
+
+
+class FFN:
+    """The feed-forward network of one block, neuron by neuron.
+
+    F neurons, model width D. Neuron j is row j of every in-projection [F, D] with its bias and
+    column j of the out-projection [D, F] (paper section 4.1).
+    """
+
+    def __init__(self, family: Family, block: nn.Module) -> None:
+        self.family = family
+        self.block = block
+
+    def _linear(self, path: str) -> nn.Linear:
+        module = self.block.get_submodule(path)
+        assert isinstance(module, nn.Linear), f"{path} is {type(module).__name__}"
+        return module
+
+    @property
+    def ins(self) -> list[nn.Linear]:
+        return [self._linear(path) for path in self.family.ffn_in]
+
+    @property
+    def out(self) -> nn.Linear:
+        return self._linear(self.family.ffn_out)
+
+    @property
+    def activation(self) -> nn.Module:
+        """The module whose output is the neurons' activations [..., F]."""
+        return self.block.get_submodule(self.family.activation)
+
+    def inner(self, x: Tensor) -> Tensor:
+        """What enters the out-projection, [..., F], for the FFN's input x [..., D]."""
+        ins = self.ins
+        a: Tensor = self.activation(ins[0](x))
+        return a * ins[1](x) if len(ins) > 1 else a
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The FFN alone, [..., D] → [..., D]: no residual, no norm, no dropout."""
+        y: Tensor = self.out(self.inner(x))
+        return y
+
+    @property
+    def norm(self) -> nn.Module | None:
+        """The LayerNorm after the FFN output (post-norm families), else None."""
+        path = self.family.output_norm
+        return self.block.get_submodule(path) if path else None
+
+    @property
+    def neurons(self) -> int:
+        return self.out.in_features
+
+    def parts(self) -> dict[str, Tensor]:
+        """Every parameter alignment may move, by a family-independent name."""
+        named: dict[str, Tensor] = {}
+        for i, linear in enumerate(self.ins):
+            named[f"in{i}.weight"] = linear.weight
+            if linear.bias is not None:
+                named[f"in{i}.bias"] = linear.bias
+        named["out.weight"] = self.out.weight
+        if self.out.bias is not None:
+            named["out.bias"] = self.out.bias
+        norm = self.norm
+        if norm is not None:
+            named |= {f"norm.{k}": p for k, p in norm.named_parameters()}
+        return named
+
+    @staticmethod
+    def neuron_axis(part: str) -> int | None:
+        """Which axis of a part counts neurons: 0, 1, or None where all neurons share it."""
+        if part.startswith("in"):
+            return 0
+        return 1 if part == "out.weight" else None
+
+    def read(self, index: Tensor) -> dict[str, Tensor]:
+        """Copies of the chosen neurons' rows and columns and of the shared parts.
+
+        `index` [m] int64 counts positions in this FFN. Columns come as they lie: [D, m].
+        """
+        out = {}
+        for part, p in self.parts().items():
+            axis = self.neuron_axis(part)
+            value = p.detach() if axis is None else p.detach().index_select(axis, index)
+            out[part] = value.clone()
+        return out
+
+    @torch.no_grad()
+    def write(self, index: Tensor, values: dict[str, Tensor]) -> None:
+        """The inverse of `read`; raises ValueError when parts or shapes do not fit."""
+        parts = self.parts()
+        if set(values) != set(parts):
+            raise ValueError(f"expected parts {sorted(parts)}, got {sorted(values)}")
+        for part, p in parts.items():
+            axis, value = self.neuron_axis(part), values[part].to(p.dtype).to(p.device)
+            want = list(p.shape)
+            if axis is not None:
+                want[axis] = len(index)
+            if list(value.shape) != want:
+                raise ValueError(f"{part}: expected shape {want}, got {list(value.shape)}")
+            if axis is None:
+                p.copy_(value)
+            else:
+                p.index_copy_(axis, index.to(p.device), value)
+
+    def resized(self, neurons: int) -> dict[str, nn.Linear]:
+        """Uninitialised linears of this FFN for another number of neurons, by block path."""
+        out: dict[str, nn.Linear] = {}
+        for path in self.family.ffn_in:
+            old = self._linear(path)
+            out[path] = _empty_linear(old.in_features, neurons, old)
+        old = self.out
+        out[self.family.ffn_out] = _empty_linear(neurons, old.out_features, old)
+        return out
+
+
+class LowRank(nn.Linear):
+    """A linear map as the product of two thin ones: y = up (down x) + bias.
+
+    `down` [r, D_in], `up` [D_out, r]. An `nn.Linear`, so that PEFT puts LoRA on it; `weight` is the
+    product, for whoever asks for its device or type, and no parameter.
+    """
+
+    def __init__(self, d_in: int, d_out: int, rank: int, like: nn.Linear) -> None:
+        nn.Module.__init__(self)  # not Linear's, which would make the weight a parameter
+        self.in_features, self.out_features, self.rank = d_in, d_out, rank
+        options: Any = {"device": like.weight.device, "dtype": like.weight.dtype}
+        self.down = nn.Parameter(torch.empty(rank, d_in, **options))
+        self.up = nn.Parameter(torch.empty(d_out, rank, **options))
+        bias = nn.Parameter(torch.empty(d_out, **options)) if like.bias is not None else None
+        self.register_parameter("bias", bias)
+
+    @staticmethod
+    def of(linear: nn.Linear, rank: int) -> LowRank:
+        """The nearest map of that rank (truncated SVD, in float64, singular values shared out)."""
+        low = LowRank(linear.in_features, linear.out_features, rank, linear)
+        u, s, vh = torch.linalg.svd(linear.weight.detach().double(), full_matrices=False)
+        root = s[:rank].sqrt()
+        with torch.no_grad():
+            low.up.copy_(u[:, :rank] * root)
+            low.down.copy_(root[:, None] * vh[:rank])
+            if linear.bias is not None:
+                low.bias.copy_(linear.bias)
+        return low.requires_grad_(linear.weight.requires_grad)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self.up @ self.down
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.linear(x, self.down), self.up, self.bias)
+
+
+def _empty_linear(d_in: int, d_out: int, like: nn.Linear) -> nn.Linear:
+    return nn.utils.skip_init(
+        nn.Linear,
+        d_in,
+        d_out,
+        bias=like.bias is not None,
+        device=like.weight.device,
+        dtype=like.weight.dtype,
+    )

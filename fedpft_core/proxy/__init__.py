@@ -1,0 +1,1 @@
+"""The proxy that clients get: what it keeps of the FM, building it, packing it."""

@@ -1,0 +1,142 @@
+"""What a plan costs and saves: parameters, bytes, FLOPs per token, theoretical step time.
+
+FLOPs count a multiply and an add as two. Forward: 2 per weight of every linear, plus the two
+attention products, 4·L·D per token at length L. A training step with frozen weights needs the
+forward pass, the backward pass through activations (as much again), and three times LoRA's
+forward; weight gradients exist for the adapter only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from fedpft_core.config import Config
+from fedpft_core.model import load as models
+from fedpft_core.model.families import Family
+from fedpft_core.proxy import plan as sub_fm
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """One block: forward and training-step FLOPs per token."""
+
+    parameters: int
+    forward: float
+    step: float
+
+
+def block_cost(family: Family, block: nn.Module, length: int, rank: int, width: int) -> BlockCost:
+    """Cost of a block at sequence length `length` [tokens] with LoRA of rank `rank`."""
+    linears = [m for m in block.modules() if isinstance(m, nn.Linear)]
+    # A low-rank projection has two thin matrices in the place of its weight.
+    dense = 2.0 * sum(p.numel() for m in linears for p in m.parameters(False) if p.dim() > 1)
+    attention = 4.0 * length * width
+    targets: list[Any] = [block.get_submodule(path) for path in family.attention]
+    lora = 2.0 * rank * sum(t.in_features + t.out_features for t in targets)
+    forward = dense + attention + lora
+    # Attention's backward recomputes two products for each of its two: twice the forward.
+    return BlockCost(
+        sum(p.numel() for p in block.parameters()),
+        forward,
+        2 * dense + 3 * attention + 3 * lora,
+    )
+
+
+def step_ratio(
+    config: Config, fm: nn.Module, proxy: nn.Module, family: Family, length: int
+) -> float:
+    """Theoretical speed-up of a client step on the proxy over one on the FM (≥ 1)."""
+    width = family.ffns(fm)[0].out.out_features
+    total = [
+        sum(
+            block_cost(family, b, length, config.lora.rank, width).step
+            for b in family.block_list(m)
+        )
+        for m in (fm, proxy)
+    ]
+    return total[0] / total[1]
+
+
+def step_flops(family: Family, model: nn.Module, rank: int) -> tuple[float, float]:
+    """FLOPs per token of a training step on all blocks: at length L [tokens], a + b·L.
+
+    The second term is attention's. Embeddings, pooler and head are left out.
+    """
+    blocks = list(family.block_list(model))
+    width = family.ffns(model)[0].out.out_features
+    at = [sum(block_cost(family, b, n, rank, width).step for b in blocks) for n in (0, 1)]
+    return at[0], at[1] - at[0]
+
+
+def inspect(config: Config) -> dict[str, Any]:
+    """The table of `fedpft inspect`: one row per FM block, FM against proxy, and totals."""
+    # No data are needed: the model says what it reads, and two classes stand for its head.
+    kind = models.kind_of(config.model)
+    loaded = models.load(config.model, ("a", "b"), kind, config.run.seed)
+    # Costs depend on how many neurons are kept, not on which: no public rows are read for it.
+    settings = replace(config.plan, saliency="weight-norm")
+    plan = sub_fm.make_plan(loaded.model, settings, config.run.seed)
+    proxy = sub_fm.build(loaded.model, plan)
+    family, rank = loaded.family, config.lora.rank
+    width = family.ffns(loaded.model)[0].out.out_features
+    length = config.data.max_length if family.kind == "text" else image_tokens(loaded.model)
+    rows: list[list[Any]] = []
+    totals = [0.0] * 4
+    proxy_blocks = dict(zip(plan.present, family.block_list(proxy), strict=True))
+    for i, (entry, block) in enumerate(
+        zip(plan.blocks, family.block_list(loaded.model), strict=True)
+    ):
+        fm = block_cost(family, block, length, rank, width)
+        if entry.state == "dropped":
+            own = BlockCost(0, 0.0, 0.0)
+        else:
+            own = block_cost(family, proxy_blocks[i], length, rank, width)
+        kept = {"whole": plan.fm_neurons, "dropped": 0}.get(entry.state, len(entry.kept))
+        rows.append(
+            [
+                i, entry.state, f"{kept:,} / {plan.fm_neurons:,}", f"{fm.parameters:,}",
+                f"{own.parameters:,}", f"{4 * own.parameters:,}", f"{fm.forward / 1e6:.2f}",
+                f"{own.forward / 1e6:.2f}",
+            ]
+        )  # fmt: skip
+        totals = [
+            a + b
+            for a, b in zip(
+                totals, (fm.parameters, own.parameters, fm.forward, own.forward), strict=True
+            )
+        ]
+    rows.append(
+        [
+            "blocks", "", "", f"{int(totals[0]):,}", f"{int(totals[1]):,}",
+            f"{4 * int(totals[1]):,}", f"{totals[2] / 1e6:.2f}", f"{totals[3] / 1e6:.2f}",
+        ]
+    )  # fmt: skip
+    sizes = [models.size(m) for m in (loaded.model, proxy)]
+    rows.append(
+        ["model", "", "", f"{sizes[0][0]:,}", f"{sizes[1][0]:,}", f"{sizes[1][1]:,}", "", ""]
+    )
+    ratio = step_ratio(config, loaded.model, proxy, family, length)
+    return {
+        "title": f"{config.model.name} as {config.plan.proxy}",
+        "columns": [
+            "block", "kept", "neurons", "FM parameters", "proxy parameters", "proxy bytes",
+            "FM MFLOP/token", "proxy MFLOP/token",
+        ],
+        "rows": rows,
+        "notes": [
+            f"FLOPs are per token of a forward pass at {length} tokens with LoRA of rank {rank}.",
+            f"A client step on the proxy is at best {ratio:.2f}x as fast as on the FM.",
+            f"{100 * (1 - totals[1] / totals[0]):.1f}% of the block parameters stay with the owner."
+        ],
+        "step_ratio": ratio,
+    }  # fmt: skip
+
+
+def image_tokens(model: nn.Module) -> int:
+    """Sequence length of an image model: patches plus special tokens."""
+    c: Any = model.config
+    special = 2 if c.model_type == "deit" else 1
+    return (c.image_size // c.patch_size) ** 2 + special

@@ -1,0 +1,38 @@
+"""Root mean square of what the neuron adds to the FFN's output on public rows."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedpft_core.proxy.saliency import Probe, inputs_of, real_positions
+
+
+@torch.inference_mode()
+def score(probe: Probe) -> list[Tensor]:
+    """s_j = sqrt(mean over real tokens of a_j²) · ||W2[:,j]||_2, a_j the activation."""
+    ffns = probe.ffns
+    squares = [torch.zeros(ffn.neurons, dtype=torch.float64) for ffn in ffns]
+    tokens = [0] * len(ffns)
+
+    def hook(i: int) -> Any:
+        def add(_m: object, args: tuple[Tensor, ...]) -> None:
+            # What enters the out-projection; in gated FFNs that is the product with `up`.
+            a = args[0][real_positions(batch, args[0].shape[1])]
+            squares[i] += a.double().square().sum(0).cpu()
+            tokens[i] += len(a)
+
+        return add
+
+    with ExitStack() as stack:
+        for i, ffn in enumerate(ffns):
+            stack.callback(ffn.out.register_forward_pre_hook(hook(i)).remove)
+        for batch in probe.batches():
+            probe.fm(**inputs_of(batch))
+    return [
+        (total / n).sqrt() * ffn.out.weight.double().square().sum(0).sqrt().cpu()
+        for total, n, ffn in zip(squares, tokens, ffns, strict=True)
+    ]

@@ -1,0 +1,136 @@
+"""How large a plan's sub-FM is, for machines that cannot have the FM.
+
+`fedpft inspect --json` writes such a description on the server; `fedpft node check --plan` reads
+it on a node. It says how many neurons a plan keeps, not which, and holds no weight.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedpft_core.adapter import lora as adapters
+from fedpft_core.config import Config
+from fedpft_core.data.tasks import label_names
+from fedpft_core.errors import ReplyError, UserError
+from fedpft_core.model import load as models
+from fedpft_core.proxy import plan as sub_fm
+from fedpft_core.proxy.package import ClientModel, blank, make_package
+from fedpft_core.proxy.plan import Plan
+
+FORMAT = "fedpft plan size 1"
+
+
+@dataclass(frozen=True)
+class PlanSize:
+    """Sizes in bytes; `meta` is a package's metadata without the kept neurons' positions."""
+
+    model: str
+    meta: str
+    package_bytes: int
+    sub_fm_bytes: int
+    adapter_bytes: int
+    labels: tuple[str, ...]  # empty where the server takes them from its data
+    max_length: int
+    batch_size: int
+    threads: int
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT} | asdict(self), indent=1) + "\n"
+
+    def client_model(self) -> ClientModel:
+        """A model of this shape with random weights. Raises UserError for a shape no model has."""
+        try:
+            return blank(self.meta)
+        except ReplyError as error:
+            raise UserError(f"the plan's description makes no model ({error}).") from error
+
+
+def read(path: Path) -> PlanSize:
+    """Raises UserError when the file is missing or no such description."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--plan {path}: cannot be read ({error.strerror or error}).") from error
+    except ValueError as error:
+        raise UserError(f"--plan {path}: is not JSON ({error}).") from error
+    kinds = {"model": str, "meta": str, "labels": list} | dict.fromkeys(
+        ("package_bytes", "sub_fm_bytes", "adapter_bytes", "max_length", "batch_size", "threads"),
+        int,
+    )
+    if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
+        raise UserError(f"--plan {path}: was not made by `fedpft inspect --json`.")
+    if raw.keys() != kinds.keys() or not all(type(raw[k]) is t for k, t in kinds.items()):
+        raise UserError(f"--plan {path}: was made by another version of `fedpft inspect --json`.")
+    if not _has_shape(raw["meta"]):
+        raise UserError(f"--plan {path}: was made by another version of `fedpft inspect --json`.")
+    return PlanSize(**raw | {"labels": tuple(map(str, raw["labels"]))})
+
+
+def _has_shape(text: str) -> bool:
+    """Whether the metadata say all that sizes are reckoned from."""
+    try:
+        meta = json.loads(text)
+        image = meta["kind"] == "image"
+        own = ("image_size", "patch_size", "num_channels") if image else ("vocab_size",)
+        names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+        return type(meta["max_length"]) is int and all(
+            type(meta["model_config"][name]) is int for name in names + own
+        )
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+def describe(config: Config) -> PlanSize:
+    """The sizes of a run's sub-FM. Loads the FM; raises UserError where a run would."""
+    kind = models.kind_of(config.model)
+    labels = _labels(config.data.labels)
+    loaded = models.load(config.model, labels or ("a", "b"), kind, config.run.seed)
+    # Sizes depend on how many neurons are kept, not on which: no public rows are read for it.
+    settings = replace(config.plan, saliency="weight-norm")
+    plan = sub_fm.make_plan(loaded.model, settings, config.run.seed)
+    proxy = sub_fm.build(loaded.model, plan)
+    spec = adapters.make_spec(loaded.family, plan, loaded.fresh, config.lora)
+    package = make_package(
+        proxy, plan, spec, loaded.processor, kind, labels or ("a", "b"), config.data.max_length
+    )
+    size = models.size(proxy)[1]
+    adapter = adapters.read(adapters.attach(proxy, spec, plan), plan)
+    meta = json.loads(package.meta) | {"plan": _counts_only(plan).to_json()}
+    return PlanSize(
+        model=config.model.name,
+        meta=json.dumps(meta, sort_keys=True),
+        package_bytes=len(package.to_bytes()),
+        sub_fm_bytes=size,
+        adapter_bytes=sum(t.numel() * t.element_size() for t in adapter.values()),
+        labels=labels,
+        max_length=config.data.max_length,
+        batch_size=config.train.batch_size,
+        threads=config.train.threads,
+    )
+
+
+def _counts_only(plan: Plan) -> Plan:
+    """The plan with as many neurons, but the first of each block instead of those kept."""
+    blocks = tuple(replace(b, kept=tuple(range(len(b.kept)))) for b in plan.blocks)
+    return replace(plan, blocks=blocks)
+
+
+def _labels(setting: str) -> tuple[str, ...]:
+    """Label names where the configuration lists them; a file of names is read as a run would."""
+    if not setting:
+        return ()
+    return label_names(setting)
+
+
+def tokens_of(meta: dict[str, Any]) -> int:
+    """Sequence length of a full row: tokens of a text, patches of an image."""
+    if meta["kind"] != "image":
+        return int(meta["max_length"])
+    c = meta["model_config"]
+    return int((c["image_size"] // c["patch_size"]) ** 2 + 2)
+
+
+__all__ = ["PlanSize", "describe", "read", "tokens_of"]

@@ -1,0 +1,1 @@
+"""Local fine-tuning, evaluation, inactivity counts and gradients."""

@@ -1,0 +1,1 @@
+"""What crosses the network: messages, their validation and their formats."""

@@ -1,0 +1,232 @@
+"""Tensor formats on the wire, and the safetensors bytes they travel in.
+
+fp32, bf16, fp16: a cast. int8: one scale per row, q = round(x / s), s = max|row| / 127.
+ternary: one scale per group and two bits a value, for *changes* of tensors only (see below).
+A decoded tensor is always float32; tensors that are not floating point travel as they are.
+
+Ternary follows T-FedAvg (arXiv:2003.03564) with the threshold of ternary weight networks: of a
+group d, values with |d| > t = 0.7 · mean|d| become ± s, s the mean of their |d|, the rest 0.
+Groups lie along the shorter axis, so a LoRA factor of rank r has r scales whichever way it lies.
+What rounding took away is handed back as a residual, to be added to the next change before it
+is encoded (error feedback): over rounds no part of a change is lost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as _load
+from safetensors.torch import save as _save
+from torch import Tensor
+
+from fedpft_core.errors import ReplyError
+
+Tensors = dict[str, Tensor]
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+_CASTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SCALE = "//scale"  # suffix of a scale tensor; no parameter name has a slash
+_THRESHOLD = 0.7
+FORMATS = (*_CASTS, "int8")
+UPDATE_FORMATS = (*FORMATS, "ternary")  # what `encode_update` takes
+
+
+def encode(tensors: Mapping[str, Tensor], fmt: str) -> Tensors:
+    """Put float tensors into a wire format. Raises KeyError for an unknown format.
+
+    Values beyond fp16's range become infinite there, and are then refused by validation.
+    """
+    out: Tensors = {}
+    for name, t in tensors.items():
+        t = t.detach().cpu()
+        if not t.is_floating_point():
+            out[name] = t.contiguous()
+        elif fmt == "int8":
+            rows = t.float().reshape(_rows(t.shape), -1)
+            scale = rows.abs().amax(1).div(127) if rows.numel() else rows.new_zeros(len(rows))
+            safe = torch.where(scale > 0, scale, torch.ones_like(scale))
+            out[name] = (rows / safe[:, None]).round().to(torch.int8).reshape(t.shape)
+            out[name + _SCALE] = scale
+        else:
+            out[name] = t.to(_CASTS[fmt]).contiguous()
+    return out
+
+
+def decode(tensors: Mapping[str, Tensor], fmt: str) -> Tensors:
+    """The inverse of `encode`, to float32. Raises ReplyError for tensors not in the format."""
+    if fmt not in FORMATS:
+        raise ReplyError(f"unknown format {str(fmt)[:40]!r}")
+    out: Tensors = {}
+    for name, t in tensors.items():
+        if name.endswith(_SCALE):
+            continue
+        if fmt == "int8" and t.dtype == torch.int8:
+            scale = tensors.get(name + _SCALE)
+            rows = _rows(t.shape)
+            if scale is None or scale.dtype != torch.float32 or scale.shape != (rows,):
+                raise ReplyError(f"{name}: int8 without one float32 scale per row")
+            out[name] = (t.reshape(rows, -1).float() * scale[:, None]).reshape(t.shape)
+        elif t.is_floating_point():
+            if fmt == "int8" or t.dtype != _CASTS[fmt]:
+                raise ReplyError(f"{name}: dtype {str(t.dtype)[6:]} is not the agreed {fmt}")
+            out[name] = t.to(torch.float32)
+        else:
+            out[name] = t
+    return out
+
+
+# --- updates: what a client sends back, given what it was sent ------------------------------
+
+
+def encode_update(
+    new: Mapping[str, Tensor],
+    base: Mapping[str, Tensor],
+    residual: Mapping[str, Tensor],
+    fmt: str,
+) -> tuple[Tensors, Tensors]:
+    """Encode trained float32 tensors for a receiver that has `base`: (wire tensors, residual).
+
+    Formats that carry values ignore `base` and leave no residual. Those that carry changes
+    (`ternary`) encode new − base + residual and return what that lost, float32, by name; an
+    absent residual counts as zero. Raises KeyError for an unknown format, ValueError when the
+    names differ.
+    """
+    if fmt != "ternary":
+        return encode(new, fmt), {}
+    if new.keys() != base.keys():
+        raise ValueError("an update needs a base with the same tensors")
+    out: Tensors = {}
+    left: Tensors = {}
+    for name, t in new.items():
+        change = t.detach().cpu().float() - base[name]
+        if name in residual:
+            change = change + residual[name]
+        codes, scale = _ternarise(change)
+        out[name], out[name + _SCALE] = _pack_codes(codes), scale
+        left[name] = change - _spread(codes, scale, change.shape)
+    return out, left
+
+
+def decode_update(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor], fmt: str) -> Tensors:
+    """The inverse of `encode_update`: the receiver's float32 tensors.
+
+    Raises ReplyError for tensors that are not in the format or do not fit `base`.
+    """
+    if fmt != "ternary":
+        return decode(tensors, fmt)
+    check_layout(tensors, update_layout(base, fmt))
+    out: Tensors = {}
+    for name, t in base.items():
+        codes = _unpack_codes(name, tensors[name], t.numel())
+        scale = tensors[name + _SCALE]
+        if not bool((scale >= 0).all()):
+            raise ReplyError(f"{name}: a ternary scale is negative or not a number")
+        out[name] = t.float() + _spread(codes, scale, t.shape)
+    return out
+
+
+def update_layout(base: Mapping[str, Tensor], fmt: str) -> Layout:
+    """Names, dtypes and shapes that `encode_update` gives for tensors shaped like `base`."""
+    out: Layout = {}
+    for name, t in base.items():
+        shape = tuple(t.shape)
+        if fmt == "ternary":
+            out[name] = (torch.uint8, (math.ceil(t.numel() / 4),))
+            out[name + _SCALE] = (torch.float32, (_groups(shape),))
+        elif not t.is_floating_point():
+            out[name] = (t.dtype, shape)
+        elif fmt == "int8":
+            out[name] = (torch.int8, shape)
+            out[name + _SCALE] = (torch.float32, (_rows(shape),))
+        else:
+            out[name] = (_CASTS[fmt], shape)
+    return out
+
+
+def layout_bytes(layout: Layout) -> int:
+    """Bytes of the values of such tensors, without the safetensors header."""
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
+
+
+def check_layout(tensors: Mapping[str, Tensor], layout: Layout) -> None:
+    """Raise ReplyError unless names, dtypes and shapes are exactly those of the layout."""
+    if tensors.keys() != layout.keys():
+        odd = min(tensors.keys() ^ layout.keys())
+        side = "unexpected" if odd in tensors else "missing"
+        raise ReplyError(f"{side} tensor {odd[:120]!r}")
+    for name, (dtype, shape) in layout.items():
+        t = tensors[name]
+        if t.dtype != dtype or tuple(t.shape) != shape:
+            raise ReplyError(
+                f"tensor {name} is {str(t.dtype)[6:]}{list(t.shape)}, "
+                f"not {str(dtype)[6:]}{list(shape)}"
+            )
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    return shape[0] if len(shape) > 1 else 1
+
+
+def _groups(shape: tuple[int, ...]) -> int:
+    return min(shape[0], math.prod(shape[1:])) if len(shape) > 1 else 1
+
+
+def _grouped(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[groups, members]: rows of a wide matrix, columns of a tall one, all of a vector."""
+    rows = flat.reshape(_rows(shape), -1)
+    return rows if len(rows) == _groups(shape) else rows.T
+
+
+def _ternarise(change: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (int8, −1, 0, 1, flat as the tensor lies) and one scale per group."""
+    shape = tuple(change.shape)
+    groups = _grouped(change, shape)
+    size = groups.abs()
+    large = size > _THRESHOLD * size.double().mean(1, keepdim=True)
+    count = large.sum(1)
+    scale = (size.double() * large).sum(1) / count.clamp(min=1)
+    codes = (groups.sign() * large).to(torch.int8)
+    flat = codes if len(codes) == _rows(shape) else codes.T
+    return flat.reshape(-1), scale.float()
+
+
+def _spread(codes: Tensor, scale: Tensor, shape: tuple[int, ...]) -> Tensor:
+    groups = _grouped(codes.float(), tuple(shape)) * scale[:, None]
+    flat = groups if len(groups) == _rows(tuple(shape)) else groups.T
+    return flat.reshape(shape)
+
+
+def _pack_codes(codes: Tensor) -> Tensor:
+    """Four values a byte, the first in the lowest bits: 0 → 0, +1 → 1, −1 → 2."""
+    two_bits = torch.where(codes < 0, 2, codes.to(torch.int64)).to(torch.uint8)
+    padded = torch.zeros(4 * math.ceil(len(codes) / 4), dtype=torch.uint8)
+    padded[: len(codes)] = two_bits
+    quads = padded.reshape(-1, 4)
+    return quads[:, 0] | quads[:, 1] << 2 | quads[:, 2] << 4 | quads[:, 3] << 6
+
+
+def _unpack_codes(name: str, packed: Tensor, count: int) -> Tensor:
+    two_bits = torch.stack([(packed >> shift) & 3 for shift in (0, 2, 4, 6)], 1).reshape(-1)
+    if bool((two_bits == 3).any()) or bool(two_bits[count:].any()):
+        raise ReplyError(f"{name}: not ternary codes")
+    codes = two_bits[:count].to(torch.int8)
+    return torch.where(codes == 2, -1, codes)
+
+
+# --- bytes --------------------------------------------------------------------------------
+
+
+def pack(tensors: Mapping[str, Tensor]) -> bytes:
+    """Tensors → safetensors bytes; names sorted, so equal tensors give equal bytes."""
+    return _save({k: tensors[k].detach().cpu().contiguous() for k in sorted(tensors)})
+
+
+def unpack(data: bytes) -> Tensors:
+    """The inverse of `pack`. Raises ReplyError when the bytes are no safetensors."""
+    try:
+        return _load(data)
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:
+        raise ReplyError(f"not safetensors ({str(error)[:200]})") from error

@@ -1,0 +1,1 @@
+"""The run folder: events, checkpoints, the cache of distilled sub-FMs."""

@@ -1,0 +1,168 @@
+"""Checkpoints: after every round, written whole or not at all, checked when read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fedpft_core.errors import ReplyError, RunError
+from fedpft_core.wire import codec
+from fedpft_core.wire.messages import Package, Patch, tensor_digest
+from server_app.strategy import State
+
+if TYPE_CHECKING:
+    from server_app.bench import Bench
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint read back."""
+
+    round: int
+    digest: str
+    events_offset: int
+    adapter: Tensors
+    frozen: Tensors  # the proxy's weights that differ from what pruning the FM gives
+    patches: list[Patch]
+    have: dict[str, tuple[str, ...]]
+    run: str
+
+    def restore(self, bench: Bench, package: Package) -> State:
+        """Put the state back on FM and proxy; `package` is the freshly pruned one.
+
+        Raises RunError when the FM or the plan is not the one the run began with.
+        """
+        if not self.frozen.keys() <= package.weights.keys():
+            raise RunError("the checkpoint does not fit this model and plan")
+        weights = package.weights | self.frozen
+        after = Package(package.meta, package.files, weights)
+        if after.digest() != self.digest:
+            raise RunError(
+                "the checkpoint's sub-FM cannot be rebuilt: model, data, plan or library "
+                "versions are not those the run began with"
+            )
+        bench.load_frozen(self.frozen)
+        bench.plug(self.adapter)
+        digests = {k: tensor_digest(t) for k, t in weights.items()}
+        return State(
+            self.round, self.adapter, after, digests, self.digest, list(self.patches),
+            dict(self.have), self.run,
+        )  # fmt: skip
+
+
+class Checkpoints:
+    """A folder of checkpoints `round-NNNN`, the last `keep` of them."""
+
+    def __init__(self, root: Path, keep: int) -> None:
+        self.root = root
+        self.keep = keep
+
+    def save(self, state: State, bench: Bench, events_offset: int) -> None:
+        """Write the state after a round. Raises OSError on a full disk; older ones stay."""
+        frozen = {k: state.package.weights[k] for k in bench.trained_names()}
+        blobs = {
+            "adapter.safetensors": codec.pack(state.adapter),
+            "frozen.safetensors": codec.pack(frozen),
+        }
+        for i, patch in enumerate(state.patches):
+            blobs[f"patch-{i:04d}.safetensors"] = patch.to_bytes()
+        meta = {
+            "round": state.round,
+            "digest": state.digest,
+            "events_offset": events_offset,
+            "patches": [[p.source, p.target, p.fmt] for p in state.patches],
+            "run": state.run,
+            "have": {k: list(v) for k, v in state.have.items()},
+            "sha256": {k: hashlib.sha256(v).hexdigest() for k, v in blobs.items()},
+        }
+        text = json.dumps(meta)
+        blobs["state.json"] = json.dumps(
+            {"state": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        ).encode()
+        self.root.mkdir(parents=True, exist_ok=True)
+        temp = self.root / ".new"
+        shutil.rmtree(temp, ignore_errors=True)
+        temp.mkdir()
+        for name, data in blobs.items():
+            with open(temp / name, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        _sync(temp)
+        final = self.root / f"round-{state.round:04d}"
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(temp, final)
+        _sync(self.root)
+        # Later ones can only be those that were corrupt when the run was resumed.
+        rounds = self._rounds()
+        kept = [n for n in rounds if n <= state.round][-self.keep :]
+        for number, folder in rounds.items():
+            if number not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _rounds(self) -> dict[int, Path]:
+        found = self.root.glob("round-*") if self.root.is_dir() else ()
+        numbered = {p.name.removeprefix("round-"): p for p in found}
+        return dict(sorted((int(n), p) for n, p in numbered.items() if n.isdecimal()))
+
+    def all(self) -> list[Path]:
+        """The folders there are, oldest round first."""
+        return list(self._rounds().values())
+
+    def latest(self) -> Saved | None:
+        """The newest checkpoint that reads back whole; None when there is none at all.
+
+        Raises RunError when there are checkpoints but every one is corrupt.
+        """
+        folders = self.all()
+        for folder in reversed(folders):
+            try:
+                return _read(folder)
+            except (OSError, ReplyError, ValueError, KeyError, TypeError, AttributeError):
+                continue
+        if folders:
+            raise RunError(f"{self.root}: every checkpoint is corrupt, the run cannot be resumed")
+        return None
+
+
+def _read(folder: Path) -> Saved:
+    outer = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if hashlib.sha256(outer["state"].encode()).hexdigest() != outer["sha256"]:
+        raise ValueError("state.json is corrupt")
+    meta: dict[str, Any] = json.loads(outer["state"])
+    blobs = {}
+    for name, digest in meta["sha256"].items():
+        data = (folder / name).read_bytes()
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise ValueError(f"{name} is corrupt")
+        blobs[name] = codec.unpack(data)
+    return Saved(
+        round=meta["round"],
+        digest=meta["digest"],
+        events_offset=meta["events_offset"],
+        adapter=blobs["adapter.safetensors"],
+        frozen=blobs["frozen.safetensors"],
+        patches=[
+            Patch(source, target, fmt, blobs[f"patch-{i:04d}.safetensors"])
+            for i, (source, target, fmt) in enumerate(meta["patches"])
+        ],
+        have={k: tuple(v) for k, v in meta["have"].items()},
+        run=meta["run"],
+    )
+
+
+def _sync(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

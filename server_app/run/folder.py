@@ -1,0 +1,69 @@
+"""The folder a run writes to: found or made, locked against a second server."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fedpft_core import config as configs
+from fedpft_core.config import Config, RunConfig
+from fedpft_core.disk.lock import held
+from fedpft_core.errors import UserError
+from server_app.run.events import EventLog
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """An open run folder."""
+
+    path: Path
+    run_config: RunConfig
+    events: EventLog
+
+    @staticmethod
+    @contextlib.contextmanager
+    def open(config: Config) -> Iterator[RunFolder]:
+        """Make or reopen `run.dir`, lock it, save the resolved configuration, open the log.
+
+        A run that was killed before its first checkpoint starts over. Raises UserError when the
+        folder cannot be written, another server is using it, it holds a checkpoint and resume
+        was not asked for, or resume was asked for and it holds no run.
+        """
+        path = Path(config.run.dir).expanduser() if config.run.dir else _new_folder()
+        path = path.resolve()
+        run = replace(config.run, dir=str(path))
+        with contextlib.ExitStack() as stack:
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                refusal = f"run.dir = {path}: another server is running in this folder."
+                stack.enter_context(held(path / "lock", refusal))
+                events = stack.enter_context(contextlib.closing(_begin(config, path, run)))
+            except OSError as error:
+                raise UserError(
+                    f"run.dir = {path}: cannot be written ({error.strerror})."
+                ) from error
+            yield RunFolder(path, run, events)
+
+
+def _begin(config: Config, path: Path, run: RunConfig) -> EventLog:
+    saved = any((path / "checkpoints").glob("round-*"))
+    if run.resume and not saved and not (path / "config.yaml").is_file():
+        raise UserError(f"run.dir = {path}: nothing to resume, there is no run here.")
+    if not run.resume and saved:
+        raise UserError(
+            f"run.dir = {path}: this folder already holds a run; resume it "
+            "(run.resume = true) or choose another folder."
+        )
+    if not saved:
+        # A run that ended before its first checkpoint starts over, and so does its log.
+        (path / "events.jsonl").unlink(missing_ok=True)
+    configs.write_yaml(path / "config.yaml", configs.to_flat(replace(config, run=run)))
+    return EventLog(path / "events.jsonl")
+
+
+def _new_folder() -> Path:
+    return configs.home() / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"

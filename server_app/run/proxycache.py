@@ -1,0 +1,185 @@
+"""Distilled sub-FMs kept on disk, for runs that differ only in what comes after.
+
+A grid runs the same distillation for every learning rate, alignment interval or partition. With
+`run.proxy-cache` its result is found under a digest of everything that decides it: the weights of
+FM and sub-FM with the adapter they start from, the public rows, the settings, the seed, threads,
+device and versions, and the source of the method. A run with the cache computes the same bits as
+one without; its `distilled` event, with the seconds of the run that did the work, has
+`cached: true`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import fedpft_core
+from fedpft_core import config as configs
+from fedpft_core.align import method as alignment
+from fedpft_core.wire.messages import tensor_digest
+from server_app.bench import Bench, phase
+from server_app.strategy import Events
+
+Tensors = dict[str, Tensor]
+log = logging.getLogger("fedpft")
+
+# What comes after distillation, or says where and how a run goes: no part of a result's name.
+_LATER = ("align.", "train.", "federation.", "plug.", "wire.")
+_OF_RUN = ("run.seed",)
+# Files that decide nothing of what distillation computes.
+_ASIDE = ("disk/",)
+
+
+def distil(bench: Bench) -> None:
+    """`bench.distil()`, or its result from `run.proxy-cache`.
+
+    A cache that cannot be read or written is no reason to fail: the work is then done here.
+    """
+    folder, d = bench.config.run.proxy_cache, bench.config.distill
+    if not folder or not alignment.needed(d.method, bench.plan, d.steps):
+        bench.distil()
+        return
+    before = _digests(bench.proxy)
+    path = Path(folder).expanduser() / f"{_key(bench, before)}.safetensors"
+    found = _read(path)
+    if found is not None:
+        tensors, events = found
+        with phase(bench.events, "distil"):
+            _put(bench, tensors)
+            for event in events:
+                bench.events.emit(**event, cached=True)
+        return
+    events_of_run = bench.events
+    recorder = _Recorder(events_of_run)
+    bench.events = recorder
+    try:
+        bench.distil()
+    finally:
+        bench.events = events_of_run
+    if recorder.kept:
+        after = bench.proxy.state_dict()
+        changed = {k: t for k, t in after.items() if tensor_digest(t) != before[k]}
+        _write(path, changed, recorder.kept)
+
+
+class _Recorder:
+    """Passes events on and remembers those that say what distillation did."""
+
+    def __init__(self, events: Events) -> None:
+        self.events = events
+        self.kept: list[dict[str, Any]] = []
+
+    def emit(self, event: str, **fields: Any) -> None:
+        self.events.emit(event, **fields)
+        if event not in ("progress", "phase_started", "phase_finished"):
+            self.kept.append({"event": event, **fields})
+
+
+def _digests(model: torch.nn.Module) -> dict[str, str]:
+    return {k: tensor_digest(t) for k, t in model.state_dict().items()}
+
+
+def _key(bench: Bench, proxy: Mapping[str, str]) -> str:
+    flat = configs.to_flat(bench.config)
+    settings = {
+        k: v for k, v in flat.items()
+        if not k.startswith(_LATER) and (not k.startswith("run.") or k in _OF_RUN)
+    }  # fmt: skip
+    parts = {
+        "fm": _digests(bench.fm),
+        "proxy": proxy,
+        "plan": bench.plan.to_json(),
+        "public": _rows_digest(bench.public),
+        "settings": settings,
+        "source": _source_digest(),
+        "machine": [
+            torch.__version__, transformers.__version__, np.__version__, str(bench.device),
+            torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(),
+        ],
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _rows_digest(rows: list[Any]) -> str:
+    """Over tokenised rows (arrays), texts or encoded images."""
+    h = hashlib.sha256()
+    for row in rows:
+        if isinstance(row, np.ndarray):
+            data = f"{row.dtype}".encode() + row.tobytes()
+        else:
+            data = row if isinstance(row, bytes) else str(row).encode()
+        h.update(f"{len(data)} ".encode() + data)
+    return h.hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _source_digest() -> str:
+    """Over the files that may decide what distillation computes: a changed method is another."""
+    root = Path(fedpft_core.__file__).parent
+    files = {p.relative_to(root).as_posix(): p for p in root.rglob("*.py")}
+    files["bench.py"] = Path(__file__).parents[1] / "bench.py"
+    h = hashlib.sha256()
+    for name in sorted(files):
+        if not name.startswith(_ASIDE):
+            h.update(f"{name}\n".encode() + files[name].read_bytes())
+    return h.hexdigest()
+
+
+@torch.no_grad()
+def _put(bench: Bench, tensors: Tensors) -> None:
+    live = bench.proxy.state_dict()
+    for name, value in tensors.items():
+        live[name].copy_(value)
+
+
+def _content(tensors: Tensors, events: str) -> str:
+    parts = [f"{k} {tensor_digest(tensors[k])}" for k in sorted(tensors)]
+    return hashlib.sha256("\n".join([*parts, events]).encode()).hexdigest()
+
+
+def _read(path: Path) -> tuple[Tensors, list[dict[str, Any]]] | None:
+    """What a file holds; None when there is none or it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            # Copied out of the mapped file first: what is verified must be what is used.
+            tensors = {k: file.get_tensor(k).clone() for k in file.keys()}  # noqa: SIM118
+        if meta.get("content") != _content(tensors, meta.get("events", "")):
+            raise ValueError("its content is not what was written")
+        events: list[dict[str, Any]] = json.loads(meta["events"])
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        log.warning("run.proxy-cache: %s is made again (%s)", path, error)
+        return None
+    return tensors, events
+
+
+def _write(path: Path, tensors: Tensors, events: list[dict[str, Any]]) -> None:
+    """Whole or not at all; of two runs that write the same, either may win."""
+    text = json.dumps(events)
+    kept = {k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(kept, part, metadata={"events": text, "content": _content(kept, text)})
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        log.warning("run.proxy-cache: %s could not be written (%s)", path, error)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
