@@ -32,7 +32,8 @@ from fedpft_core.align import distill, selection
 from fedpft_core.align import method as alignment
 from fedpft_core.data.batches import encode, public_batches
 from fedpft_core.train import agreement as measure
-from fedpft_core.train.tune import count_inactive, evaluate
+from fedpft_core.train.evaluate import evaluate
+from fedpft_core.train.inactivity import count_inactive
 from server_app.app import run
 from server_app.bench import Bench, public_stream
 from server_app.run.events import EventLog

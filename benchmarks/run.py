@@ -25,15 +25,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fedpft_core import config
 from fedpft_core.adapter import lora as adapters
+from fedpft_core.aggregation.average import Average
 from fedpft_core.align import distill
 from fedpft_core.data.batches import encode, public_batches
 from fedpft_core.data.public import load_public
 from fedpft_core.data.tasks import load_task
 from fedpft_core.model import load as models
+from fedpft_core.model.plan import pruned_ffns
 from fedpft_core.proxy import cost as inspect
-from fedpft_core.proxy import plan as sub_fm
+from fedpft_core.proxy.build import build
+from fedpft_core.proxy.choose import make_plan
 from fedpft_core.train import tune as training
 from fedpft_core.wire import messages as exchange
+from fedpft_core.wire.envelope import open_envelope, seal
+from fedpft_core.wire.validate import Expected, validate
 
 REPEATS = 7
 
@@ -60,8 +65,8 @@ class Setting:
         self.cfg = cfg
         self.task = load_task(cfg.data, 0)
         self.loaded = models.load(cfg.model, self.task.label_names, "text", 0)
-        self.plan = sub_fm.make_plan(self.loaded.model, cfg.plan, 0)
-        proxy = sub_fm.build(self.loaded.model, self.plan)
+        self.plan = make_plan(self.loaded.model, cfg.plan, 0)
+        proxy = build(self.loaded.model, self.plan)
         self.ratio = inspect.step_ratio(
             cfg, self.loaded.model, proxy, self.loaded.family, self.mean_length()
         )
@@ -134,7 +139,7 @@ def bench_distil() -> list[str]:
     texts = load_public("builtin:public", "text", "text", (), 2000, 0)
     steps = 6
     ready = list(public_batches(texts, s.loaded.processor, 16, 64, steps, 0))
-    ffns = sub_fm.pruned_ffns(s.proxy, s.plan)
+    ffns = pruned_ffns(s.proxy, s.plan)
     moving = [p for f in ffns.values() for p in f.parts().values()]
 
     def bare() -> None:
@@ -174,7 +179,7 @@ def bench_average() -> list[str]:
     names = list(sent)
     count = sum(t.numel() for t in sent.values())
     packed = [
-        exchange.seal(
+        seal(
             exchange.TrainReply(
                 "c", 1, "0" * 64, 10, 5, 0.5, 1.0, {k: t + i * 1e-4 for k, t in sent.items()},
                 "fp32",
@@ -182,15 +187,15 @@ def bench_average() -> list[str]:
         )
         for i in range(10)
     ]  # fmt: skip
-    want = exchange.Expected(1, "0" * 64, "fp32", sent, 1e6, {})
-    opened = [exchange.open_envelope(p) for p in packed]
+    want = Expected(1, "0" * 64, "fp32", sent, 1e6, {})
+    opened = [open_envelope(p) for p in packed]
 
     def ours() -> None:
-        average = exchange.Average()
+        average = Average()
         for i in range(100):
             reply = opened[i % 10]
             assert isinstance(reply, exchange.TrainReply)
-            adapter, _ = exchange.validate(reply, want, "c", 10)
+            adapter, _ = validate(reply, want, "c", 10)
             average.add(adapter, reply.examples)
         average.result()
 
@@ -224,11 +229,11 @@ fm = transformers.AutoModelForSequenceClassification.from_config(cfg)
 def memory(field):
     lines = open("/proc/self/status").read().splitlines()
     return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(field))
-plan = sub_fm.make_plan(fm, config.PlanConfig(), 0)
+plan = make_plan(fm, config.PlanConfig(), 0)
 open("/proc/self/clear_refs", "w").write("5")  # forget the peak of making the model
 before = memory("VmRSS")
 if sys.argv[1] == "build":
-    proxy = sub_fm.build(fm, plan)
+    proxy = build(fm, plan)
     block = sum(p.numel() * 4 for p in fm.bert.encoder.layer[1].parameters())
     print(before, memory("VmHWM"), models.size(fm)[1], models.size(proxy)[1], block)
 """

@@ -80,7 +80,7 @@ def child(folder: Path) -> None:
     from client_app.node import client_for
     from client_app.store import Store
     from fedpft_core.wire import flower as wire
-    from fedpft_core.wire.messages import Envelope
+    from fedpft_core.wire.envelope import Envelope
 
     saved = json.loads((folder / "message.json").read_text())
     parts = {p.name: p.read_bytes() for p in (folder / "parts").iterdir()}
@@ -143,10 +143,12 @@ def prepare(folder: Path, steps: int) -> None:
     from fedpft_core.data.partition import partition
     from fedpft_core.data.tasks import load_task
     from fedpft_core.model import load as models
-    from fedpft_core.proxy import plan as sub_fm
+    from fedpft_core.proxy.build import build
+    from fedpft_core.proxy.choose import make_plan
     from fedpft_core.proxy.package import make_package
     from fedpft_core.train.tune import LocalSettings
-    from fedpft_core.wire.messages import TrainRequest, seal
+    from fedpft_core.wire.envelope import seal
+    from fedpft_core.wire.messages import TrainRequest
 
     cfg = config.Config()
     task = load_task(cfg.data, 0)
@@ -157,9 +159,9 @@ def prepare(folder: Path, steps: int) -> None:
         for text, label in zip(rows.inputs, rows.labels, strict=True):
             writer.writerow([text, task.label_names[int(label)]])
     loaded = models.load(cfg.model, task.label_names, "text", 0)
-    plan = sub_fm.make_plan(loaded.model, cfg.plan, 0)
+    plan = make_plan(loaded.model, cfg.plan, 0)
     spec = adapters.make_spec(loaded.family, plan, loaded.fresh, cfg.lora)
-    proxy = sub_fm.build(loaded.model, plan)
+    proxy = build(loaded.model, plan)
     package = make_package(
         proxy, plan, spec, loaded.processor, "text", task.label_names, cfg.data.max_length
     )

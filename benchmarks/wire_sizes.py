@@ -16,11 +16,12 @@ import argparse
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from fedpft_core.proxy.build import build
+from fedpft_core.proxy.choose import make_plan
+from fedpft_core.tensors import Tensors
 from fedpft_core.wire import codec
 
-Tensors = dict[str, Tensor]
 ROUNDS = 10
 
 
@@ -88,16 +89,15 @@ def default_run() -> tuple[int, dict[str, Any]]:
     from fedpft_core.adapter import lora as adapters
     from fedpft_core.data.tasks import load_task
     from fedpft_core.model import load as models
-    from fedpft_core.proxy import plan as sub_fm
     from fedpft_core.proxy.package import make_package
 
     cfg = config.Config()
     task = load_task(cfg.data, cfg.run.seed)
     loaded = models.load(cfg.model, task.label_names, task.kind, cfg.run.seed)
-    plan = sub_fm.make_plan(loaded.model, cfg.plan, cfg.run.seed)
+    plan = make_plan(loaded.model, cfg.plan, cfg.run.seed)
     spec = adapters.make_spec(loaded.family, plan, loaded.fresh, cfg.lora)
     package = make_package(
-        sub_fm.build(loaded.model, plan), plan, spec, loaded.processor, task.kind,
+        build(loaded.model, plan), plan, spec, loaded.processor, task.kind,
         task.label_names, cfg.data.max_length,
     )  # fmt: skip
     shape = {

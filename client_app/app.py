@@ -19,7 +19,8 @@ with collector_paused(freeze=True):
     from client_app.node import client_for
     from fedpft_core.errors import ReplyError, UserError
     from fedpft_core.wire import flower as wire
-    from fedpft_core.wire.messages import Envelope, RefusalReply, seal
+    from fedpft_core.wire.envelope import Envelope, seal
+    from fedpft_core.wire.messages import RefusalReply
 
 app = ClientApp()
 

@@ -25,25 +25,24 @@ from fedpft_core.data.tasks import Examples
 from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.proxy.package import ClientModel, apply_patch, load_processor, rebuild
 from fedpft_core.seeds import derive
-from fedpft_core.train.tune import count_inactive, evaluate, fine_tune
+from fedpft_core.tensors import Tensors
+from fedpft_core.train.evaluate import evaluate
+from fedpft_core.train.inactivity import count_inactive
+from fedpft_core.train.tune import fine_tune
 from fedpft_core.wire import codec
+from fedpft_core.wire.envelope import Envelope, open_envelope, seal
+from fedpft_core.wire.identity import combine_digest, is_digest
 from fedpft_core.wire.messages import (
-    Envelope,
     Hello,
     HelloReply,
     Message,
     NeedReply,
-    Package,
     RefusalReply,
     TrainReply,
     TrainRequest,
-    combine_digest,
-    is_digest,
-    open_envelope,
-    seal,
 )
+from fedpft_core.wire.package import Package
 
-Tensors = dict[str, torch.Tensor]
 log = logging.getLogger("fedpft")
 _REASON = 1000  # characters of a refusal's reason
 

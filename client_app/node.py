@@ -14,8 +14,8 @@ from fedpft_core import config as configs
 from fedpft_core.data.partition import partition
 from fedpft_core.data.tasks import Examples, Task, load_examples, load_task
 from fedpft_core.errors import UserError
+from fedpft_core.model.device import pick_device
 from fedpft_core.seeds import derive
-from fedpft_core.train.tune import pick_device
 
 _MOST_HELD_OUT = 0.9
 

@@ -18,13 +18,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from fedpft_core.errors import ReplyError
+from fedpft_core.tensors import Tensors
 from fedpft_core.wire import codec
-from fedpft_core.wire.messages import Package, combine_digest, is_digest, tensor_digest
+from fedpft_core.wire.identity import combine_digest, is_digest, tensor_digest
+from fedpft_core.wire.package import Package
 
-Tensors = dict[str, Tensor]
 _HEX = frozenset("0123456789abcdef")
 _STALE_SECONDS = 3600.0
 

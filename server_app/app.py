@@ -19,7 +19,7 @@ from fedpft_core.align import selection
 from fedpft_core.config import Config
 from fedpft_core.errors import RunError, UserError
 from fedpft_core.train import baselines
-from fedpft_core.train.tune import evaluate
+from fedpft_core.train.evaluate import evaluate
 from server_app.bench import Bench, peak_rss_bytes, phase
 from server_app.local import local_only
 from server_app.run import proxycache

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.adapter import plug
@@ -26,17 +26,21 @@ from fedpft_core.data.public import load_public
 from fedpft_core.data.tasks import Task, load_task
 from fedpft_core.errors import RunError, UserError
 from fedpft_core.model import load as models
+from fedpft_core.model.device import pick_device
 from fedpft_core.model.families import base_model
+from fedpft_core.model.plan import Plan, block_parameters
 from fedpft_core.proxy import cost as inspect
-from fedpft_core.proxy import plan as sub_fm
+from fedpft_core.proxy.build import build
+from fedpft_core.proxy.choose import make_plan
 from fedpft_core.proxy.package import make_package, make_patch
 from fedpft_core.seeds import derive, numpy_stream
+from fedpft_core.tensors import Tensors
 from fedpft_core.train import agreement as measure
-from fedpft_core.train.tune import Counts, Score, evaluate, pick_device
-from fedpft_core.wire.messages import Package, tensor_digest
+from fedpft_core.train.evaluate import Score, evaluate
+from fedpft_core.train.inactivity import Counts
+from fedpft_core.wire.identity import tensor_digest
+from fedpft_core.wire.package import Package
 from server_app.strategy import Events, State
-
-Tensors = dict[str, Tensor]
 
 
 @contextmanager
@@ -81,7 +85,7 @@ class Bench:
     processor: Any
     fm: PeftModel
     proxy: PeftModel
-    plan: sub_fm.Plan
+    plan: Plan
     spec: adapters.AdapterSpec
     source: str
     score_rows: Encoded
@@ -130,7 +134,7 @@ class Bench:
                 labels=list(task.label_names), public=len(public),
             )  # fmt: skip
         with phase(events, "build"):
-            plan = sub_fm.make_plan(
+            plan = make_plan(
                 loaded.model,
                 config.plan,
                 config.run.seed,
@@ -144,7 +148,7 @@ class Bench:
                     text="the plan keeps every neuron of every block: clients get the whole FM "
                     "(plan.keep-share, plan.keep-neurons and plan.retained-layers decide)",
                 )
-            proxy = sub_fm.build(loaded.model, plan)
+            proxy = build(loaded.model, plan)
             spec = adapters.make_spec(loaded.family, plan, loaded.fresh, config.lora)
             _emit_model(events, loaded, proxy, plan, config.lora.rank)
             package = make_package(
@@ -455,7 +459,7 @@ def _check_lengths(config: Config, loaded: models.Loaded) -> None:
 
 
 def _emit_model(
-    events: Events, loaded: models.Loaded, proxy: nn.Module, plan: sub_fm.Plan, rank: int
+    events: Events, loaded: models.Loaded, proxy: nn.Module, plan: Plan, rank: int
 ) -> None:
     fm_parameters, fm_bytes = models.size(loaded.model)
     proxy_parameters, proxy_bytes = models.size(proxy)
@@ -467,8 +471,8 @@ def _emit_model(
         fm_bytes=fm_bytes,
         proxy_parameters=proxy_parameters,
         proxy_bytes=proxy_bytes,
-        fm_block_parameters=sub_fm.block_parameters(loaded.model, list(fm_blocks)),
-        proxy_block_parameters=sub_fm.block_parameters(proxy, list(proxy_blocks)),
+        fm_block_parameters=block_parameters(loaded.model, list(fm_blocks)),
+        proxy_block_parameters=block_parameters(proxy, list(proxy_blocks)),
         step_flops={
             "fm": inspect.step_flops(loaded.family, loaded.model, rank),
             "proxy": inspect.step_flops(loaded.family, proxy, rank),

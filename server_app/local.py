@@ -7,7 +7,7 @@ from dataclasses import replace
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.config import Config
 from fedpft_core.data.batches import Encoded
-from fedpft_core.train.tune import Score, evaluate
+from fedpft_core.train.evaluate import Score, evaluate
 from server_app.bench import Bench, phase, progress
 from server_app.run.events import EventLog
 from server_app.strategy import Events, Node, State, Strategy

@@ -14,39 +14,32 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from fedpft_core.adapter.lora import clip_change
+from fedpft_core.aggregation.average import Average
+from fedpft_core.aggregation.counts import sum_counts
 from fedpft_core.config import Config
 from fedpft_core.errors import ReplyError, RunError
-from fedpft_core.proxy.plan import Plan
+from fedpft_core.model.plan import Plan
 from fedpft_core.seeds import numpy_stream
-from fedpft_core.train.tune import Counts, LocalSettings
+from fedpft_core.tensors import Tensors
+from fedpft_core.train.inactivity import Counts
+from fedpft_core.train.tune import LocalSettings
 from fedpft_core.wire import codec
+from fedpft_core.wire.envelope import Envelope, open_envelope, seal
 from fedpft_core.wire.messages import (
-    Average,
-    Envelope,
-    Expected,
     Failure,
     Hello,
     HelloReply,
     NeedReply,
-    Package,
-    Patch,
     RefusalReply,
     TrainReply,
     TrainRequest,
-    check_size,
-    delivery,
-    open_envelope,
-    seal,
-    sum_counts,
-    useful,
-    validate,
 )
+from fedpft_core.wire.package import Package, Patch
+from fedpft_core.wire.validate import Expected, check_size, validate
+from server_app.delivery import delivery, useful
 from server_app.transport import Transport
 
-Tensors = dict[str, Tensor]
 _SETTLE_SECONDS = 3.0  # how long the set of nodes must stand still before a smaller one will do
 _HELLO_SECONDS = 300.0  # a fresh process has to import torch, on a machine that may be busy
 _HELLO_BYTES = 2**17  # the largest answer to the first query

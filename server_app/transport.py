@@ -13,7 +13,8 @@ from flwr.serverapp import Grid
 
 from fedpft_core.errors import ReplyError
 from fedpft_core.wire import flower as wire
-from fedpft_core.wire.messages import Envelope, Failure
+from fedpft_core.wire.envelope import Envelope
+from fedpft_core.wire.messages import Failure
 
 OnReply = Callable[[int, "Envelope | Failure"], None]
 

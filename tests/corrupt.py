@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from fedpft_core.wire.messages import Envelope, Expected, checksum
+from fedpft_core.wire.envelope import Envelope, checksum
+from fedpft_core.wire.validate import Expected
 
 _NUMPY = {
     "F32": np.float32,

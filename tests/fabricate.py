@@ -22,31 +22,28 @@ from torch import Tensor
 
 from fedpft_core import config as configs
 from fedpft_core.config import Config
+from fedpft_core.model.plan import BlockPlan, Plan
 from fedpft_core.proxy.package import PatchedWeights, apply_patch
-from fedpft_core.proxy.plan import BlockPlan, Plan
 from fedpft_core.seeds import torch_stream
+from fedpft_core.tensors import Tensors
 from fedpft_core.wire import codec
+from fedpft_core.wire.envelope import Envelope, open_envelope, seal
+from fedpft_core.wire.identity import tensor_digest
 from fedpft_core.wire.messages import (
-    Envelope,
-    Expected,
     Failure,
     Hello,
     HelloReply,
     Message,
     NeedReply,
-    Package,
-    Patch,
     RefusalReply,
     TrainReply,
     TrainRequest,
-    open_envelope,
-    seal,
-    tensor_digest,
 )
+from fedpft_core.wire.package import Package, Patch
+from fedpft_core.wire.validate import Expected
 from server_app.strategy import State
 from server_app.transport import OnReply
 
-Tensors = dict[str, Tensor]
 WIDTH, CLASSES, MAX_LENGTH = 4, 3, 8
 PLAN = Plan(
     "bert",

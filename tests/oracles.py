@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedpft_core.data.batches import Encoded, batches
 from fedpft_core.model.families import FFN, base_model, family_of
-from fedpft_core.proxy.plan import Plan
+from fedpft_core.model.plan import Plan
 
 
 def saliency(ffn: FFN) -> list[float]:

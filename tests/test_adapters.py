@@ -15,8 +15,8 @@ from fedpft_core.adapter import lora as adapters
 from fedpft_core.adapter.lora import AdapterSpec
 from fedpft_core.config import LoraConfig
 from fedpft_core.model.families import family_of
-from fedpft_core.proxy import plan as sub_fm
-from fedpft_core.train.tune import logits
+from fedpft_core.proxy.build import build
+from fedpft_core.train.evaluate import logits
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 
@@ -173,7 +173,7 @@ def test_every_adapter_parameter_of_a_proxy_has_its_namesake_in_the_fm(family: s
     bare = tiny.model(family)
     plan = tiny.plan_for(bare)
     spec = adapters.make_spec(family_of(family), plan, (), LoraConfig(rank=2))
-    small = adapters.attach(sub_fm.build(bare, plan), spec, plan)
+    small = adapters.attach(build(bare, plan), spec, plan)
     fm = adapters.attach(bare, spec)
     mine, theirs = adapters.parameters(small, plan), adapters.parameters(fm)
     assert mine.keys() == theirs.keys()

@@ -20,7 +20,8 @@ from fedpft_core.align.method import Job, block_local, closed_form, gradient
 from fedpft_core.config import DistillConfig
 from fedpft_core.errors import UserError
 from fedpft_core.model.families import FFN, family_of
-from fedpft_core.proxy import plan as sub_fm
+from fedpft_core.model.plan import BlockPlan, Plan, pruned_ffns
+from fedpft_core.proxy.build import build
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 methods = pytest.mark.parametrize("method", registry.names("alignment"))
@@ -60,7 +61,7 @@ def _layer_drop(family: str) -> Any:
     spec = adapters.make_spec(
         family_of(family), plan, (), config.LoraConfig(rank=2, alpha=4.0, dropout=0.0)
     )
-    small = adapters.attach(sub_fm.build(fm, plan), spec, plan)
+    small = adapters.attach(build(fm, plan), spec, plan)
     fm = adapters.attach(fm, spec)
     tensors = tiny.random_adapter(small, spec, plan)
     adapters.load(small, tensors, plan), adapters.load(fm, tensors)
@@ -100,10 +101,10 @@ def test_neurons_not_chosen_stay_to_the_bit(family: str, method: str) -> None:
     job = _job(family, chosen=chosen, weight_decay=0.5)
     before = {
         b: {k: p.detach().clone() for k, p in f.parts().items()}
-        for b, f in sub_fm.pruned_ffns(job.student, job.plan).items()
+        for b, f in pruned_ffns(job.student, job.plan).items()
     }
     alignment.run(method, job)
-    for block, ffn in sub_fm.pruned_ffns(job.student, job.plan).items():
+    for block, ffn in pruned_ffns(job.student, job.plan).items():
         for part, p in ffn.parts().items():
             axis = FFN.neuron_axis(part)
             if axis is None:
@@ -133,8 +134,8 @@ def test_the_same_seed_gives_the_same_bits(method: str) -> None:
 @methods
 @families
 def test_a_keep_all_student_stays_where_it_is(family: str, method: str) -> None:
-    everything = sub_fm.BlockPlan("pruned", tuple(range(24)))
-    plan = sub_fm.Plan(family, 24, (everything,) * 4)
+    everything = BlockPlan("pruned", tuple(range(24)))
+    plan = Plan(family, 24, (everything,) * 4)
     job = _job(family, tiny.pair(family, plan), steps=2, weight_decay=0.0, double=True)
     first, last, _ = alignment.run(method, job)
     assert first == pytest.approx(0.0, abs=1e-20) and last < 1e-4
@@ -193,7 +194,7 @@ def test_closed_form_equals_numpys_least_squares(family: str, index: list[int] |
     job = _job(family, chosen=chosen, double=True, ridge=0.05)
     batches = list(job.batches(6))
     want = {}
-    for block, ffn in sub_fm.pruned_ffns(job.student, job.plan).items():
+    for block, ffn in pruned_ffns(job.student, job.plan).items():
         x, y = _tokens(job.teacher, family, block, batches)
         with torch.no_grad():
             pre = ffn.ins[0](torch.tensor(x))
@@ -202,7 +203,7 @@ def test_closed_form_equals_numpys_least_squares(family: str, index: list[int] |
         want[block] = _lstsq(ffn, a, y - mine, 0.05, index or list(range(ffn.neurons)))
     first, last, _ = alignment.run("closed-form", job)
     errors = []
-    for block, ffn in sub_fm.pruned_ffns(job.student, job.plan).items():
+    for block, ffn in pruned_ffns(job.student, job.plan).items():
         w, b = want[block]
         np.testing.assert_allclose(ffn.out.weight.detach().numpy(), w, rtol=1e-8, atol=1e-10)
         np.testing.assert_allclose(ffn.out.bias.detach().numpy(), b, rtol=1e-8, atol=1e-10)
@@ -258,7 +259,7 @@ def test_block_local_gradient_is_that_of_the_isolated_ffn(family: str) -> None:
     mask = batch.get("attention_mask")
     with torch.no_grad():
         blocks = oracles.block_outputs(job.teacher, batch)
-    for block, ffn in sub_fm.pruned_ffns(job.student, job.plan).items():
+    for block, ffn in pruned_ffns(job.student, job.plan).items():
         # The student's FFN put into the FM's own block: run the FM up to that block's output.
         twin = copy.deepcopy(job.teacher)
         theirs = family_of(family).ffns(twin)[block]

@@ -27,25 +27,23 @@ from fedpft_core import config
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.errors import UserError
 from fedpft_core.model.families import family_of
-from fedpft_core.proxy import plan as sub_fm
+from fedpft_core.model.plan import pruned_ffns
+from fedpft_core.proxy.build import build
 from fedpft_core.proxy.package import make_package, make_patch
 from fedpft_core.train.tune import LocalSettings
 from fedpft_core.wire import codec
+from fedpft_core.wire.envelope import Envelope, open_envelope, seal
+from fedpft_core.wire.identity import tensor_digest
 from fedpft_core.wire.messages import (
-    Envelope,
     Hello,
     HelloReply,
     Message,
     NeedReply,
-    Package,
-    Patch,
     RefusalReply,
     TrainReply,
     TrainRequest,
-    open_envelope,
-    seal,
-    tensor_digest,
 )
+from fedpft_core.wire.package import Package, Patch
 
 RUN = "0123456789abcdef"
 SETTINGS = LocalSettings(1e-2, 4, 1, 3, 0.0, 1.0, 1)
@@ -83,7 +81,7 @@ class Server:
 def server() -> Server:
     fm = tiny.model("bert")
     plan = tiny.plan_for(fm, keep_share=0.5)
-    proxy = sub_fm.build(fm, plan)
+    proxy = build(fm, plan)
     spec = adapters.make_spec(
         family_of("bert"), plan, (), config.LoraConfig(rank=2, alpha=4.0, dropout=0.1)
     )
@@ -96,7 +94,7 @@ def server() -> Server:
     patches = []
     generator = torch.Generator().manual_seed(0)
     for _ in range(2):
-        for ffn in sub_fm.pruned_ffns(proxy, plan).values():
+        for ffn in pruned_ffns(proxy, plan).values():
             for p in ffn.parts().values():
                 p.data.add_(0.01 * torch.randn(p.shape, generator=generator))
         chosen = {b: torch.arange(len(plan.blocks[b].kept)) for b in plan.pruned}

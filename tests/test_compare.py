@@ -17,6 +17,7 @@ from fedpft_console.cli import main
 from fedpft_console.compare import command, page, plots
 from fedpft_console.compare import run as runner
 from fedpft_core.errors import UserError
+from fedpft_core.proxy.build import build
 
 FULL = {"plan": {"proxy": "full"}, "align": {"interval": 0}, "distill": {"method": "none"}}
 
@@ -177,9 +178,8 @@ def test_client_flops_are_those_of_the_steps(tmp_path: Path) -> None:
     mean = sum(lengths) / len(lengths)
     shapes = tiny.model("bert")
     plan = tiny.plan_for(shapes, keep_share=flat["plan.keep-share"])
-    from fedpft_core.proxy import plan as sub_fm
 
-    blocks = list(family.block_list(sub_fm.build(shapes, plan)))
+    blocks = list(family.block_list(build(shapes, plan)))
     step = sum(block_cost(family, b, mean, rank, width).step for b in blocks)  # type: ignore[arg-type]
     assert found["client_flops"] == pytest.approx(step * sum(lengths), rel=1e-6)
 

@@ -27,7 +27,8 @@ from client_app.node import client_for
 from fedpft_core import config
 from fedpft_core.errors import RunError, UserError
 from fedpft_core.wire import flower as wire
-from fedpft_core.wire.messages import Envelope, Failure, Hello, RefusalReply, open_envelope, seal
+from fedpft_core.wire.envelope import Envelope, open_envelope, seal
+from fedpft_core.wire.messages import Failure, Hello, RefusalReply
 from server_app.app import run as server_run
 from server_app.run.events import EventLog, read_events
 from server_app.transport import FlowerTransport, LocalTransport

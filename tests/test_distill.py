@@ -16,10 +16,11 @@ from fedpft_core.adapter import lora as adapters
 from fedpft_core.align import distill
 from fedpft_core.config import DistillConfig
 from fedpft_core.model.families import FFN, family_of
+from fedpft_core.model.plan import BlockPlan, Plan, pruned_ffns
 from fedpft_core.proxy import package as proxy
-from fedpft_core.proxy import plan as sub_fm
+from fedpft_core.proxy.build import build
 from fedpft_core.train.tune import real_positions
-from fedpft_core.wire.messages import tensor_digest
+from fedpft_core.wire.identity import tensor_digest
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 
@@ -28,7 +29,7 @@ def align(
     family: str,
     teacher: torch.nn.Module,
     student: torch.nn.Module,
-    plan: sub_fm.Plan,
+    plan: Plan,
     chosen: dict[int, torch.Tensor] | None = None,
     steps: int = 20,
     lr: float = 5e-3,
@@ -85,8 +86,8 @@ def test_hidden_error_does_not_depend_on_the_scale_of_a_block() -> None:
 def test_weight_error_equals_the_oracle(family: str) -> None:
     fm = tiny.model(family).double()
     plan = tiny.plan_for(fm)
-    small = sub_fm.build(fm, plan)
-    for block, student in sub_fm.pruned_ffns(small, plan).items():
+    small = build(fm, plan)
+    for block, student in pruned_ffns(small, plan).items():
         teacher = family_of(family).ffns(fm)[block]
         fast = distill.weight_error(student, distill.products(teacher))
         want = oracles.weight_error(teacher, student)
@@ -100,7 +101,7 @@ def test_distilled_loss_is_hidden_error_plus_alpha_times_weight_error(family: st
     teacher, student, plan, _ = tiny.pair(family)
     batch = tiny.public(family, 1)[0]
     hidden = distill.output_error(teacher, student, plan, [batch])
-    ffns, theirs = sub_fm.pruned_ffns(student, plan), family_of(family).ffns(teacher)
+    ffns, theirs = pruned_ffns(student, plan), family_of(family).ffns(teacher)
     weight = [oracles.weight_error(theirs[b], ffn) for b, ffn in ffns.items()]
     first, _, _ = distill.distil(
         teacher, student, plan, [batch], DistillConfig(), steps=1, lr=1e-9, alpha=0.5
@@ -116,7 +117,7 @@ def test_the_weight_term_has_a_gradient() -> None:
         teacher, student, plan, _ = tiny.pair("bert")
         target = {b: distill.products(family_of("bert").ffns(teacher)[b]) for b in plan.pruned}
         align("bert", teacher, student, plan, alpha=alpha)
-        ffns = sub_fm.pruned_ffns(student, plan)
+        ffns = pruned_ffns(student, plan)
         error = sum(float(distill.weight_error(f, target[b]).detach()) for b, f in ffns.items())
         results[alpha] = (error, ffns[1].ins[0].weight.detach().clone())
     assert not torch.equal(results[0.0][1], results[0.01][1])
@@ -126,7 +127,7 @@ def test_the_weight_term_has_a_gradient() -> None:
 # --- what an alignment moves --------------------------------------------------------------
 
 
-def _choose(plan: sub_fm.Plan) -> dict[int, torch.Tensor]:
+def _choose(plan: Plan) -> dict[int, torch.Tensor]:
     return {1: torch.tensor([0, 3]), 2: torch.tensor([5])}
 
 
@@ -142,14 +143,14 @@ def test_chosen_neurons_move_and_all_others_stay_to_the_bit(
     error_before = distill.output_error(teacher, student, plan, probe)
     parts_before = {
         b: {k: p.detach().clone() for k, p in f.parts().items()}
-        for b, f in sub_fm.pruned_ffns(student, plan).items()
+        for b, f in pruned_ffns(student, plan).items()
     }
     align(family, teacher, student, plan, chosen, weight_decay=weight_decay)
     error_after = distill.output_error(teacher, student, plan, probe)
     assert sum(error_after.values()) < sum(error_before.values())
 
     moved_names = set()
-    for block, ffn in sub_fm.pruned_ffns(student, plan).items():
+    for block, ffn in pruned_ffns(student, plan).items():
         named = {id(p): n for n, p in student.named_parameters()}
         stay = [j for j in range(ffn.neurons) if j not in chosen[block].tolist()]
         for part, p in ffn.parts().items():
@@ -179,9 +180,7 @@ def test_layer_level_distillation_moves_compressed_ffns_only(family: str) -> Non
     after_error = distill.output_error(teacher, student, plan, probe)
     assert all(after_error[b] < error[b] for b in plan.pruned)
     named = {id(p): n for n, p in student.named_parameters()}
-    moving = {
-        named[id(p)] for f in sub_fm.pruned_ffns(student, plan).values() for p in f.parts().values()
-    }
+    moving = {named[id(p)] for f in pruned_ffns(student, plan).values() for p in f.parts().values()}
     for name, value in tiny.weights(student).items():
         assert torch.equal(value, before[name]) == (name not in moving), name
     assert tiny.same_bits(adapters.read(student, plan), adapter)
@@ -203,8 +202,8 @@ def test_requires_grad_is_as_it_was_and_no_gradient_is_left(family: str) -> None
 
 @families
 def test_a_keep_all_student_has_nothing_to_learn(family: str) -> None:
-    everything = sub_fm.BlockPlan("pruned", tuple(range(24)))
-    plan = sub_fm.Plan(family, 24, (everything,) * 4)
+    everything = BlockPlan("pruned", tuple(range(24)))
+    plan = Plan(family, 24, (everything,) * 4)
     teacher, student, _, _ = tiny.pair(family, plan)
     errors = distill.output_error(teacher, student, plan, tiny.public(family, 2))
     assert errors == {0: 0.0, 1: 0.0, 2: 0.0, 3: 0.0}
@@ -214,7 +213,7 @@ def test_a_keep_all_student_has_nothing_to_learn(family: str) -> None:
 def test_alignment_patch_moves_the_digest_and_only_chosen_neurons_travel(family: str) -> None:
     teacher, student, plan, spec = tiny.pair(family)
     kind = "text" if family in tiny.TEXT_FAMILIES else "image"
-    bare = sub_fm.build(tiny.model(family), plan)
+    bare = build(tiny.model(family), plan)
     package = proxy.make_package(bare, plan, spec, tiny.processor(family), kind, tiny.LABELS, 16)
     digests = {k: tensor_digest(t) for k, t in package.weights.items()}
     chosen = _choose(plan)

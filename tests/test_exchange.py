@@ -19,30 +19,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedpft_core.aggregation.average import Average
+from fedpft_core.aggregation.counts import sum_counts
 from fedpft_core.errors import ReplyError
 from fedpft_core.proxy.package import apply_patch
-from fedpft_core.train.tune import Counts, LocalSettings
+from fedpft_core.train.inactivity import Counts
+from fedpft_core.train.tune import LocalSettings
 from fedpft_core.wire import codec
+from fedpft_core.wire.envelope import Envelope, open_envelope, seal
+from fedpft_core.wire.identity import tensor_digest
 from fedpft_core.wire.messages import (
-    Average,
-    Envelope,
-    Expected,
     Hello,
     HelloReply,
     NeedReply,
-    Package,
     RefusalReply,
     TrainReply,
     TrainRequest,
-    check_size,
-    delivery,
-    open_envelope,
-    seal,
-    sum_counts,
-    tensor_digest,
-    useful,
-    validate,
 )
+from fedpft_core.wire.package import Package
+from fedpft_core.wire.validate import Expected, check_size, validate
+from server_app.delivery import delivery, useful
 
 # Corrupt replies in the default suite; FEDPFT_FUZZ sets another number.
 CASES = int(os.environ.get("FEDPFT_FUZZ", "50000"))

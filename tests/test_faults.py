@@ -28,10 +28,12 @@ from fedpft_core.align import distill, selection
 from fedpft_core.data.batches import public_batches
 from fedpft_core.model import load as models
 from fedpft_core.model.families import family_of
-from fedpft_core.proxy import plan as sub_fm
+from fedpft_core.model.plan import BlockPlan, Plan, pruned_ffns
+from fedpft_core.proxy.choose import make_plan
 from fedpft_core.train import tune as training
-from fedpft_core.train.tune import Counts, count_inactive
-from fedpft_core.wire.messages import open_envelope
+from fedpft_core.train.evaluate import evaluate
+from fedpft_core.train.inactivity import Counts, count_inactive
+from fedpft_core.wire.envelope import open_envelope
 from server_app import strategy
 from server_app.bench import Bench
 from server_app.run.checkpoint import Checkpoints
@@ -72,7 +74,7 @@ def check_weight_term_has_a_gradient() -> None:
             teacher, student, plan, tiny.public("bert", 20), config.DistillConfig(),
             steps=20, lr=5e-3, alpha=alpha,
         )  # fmt: skip
-        ffns = sub_fm.pruned_ffns(student, plan)
+        ffns = pruned_ffns(student, plan)
         errors.append(sum(float(distill.weight_error(f, target[b])) for b, f in ffns.items()))
         results.append(tiny.weights(student))
     assert not tiny.same_bits(*results), "alpha does nothing"
@@ -547,14 +549,13 @@ def check_retained_blocks_stay(distil: Callable[..., Any]) -> None:
 
 def test_7_retained_blocks_aligned(fails: Any) -> None:
     def with_a_slice_of_every_block(
-        teacher: Any, student: Any, plan: sub_fm.Plan, *args: Any, chosen: Any, **kwargs: Any
+        teacher: Any, student: Any, plan: Plan, *args: Any, chosen: Any, **kwargs: Any
     ) -> Any:
         blocks = tuple(
-            b if b.state == "pruned" else sub_fm.BlockPlan("pruned", tuple(range(24)))
-            for b in plan.blocks
+            b if b.state == "pruned" else BlockPlan("pruned", tuple(range(24))) for b in plan.blocks
         )
         everywhere = {i: torch.tensor([0, 2, 4]) for i in range(4)}
-        wrong = sub_fm.Plan(plan.model_type, plan.fm_neurons, blocks)
+        wrong = Plan(plan.model_type, plan.fm_neurons, blocks)
         return distill.distil(teacher, student, wrong, *args, chosen=everywhere, **kwargs)
 
     check_retained_blocks_stay(distill.distil)
@@ -612,7 +613,7 @@ def _draws(flat: dict[str, Any]) -> dict[str, Callable[[int], Any]]:
 
     def random_saliency(seed: int) -> Any:
         cfg = config.PlanConfig(saliency="random")
-        return sub_fm.make_plan(tiny.model("bert"), cfg, seed).to_json()
+        return make_plan(tiny.model("bert"), cfg, seed).to_json()
 
     def validation(seed: int) -> Any:
         return client_app.node.load_task(_with_seed(flat, seed).data, seed).validation.inputs
@@ -790,7 +791,7 @@ def check_image_size_is_the_models(load: Callable[..., models.Loaded], folder: P
         loaded = load(config.ModelConfig(name=str(where)), tiny.LABELS, "image", 0)
         data = encode(tiny.examples("vit", 3), loaded.processor, 16)
         assert tuple(data.pixels.shape[-2:]) == (size, size)
-        training.evaluate(loaded.model, data, 3)
+        evaluate(loaded.model, data, 3)
 
 
 def test_9_hard_coded_image_size(tmp_path: Path, fails: Any) -> None:

@@ -14,15 +14,17 @@ from fedpft_core import config
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.model import load as models
 from fedpft_core.model.families import family_of
+from fedpft_core.model.plan import Plan
 from fedpft_core.proxy import cost as inspect
-from fedpft_core.proxy import plan as sub_fm
-from fedpft_core.train.tune import logits
+from fedpft_core.proxy.build import build
+from fedpft_core.proxy.choose import make_plan
+from fedpft_core.train.evaluate import logits
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 RANK = 2
 
 
-def _adapted(family: str, layers: int) -> tuple[torch.nn.Module, torch.nn.Module, sub_fm.Plan]:
+def _adapted(family: str, layers: int) -> tuple[torch.nn.Module, torch.nn.Module, Plan]:
     """A bare proxy, and the same with LoRA on; eager attention, so that its products count."""
     fm = tiny.model(family, num_hidden_layers=layers)
     fm.set_attn_implementation("eager")
@@ -30,8 +32,8 @@ def _adapted(family: str, layers: int) -> tuple[torch.nn.Module, torch.nn.Module
     spec = adapters.make_spec(
         family_of(family), plan, (), config.LoraConfig(rank=RANK, dropout=0.0)
     )
-    bare = sub_fm.build(fm, plan)
-    return bare, adapters.attach(sub_fm.build(fm, plan), spec, plan), plan
+    bare = build(fm, plan)
+    return bare, adapters.attach(build(fm, plan), spec, plan), plan
 
 
 def _row(family: str) -> tuple[dict[str, torch.Tensor], int]:
@@ -90,8 +92,8 @@ def test_the_table_states_the_models(family: str, keys: dict[str, object], tmp_p
     found = inspect.inspect(cfg)
     image = family not in tiny.TEXT_FAMILIES
     loaded = models.load(cfg.model, ("a", "b"), "image" if image else "text", 0)
-    plan = sub_fm.make_plan(loaded.model, cfg.plan, 0)
-    small = sub_fm.build(loaded.model, plan)
+    plan = make_plan(loaded.model, cfg.plan, 0)
+    small = build(loaded.model, plan)
     cells = dict(zip(found["columns"], found["rows"][-1], strict=True))
     assert cells["FM parameters"] == f"{models.size(loaded.model)[0]:,}"
     assert cells["proxy parameters"] == f"{models.size(small)[0]:,}"

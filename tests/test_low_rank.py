@@ -18,13 +18,16 @@ from fedpft_core.adapter import lora as adapters
 from fedpft_core.config import LoraConfig, PlanConfig
 from fedpft_core.errors import UserError
 from fedpft_core.model import load as models
-from fedpft_core.model.families import LowRank, family_of
+from fedpft_core.model.families import family_of
+from fedpft_core.model.low_rank import LowRank
+from fedpft_core.model.plan import BlockPlan, Plan
 from fedpft_core.proxy import cost as inspect
 from fedpft_core.proxy import package as proxy
-from fedpft_core.proxy import plan as sub_fm
-from fedpft_core.proxy.plan import BlockPlan, Plan
-from fedpft_core.train.tune import LocalSettings, fine_tune, logits
-from fedpft_core.wire.messages import Package
+from fedpft_core.proxy.build import build
+from fedpft_core.proxy.choose import make_plan
+from fedpft_core.train.evaluate import logits
+from fedpft_core.train.tune import LocalSettings, fine_tune
+from fedpft_core.wire.package import Package
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 WIDTH = 16
@@ -39,7 +42,7 @@ def _projections(model: torch.nn.Module, family: str, block: int) -> list[Any]:
 def test_full_rank_gives_the_same_logits(family: str) -> None:
     fm = tiny.model(family).double()
     everything = BlockPlan("pruned", tuple(range(24)), WIDTH)
-    small = sub_fm.build(fm, Plan(family, 24, (everything,) * 4))
+    small = build(fm, Plan(family, 24, (everything,) * 4))
     batch = tiny.double(tiny.batch_of(family))
     with torch.no_grad():
         torch.testing.assert_close(logits(small, batch), logits(fm, batch), rtol=1e-10, atol=1e-11)
@@ -52,7 +55,7 @@ def test_it_is_the_truncated_svd_of_each_projection_in_pruned_blocks_only(family
     before = tiny.weights(fm)
     plan = tiny.plan_for(fm, qk_rank=5)
     assert [b.qk_rank for b in plan.blocks] == [0, 5, 5, 0]
-    small = sub_fm.build(fm, plan)
+    small = build(fm, plan)
     assert tiny.same_bits(tiny.weights(fm), before), "building changed the FM"
     x = torch.randn(3, WIDTH, dtype=torch.float64)
     for block in range(4):
@@ -78,7 +81,7 @@ def test_lora_goes_on_under_the_fms_names_and_learns(family: str) -> None:
     fm = tiny.model(family)
     plan = tiny.plan_for(fm, qk_rank=4)
     spec = adapters.make_spec(family_of(family), plan, (), LoraConfig(rank=2, dropout=0.0))
-    small = adapters.attach(sub_fm.build(fm, plan), spec, plan)
+    small = adapters.attach(build(fm, plan), spec, plan)
     full = adapters.attach(fm, spec)
     mine, theirs = adapters.read(small, plan), adapters.read(full)
     assert {k: t.shape for k, t in mine.items()} == {k: t.shape for k, t in theirs.items()}
@@ -98,7 +101,7 @@ def test_lora_goes_on_under_the_fms_names_and_learns(family: str) -> None:
 def test_a_client_rebuilds_it_to_the_bit(family: str) -> None:
     fm = tiny.model(family)
     plan = tiny.plan_for(fm, qk_rank=4)
-    small = sub_fm.build(fm, plan)
+    small = build(fm, plan)
     spec = adapters.make_spec(family_of(family), plan, (), LoraConfig(rank=2))
     kind = "text" if family in tiny.TEXT_FAMILIES else "image"
     package = proxy.make_package(small, plan, spec, tiny.processor(family), kind, tiny.LABELS, 16)
@@ -133,7 +136,7 @@ def test_plans_without_it_read_as_before() -> None:
 
 def test_a_rank_above_the_width_names_the_key() -> None:
     with pytest.raises(UserError, match=r"plan\.qk-rank = 17 .* 16"):
-        sub_fm.make_plan(tiny.model("bert"), PlanConfig(qk_rank=17), 0)
+        make_plan(tiny.model("bert"), PlanConfig(qk_rank=17), 0)
 
 
 @pytest.mark.parametrize("family", ["bert", "vit"])

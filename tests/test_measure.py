@@ -12,7 +12,7 @@ import torch
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.data.batches import batches
 from fedpft_core.train import agreement as measure
-from fedpft_core.train.tune import adapter_gradient
+from fedpft_core.train.gradient import adapter_gradient
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 

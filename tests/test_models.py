@@ -16,7 +16,7 @@ from fedpft_core.adapter import lora as adapters
 from fedpft_core.config import ModelConfig
 from fedpft_core.errors import UserError
 from fedpft_core.model import load as models
-from fedpft_core.train.tune import logits
+from fedpft_core.train.evaluate import logits
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 

@@ -9,7 +9,7 @@ import tiny
 
 from client_app.client import Client
 from client_app.node import client_for
-from fedpft_core.wire.messages import open_envelope
+from fedpft_core.wire.envelope import open_envelope
 
 
 class Keeping(tiny.Federation):

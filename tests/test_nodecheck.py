@@ -33,8 +33,8 @@ from fedpft_core import config
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.errors import UserError
 from fedpft_core.model.families import family_of
-from fedpft_core.proxy import plan as sub_fm
 from fedpft_core.proxy import size as plansize
+from fedpft_core.proxy.build import build
 from fedpft_core.proxy.package import make_package
 
 DAY = timedelta(days=1)
@@ -406,7 +406,7 @@ def test_the_plans_description_tells_no_secret(plan: Path) -> None:
     kept = [b.kept for b in made.plan.blocks if b.kept]
     assert kept and all(k == tuple(range(len(k))) for k in kept)
     fm = tiny.model("bert")
-    real = sub_fm.build(fm, tiny.plan_for(fm, keep_share=0.5))
+    real = build(fm, tiny.plan_for(fm, keep_share=0.5))
     assert size.sub_fm_bytes == sum(4 * p.numel() for p in real.parameters())
     assert size.package_bytes > size.sub_fm_bytes - size.adapter_bytes > 0
     assert plan.stat().st_size < 10_000
@@ -466,7 +466,7 @@ def test_the_sub_fm_in_the_store_tells_labels_and_speed(tmp_path: Path) -> None:
         family_of("bert"), plan, (), config.LoraConfig(rank=2, alpha=4.0, dropout=0.1)
     )
     package = make_package(
-        sub_fm.build(fm, plan), plan, spec, tiny.tokenizer("bert"), "text", tiny.LABELS, 16
+        build(fm, plan), plan, spec, tiny.tokenizer("bert"), "text", tiny.LABELS, 16
     )
     Store(tmp_path / "cache" / "store").put(package.digest(), package)
     found = findings(Options(node_config(tmp_path)))

@@ -23,9 +23,10 @@ from fedpft_core.data.batches import encode
 from fedpft_core.data.tasks import load_task
 from fedpft_core.errors import RunError, UserError
 from fedpft_core.model import load as models
-from fedpft_core.proxy.plan import Plan
-from fedpft_core.train.tune import evaluate, logits
-from fedpft_core.wire.messages import RefusalReply, open_envelope, seal
+from fedpft_core.model.plan import Plan
+from fedpft_core.train.evaluate import evaluate, logits
+from fedpft_core.wire.envelope import open_envelope, seal
+from fedpft_core.wire.messages import RefusalReply
 
 CHANCE = 1 / 3
 ADAPTER = "adapter/adapter_model.safetensors"

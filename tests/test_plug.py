@@ -9,7 +9,7 @@ from torch import nn
 
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.adapter import plug
-from fedpft_core.train.tune import logits
+from fedpft_core.train.evaluate import logits
 
 
 def stream(seed: int = 0) -> torch.Generator:

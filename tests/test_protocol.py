@@ -15,6 +15,7 @@ import corrupt
 import pytest
 import tiny
 import torch
+from fedpft_core.proxy.plan import FFN
 from flwr.app import Message, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
@@ -24,11 +25,13 @@ from torch import Tensor
 from client_app.store import Store
 from fedpft_core.config import from_flat
 from fedpft_core.model.families import family_of
+from fedpft_core.model.plan import Plan
 from fedpft_core.proxy.package import PatchedWeights
-from fedpft_core.proxy.plan import FFN, Plan
 from fedpft_core.wire import codec
 from fedpft_core.wire import flower as wire
-from fedpft_core.wire.messages import Envelope, Failure, Package, TrainRequest, open_envelope
+from fedpft_core.wire.envelope import Envelope, open_envelope
+from fedpft_core.wire.messages import Failure, TrainRequest
+from fedpft_core.wire.package import Package
 from server_app.app import run as server_run
 from server_app.run.events import EventLog, read_events
 from server_app.transport import LocalTransport, OnReply

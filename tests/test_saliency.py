@@ -14,8 +14,8 @@ from fedpft_core import registry
 from fedpft_core.config import PlanConfig
 from fedpft_core.errors import UserError
 from fedpft_core.model.families import base_model, family_of
-from fedpft_core.proxy import plan as sub_fm
 from fedpft_core.proxy import saliency
+from fedpft_core.proxy.choose import make_plan
 from fedpft_core.proxy.saliency import Probe
 from fedpft_core.seeds import torch_stream
 
@@ -99,8 +99,8 @@ def test_every_saliency_gives_a_plan_and_leaves_the_fm_alone(family: str, name: 
     fm = tiny.model(family)
     before = tiny.weights(fm)
     batches = tiny.public(family, 2)
-    plan = sub_fm.make_plan(fm, PlanConfig(saliency=name), 0, lambda: batches)
-    again = sub_fm.make_plan(fm, PlanConfig(saliency=name), 0, lambda: batches)
+    plan = make_plan(fm, PlanConfig(saliency=name), 0, lambda: batches)
+    again = make_plan(fm, PlanConfig(saliency=name), 0, lambda: batches)
     assert plan == again
     assert [len(b.kept) for b in plan.blocks] == [0, 6, 6, 0]
     assert tiny.same_bits(tiny.weights(fm), before)
@@ -111,7 +111,7 @@ def test_every_saliency_gives_a_plan_and_leaves_the_fm_alone(family: str, name: 
 def test_saliencies_differ() -> None:
     fm, batches = tiny.model("bert"), tiny.public("bert", 2)
     plans = {
-        n: sub_fm.make_plan(fm, PlanConfig(saliency=n), 0, lambda: batches)
+        n: make_plan(fm, PlanConfig(saliency=n), 0, lambda: batches)
         for n in registry.names("saliency")
     }
     assert len({p.to_json() for p in plans.values()}) == len(plans)
@@ -119,7 +119,7 @@ def test_saliencies_differ() -> None:
 
 def test_without_public_rows_the_key_is_named() -> None:
     with pytest.raises(UserError, match=r"plan\.saliency"):
-        sub_fm.make_plan(tiny.model("bert"), PlanConfig(saliency="activation"), 0)
+        make_plan(tiny.model("bert"), PlanConfig(saliency="activation"), 0)
 
 
 def test_padding_does_not_enter_the_activation_saliency() -> None:

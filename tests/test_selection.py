@@ -12,7 +12,7 @@ from fedpft_core import registry
 from fedpft_core.align import distill, selection
 from fedpft_core.align.selection import View, choose
 from fedpft_core.model.families import FFN
-from fedpft_core.proxy import plan as sub_fm
+from fedpft_core.model.plan import BlockPlan, Plan, pruned_ffns
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 
@@ -78,7 +78,7 @@ def test_discrepancy_is_how_fast_the_error_falls_when_the_neuron_moves(family: s
         return 2 * sum(per_block.values()) / len(per_block)
 
     step = 1e-6
-    for block, ffn in sub_fm.pruned_ffns(view.student, view.plan).items():
+    for block, ffn in pruned_ffns(view.student, view.plan).items():
         for j in (0, ffn.neurons - 1):
             square = 0.0
             for part, p in ffn.parts().items():
@@ -114,11 +114,11 @@ def test_discrepancy_leaves_the_models_as_they_were() -> None:
 
 def test_discrepancy_is_zero_where_there_is_no_error() -> None:
     """Damage to one block's FFN gives its neurons scores; the blocks before it have none."""
-    pruned = sub_fm.BlockPlan("pruned", tuple(range(24)))
-    plan = sub_fm.Plan("bert", 24, (pruned,) * 3 + (sub_fm.BlockPlan("whole"),))
+    pruned = BlockPlan("pruned", tuple(range(24)))
+    plan = Plan("bert", 24, (pruned,) * 3 + (BlockPlan("whole"),))
     teacher, student, _, _ = tiny.pair("bert", plan)
     with torch.no_grad():
-        sub_fm.pruned_ffns(student, plan)[2].out.weight[:, 7] += 1.0
+        pruned_ffns(student, plan)[2].out.weight[:, 7] += 1.0
     batches = tiny.public("bert", 2)
     view = View({}, 0, teacher, student, plan, lambda: batches)
     found = registry.load("selection", "discrepancy").scores(view)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from client_app import store as store_module
 from client_app.store import Residuals, Store
-from fedpft_core.wire.messages import Package
+from fedpft_core.wire.package import Package
 
 RUN = "0123456789abcdef"
 

@@ -14,18 +14,10 @@ from fabricate import Network, Node
 
 from fedpft_core.config import Config
 from fedpft_core.errors import RunError
-from fedpft_core.train.tune import Counts
+from fedpft_core.train.inactivity import Counts
 from fedpft_core.wire import codec
-from fedpft_core.wire.messages import (
-    Envelope,
-    Failure,
-    HelloReply,
-    NeedReply,
-    TrainReply,
-    TrainRequest,
-    open_envelope,
-    seal,
-)
+from fedpft_core.wire.envelope import Envelope, open_envelope, seal
+from fedpft_core.wire.messages import Failure, HelloReply, NeedReply, TrainReply, TrainRequest
 from server_app import strategy as strategy_module
 from server_app.run.events import EventLog
 from server_app.strategy import (

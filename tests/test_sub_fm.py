@@ -16,12 +16,20 @@ from fedpft_core.adapter import lora as adapters
 from fedpft_core.config import LoraConfig, PlanConfig
 from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.model.families import family_of
+from fedpft_core.model.plan import (
+    BlockPlan,
+    Plan,
+    block_parameters,
+    pruned_ffns,
+    to_fm_name,
+    to_proxy_name,
+)
 from fedpft_core.proxy import package as proxy
-from fedpft_core.proxy import plan as sub_fm
-from fedpft_core.proxy.plan import BlockPlan, Plan
+from fedpft_core.proxy.build import build
+from fedpft_core.proxy.choose import evenly_spaced, keep_most_salient, make_plan, parse_layers
 from fedpft_core.proxy.saliency.weight_norm import weight_norm
-from fedpft_core.train.tune import logits
-from fedpft_core.wire.messages import Package
+from fedpft_core.train.evaluate import logits
+from fedpft_core.wire.package import Package
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 
@@ -50,13 +58,13 @@ def test_saliency_ignores_biases(family: str) -> None:
 
 
 def test_keep_most_salient_keeps_the_largest_in_order() -> None:
-    assert sub_fm.keep_most_salient(torch.tensor([3.0, 9.0, 1.0, 8.0]), 2) == (1, 3)
-    assert sub_fm.keep_most_salient(torch.tensor([9.0, 1.0, 8.0]), 2) == (0, 2)
+    assert keep_most_salient(torch.tensor([3.0, 9.0, 1.0, 8.0]), 2) == (1, 3)
+    assert keep_most_salient(torch.tensor([9.0, 1.0, 8.0]), 2) == (0, 2)
 
 
 def test_ties_keep_the_lower_index() -> None:
-    assert sub_fm.keep_most_salient(torch.tensor([5.0, 5.0, 7.0, 5.0]), 2) == (0, 2)
-    assert sub_fm.keep_most_salient(torch.ones(1000), 10) == tuple(range(10))
+    assert keep_most_salient(torch.tensor([5.0, 5.0, 7.0, 5.0]), 2) == (0, 2)
+    assert keep_most_salient(torch.ones(1000), 10) == tuple(range(10))
 
 
 # --- plans --------------------------------------------------------------------------------
@@ -86,12 +94,12 @@ def test_keep_neurons_equal_to_f_leaves_blocks_whole() -> None:
 def test_random_saliency_is_a_function_of_the_seed() -> None:
     fm, cfg = tiny.model("bert"), PlanConfig(saliency="random")
     torch.manual_seed(1)
-    first = sub_fm.make_plan(fm, cfg, 0)
+    first = make_plan(fm, cfg, 0)
     torch.manual_seed(2)
-    assert sub_fm.make_plan(fm, cfg, 0) == first
-    assert sub_fm.make_plan(fm, cfg, 1) != first
+    assert make_plan(fm, cfg, 0) == first
+    assert make_plan(fm, cfg, 1) != first
     assert first.blocks[1].kept != first.blocks[2].kept
-    assert first != sub_fm.make_plan(fm, PlanConfig(), 0)
+    assert first != make_plan(fm, PlanConfig(), 0)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +107,7 @@ def test_random_saliency_is_a_function_of_the_seed() -> None:
     [("", set()), ("first,last", {0, 3}), ("1, -1", {1, 3}), ("0,first", {0}), (" last ", {3})],
 )
 def test_retained_layers_are_read(text: str, want: set[int]) -> None:
-    assert sub_fm.parse_layers(text, 4) == want
+    assert parse_layers(text, 4) == want
 
 
 @pytest.mark.parametrize("text", ["4", "-5", "first,99"])
@@ -169,9 +177,9 @@ def test_keep_all_plan_gives_identical_logits(family: str) -> None:
     plan = Plan(family, 24, (everything,) * 4)
     with torch.no_grad():
         want = logits(fm, batch)
-        assert torch.equal(logits(sub_fm.build(fm, plan), batch), want)
+        assert torch.equal(logits(build(fm, plan), batch), want)
         full = tiny.plan_for(fm, proxy="full")
-        assert torch.equal(logits(sub_fm.build(fm, full), batch), want)
+        assert torch.equal(logits(build(fm, full), batch), want)
 
 
 @families
@@ -185,7 +193,7 @@ def test_pruning_equals_zeroing_the_removed_neurons_in_the_fm(family: str) -> No
             assert len(gone) == 15
             family_of(family).ffns(zeroed)[i].out.weight[:, gone] = 0.0
         batch = tiny.double(tiny.batch_of(family))
-        pruned = logits(sub_fm.build(fm, plan), batch)
+        pruned = logits(build(fm, plan), batch)
         torch.testing.assert_close(pruned, logits(zeroed, batch), rtol=1e-12, atol=1e-12)
         assert not torch.allclose(pruned, logits(fm, batch), rtol=1e-3)
 
@@ -194,9 +202,9 @@ def test_pruning_equals_zeroing_the_removed_neurons_in_the_fm(family: str) -> No
 def test_pruned_ffn_equals_the_oracle(family: str) -> None:
     fm = tiny.model(family).double()
     plan = tiny.plan_for(fm, keep_neurons=5)
-    small = sub_fm.build(fm, plan)
+    small = build(fm, plan)
     x = torch.randn(3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for i, ffn in sub_fm.pruned_ffns(small, plan).items():
+    for i, ffn in pruned_ffns(small, plan).items():
         with torch.no_grad():
             fast = ffn.out(ffn.activation(ffn.ins[0](x)))
             teacher = family_of(family).ffns(fm)[i]
@@ -209,7 +217,7 @@ def test_everything_but_removed_neurons_is_copied_verbatim(family: str) -> None:
     fm = tiny.model(family)
     before = tiny.weights(fm)
     plan = tiny.plan_for(fm)
-    small = sub_fm.build(fm, plan)
+    small = build(fm, plan)
     assert tiny.same_bits(tiny.weights(fm), before), "building changed the FM"
     row = family_of(family)
     sliced = {
@@ -233,7 +241,7 @@ def test_reload_gives_identical_logits(family: str) -> None:
     for keys in ({}, {"proxy": "layer-drop", "drop_to": 2}, {"proxy": "full"}):
         fm = tiny.model(family)
         plan = tiny.plan_for(fm, **keys)
-        small = sub_fm.build(fm, plan)
+        small = build(fm, plan)
         spec = adapters.make_spec(family_of(family), plan, (), LoraConfig(rank=2))
         kind = "text" if family in tiny.TEXT_FAMILIES else "image"
         package = proxy.make_package(
@@ -261,7 +269,7 @@ def test_a_package_holds_no_neuron_outside_the_plan_and_no_name_of_the_fm(family
     plan = tiny.plan_for(fm)
     spec = adapters.make_spec(family_of(family), plan, (), LoraConfig(rank=2))
     blob = proxy.make_package(
-        sub_fm.build(fm, plan), plan, spec, tiny.processor(family), "text", tiny.LABELS, 16
+        build(fm, plan), plan, spec, tiny.processor(family), "text", tiny.LABELS, 16
     ).to_bytes()
     assert b"secret" not in blob
     for i, ffn in enumerate(family_of(family).ffns(fm)):
@@ -276,7 +284,7 @@ def test_a_package_that_does_not_fit_its_plan_is_refused() -> None:
     plan = tiny.plan_for(fm)
     spec = adapters.make_spec(family_of("bert"), plan, (), LoraConfig(rank=2))
     package = proxy.make_package(
-        sub_fm.build(fm, plan), plan, spec, tiny.tokenizer("bert"), "text", tiny.LABELS, 16
+        build(fm, plan), plan, spec, tiny.tokenizer("bert"), "text", tiny.LABELS, 16
     )
     less = {k: v for k, v in package.weights.items() if not k.endswith("word_embeddings.weight")}
     for odd in (
@@ -296,7 +304,7 @@ def test_a_package_that_does_not_fit_its_plan_is_refused() -> None:
 @pytest.mark.parametrize("blocks", [2, 3, 4, 6, 12, 24])
 def test_layer_drop_is_evenly_spaced_with_first_and_last(blocks: int) -> None:
     for keep in range(2, blocks + 1):
-        chosen = sorted(sub_fm.evenly_spaced(blocks, keep, PlanConfig()))
+        chosen = sorted(evenly_spaced(blocks, keep, PlanConfig()))
         assert len(chosen) == keep
         assert (chosen[0], chosen[-1]) == (0, blocks - 1)
         gaps = [b - a for a, b in pairwise(chosen)]
@@ -309,18 +317,18 @@ def test_layer_drop_maps_names_to_fm_indices(family: str) -> None:
     plan = tiny.plan_for(fm, proxy="layer-drop", drop_to=3)
     assert plan.present == (0, 2, 4)
     assert plan.pruned == ()
-    small = sub_fm.build(fm, plan)
+    small = build(fm, plan)
     row = family_of(family)
     assert len(row.block_list(small)) == 3
     theirs = dict(fm.named_parameters())
     for name, p in small.named_parameters():
-        assert torch.equal(p, theirs[sub_fm.to_fm_name(name, plan)]), name
+        assert torch.equal(p, theirs[to_fm_name(name, plan)]), name
     for name in theirs:
-        own = sub_fm.to_proxy_name(name, plan)
+        own = to_proxy_name(name, plan)
         dropped = any(name.startswith(f"{row.blocks}.{i}.") for i in (1, 3))
         assert (own is None) == dropped
         if own is not None:
-            assert sub_fm.to_fm_name(own, plan) == name
+            assert to_fm_name(own, plan) == name
 
 
 @families
@@ -349,8 +357,8 @@ def test_layer_drop_keeps_the_parameter_budget_of_the_pruned_proxy(family: str) 
     row = family_of(family)
 
     def parameters(plan: Plan) -> int:
-        blocks = row.block_list(sub_fm.build(fm, plan))
-        return sub_fm.block_parameters(fm, list(blocks))
+        blocks = row.block_list(build(fm, plan))
+        return block_parameters(fm, list(blocks))
 
     one = sum(p.numel() for p in row.block_list(fm)[0].parameters())
     assert parameters(dropped) <= parameters(pruned) < parameters(dropped) + one

@@ -15,18 +15,12 @@ from torch.nn import functional as F
 
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.data.batches import batches
-from fedpft_core.proxy import plan as sub_fm
+from fedpft_core.model.plan import Plan, pruned_ffns
 from fedpft_core.train import baselines
-from fedpft_core.train.tune import (
-    LocalSettings,
-    adapter_gradient,
-    count_inactive,
-    evaluate,
-    fine_tune,
-    is_inactive,
-    local_batches,
-    logits,
-)
+from fedpft_core.train.evaluate import evaluate, logits
+from fedpft_core.train.gradient import adapter_gradient
+from fedpft_core.train.inactivity import count_inactive, is_inactive
+from fedpft_core.train.tune import LocalSettings, fine_tune, local_batches
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 SETTINGS = LocalSettings(
@@ -53,10 +47,10 @@ def test_counts_equal_the_oracle_with_padding(family: str, rule: str) -> None:
     assert any(0 < n < tokens[b] for b in inactive for n in inactive[b])
 
 
-def _reach_exact_zero(model: torch.nn.Module, plan: sub_fm.Plan) -> None:
+def _reach_exact_zero(model: torch.nn.Module, plan: Plan) -> None:
     """Some neurons far below -5.5, where float32 GELU is exactly 0."""
     with torch.no_grad():
-        for ffn in sub_fm.pruned_ffns(model, plan).values():
+        for ffn in pruned_ffns(model, plan).values():
             ffn.ins[0].weight[:3].mul_(40.0)
 
 

@@ -11,7 +11,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedpft_core.errors import ReplyError
 from fedpft_core.wire import flower as wire
-from fedpft_core.wire.messages import Hello, open_envelope, seal
+from fedpft_core.wire.envelope import open_envelope, seal
+from fedpft_core.wire.messages import Hello
 
 
 def test_an_envelope_survives_its_record() -> None:

@@ -26,9 +26,10 @@ from fedpft_core.adapter import lora as adapters
 from fedpft_core.data.batches import Encoded, batches, encode
 from fedpft_core.data.tasks import Examples
 from fedpft_core.model.families import Family, family_of
-from fedpft_core.proxy import plan as sub_fm
-from fedpft_core.proxy.plan import Plan
-from fedpft_core.wire.messages import Envelope, open_envelope
+from fedpft_core.model.plan import Plan
+from fedpft_core.proxy.build import build
+from fedpft_core.proxy.choose import make_plan
+from fedpft_core.wire.envelope import Envelope, open_envelope
 from server_app.run.events import EventLog, read_events
 
 FAMILIES = ("bert", "roberta", "vit", "deit")
@@ -239,7 +240,7 @@ def write_csv(path: Path, rows: list[tuple[str, str]]) -> Path:
 
 
 def plan_for(fm: nn.Module, **keys: Any) -> Plan:
-    return sub_fm.make_plan(fm, config.PlanConfig(**keys), seed=0)
+    return make_plan(fm, config.PlanConfig(**keys), seed=0)
 
 
 def pair(
@@ -248,7 +249,7 @@ def pair(
     """FM and proxy with adapters attached at the same non-zero adapter."""
     fm = model(family, seed)
     plan = plan or plan_for(fm)
-    proxy = sub_fm.build(fm, plan)
+    proxy = build(fm, plan)
     spec = adapters.make_spec(
         family_of(family), plan, (), config.LoraConfig(rank=2, alpha=4.0, dropout=dropout)
     )

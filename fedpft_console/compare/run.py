@@ -144,7 +144,7 @@ def _machine(config: configs.Config) -> dict[str, Any]:
     import torch
 
     from fedpft_core import __version__
-    from fedpft_core.train.tune import pick_device
+    from fedpft_core.model.device import pick_device
 
     device = pick_device(config.run.device, "run.device")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

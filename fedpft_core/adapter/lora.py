@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from fedpft_core.config import LoraConfig as LoraSettings
 from fedpft_core.model.families import Family
-from fedpft_core.proxy.plan import Plan, to_fm_name, to_proxy_name
+from fedpft_core.model.plan import Plan, to_fm_name, to_proxy_name
 from fedpft_core.seeds import torch_stream
-
-Tensors = dict[str, Tensor]
+from fedpft_core.tensors import Tensors
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedpft_core.model.families import base_model, family_of_model, inputs_of
-from fedpft_core.train.tune import Batch, device_of, to_device
+from fedpft_core.model.batch import inputs_of
+from fedpft_core.model.device import Batch, device_of, to_device
+from fedpft_core.model.families import base_model, family_of_model
 
 
 def last_linear(model: nn.Module) -> nn.Linear:

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.config import DistillConfig
-from fedpft_core.model.families import FFN, family_of, inputs_of, real_positions
-from fedpft_core.proxy.plan import Plan, pruned_ffns
+from fedpft_core.model.batch import inputs_of, real_positions
+from fedpft_core.model.device import Batch, device_of, to_device
+from fedpft_core.model.families import FFN, family_of
+from fedpft_core.model.plan import Plan, pruned_ffns
 from fedpft_core.seeds import torch_stream
-from fedpft_core.train.tune import Batch, device_of, to_device
 
 Progress = Callable[[int, int, float], None]
 Objective = Callable[[Batch], Tensor]

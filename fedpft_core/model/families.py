@@ -6,7 +6,7 @@ Adding a family is one row of `FAMILIES`. Everything else reaches a model throug
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,20 +130,6 @@ def base_model(model: nn.Module) -> nn.Module:
     return inner() if inner is not None else model
 
 
-def inputs_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of a batch a model reads."""
-    return {k: v for k, v in batch.items() if k not in ("labels", "index")}
-
-
-def real_positions(batch: Mapping[str, Tensor], length: int) -> Tensor:
-    """Mask [B, L] of positions that are not padding; images have none."""
-    mask = batch.get("attention_mask")
-    if mask is None:
-        first = next(iter(batch.values()))
-        return torch.ones(len(first), length, dtype=torch.bool, device=first.device)
-    return mask.bool()
-
-
 class FFN:
     """The feed-forward network of one block, neuron by neuron.
 
@@ -255,43 +241,6 @@ class FFN:
         old = self.out
         out[self.family.ffn_out] = _empty_linear(neurons, old.out_features, old)
         return out
-
-
-class LowRank(nn.Linear):
-    """A linear map as the product of two thin ones: y = up (down x) + bias.
-
-    `down` [r, D_in], `up` [D_out, r]. An `nn.Linear`, so that PEFT puts LoRA on it; `weight` is the
-    product, for whoever asks for its device or type, and no parameter.
-    """
-
-    def __init__(self, d_in: int, d_out: int, rank: int, like: nn.Linear) -> None:
-        nn.Module.__init__(self)  # not Linear's, which would make the weight a parameter
-        self.in_features, self.out_features, self.rank = d_in, d_out, rank
-        options: Any = {"device": like.weight.device, "dtype": like.weight.dtype}
-        self.down = nn.Parameter(torch.empty(rank, d_in, **options))
-        self.up = nn.Parameter(torch.empty(d_out, rank, **options))
-        bias = nn.Parameter(torch.empty(d_out, **options)) if like.bias is not None else None
-        self.register_parameter("bias", bias)
-
-    @staticmethod
-    def of(linear: nn.Linear, rank: int) -> LowRank:
-        """The nearest map of that rank (truncated SVD, in float64, singular values shared out)."""
-        low = LowRank(linear.in_features, linear.out_features, rank, linear)
-        u, s, vh = torch.linalg.svd(linear.weight.detach().double(), full_matrices=False)
-        root = s[:rank].sqrt()
-        with torch.no_grad():
-            low.up.copy_(u[:, :rank] * root)
-            low.down.copy_(root[:, None] * vh[:rank])
-            if linear.bias is not None:
-                low.bias.copy_(linear.bias)
-        return low.requires_grad_(linear.weight.requires_grad)
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        return self.up @ self.down
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(nn.functional.linear(x, self.down), self.up, self.bias)
 
 
 def _empty_linear(d_in: int, d_out: int, like: nn.Linear) -> nn.Linear:

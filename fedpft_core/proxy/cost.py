@@ -16,7 +16,8 @@ from torch import nn
 from fedpft_core.config import Config
 from fedpft_core.model import load as models
 from fedpft_core.model.families import Family
-from fedpft_core.proxy import plan as sub_fm
+from fedpft_core.proxy.build import build
+from fedpft_core.proxy.choose import make_plan
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ def inspect(config: Config) -> dict[str, Any]:
     loaded = models.load(config.model, ("a", "b"), kind, config.run.seed)
     # Costs depend on how many neurons are kept, not on which: no public rows are read for it.
     settings = replace(config.plan, saliency="weight-norm")
-    plan = sub_fm.make_plan(loaded.model, settings, config.run.seed)
-    proxy = sub_fm.build(loaded.model, plan)
+    plan = make_plan(loaded.model, settings, config.run.seed)
+    proxy = build(loaded.model, plan)
     family, rank = loaded.family, config.lora.rank
     width = family.ffns(loaded.model)[0].out.out_features
     length = config.data.max_length if family.kind == "text" else image_tokens(loaded.model)

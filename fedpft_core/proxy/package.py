@@ -19,8 +19,10 @@ from fedpft_core.adapter import lora as adapters
 from fedpft_core.adapter.lora import AdapterSpec
 from fedpft_core.errors import ReplyError
 from fedpft_core.model.families import base_model, family_of
-from fedpft_core.proxy.plan import Plan, pruned_ffns, skeleton
-from fedpft_core.wire.messages import Package, Patch, combine_digest, tensor_digest
+from fedpft_core.model.plan import Plan, pruned_ffns
+from fedpft_core.proxy.build import skeleton
+from fedpft_core.wire.identity import combine_digest, tensor_digest
+from fedpft_core.wire.package import Package, Patch
 
 # Keys of a Hugging Face config that say where the FM came from: no client's business.
 _PRIVATE = ("_name_or_path", "name_or_path", "_commit_hash")

@@ -16,9 +16,10 @@ from fedpft_core.config import Config
 from fedpft_core.data.tasks import label_names
 from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.model import load as models
-from fedpft_core.proxy import plan as sub_fm
+from fedpft_core.model.plan import Plan
+from fedpft_core.proxy.build import build
+from fedpft_core.proxy.choose import make_plan
 from fedpft_core.proxy.package import ClientModel, blank, make_package
-from fedpft_core.proxy.plan import Plan
 
 FORMAT = "fedpft plan size 1"
 
@@ -90,8 +91,8 @@ def describe(config: Config) -> PlanSize:
     loaded = models.load(config.model, labels or ("a", "b"), kind, config.run.seed)
     # Sizes depend on how many neurons are kept, not on which: no public rows are read for it.
     settings = replace(config.plan, saliency="weight-norm")
-    plan = sub_fm.make_plan(loaded.model, settings, config.run.seed)
-    proxy = sub_fm.build(loaded.model, plan)
+    plan = make_plan(loaded.model, settings, config.run.seed)
+    proxy = build(loaded.model, plan)
     spec = adapters.make_spec(loaded.family, plan, loaded.fresh, config.lora)
     package = make_package(
         proxy, plan, spec, loaded.processor, kind, labels or ("a", "b"), config.data.max_length

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fedpft_core.data.batches import Encoded, batches
 from fedpft_core.model.families import family_of
-from fedpft_core.proxy.plan import Plan
-from fedpft_core.train.tune import adapter_gradient
+from fedpft_core.model.plan import Plan
+from fedpft_core.train.gradient import adapter_gradient
 
 
 @dataclass(frozen=True)

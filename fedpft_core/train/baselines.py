@@ -11,8 +11,9 @@ from torch import nn
 from fedpft_core.config import Config
 from fedpft_core.data.batches import Encoded, batches, encode
 from fedpft_core.data.tasks import Examples, Task
+from fedpft_core.model.batch import real_positions
+from fedpft_core.model.device import device_of, to_device
 from fedpft_core.model.families import family_of_model
-from fedpft_core.train.tune import device_of, real_positions, to_device
 
 
 class _Events(Protocol):

@@ -23,8 +23,8 @@ from safetensors.torch import save as _save
 from torch import Tensor
 
 from fedpft_core.errors import ReplyError
+from fedpft_core.tensors import Tensors
 
-Tensors = dict[str, Tensor]
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 _CASTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -10,17 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from fedpft_core.errors import ReplyError, RunError
+from fedpft_core.tensors import Tensors
 from fedpft_core.wire import codec
-from fedpft_core.wire.messages import Package, Patch, tensor_digest
+from fedpft_core.wire.identity import tensor_digest
+from fedpft_core.wire.package import Package, Patch
 from server_app.strategy import State
 
 if TYPE_CHECKING:
     from server_app.bench import Bench
-
-Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)

@@ -25,16 +25,15 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 import fedpft_core
 from fedpft_core import config as configs
 from fedpft_core.align import method as alignment
-from fedpft_core.wire.messages import tensor_digest
+from fedpft_core.tensors import Tensors
+from fedpft_core.wire.identity import tensor_digest
 from server_app.bench import Bench, phase
 from server_app.strategy import Events
 
-Tensors = dict[str, Tensor]
 log = logging.getLogger("fedpft")
 
 # What comes after distillation, or says where and how a run goes: no part of a result's name.

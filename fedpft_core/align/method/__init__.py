@@ -19,8 +19,8 @@ from fedpft_core import registry
 from fedpft_core.align.distill import Progress, targets
 from fedpft_core.config import DistillConfig
 from fedpft_core.errors import UserError
-from fedpft_core.proxy.plan import Plan
-from fedpft_core.train.tune import Batch
+from fedpft_core.model.device import Batch
+from fedpft_core.model.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from fedpft_core.align.distill import hidden_errors, local_views
 from fedpft_core.align.method import Job, sgd
+from fedpft_core.model.device import Batch
 from fedpft_core.model.families import family_of
-from fedpft_core.proxy.plan import Plan, pruned_ffns
-from fedpft_core.train.tune import Batch
+from fedpft_core.model.plan import Plan, pruned_ffns
 
 
 def align(job: Job) -> tuple[float, float]:

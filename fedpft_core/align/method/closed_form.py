@@ -7,9 +7,9 @@ from torch import Tensor
 
 from fedpft_core.align.distill import local_views
 from fedpft_core.align.method import Job
+from fedpft_core.model.device import device_of, to_device
 from fedpft_core.model.families import FFN
-from fedpft_core.proxy.plan import pruned_ffns
-from fedpft_core.train.tune import device_of, to_device
+from fedpft_core.model.plan import pruned_ffns
 
 
 def align(job: Job) -> tuple[float, float]:

@@ -9,11 +9,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.align.distill import hidden_errors, outputs, targets
 from fedpft_core.align.method import Job, sgd
-from fedpft_core.model.families import real_positions
-from fedpft_core.proxy.plan import Plan
+from fedpft_core.model.batch import real_positions
+from fedpft_core.model.device import Batch
+from fedpft_core.model.plan import Plan
 from fedpft_core.proxy.saliency import functional
 from fedpft_core.seeds import torch_stream
-from fedpft_core.train.tune import Batch
 
 LAYER_DROP = True
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpft_core import registry
-from fedpft_core.proxy.plan import Plan
+from fedpft_core.model.plan import Plan
 
 Batch = dict[str, Tensor]
 

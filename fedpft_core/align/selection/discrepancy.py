@@ -8,7 +8,7 @@ from torch import Tensor
 from fedpft_core.align import distill
 from fedpft_core.align.selection import View
 from fedpft_core.model.families import FFN
-from fedpft_core.proxy.plan import pruned_ffns
+from fedpft_core.model.plan import pruned_ffns
 
 
 def scores(view: View) -> dict[int, Tensor]:

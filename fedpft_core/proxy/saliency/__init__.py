@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fedpft_core import registry
 from fedpft_core.errors import UserError
-from fedpft_core.model.families import FFN, family_of_model, inputs_of, real_positions
+from fedpft_core.model.batch import inputs_of, real_positions
+from fedpft_core.model.families import FFN, family_of_model
 
 Batch = dict[str, Tensor]
 Public = Callable[[], Iterable[Batch]]

@@ -1,0 +1,1 @@
+"""Aggregation: one file a rule."""

@@ -1,0 +1,41 @@
+"""The weighted mean of the clients' adapters, FedAvg (paper equation 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpft_core.tensors import Tensors
+
+
+class Average:
+    """W ← Σ |D_i| / |D| · W_i in float64 (paper eq. 2); memory is one adapter, not one a client.
+
+    Floating-point sums depend on their order: add in stable-name order for identical bits.
+    """
+
+    def __init__(self) -> None:
+        self._sum: dict[str, np.ndarray] = {}
+        self.examples = 0
+
+    def add(self, adapter: Mapping[str, Tensor], examples: int) -> None:
+        for name, t in adapter.items():
+            value = t.numpy().astype(np.float64)
+            value *= examples
+            if name in self._sum:
+                self._sum[name] += value
+            else:
+                self._sum[name] = value
+        self.examples += examples
+
+    def result(self) -> Tensors:
+        """The weighted mean as float32. Raises ValueError when nothing was added."""
+        if not self.examples:
+            raise ValueError("nothing to average")
+        return {
+            k: torch.from_numpy((v / self.examples).astype(np.float32))
+            for k, v in self._sum.items()
+        }

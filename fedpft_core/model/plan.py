@@ -1,0 +1,124 @@
+"""A plan: what a proxy keeps of every block of the FM, and how names differ between the two.
+
+A `Plan` is a pure value: for every block of the FM the kept neurons, or that the block is
+whole, or that it is dropped (layer-drop proxies). A proxy is always rebuilt from its plan,
+because a Hugging Face config holds one FFN width and a proxy has several.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fedpft_core.model.families import FFN, family_of
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """What the proxy keeps of one block: `whole`, `pruned` to `kept`, or `dropped`.
+
+    In a pruned block query and key have rank `qk_rank`; 0 = as in the FM.
+    """
+
+    state: str
+    kept: tuple[int, ...] = ()
+    qk_rank: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        # Left out where there is none, so that plans without it keep their digest.
+        low = {"qk_rank": self.qk_rank} if self.qk_rank else {}
+        return {"state": self.state, "kept": list(self.kept), **low}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One entry per block of the FM, in order; `fm_neurons` is the FM's FFN width F."""
+
+    model_type: str
+    fm_neurons: int
+    blocks: tuple[BlockPlan, ...]
+
+    @property
+    def pruned(self) -> tuple[int, ...]:
+        """FM indices of the blocks whose FFN is compressed."""
+        return tuple(i for i, b in enumerate(self.blocks) if b.state == "pruned")
+
+    @property
+    def present(self) -> tuple[int, ...]:
+        """FM indices of the blocks the proxy has; their position here is the proxy's index."""
+        return tuple(i for i, b in enumerate(self.blocks) if b.state != "dropped")
+
+    @property
+    def is_full(self) -> bool:
+        return all(b.state == "whole" for b in self.blocks)
+
+    def to_json(self) -> str:
+        return json.dumps(
+            {
+                "model_type": self.model_type,
+                "fm_neurons": self.fm_neurons,
+                "blocks": [b.as_json() for b in self.blocks],
+            },
+            separators=(",", ":"),
+        )
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Raises ValueError when the text is no valid plan."""
+        raw = json.loads(text)
+        try:
+            blocks = tuple(
+                BlockPlan(b["state"], tuple(b["kept"]), b.get("qk_rank", 0)) for b in raw["blocks"]
+            )
+            plan = Plan(raw["model_type"], raw["fm_neurons"], blocks)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a plan: {error!r}") from error
+        for i, b in enumerate(blocks):
+            in_order = all(x < y for x, y in zip(b.kept, b.kept[1:], strict=False))
+            in_range = all(isinstance(j, int) and 0 <= j < plan.fm_neurons for j in b.kept)
+            if b.state not in ("whole", "pruned", "dropped"):
+                raise ValueError(f"not a plan: block {i} is {b.state!r}")
+            if (b.state == "pruned") != bool(b.kept) or not in_order or not in_range:
+                raise ValueError(f"not a plan: the kept neurons of block {i} are not valid")
+            rank_ok = type(b.qk_rank) is int and b.qk_rank >= 0
+            if not rank_ok or (b.qk_rank and b.state != "pruned"):
+                raise ValueError(f"not a plan: the rank of block {i} is not valid")
+        return plan
+
+
+def to_fm_name(name: str, plan: Plan) -> str:
+    """Translate a parameter name of the proxy into the FM's (block indices differ if any block
+    was dropped)."""
+    return _renumber(name, plan, dict(enumerate(plan.present)))
+
+
+def to_proxy_name(name: str, plan: Plan) -> str | None:
+    """The inverse of `to_fm_name`; None for parameters of dropped blocks."""
+    return _renumber(name, plan, {fm: i for i, fm in enumerate(plan.present)}, missing=None)
+
+
+def _renumber(name: str, plan: Plan, table: dict[int, int], missing: str | None = "") -> Any:
+    prefix = family_of(plan.model_type).blocks + "."
+    at = name.find(prefix)
+    if at < 0:
+        return name
+    number, _, rest = name[at + len(prefix) :].partition(".")
+    if int(number) not in table:
+        return missing
+    return f"{name[:at]}{prefix}{table[int(number)]}.{rest}"
+
+
+def pruned_ffns(proxy: nn.Module, plan: Plan) -> dict[int, FFN]:
+    """Views of the proxy's compressed FFNs, by FM block index."""
+    ffns = family_of(plan.model_type).ffns(proxy)
+    position = {fm: i for i, fm in enumerate(plan.present)}
+    return {i: ffns[position[i]] for i in plan.pruned}
+
+
+def block_parameters(model: nn.Module, blocks: Sequence[nn.Module]) -> int:
+    """Parameters inside the given blocks, which is what the paper's sizes count."""
+    return sum(p.numel() for b in blocks for p in b.parameters())

@@ -1,0 +1,105 @@
+"""Choosing what the proxy keeps of the FM (paper section 4.1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fedpft_core.config import PlanConfig
+from fedpft_core.errors import UserError
+from fedpft_core.model.families import FFN, Family, family_of_model
+from fedpft_core.model.plan import BlockPlan, Plan
+from fedpft_core.proxy import saliency
+
+
+def keep_most_salient(scores: Tensor, k: int) -> tuple[int, ...]:
+    """Indices of the K largest scores, in their original order; ties keep the lower index."""
+    order = torch.sort(scores, descending=True, stable=True).indices[:k]
+    return tuple(sorted(order.tolist()))
+
+
+def parse_layers(text: str, blocks: int, key: str = "plan.retained-layers") -> set[int]:
+    """`first,last,3,-2` → block indices. Raises UserError for what is no block."""
+    out = set()
+    for word in filter(None, (w.strip() for w in text.split(","))):
+        if word in ("first", "last"):
+            out.add(0 if word == "first" else blocks - 1)
+            continue
+        try:
+            i = int(word)
+        except ValueError:
+            raise UserError(
+                f"{key}: expected block indices, `first` or `last`, got {word!r}."
+            ) from None
+        if not -blocks <= i < blocks:
+            raise UserError(f"{key}: block {i} is out of range, the model has {blocks} blocks.")
+        out.add(i % blocks)
+    return out
+
+
+def make_plan(
+    model: nn.Module, cfg: PlanConfig, seed: int, public: saliency.Public | None = None
+) -> Plan:
+    """Choose what the proxy keeps of `model` (the FM).
+
+    `public` gives the public batches some saliencies look at; it is called only by those.
+    Raises UserError naming the key when K exceeds F or a retained layer is out of range.
+    """
+    family = family_of_model(model)
+    ffns = family.ffns(model)
+    n, f = len(ffns), ffns[0].neurons
+    if cfg.proxy == "full":
+        return Plan(family.model_type, f, tuple(BlockPlan("whole") for _ in ffns))
+    if cfg.keep_neurons > f:
+        raise UserError(
+            f"plan.keep-neurons = {cfg.keep_neurons} is more than the FM's {f} neurons."
+        )
+    width = ffns[0].out.out_features
+    if cfg.qk_rank > width:
+        raise UserError(f"plan.qk-rank = {cfg.qk_rank} is more than the model's width, {width}.")
+    k = cfg.keep_neurons or max(1, round(cfg.keep_share * f))
+    retained = parse_layers(cfg.retained_layers, n)
+    if cfg.proxy == "layer-drop":
+        keep = evenly_spaced(n, cfg.drop_to or _same_budget(model, family, k, retained), cfg)
+        return Plan(
+            family.model_type,
+            f,
+            tuple(BlockPlan("whole" if i in keep else "dropped") for i in range(n)),
+        )
+    whole = [i in retained or k == f for i in range(n)]
+    if all(whole):
+        return Plan(family.model_type, f, tuple(BlockPlan("whole") for _ in ffns))
+    scores = saliency.scores(cfg.saliency, saliency.Probe(model, seed, public))
+    return Plan(
+        family.model_type,
+        f,
+        tuple(
+            BlockPlan("whole")
+            if all_of_it
+            else BlockPlan("pruned", keep_most_salient(s, k), cfg.qk_rank)
+            for all_of_it, s in zip(whole, scores, strict=True)
+        ),
+    )
+
+
+def evenly_spaced(blocks: int, keep: int, cfg: PlanConfig) -> set[int]:
+    """Block indices of a layer-drop proxy: evenly spaced with the first and the last (FedOT)."""
+    if keep > blocks:
+        raise UserError(f"plan.drop-to = {cfg.drop_to} is more than the FM's {blocks} blocks.")
+    if keep == 1:
+        return {0}
+    return {round(i * (blocks - 1) / (keep - 1)) for i in range(keep)}
+
+
+def _same_budget(model: nn.Module, family: Family, k: int, retained: set[int]) -> int:
+    """Whole blocks that fit the block parameters an FFN-pruned proxy would have, at least 2."""
+    ffns, blocks = family.ffns(model), family.block_list(model)
+    whole = sum(p.numel() for p in blocks[0].parameters())
+    per_neuron = sum(
+        p.numel() // ffns[0].neurons
+        for part, p in ffns[0].parts().items()
+        if FFN.neuron_axis(part) is not None
+    )
+    pruned = whole - per_neuron * (ffns[0].neurons - k)
+    budget = whole * len(retained) + pruned * (len(blocks) - len(retained))
+    return min(len(blocks), max(2, budget // whole))

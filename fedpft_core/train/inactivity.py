@@ -1,0 +1,66 @@
+"""How often neurons are inactive on real tokens (paper section 4.3, the terms of APoZ)."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedpft_core.data.batches import Encoded, batches
+from fedpft_core.model.batch import real_positions
+from fedpft_core.model.device import device_of, to_device
+from fedpft_core.model.plan import Plan, pruned_ffns
+from fedpft_core.train.evaluate import logits
+
+
+def is_inactive(activation: Tensor, rule: str) -> Tensor:
+    """Which activation values count as inactive: `nonpositive` or `exact-zero`.
+
+    GELU and SiLU are almost never exactly zero, so counting zeros would choose at random.
+    """
+    return activation == 0 if rule == "exact-zero" else activation <= 0
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Inactivity of each pruned block's neurons: `inactive[block]` [K] int64 of `tokens[block]`
+    real tokens (paper section 4.3, the terms of APoZ)."""
+
+    inactive: dict[int, Tensor]
+    tokens: dict[int, int]
+
+
+@torch.inference_mode()
+def count_inactive(
+    model: nn.Module, plan: Plan, data: Encoded, batch_size: int, rule: str
+) -> Counts:
+    """Count, per pruned block and neuron, the real tokens that left it inactive.
+
+    The token total is taken at each block, where the counting happens.
+    """
+    model.eval()
+    device = device_of(model)
+    ffns = pruned_ffns(model, plan)
+    inactive = {b: torch.zeros(f.neurons, dtype=torch.int64) for b, f in ffns.items()}
+    tokens = dict.fromkeys(ffns, 0)
+
+    def hook(block: int) -> Any:
+        def count(_module: nn.Module, _inputs: Any, out: Tensor) -> None:
+            real = real_positions(batch, out.shape[1])
+            off = is_inactive(out, rule) & real[..., None]
+            inactive[block] += off.flatten(0, 1).sum(0).cpu()
+            tokens[block] += int(real.sum())
+
+        return count
+
+    with ExitStack() as stack:
+        for block, ffn in ffns.items():
+            handle = ffn.activation.register_forward_hook(hook(block))
+            stack.callback(handle.remove)
+        for batch in batches(data, batch_size, None):
+            batch = to_device(batch, device)
+            logits(model, batch)
+    return Counts(inactive, tokens)

@@ -1,0 +1,254 @@
+"""Messages as envelopes: a JSON head, byte parts and a checksum that are checked when opened."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from fedpft_core.errors import ReplyError
+from fedpft_core.train.tune import LocalSettings
+from fedpft_core.wire import codec
+from fedpft_core.wire.identity import is_digest
+from fedpft_core.wire.messages import (
+    Hello,
+    HelloReply,
+    Message,
+    NeedReply,
+    RefusalReply,
+    TrainReply,
+    TrainRequest,
+)
+from fedpft_core.wire.package import Patch
+
+PROTOCOL = 2
+
+
+_MAX_HEAD = 2**20  # characters; real heads have well under a thousand per patch
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """A message ready to travel: JSON head, byte parts, and a checksum over all of it.
+
+    The checksum finds damage, in messages of either direction; against forgery stand digests
+    (package, patch) and validation (replies).
+    """
+
+    kind: str
+    head: str
+    parts: dict[str, bytes]
+    check: str = ""
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes by ledger kind: package, patch, adapter, counts, control."""
+        out = {"control": len(_bytes(self.head)) + len(_bytes(self.check))}
+        for name, data in self.parts.items():
+            kind = name.partition(".")[0]
+            # A part nobody asked for must not make up a kind of its own.
+            kind = kind if kind in _PART_KINDS else "control"
+            out[kind] = out.get(kind, 0) + len(data)
+        return out
+
+
+_PART_KINDS = ("package", "patch", "adapter", "counts")
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def checksum(kind: str, head: str, parts: Mapping[str, bytes]) -> str:
+    """CRC-32 over a message's content, 8 hex digits."""
+    crc = zlib.crc32(_bytes(f"{kind}\n{head}"))
+    for name in sorted(parts):
+        crc = zlib.crc32(_bytes(f"\n{name} {len(parts[name])}\n"), crc)
+        crc = zlib.crc32(parts[name], crc)
+    return f"{crc:08x}"
+
+
+_KINDS: dict[str, type] = {
+    "hello": Hello,
+    "hello-reply": HelloReply,
+    "train": TrainRequest,
+    "train-reply": TrainReply,
+    "need": NeedReply,
+    "refusal": RefusalReply,
+}
+
+
+_KIND_OF = {cls: kind for kind, cls in _KINDS.items()}
+
+
+def seal(message: Message) -> Envelope:
+    """Message → envelope."""
+    parts: dict[str, bytes] = {}
+    head: dict[str, Any] = {"protocol": PROTOCOL}
+    if isinstance(message, TrainRequest):
+        parts["adapter"] = codec.pack(message.adapter)
+        if message.package:
+            parts["package"] = message.package
+        for i, patch in enumerate(message.patches):
+            parts[f"patch.{i}"] = patch.to_bytes()
+        head |= {k: v for k, v in message.__dict__.items() if k not in _IN_PARTS}
+        head["settings"] = asdict(message.settings)
+        head["patches"] = [[p.source, p.target, p.fmt] for p in message.patches]
+    elif isinstance(message, TrainReply):
+        parts["adapter"] = codec.pack(message.adapter)
+        if message.counts:
+            parts["counts"] = codec.pack(message.counts)
+        head |= {k: v for k, v in message.__dict__.items() if k not in _IN_PARTS}
+    else:
+        head |= asdict(message)
+    text = json.dumps(head, separators=(",", ":"))
+    kind = _KIND_OF[type(message)]
+    return Envelope(kind, text, parts, checksum(kind, text, parts))
+
+
+def open_envelope(envelope: Envelope) -> Message:
+    """Envelope → message. Raises ReplyError when it is damaged, malformed or of another protocol.
+
+    Every field has the type its message declares; whether its value makes sense is for
+    `validate` (replies) and the digests (packages, patches) to say.
+    """
+    kind, parts = envelope.kind, envelope.parts
+    if envelope.check != checksum(kind, envelope.head, parts):
+        raise ReplyError("the message was damaged on its way (checksum)")
+    cls = _KINDS.get(kind)
+    if cls is None:
+        raise ReplyError(f"unknown message kind {kind[:40]!r}")
+    head = _read_head(envelope.head)
+    protocol = head.pop("protocol", None)
+    if type(protocol) is not int or protocol != PROTOCOL:
+        raise ReplyError(
+            f"version mismatch: the message speaks protocol {str(protocol)[:40]!r}, "
+            f"this side {PROTOCOL}"
+        )
+    _check_fields(cls, head)
+    if cls is TrainRequest:
+        head["settings"] = _settings(head["settings"])
+        names = [f"patch.{i}" for i in range(len(head["patches"]))]
+        _check_parts(parts, ["adapter", *names], optional="package")
+        head["patches"] = tuple(
+            Patch(source, target, fmt, codec.unpack(parts[name]))
+            for (source, target, fmt), name in zip(head["patches"], names, strict=True)
+        )
+        package = parts.get("package", b"")
+        return TrainRequest(adapter=codec.unpack(parts["adapter"]), package=package, **head)
+    if cls is TrainReply:
+        _check_parts(parts, ["adapter"], optional="counts")
+        counts = codec.unpack(parts["counts"]) if "counts" in parts else {}
+        return TrainReply(adapter=codec.unpack(parts["adapter"]), counts=counts, **head)
+    _check_parts(parts, [])
+    if "have" in head:
+        head["have"] = tuple(head["have"])
+    message: Message = cls(**head)
+    return message
+
+
+def _read_head(text: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        out = dict(pairs)
+        if len(out) < len(pairs):
+            raise ReplyError("message head is malformed (a key is there twice)")
+        return out
+
+    if len(text) > _MAX_HEAD:
+        raise ReplyError(f"message head is malformed ({len(text)} characters long)")
+    try:
+        head = json.loads(text, object_pairs_hook=unique)
+    except ReplyError:
+        raise
+    except (ValueError, RecursionError) as error:
+        # ValueError: not JSON, or a number with more digits than Python reads.
+        raise ReplyError(f"message head is malformed ({type(error).__name__})") from error
+    if not isinstance(head, dict):
+        raise ReplyError("message head is malformed (no object)")
+    return head
+
+
+def _is_int(value: Any) -> bool:
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
+def _is_float(value: Any) -> bool:
+    return type(value) is float or _is_int(value)
+
+
+def _is_text(value: Any, longest: int = 64) -> bool:
+    return isinstance(value, str) and len(value) <= longest
+
+
+def _is_list(value: Any, inner: Callable[[Any], bool], longest: int) -> bool:
+    return isinstance(value, list) and len(value) <= longest and all(map(inner, value))
+
+
+def _is_patch(value: Any) -> bool:
+    return _is_list(value, _is_text, 3) and len(value) == 3
+
+
+def _is_timings(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and len(value) <= 32
+        and all(_is_text(k) and _is_float(v) for k, v in value.items())
+    )
+
+
+# What the head says of each field, by its name; fields that travel as parts are not in it.
+_IN_PARTS = ("adapter", "counts", "package")
+
+
+_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "name": ("a text of at most 200 characters", lambda v: _is_text(v, 200)),
+    "version": ("a short text", _is_text),
+    "digest": ("a sha256", is_digest),
+    "have": ("a list of sha256", lambda v: _is_list(v, is_digest, 1000)),
+    "reason": ("a text", lambda v: _is_text(v, 4000)),
+    "round": ("a whole number", _is_int),
+    "examples": ("a whole number", _is_int),
+    "validation": ("a whole number", _is_int),
+    "validation_rows": ("a whole number", _is_int),
+    "validation_correct": ("a whole number", _is_int),
+    "steps": ("a whole number", _is_int),
+    "seed": ("a whole number", _is_int),
+    "loss": ("a number", _is_float),
+    "seconds": ("a number", _is_float),
+    "timings": ("numbers by name", _is_timings),
+    "fmt": ("a short text", _is_text),
+    "reply_fmt": ("a short text", _is_text),
+    "count_rule": ("a short text", _is_text),
+    "run": ("a short text", _is_text),
+    "patches": ("a list of source, target, format", lambda v: _is_list(v, _is_patch, 100_000)),
+    "settings": ("an object", lambda v: isinstance(v, dict)),
+}
+
+
+def _check_fields(cls: type, head: Mapping[str, Any]) -> None:
+    names = {f.name for f in fields(cls)} - set(_IN_PARTS)
+    if head.keys() != names:
+        odd = min(head.keys() ^ names)
+        side = "unexpected" if odd in head else "missing"
+        raise ReplyError(f"message is malformed ({side} field {odd[:40]!r})")
+    for name, value in head.items():
+        what, good = _TYPES[name]
+        if not good(value):
+            raise ReplyError(f"message is malformed ({name} is not {what})")
+
+
+def _settings(raw: Mapping[str, Any]) -> LocalSettings:
+    whole = ("batch_size", "epochs", "steps", "threads")
+    names = [f.name for f in fields(LocalSettings)]
+    if sorted(raw) != sorted(names) or not all(
+        (_is_int if k in whole else _is_float)(v) for k, v in raw.items()
+    ):
+        raise ReplyError("message is malformed (settings)")
+    return LocalSettings(**raw)
+
+
+def _check_parts(parts: Mapping[str, bytes], needed: list[str], optional: str = "") -> None:
+    if not set(needed) <= parts.keys() <= {*needed, optional}:
+        odd = min(set(needed) ^ parts.keys() - {optional})
+        raise ReplyError(f"message is malformed (part {odd[:40]!r} is missing or too much)")

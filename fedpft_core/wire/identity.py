@@ -1,0 +1,40 @@
+"""Digests: what a tensor, and a package of tensors, is known by."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def tensor_digest(t: Tensor) -> str:
+    """sha256 over dtype, shape and bytes of one tensor."""
+    t = t.detach().cpu().contiguous()
+    head = f"{t.dtype}{list(t.shape)}|".encode()
+    h = hashlib.sha256(head)
+    h.update(t.reshape(-1).view(torch.uint8).numpy().data)
+    return h.hexdigest()
+
+
+def combine_digest(meta: str, files: Mapping[str, bytes], tensors: Mapping[str, str]) -> str:
+    """The digest of a package from its metadata, files and per-tensor digests.
+
+    A hash of hashes, so that after a patch only the tensors it touched are hashed again.
+    """
+    h = hashlib.sha256(meta.encode())
+    for name in sorted(files):
+        h.update(f"\n{name} {hashlib.sha256(files[name]).hexdigest()}".encode())
+    for name in sorted(tensors):
+        h.update(f"\n{name} {tensors[name]}".encode())
+    return h.hexdigest()
+
+
+def is_digest(value: Any) -> bool:
+    """Whether a value is a sha256 in hex."""
+    return isinstance(value, str) and len(value) == 64 and _HEX.issuperset(value)
+
+
+_HEX = frozenset("0123456789abcdef")

@@ -1,0 +1,90 @@
+"""Packages and patches as they travel and lie on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fedpft_core.errors import ReplyError
+from fedpft_core.tensors import Tensors
+from fedpft_core.wire import codec
+from fedpft_core.wire.identity import combine_digest, tensor_digest
+
+
+@dataclass(frozen=True)
+class Package:
+    """All a client needs: sub-FM weights, plan, model config, tokenizer files, label names.
+
+    `meta` is JSON: plan, model_config, adapter (spec), kind, labels, max_length. Weights leave
+    out what belongs to the adapter.
+    """
+
+    meta: str
+    files: dict[str, bytes]
+    weights: Tensors
+
+    def digest(self) -> str:
+        return combine_digest(
+            self.meta, self.files, {k: tensor_digest(t) for k, t in self.weights.items()}
+        )
+
+    def to_bytes(self) -> bytes:
+        """One safetensors blob: weights by name, metadata and files as uint8 tensors."""
+        extra = {"//meta": self.meta.encode()} | {f"//file/{k}": v for k, v in self.files.items()}
+        blobs = {k: torch.frombuffer(bytearray(v), dtype=torch.uint8) for k, v in extra.items()}
+        return codec.pack(self.weights | blobs)
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Package:
+        """Raises ReplyError when the bytes are no package."""
+        tensors = codec.unpack(data)
+        blobs = {k: tensors.pop(k) for k in list(tensors) if k.startswith("//")}
+        if any(t.dtype != torch.uint8 for t in blobs.values()) or "//meta" not in blobs:
+            raise ReplyError("package without metadata, or with files that are not bytes")
+        meta = blobs.pop("//meta").numpy().tobytes()
+        files = {k.removeprefix("//file/"): t.numpy().tobytes() for k, t in blobs.items()}
+        if any(not k or "/" in k or "\\" in k or "\0" in k or k.startswith(".") for k in files):
+            raise ReplyError("package with a file name that is a path")
+        try:
+            return Package(meta.decode(), files, tensors)
+        except UnicodeDecodeError as error:
+            raise ReplyError("package with metadata that is not text") from error
+
+
+@dataclass(frozen=True)
+class Patch:
+    """The weights one alignment changed: from one digest to the next.
+
+    `tensors` in wire format: `{block}/index` int64 [m] positions among the kept neurons and
+    `{block}/{part}` for every part of that FFN (see `FFN.read`).
+    """
+
+    source: str
+    target: str
+    fmt: str
+    tensors: Tensors
+
+    def decoded(self) -> dict[int, tuple[Tensor, Tensors]]:
+        """Per FM block: positions and float32 parts. Raises ReplyError when malformed."""
+        index: Tensors = {}
+        parts: dict[str, Tensors] = {}
+        for name, t in codec.decode(self.tensors, self.fmt).items():
+            block, _, part = name.partition("/")
+            if part == "index":
+                index[block] = t
+            else:
+                parts.setdefault(block, {})[part] = t
+        if index.keys() != parts.keys() or not all(b.isdecimal() for b in index):
+            raise ReplyError("a patch must have an index and parts for each of its blocks")
+        return {int(b): (index[b], parts[b]) for b in index}
+
+    def to_bytes(self) -> bytes:
+        return self._packed
+
+    @cached_property
+    def _packed(self) -> bytes:
+        # Asked for once per client and round, to measure a chain and to send it.
+        return codec.pack(self.tensors)

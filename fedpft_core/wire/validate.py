@@ -1,0 +1,140 @@
+"""What a good reply looks like; every reply is held against it before it is used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fedpft_core.errors import ReplyError
+from fedpft_core.tensors import Tensors
+from fedpft_core.train.inactivity import Counts
+from fedpft_core.wire import codec
+from fedpft_core.wire.envelope import Envelope
+from fedpft_core.wire.messages import TrainReply
+
+_SLACK = 2**16  # bytes a reply may have beyond its tensors: head, safetensors headers
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a good reply of this round looks like."""
+
+    round: int
+    digest: str
+    fmt: str  # of the reply's adapter
+    adapter: Mapping[str, Tensor]  # float32, as the clients decoded it
+    max_update_norm: float
+    count_blocks: Mapping[int, int]  # pruned block → neurons K; empty when no counts are asked
+    tokens_per_row: int = 2**16  # the most real tokens one example can have
+
+    @cached_property
+    def layout(self) -> codec.Layout:
+        """Names, dtypes and shapes of the reply's adapter."""
+        return codec.update_layout(self.adapter, self.fmt)
+
+    @cached_property
+    def max_bytes(self) -> int:
+        """The largest reply that can be good: its tensors, their names, and some slack."""
+        counts = sum(8 * k + 8 for k in self.count_blocks.values())
+        names = sum(len(name) + 100 for name in self.layout) + 250 * len(self.count_blocks)
+        return codec.layout_bytes(self.layout) + counts + names + _SLACK
+
+
+def check_size(envelope: Envelope, most: int) -> None:
+    """Refuse a reply by its size, before anything in it is parsed. Raises ReplyError."""
+    size = sum(envelope.sizes().values())
+    if size > most:
+        raise ReplyError(f"the reply has {size} bytes, more than the {most} a good one can have")
+
+
+def _at_least(value: float, low: float) -> bool:
+    # Compared as they are: a huge int would overflow a conversion to float.
+    return low <= value < math.inf
+
+
+def validate(
+    reply: TrainReply, want: Expected, name: str, announced: int, held_out: int = 0
+) -> tuple[Tensors, Counts | None]:
+    """Check one reply from the node `name` against what was asked of it, and against the numbers
+    of training and of held-out rows it announced.
+
+    Returns the float32 adapter and the counts. Raises ReplyError with the first check failed:
+    identity, numbers, format, keys, shapes, finiteness, size of the change, counts. The types
+    of the plain fields are those `open_envelope` guarantees.
+    """
+    if reply.name != name:
+        raise ReplyError(f"the reply is signed {reply.name[:40]!r}, not {name!r}")
+    if reply.round != want.round:
+        raise ReplyError(f"the reply is for round {reply.round}, not {want.round}")
+    if reply.digest != want.digest:
+        raise ReplyError("the reply was trained on another sub-FM than the one asked for")
+    if reply.examples < 1:
+        raise ReplyError(f"example count {reply.examples} is not positive")
+    if reply.examples != announced:
+        raise ReplyError(f"example count {reply.examples} is not the {announced} announced")
+    if reply.validation_rows != held_out:
+        raise ReplyError(
+            f"validation row count {reply.validation_rows} is not the {held_out} announced"
+        )
+    if not 0 <= reply.validation_correct <= reply.validation_rows:
+        raise ReplyError(
+            f"{reply.validation_correct} of {reply.validation_rows} validation rows cannot be right"
+        )
+    if reply.steps < 1:
+        raise ReplyError(f"step count {reply.steps} is not positive")
+    if not _at_least(reply.loss, 0) or not _at_least(reply.seconds, 0):
+        raise ReplyError("loss or seconds is not a finite number of at least 0")
+    if not all(_at_least(v, 0) for v in reply.timings.values()):
+        raise ReplyError("timings are not finite numbers of at least 0")
+    if reply.fmt != want.fmt:
+        raise ReplyError(f"the adapter is in format {reply.fmt!r}, not {want.fmt}")
+    try:
+        codec.check_layout(reply.adapter, want.layout)
+    except ReplyError as error:
+        raise ReplyError(f"adapter: {error}") from error
+    adapter = codec.decode_update(reply.adapter, want.adapter, want.fmt)
+    change = 0.0
+    for key, t in adapter.items():
+        # float64: the sum of squares of finite float32 values must not overflow to inf.
+        change += float((t.double() - want.adapter[key].double()).square().sum())
+    if not math.isfinite(change):
+        raise ReplyError("the adapter has values that are not finite")
+    if math.sqrt(change) > want.max_update_norm:
+        raise ReplyError(
+            f"the adapter moved by {math.sqrt(change):.3g}, more than the bound "
+            f"wire.max-update-norm = {want.max_update_norm:g}"
+        )
+    return adapter, _validated_counts(reply, want)
+
+
+def _validated_counts(reply: TrainReply, want: Expected) -> Counts | None:
+    keys = {f"{b}" for b in want.count_blocks} | {f"{b}/tokens" for b in want.count_blocks}
+    if reply.counts.keys() != keys:
+        raise ReplyError(
+            "inactivity counts are missing or not for the pruned blocks"
+            if keys
+            else "inactivity counts were not asked for"
+        )
+    if not keys:
+        return None
+    inactive, tokens = {}, {}
+    for block, k in want.count_blocks.items():
+        c, n = reply.counts[f"{block}"], reply.counts[f"{block}/tokens"]
+        if c.dtype != torch.int64 or c.shape != (k,) or n.dtype != torch.int64 or n.shape != (1,):
+            raise ReplyError(f"inactivity counts of block {block} have the wrong type or shape")
+        total = int(n)
+        # The bounds also keep sums over many clients far from int64's limit.
+        if not 0 < total <= min(reply.examples * want.tokens_per_row, 2**48):
+            raise ReplyError(
+                f"block {block} has counts over {total} tokens, which {reply.examples} examples "
+                "cannot have"
+            )
+        if int(c.min()) < 0 or int(c.max()) > total:
+            raise ReplyError(f"inactivity counts of block {block} are not within its token total")
+        inactive[block], tokens[block] = c, total
+    return Counts(inactive, tokens)
