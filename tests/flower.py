@@ -19,8 +19,10 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
+import tiny
 import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -333,3 +335,26 @@ def wait_for(
 def write_config(path: Path, tree: Mapping[str, object]) -> Path:
     path.write_text(yaml.safe_dump(dict(tree)), encoding="utf-8")
     return path
+
+
+def job(folder: Path, **federation: Any) -> dict[str, Any]:
+    """A tiny FM, data and settings on disk, as a config tree."""
+    tiny.folder("bert", folder / "fm")
+    tiny.write_csv(folder / "train.csv", tiny.sentences(120, 0))
+    tiny.write_csv(folder / "test.csv", tiny.sentences(30, 1))
+    (folder / "public.txt").write_text("\n".join(t for t, _ in tiny.sentences(100, 2)))
+    return {
+        "model": {"name": str(folder / "fm")},
+        "data": {
+            "train": str(folder / "train.csv"),
+            "test": str(folder / "test.csv"),
+            "public": str(folder / "public.txt"),
+            "max-length": 16,
+        },
+        "distill": {"steps": 4, "length": 16, "batch-size": 4},
+        "align": {"interval": 1, "steps": 2, "proportion": 0.5},
+        "lora": {"rank": 2},
+        "train": {"lr": 5e-3},
+        "federation": {"rounds": 3, "clients": 3, "clients-per-round": 2} | federation,
+        "run": {"undistilled": False},
+    }

@@ -29,7 +29,7 @@ import flower
 import numpy as np
 import psutil
 import tiny
-from test_flower import job
+from flower import job
 
 NAMES = ("node-a", "node-b", "node-c", "node-d")
 WARM_UP = 5  # rounds before memory is looked at

@@ -392,7 +392,7 @@ def test_checking_is_quick_and_leaves_torch_alone() -> None:
     import subprocess
     import sys
 
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     files = sorted(str(p) for p in (root / "experiments").glob("*.yaml"))
     program = (
         "import sys\nfrom fedpft_console.cli import main\n"

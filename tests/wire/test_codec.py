@@ -17,7 +17,7 @@ from torch import Tensor
 from fedpft_core.errors import ReplyError
 from fedpft_core.wire import codec
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Largest error relative to the largest magnitude of the row (int8) or to the value (casts).
 RELATIVE = {"fp32": 0.0, "bf16": 2**-8, "fp16": 2**-10}
 shapes = st.lists(st.integers(1, 9), min_size=0, max_size=3).map(tuple)

@@ -20,7 +20,7 @@ from fedpft_console import cli, launch
 from fedpft_core import config
 from server_app.run.events import read_events
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # The app emits the events of a run of two rounds; `run.seed` picks how it ends.
 SERVER = """

@@ -25,7 +25,7 @@ from server_app.run.events import EventLog, read_events
 from server_app.run.folder import RunFolder
 from server_app.strategy import State
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 class Bench:

@@ -1,6 +1,6 @@
 """Faults on real Flower processes: a SuperLink with SuperNodes on loopback, and what is killed.
 
-`pytest -m slow tests/test_deployment.py`; docs/faults.md says what each showed.
+`pytest -m slow tests/whole/test_deployment.py`; docs/faults.md says what each showed.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import flower
 import psutil
 import pytest
 import tiny
+from flower import job
 from flwr.supercore.task_identity import TaskIdentity
-from test_flower import job
 
 from client_app.client import ProcessCache
 from client_app.node import client_for

@@ -521,7 +521,7 @@ def test_methods_are_called_what_their_settings_are() -> None:
     """Each heading of docs/methods.md names the method of the settings below it."""
     import yaml
 
-    text = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
     found = re.findall(r"^## (.+?)\n(.*?)(?=^#|\Z)", text, flags=re.M | re.S)
     named = 0
     for heading, body in found:

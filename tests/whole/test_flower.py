@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import flower
 import psutil
@@ -15,29 +14,6 @@ import torch
 import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
-
-
-def job(folder: Path, **federation: Any) -> dict[str, Any]:
-    """A tiny FM, data and settings on disk, as a config tree."""
-    tiny.folder("bert", folder / "fm")
-    tiny.write_csv(folder / "train.csv", tiny.sentences(120, 0))
-    tiny.write_csv(folder / "test.csv", tiny.sentences(30, 1))
-    (folder / "public.txt").write_text("\n".join(t for t, _ in tiny.sentences(100, 2)))
-    return {
-        "model": {"name": str(folder / "fm")},
-        "data": {
-            "train": str(folder / "train.csv"),
-            "test": str(folder / "test.csv"),
-            "public": str(folder / "public.txt"),
-            "max-length": 16,
-        },
-        "distill": {"steps": 4, "length": 16, "batch-size": 4},
-        "align": {"interval": 1, "steps": 2, "proportion": 0.5},
-        "lora": {"rank": 2},
-        "train": {"lr": 5e-3},
-        "federation": {"rounds": 3, "clients": 3, "clients-per-round": 2} | federation,
-        "run": {"undistilled": False},
-    }
 
 
 def check_result(run: Path, fm: Path) -> None:
@@ -58,7 +34,7 @@ def check_result(run: Path, fm: Path) -> None:
 def test_simulation_without_the_fm_on_disk(tmp_path: Path) -> None:
     """`fedpft run` for real. The FM's folder is gone before the first client is asked anything:
     clients need their package only. Afterwards nothing is left running."""
-    config = flower.write_config(tmp_path / "run.yaml", job(tmp_path))
+    config = flower.write_config(tmp_path / "run.yaml", flower.job(tmp_path))
     run = tmp_path / "run"
     before = {p.pid for p in psutil.process_iter()}
     process = subprocess.Popen(
@@ -90,7 +66,7 @@ def test_simulation_without_the_fm_on_disk(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_superlink_with_two_supernodes(tmp_path: Path) -> None:
     """Deployment: each node has its own file; server and nodes share nothing but the network."""
-    tree = job(tmp_path, **{"clients": 2, "min-clients": 2})
+    tree = flower.job(tmp_path, **{"clients": 2, "min-clients": 2})
     tree["data"]["train"] = ""
     config = flower.write_config(tmp_path / "run.yaml", tree)
     run = tmp_path / "run"
@@ -116,7 +92,7 @@ def test_superlink_with_two_supernodes(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_flwr_run_alone(tmp_path: Path) -> None:
     """`flwr run .` in a checkout, with Flower's own background SuperLink and two nodes."""
-    tree = job(tmp_path, **{"clients-per-round": 4, "clients": 10})
+    tree = flower.job(tmp_path, **{"clients-per-round": 4, "clients": 10})
     text = "\n".join(
         f"{section}.{key} = {str(value).lower() if isinstance(value, bool) else repr(value)}"
         for section, keys in tree.items()

@@ -32,7 +32,7 @@ from client_app.node import NODE_KEYS, client_for
 from fedpft_core import config as configs
 from fedpft_core.data.tasks import Examples
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 # What clients never import (see test_clients_do_not_need_what_their_image_lacks).
 SERVER_ONLY = {

@@ -23,7 +23,7 @@ from fedpft_console import cli, launch
 from fedpft_core import config
 from fedpft_core.errors import RunError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def fake_flower(
