@@ -35,7 +35,8 @@ from fedpft_core.train import agreement as measure
 from fedpft_core.train.evaluate import evaluate
 from fedpft_core.train.inactivity import count_inactive
 from server_app.app import run
-from server_app.bench import Bench, public_stream
+from server_app.bench import public_stream
+from server_app.phases.load import load
 from server_app.run.events import EventLog
 from server_app.transport import LocalTransport
 
@@ -138,11 +139,14 @@ class Study:
             run(self.config, LocalTransport(clients), EventLog(work / "run" / "events.jsonl"))
         stored = load_file(work / "run" / "adapter" / "adapter_model.safetensors")
         self.tuned = {k.removeprefix("base_model.model."): v for k, v in stored.items()}
-        self.bench, _ = Bench.load(self.config, EventLog(None))
-        b = self.bench
+        self.bench, _ = load(self.config, EventLog(None))
+        self.models, self.data = self.bench.models, self.bench.rows
+        b = self.models
         self.parts = distill.moving_parts(b.proxy, b.plan)
         self.pruned = self.weights()
-        self.rows = encode(b.task.validation, b.processor, self.config.data.max_length)
+        self.rows = encode(
+            self.data.task.validation, self.data.processor, self.config.data.max_length
+        )
         factors = [t for k, t in self.tuned.items() if k.endswith("lora_B.weight")]
         self.size = float(torch.cat([t.flatten() for t in factors]).std())
         self.paper = work / "paper.safetensors"
@@ -163,11 +167,13 @@ class Study:
             return 0.0
         if keys.get("adapter_noise") == -1.0:
             keys = keys | {"adapter_noise": self.size}
-        b, d = self.bench, replace(self.config.distill, **keys)
+        b, d = self.models, replace(self.config.distill, **keys)
         shaped = replace(self.config, distill=d)
 
         def rows(n: int) -> Iterator[Any]:
-            return public_stream(shaped, b.public, b.processor, n, "study", str(chosen is None))
+            return public_stream(
+                shaped, self.data.public, self.data.processor, n, "study", str(chosen is None)
+            )
 
         job = alignment.Job(
             b.fm, b.proxy, b.plan, rows, d,
@@ -180,11 +186,9 @@ class Study:
 
     def measured(self, b_only: bool) -> dict[str, float]:
         """Agreement and output error at the adapter now plugged in."""
-        b = self.bench
-        found = measure.gradient_agreement(
-            b.fm, b.proxy, b.plan, b.gradient_rows, 16, b_only=b_only
-        )
-        probe = public_batches(b.public, b.processor, 16, 64, 4, seed=999)
+        b, data = self.models, self.data
+        found = measure.gradient_agreement(b.fm, b.proxy, b.plan, data.gradient, 16, b_only=b_only)
+        probe = public_batches(data.public, data.processor, 16, 64, 4, seed=999)
         error = distill.output_error(b.fm, b.proxy, b.plan, probe)
         return {
             "cosine": found["cosine"],
@@ -193,7 +197,7 @@ class Study:
         }
 
     def scores(self) -> dict[str, float]:
-        b = self.bench
+        b = self.models
         found = {n: evaluate(m, self.rows, 64) for n, m in (("proxy", b.proxy), ("fm", b.fm))}
         out = {f"{n}_accuracy": s.accuracy for n, s in found.items()}
         return out | {f"{n}_loss": s.loss for n, s in found.items()}
@@ -201,26 +205,26 @@ class Study:
     def before(self, name: str) -> dict[str, Any]:
         """Align at the start; agreement there and at the tuned adapter."""
         self.put(self.pruned)
-        self.bench.plug(self.bench.start)
+        self.models.plug(self.models.start)
         seconds = self.align(*BEFORE[name])
         start = self.measured(b_only=True)
         if name.endswith("(paper)"):
             save_file(self.weights(), self.paper)
-        self.bench.plug(self.tuned)
+        self.models.plug(self.tuned)
         return {"seconds": seconds, "start": start, "tuned": self.measured(False)} | self.scores()
 
     def during(self, name: str) -> dict[str, Any]:
         """Re-align the paper's sub-FM at the tuned adapter."""
         method, steps, keys, choice, share = DURING[name]
-        b = self.bench
+        b = self.models
         self.put(load_file(self.paper))
         b.plug(self.tuned)
         rates = {}
         if selection.needs_counts(choice, share):
-            counts = count_inactive(b.proxy, b.plan, b.gradient_rows, 16, "nonpositive")
+            counts = count_inactive(b.proxy, b.plan, self.data.gradient, 16, "nonpositive")
             rates = {k: distill.apoz(counts.inactive[k], counts.tokens[k]) for k in counts.tokens}
         view = selection.View(
-            rates, 3, b.fm, b.proxy, b.plan, lambda: b._public_batches(4, "choose")
+            rates, 3, b.fm, b.proxy, b.plan, lambda: self.data.public_batches(4, "choose")
         )
         start = time.process_time()
         chosen = selection.choose(choice, view, share)

@@ -6,7 +6,6 @@ import logging
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -14,19 +13,22 @@ from flwr.serverapp import Grid, ServerApp
 from fedpft_core import __version__
 from fedpft_core import config as configs
 from fedpft_core.adapter import lora as adapters
-from fedpft_core.align import method as alignment
 from fedpft_core.align import selection
 from fedpft_core.config import Config
 from fedpft_core.errors import RunError, UserError
 from fedpft_core.train import baselines
-from fedpft_core.train.evaluate import evaluate
-from server_app.bench import Bench, peak_rss_bytes, phase
+from fedpft_core.wire.package import Package
+from server_app.bench import Bench
 from server_app.local import local_only
+from server_app.phases import agree, align, load, plug, score
+from server_app.phases.reporting import peak_rss_bytes, phase
+from server_app.phases.undistilled import undistilled
 from server_app.run import proxycache
 from server_app.run.checkpoint import Checkpoints
 from server_app.run.events import EventLog
 from server_app.run.folder import RunFolder
-from server_app.strategy import Events, State, Strategy
+from server_app.state import State, fresh_state
+from server_app.strategy import Strategy
 from server_app.transport import FlowerTransport, Transport
 
 log = logging.getLogger("fedpft")
@@ -83,23 +85,11 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
         resumed_from=saved.round if saved else None,
     )  # fmt: skip
 
-    bench, package = Bench.load(config, events)
+    bench, package = load.load(config, events)
     if saved is not None:
-        state = saved.restore(bench, package)
+        state = saved.restore(bench.models, package)
     else:
-        (Path(config.run.dir) / "plan.json").write_text(bench.plan.to_json(), encoding="utf-8")
-        if config.run.baselines and len(bench.task.train):
-            with phase(events, "baselines"):
-                baselines.score(bench.fm, bench.processor, bench.task, config, events)
-        if config.run.undistilled:
-            undistilled(config, transport, events, bench, package)
-        proxycache.distil(bench)
-        state = bench.fresh_state(bench.repack(package))
-        bench.agreement(0, "start", start=True)
-        if config.run.evaluate_every <= f.rounds:
-            bench.score(0, "proxy")
-            bench.score(0, "fm")
-
+        state = _before_round_1(bench, package, transport, events)
     if f.aggregate == "none":
         local_only(config, transport, events, bench, state)
         events.emit("files", paths={"plan": f"{config.run.dir}/plan.json"})
@@ -109,37 +99,49 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
     last = min(f.rounds, config.run.stop_after or f.rounds)
     for round in range(state.round + 1, last + 1):
         with phase(events, "round", round=round):
-            one_round(config, strategy, bench, state, round, events)
+            one_round(strategy, bench, state, round)
         events.emit("memory", process="server", peak_rss_bytes=peak_rss_bytes())
-        checkpoints.save(state, bench, events.offset())
+        checkpoints.save(state, bench.models, events.offset())
     if last < f.rounds:
         raise RunError(f"stopped after round {last} as run.stop-after asks; resume to go on")
-
-    with phase(events, "export"):
-        bench.plug(state.adapter)
-        bench.agreement(state.round, "end")
-        bench.refit(state.round)
-        bench.score_validation(state.round)
-        folder = Path(config.run.dir) / "adapter"
-        adapters.export(bench.fm, folder, bench.source)
-        events.emit("files", paths={"adapter": str(folder), "plan": f"{config.run.dir}/plan.json"})
+    _export(bench, state)
 
 
-def one_round(
-    config: Config, strategy: Strategy, bench: Bench, state: State, round: int, events: Events
-) -> None:
+def _before_round_1(
+    bench: Bench, package: Package, transport: Transport, events: EventLog
+) -> State:
+    """What a run does once: reference points, distillation, the scores it starts from."""
+    config, models = bench.config, bench.models
+    (Path(config.run.dir) / "plan.json").write_text(models.plan.to_json(), encoding="utf-8")
+    if config.run.baselines and len(bench.rows.task.train):
+        with phase(events, "baselines"):
+            baselines.score(models.fm, bench.rows.processor, bench.rows.task, config, events)
+    if config.run.undistilled:
+        undistilled(bench, transport, events, package)
+    proxycache.distil(bench)
+    state = fresh_state(models.start, models.repack(package))
+    models.plug(state.adapter)
+    agree.record(bench, 0, "start", start=True)
+    if config.run.evaluate_every <= config.federation.rounds:
+        score.score(bench, 0, "proxy")
+        score.score(bench, 0, "fm")
+    return state
+
+
+def one_round(strategy: Strategy, bench: Bench, state: State, round: int) -> None:
     """Clients train, the server averages, both models are scored, the proxy is re-aligned."""
     start = time.perf_counter()
-    due = alignment_due(config, bench, round)
+    config, events = bench.config, bench.events
+    due = align.due(config, bench.models.plan, round)
     a = config.align
     count = due and selection.needs_counts(a.selection, a.proportion)
     outcome = strategy.run_round(state, round, a.inactive if count else "")
     state.adapter, state.round = outcome.adapter, round
-    bench.plug(state.adapter)
+    bench.models.plug(state.adapter)
     events.emit("adapter", round=round, norm=adapters.norm(state.adapter))
     scored, accuracies = 0.0, None
     if round % config.run.evaluate_every == 0 or round == config.federation.rounds:
-        proxy, trained, scored = bench.score_all(round)
+        proxy, trained, scored = score.score_all(bench, round)
         accuracies = (proxy.accuracy, trained.accuracy)
     seconds = time.perf_counter() - start
     events.emit(
@@ -149,47 +151,18 @@ def one_round(
         overhead_seconds=seconds - scored - outcome.busy_seconds,
         examples=outcome.examples, good=outcome.good, bad=outcome.bad,
     )  # fmt: skip
-    if due and bench.disagrees(state, round):
-        bench.align(state, round, outcome.counts, accuracies)
+    if due and align.disagrees(bench, state, round):
+        align.align(bench, state, round, outcome.counts, accuracies)
 
 
-def alignment_due(config: Config, bench: Bench, round: int) -> bool:
-    """Every t rounds, and not after the last, where nobody would train on the result.
-
-    With a threshold that is when disagreement is measured."""
-    t = config.align.interval
-    due = t > 0 and round % t == 0 and round < config.federation.rounds
-    return due and bool(bench.plan.pruned)
-
-
-def undistilled(
-    config: Config, transport: Transport, events: EventLog, bench: Bench, package: Any
-) -> None:
-    """The same federation on the pruned but undistilled sub-FM: what distillation is worth.
-
-    Same partitions, sampling, seeds and steps; only its end is scored.
-    """
-    d = config.distill
-    if not alignment.needed(d.method, bench.plan, d.steps):
-        return
-    arm = events.tagged(arm="undistilled")
-    with phase(events, "undistilled"):
-        strategy = Strategy(config, transport, arm)
-        strategy.wait_for_nodes()
-        state = bench.fresh_state(package)
-        for round in range(1, config.federation.rounds + 1):
-            outcome = strategy.run_round(state, round, "")
-            state.adapter, state.round = outcome.adapter, round
-            events.emit(
-                "progress", phase="undistilled", done=round, total=config.federation.rounds,
-                unit="rounds", loss=outcome.loss,
-            )  # fmt: skip
-        bench.plug(state.adapter)
-        bench.refit(state.round, arm)
-        score = evaluate(bench.fm, bench.score_rows, config.run.eval_batch_size)
-        events.emit(
-            "baseline", name="undistilled", accuracy=score.accuracy, rows=score.rows,
-            split=config.run.eval_split,
-        )  # fmt: skip
-        # The main run starts from the adapter this one started from, not where it ended.
-        bench.plug(bench.start)
+def _export(bench: Bench, state: State) -> None:
+    """Plug the final adapter in, refit the head, write the product."""
+    config, events = bench.config, bench.events
+    with phase(events, "export"):
+        bench.models.plug(state.adapter)
+        agree.record(bench, state.round, "end")
+        plug.refit(bench, state.round)
+        score.score_validation(bench, state.round)
+        folder = Path(config.run.dir) / "adapter"
+        adapters.export(bench.models.fm, folder, bench.models.source)
+        events.emit("files", paths={"adapter": str(folder), "plan": f"{config.run.dir}/plan.json"})

@@ -8,9 +8,12 @@ from fedpft_core.adapter import lora as adapters
 from fedpft_core.config import Config
 from fedpft_core.data.batches import Encoded
 from fedpft_core.train.evaluate import Score, evaluate
-from server_app.bench import Bench, phase, progress
+from server_app.bench import Bench
+from server_app.phases.plug import refit
+from server_app.phases.reporting import phase, progress
 from server_app.run.events import EventLog
-from server_app.strategy import Events, Node, State, Strategy
+from server_app.state import Events, State
+from server_app.strategy import Node, Strategy
 from server_app.transport import Transport
 
 
@@ -40,26 +43,26 @@ def local_only(
     strategy.wait_for_nodes()
     chosen = strategy._sample(strategy.meet(state, 1), 1, 1)
     rounds = config.federation.rounds
-    sets: list[tuple[str, Encoded]] = [("evaluation", bench.score_rows)]
-    if config.run.eval_split != "validation" and len(bench.task.validation):
-        sets.append(("validation", bench.validation_rows))
+    sets: list[tuple[str, Encoded]] = [("evaluation", bench.rows.scored)]
+    if config.run.eval_split != "validation" and len(bench.rows.task.validation):
+        sets.append(("validation", bench.rows.validation))
     scores: dict[tuple[str, str], list[Score]] = {}
     norms = []
     with phase(events, "local"):
         report = progress(events, "local", "rounds")
         for i, node in enumerate(chosen):
             arm = Alone(config, transport, events.tagged(arm=node.name), node.name)
-            mine = replace(state, adapter={k: t.clone() for k, t in bench.start.items()})
+            mine = replace(state, adapter={k: t.clone() for k, t in bench.models.start.items()})
             loss = 0.0
             for round in range(1, rounds + 1):
                 outcome = arm.run_round(mine, round, "")
                 mine.adapter, loss = outcome.adapter, outcome.loss
                 report(i * rounds + round, len(chosen) * rounds, loss)
-            bench.plug(mine.adapter)
-            bench.refit(rounds, arm.events)
+            bench.models.plug(mine.adapter)
+            refit(bench, rounds, arm.events)
             norms.append(adapters.norm(mine.adapter))
             for event, rows in sets:
-                for which, model in (("proxy", bench.proxy), ("fm", bench.fm)):
+                for which, model in (("proxy", bench.models.proxy), ("fm", bench.models.fm)):
                     score = evaluate(model, rows, config.run.eval_batch_size)
                     scores.setdefault((event, which), []).append(score)
     n = len(chosen)

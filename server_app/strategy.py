@@ -8,11 +8,10 @@ order, none of which that class's `start` has room for.
 from __future__ import annotations
 
 import json
-import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 from fedpft_core.adapter.lora import clip_change
 from fedpft_core.aggregation.average import Average
@@ -35,9 +34,9 @@ from fedpft_core.wire.messages import (
     TrainReply,
     TrainRequest,
 )
-from fedpft_core.wire.package import Package, Patch
 from fedpft_core.wire.validate import Expected, check_size, validate
 from server_app.delivery import delivery, useful
+from server_app.state import Events, State
 from server_app.transport import Transport
 
 _SETTLE_SECONDS = 3.0  # how long the set of nodes must stand still before a smaller one will do
@@ -45,27 +44,6 @@ _HELLO_SECONDS = 300.0  # a fresh process has to import torch, on a machine that
 _HELLO_BYTES = 2**17  # the largest answer to the first query
 _MOST_PATCHES = 2**16  # tokens an image can become
 _MOST_EXAMPLES = 2**40  # keeps sums over clients exact in float64
-
-
-class Events(Protocol):
-    """Where events go; an `EventLog`, or one that adds fields to each event."""
-
-    def emit(self, event: str, **fields: Any) -> None: ...
-
-
-@dataclass
-class State:
-    """All that changes over a run; `round` rounds are done."""
-
-    round: int
-    adapter: Tensors
-    package: Package
-    digests: dict[str, str]  # sha256 of each tensor in the package
-    digest: str
-    patches: list[Patch] = field(default_factory=list)
-    have: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by client name
-    # Under this name clients keep what must outlive a message; another run never sees it.
-    run: str = field(default_factory=lambda: secrets.token_hex(8))
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from fedpft_core.wire.messages import (
 )
 from fedpft_core.wire.package import Package, Patch
 from fedpft_core.wire.validate import Expected
-from server_app.strategy import State
+from server_app.state import State
 from server_app.transport import OnReply
 
 WIDTH, CLASSES, MAX_LENGTH = 4, 3, 8

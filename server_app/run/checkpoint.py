@@ -15,10 +15,10 @@ from fedpft_core.tensors import Tensors
 from fedpft_core.wire import codec
 from fedpft_core.wire.identity import tensor_digest
 from fedpft_core.wire.package import Package, Patch
-from server_app.strategy import State
+from server_app.state import State
 
 if TYPE_CHECKING:
-    from server_app.bench import Bench
+    from server_app.models import Models
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Saved:
     have: dict[str, tuple[str, ...]]
     run: str
 
-    def restore(self, bench: Bench, package: Package) -> State:
+    def restore(self, models: Models, package: Package) -> State:
         """Put the state back on FM and proxy; `package` is the freshly pruned one.
 
         Raises RunError when the FM or the plan is not the one the run began with.
@@ -48,8 +48,8 @@ class Saved:
                 "the checkpoint's sub-FM cannot be rebuilt: model, data, plan or library "
                 "versions are not those the run began with"
             )
-        bench.load_frozen(self.frozen)
-        bench.plug(self.adapter)
+        models.load_frozen(self.frozen)
+        models.plug(self.adapter)
         digests = {k: tensor_digest(t) for k, t in weights.items()}
         return State(
             self.round, self.adapter, after, digests, self.digest, list(self.patches),
@@ -64,9 +64,9 @@ class Checkpoints:
         self.root = root
         self.keep = keep
 
-    def save(self, state: State, bench: Bench, events_offset: int) -> None:
+    def save(self, state: State, models: Models, events_offset: int) -> None:
         """Write the state after a round. Raises OSError on a full disk; older ones stay."""
-        frozen = {k: state.package.weights[k] for k in bench.trained_names()}
+        frozen = {k: state.package.weights[k] for k in models.trained_names()}
         blobs = {
             "adapter.safetensors": codec.pack(state.adapter),
             "frozen.safetensors": codec.pack(frozen),

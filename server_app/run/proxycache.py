@@ -16,6 +16,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,12 @@ from safetensors.torch import save_file
 
 import fedpft_core
 from fedpft_core import config as configs
-from fedpft_core.align import method as alignment
 from fedpft_core.tensors import Tensors
 from fedpft_core.wire.identity import tensor_digest
-from server_app.bench import Bench, phase
-from server_app.strategy import Events
+from server_app.bench import Bench
+from server_app.phases import distil as phases
+from server_app.phases.reporting import phase
+from server_app.state import Events
 
 log = logging.getLogger("fedpft")
 
@@ -41,18 +43,20 @@ _LATER = ("align.", "train.", "federation.", "plug.", "wire.")
 _OF_RUN = ("run.seed",)
 # Files that decide nothing of what distillation computes.
 _ASIDE = ("disk/",)
+# Files of the server that have a part in it.
+_OF_SERVER = ("bench.py", "models.py", "phases/load.py", "phases/distil.py")
 
 
 def distil(bench: Bench) -> None:
-    """`bench.distil()`, or its result from `run.proxy-cache`.
+    """Distillation of the proxy, or its result from `run.proxy-cache`.
 
     A cache that cannot be read or written is no reason to fail: the work is then done here.
     """
-    folder, d = bench.config.run.proxy_cache, bench.config.distill
-    if not folder or not alignment.needed(d.method, bench.plan, d.steps):
-        bench.distil()
+    folder = bench.config.run.proxy_cache
+    if not folder or not phases.due(bench):
+        phases.distil(bench)
         return
-    before = _digests(bench.proxy)
+    before = _digests(bench.models.proxy)
     path = Path(folder).expanduser() / f"{_key(bench, before)}.safetensors"
     found = _read(path)
     if found is not None:
@@ -62,15 +66,10 @@ def distil(bench: Bench) -> None:
             for event in events:
                 bench.events.emit(**event, cached=True)
         return
-    events_of_run = bench.events
-    recorder = _Recorder(events_of_run)
-    bench.events = recorder
-    try:
-        bench.distil()
-    finally:
-        bench.events = events_of_run
+    recorder = _Recorder(bench.events)
+    phases.distil(replace(bench, events=recorder))
     if recorder.kept:
-        after = bench.proxy.state_dict()
+        after = bench.models.proxy.state_dict()
         changed = {k: t for k, t in after.items() if tensor_digest(t) != before[k]}
         _write(path, changed, recorder.kept)
 
@@ -99,10 +98,10 @@ def _key(bench: Bench, proxy: Mapping[str, str]) -> str:
         if not k.startswith(_LATER) and (not k.startswith("run.") or k in _OF_RUN)
     }  # fmt: skip
     parts = {
-        "fm": _digests(bench.fm),
+        "fm": _digests(bench.models.fm),
         "proxy": proxy,
-        "plan": bench.plan.to_json(),
-        "public": _rows_digest(bench.public),
+        "plan": bench.models.plan.to_json(),
+        "public": _rows_digest(bench.rows.public),
         "settings": settings,
         "source": _source_digest(),
         "machine": [
@@ -130,7 +129,8 @@ def _source_digest() -> str:
     """Over the files that may decide what distillation computes: a changed method is another."""
     root = Path(fedpft_core.__file__).parent
     files = {p.relative_to(root).as_posix(): p for p in root.rglob("*.py")}
-    files["bench.py"] = Path(__file__).parents[1] / "bench.py"
+    server = Path(__file__).parents[1]
+    files |= {name: server / name for name in _OF_SERVER}
     h = hashlib.sha256()
     for name in sorted(files):
         if not name.startswith(_ASIDE):
@@ -140,7 +140,7 @@ def _source_digest() -> str:
 
 @torch.no_grad()
 def _put(bench: Bench, tensors: Tensors) -> None:
-    live = bench.proxy.state_dict()
+    live = bench.models.proxy.state_dict()
     for name, value in tensors.items():
         live[name].copy_(value)
 

@@ -23,7 +23,7 @@ from server_app.run import checkpoint as checkpoint_module
 from server_app.run.checkpoint import Checkpoints
 from server_app.run.events import EventLog, read_events
 from server_app.run.folder import RunFolder
-from server_app.strategy import State
+from server_app.state import State
 
 ROOT = Path(__file__).parents[2]
 

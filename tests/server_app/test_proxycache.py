@@ -10,7 +10,7 @@ import tiny
 from safetensors.torch import load_file
 
 from fedpft_core import config as configs
-from server_app.bench import Bench
+from server_app.phases.load import load
 from server_app.run import proxycache
 from server_app.run.events import EventLog, read_events
 
@@ -80,7 +80,7 @@ def distilled(flat: dict[str, Any], folder: Path, **keys: Any) -> bool:
     flat = flat | {k.replace("__", ".").replace("_", "-"): v for k, v in keys.items()}
     config = configs.from_flat(flat | {"run.proxy-cache": str(folder)})
     events = EventLog(None)
-    proxycache.distil(Bench.load(config, events)[0])
+    proxycache.distil(load(config, events)[0])
     (event,) = (e for e in events.seen if e["event"] == "distilled")
     return bool(event.get("cached", False))
 
@@ -124,7 +124,7 @@ def test_nothing_is_kept_where_nothing_is_distilled(task: dict[str, Any], tmp_pa
     for key in ({"distill.method": "none"}, {"plan.proxy": "full"}):
         config = configs.from_flat(task | {"run.proxy-cache": str(tmp_path / "cache")} | key)
         events = EventLog(None)
-        proxycache.distil(Bench.load(config, events)[0])
+        proxycache.distil(load(config, events)[0])
         assert not [e for e in events.seen if e["event"] == "distilled"]
     assert not (tmp_path / "cache").exists()
 

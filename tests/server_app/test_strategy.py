@@ -20,10 +20,10 @@ from fedpft_core.wire.envelope import Envelope, open_envelope, seal
 from fedpft_core.wire.messages import Failure, HelloReply, NeedReply, TrainReply, TrainRequest
 from server_app import strategy as strategy_module
 from server_app.run.events import EventLog
+from server_app.state import State
 from server_app.strategy import (
     Good,
     Outcome,
-    State,
     Strategy,
     learning_rate,
     reply_format,

@@ -36,9 +36,13 @@ from fedpft_core.train.inactivity import Counts, count_inactive
 from fedpft_core.wire.envelope import open_envelope
 from server_app import strategy
 from server_app.bench import Bench
+from server_app.phases import align as align_phase
+from server_app.phases import load as load_phase
+from server_app.phases import score as score_phase
 from server_app.run.checkpoint import Checkpoints
 from server_app.run.events import EventLog
-from server_app.strategy import State, Strategy, learning_rate
+from server_app.state import State, fresh_state
+from server_app.strategy import Strategy, learning_rate
 
 Patch = pytest.MonkeyPatch
 QUICK = {
@@ -94,21 +98,23 @@ def test_1_weight_term_without_gradient(monkeypatch: Patch, fails: Any) -> None:
 
 
 def _bench(flat: dict[str, Any]) -> tuple[Bench, State]:
-    bench, package = Bench.load(config.from_flat(flat), EventLog(None))
-    return bench, bench.fresh_state(bench.repack(package))
+    bench, package = load_phase.load(config.from_flat(flat), EventLog(None))
+    bench.models.plug(bench.models.start)
+    return bench, fresh_state(bench.models.start, bench.models.repack(package))
 
 
 def check_aggregate_is_on_both_models(
     flat: dict[str, Any], align: Callable[[Bench, State, int, Counts], None]
 ) -> None:
     bench, state = _bench(flat)
+    m = bench.models
     aggregate, last_client, stale = (
-        tiny.random_adapter(bench.proxy, bench.spec, bench.plan, seed) for seed in (1, 2, 3)
+        tiny.random_adapter(m.proxy, m.spec, m.plan, seed) for seed in (1, 2, 3)
     )
-    adapters.load(bench.proxy, last_client, bench.plan)
-    adapters.load(bench.fm, stale)
+    adapters.load(m.proxy, last_client, m.plan)
+    adapters.load(m.fm, stale)
     state.adapter = {k: v.clone() for k, v in aggregate.items()}
-    counts = count_inactive(bench.proxy, bench.plan, bench.score_rows, 32, "nonpositive")
+    counts = count_inactive(m.proxy, m.plan, bench.rows.scored, 32, "nonpositive")
     seen: list[dict[str, torch.Tensor]] = []
 
     def spy(teacher: Any, student: Any, plan: Any, *args: Any, **kwargs: Any) -> Any:
@@ -128,14 +134,16 @@ def check_aggregate_is_on_both_models(
 
 def test_2_alignment_at_another_adapter(task: dict[str, Any], fails: Any) -> None:
     def student_with_the_last_clients(bench: Bench, *args: Any) -> None:
-        bench.plug = lambda adapter: adapters.load(bench.fm, adapter)  # type: ignore[method-assign]
-        Bench.align(bench, *args)
+        m: Any = bench.models
+        m.plug = lambda adapter: adapters.load(m.fm, adapter)
+        align_phase.align(bench, *args)
 
     def stale_teacher(bench: Bench, *args: Any) -> None:
-        bench.plug = lambda a: adapters.load(bench.proxy, a, bench.plan)  # type: ignore[method-assign]
-        Bench.align(bench, *args)
+        m: Any = bench.models
+        m.plug = lambda adapter: adapters.load(m.proxy, adapter, m.plan)
+        align_phase.align(bench, *args)
 
-    check_aggregate_is_on_both_models(task, Bench.align)
+    check_aggregate_is_on_both_models(task, align_phase.align)
     for fault in (student_with_the_last_clients, stale_teacher):
         with fails():
             check_aggregate_is_on_both_models(task, fault)
@@ -203,11 +211,11 @@ def check_changed_weights_travel(flat: dict[str, Any], folder: Path) -> None:
         same = package is not None and all(
             torch.equal(live[k], v) for k, v in package.weights.items()
         )
-        theirs = {p.data_ptr() for p in servers[0].proxy.parameters()}
+        theirs = {p.data_ptr() for p in servers[0].models.proxy.parameters()}
         assert not theirs & {p.data_ptr() for p in model.parameters()}, "shared with the server"
         trained_on.append((request.round, request.digest, same))
 
-    load = Bench.load
+    load = load_phase.load
 
     def spy(*args: Any) -> Any:
         made = load(*args)
@@ -216,7 +224,7 @@ def check_changed_weights_travel(flat: dict[str, Any], folder: Path) -> None:
 
     federation = tiny.Federation(flat | {"federation.clients-per-round": 4}, watch)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Bench, "load", staticmethod(spy))
+        patch.setattr(load_phase, "load", spy)
         events = tiny.run(federation.flat, folder, federation)
     alignments = {e["round"]: e for e in tiny.main_run(events, "alignment")}
     assert set(alignments) == {1}
@@ -268,7 +276,7 @@ def test_4_one_model_for_everybody(
     if fault == "shared":
         # What the server changes is at the clients without travelling.
         benches: list[Bench] = []
-        load = Bench.load
+        load = load_phase.load
 
         def remember(*args: Any) -> Any:
             made = load(*args)
@@ -278,11 +286,11 @@ def test_4_one_model_for_everybody(
         def the_servers(self: Any, wanted: Any) -> Any:
             mine = next(iter(self.cache.models.values()), None) or held(self, wanted)
             if mine is not None:
-                shared = replace(mine.model, model=benches[-1].proxy)
+                shared = replace(mine.model, model=benches[-1].models.proxy)
                 self.cache.models[wanted.digest] = mine = replace(mine, model=shared)
             return mine
 
-        monkeypatch.setattr(Bench, "load", staticmethod(remember))
+        monkeypatch.setattr(load_phase, "load", remember)
         monkeypatch.setattr(client_app.client.Client, "_held", the_servers)
     if fault == "uncounted":
         monkeypatch.setattr(Strategy, "_count_bytes", lambda *args: None)
@@ -504,12 +512,12 @@ def check_alignment_rounds(fires: Callable[[int, int], list[int]]) -> None:
 
 
 def test_6_alignment_after_the_last_round(fails: Any) -> None:
-    bench: Any = SimpleNamespace(plan=tiny.plan_for(tiny.model("bert")))
+    plan = tiny.plan_for(tiny.model("bert"))
 
     def real(t: int, rounds: int) -> list[int]:
         cfg = config.from_flat({"align.interval": t, "federation.rounds": rounds})
         every = range(1, rounds + 1)
-        return [r for r in every if server_app.app.alignment_due(cfg, bench, r)]
+        return [r for r in every if align_phase.due(cfg, plan, r)]
 
     def also_after_the_last(t: int, rounds: int) -> list[int]:
         return [r for r in range(1, rounds + 1) if t and r % t == 0]
@@ -677,22 +685,22 @@ def test_8_best_checkpoint_chosen_on_test_data(
 ) -> None:
     (tmp_path / "real").mkdir(), (tmp_path / "fault").mkdir()
     check_test_data_decides_nothing(task, tmp_path / "real")
-    score, export = Bench.score, adapters.export
+    score, export = score_phase.score, adapters.export
     best: dict[str, Any] = {}
 
-    def remember_the_best(self: Bench, round: int, which: str) -> Any:
-        result = score(self, round, which)
+    def remember_the_best(bench: Bench, round: int, which: str) -> Any:
+        result = score(bench, round, which)
         if round == 0 and which == "proxy":
             best.clear()
         if which != "proxy" and result.accuracy > best.get("accuracy", -1.0):
-            best.update(accuracy=result.accuracy, adapter=adapters.read(self.fm))
+            best.update(accuracy=result.accuracy, adapter=adapters.read(bench.models.fm))
         return result
 
     def export_the_best(fm: Any, *args: Any) -> Any:
         adapters.load(fm, best["adapter"])
         return export(fm, *args)
 
-    monkeypatch.setattr(Bench, "score", remember_the_best)
+    monkeypatch.setattr(score_phase, "score", remember_the_best)
     monkeypatch.setattr(adapters, "export", export_the_best)
     with pytest.raises(AssertionError, match="test data decided"):
         check_test_data_decides_nothing(task, tmp_path / "fault")
@@ -729,7 +737,8 @@ def check_alignment_settings(flat: dict[str, Any]) -> None:
     """Rate, steps, batch and length of an alignment are the configuration's."""
     keys = {"align.lr": 3.21e-3, "align.steps": 2, "distill.batch-size": 5, "distill.length": 11}
     bench, state = _bench(flat | keys)
-    counts = count_inactive(bench.proxy, bench.plan, bench.score_rows, 32, "nonpositive")
+    m = bench.models
+    counts = count_inactive(m.proxy, m.plan, bench.rows.scored, 32, "nonpositive")
     peaks: list[float] = []
     shapes: set[tuple[int, ...]] = set()
 
@@ -738,7 +747,7 @@ def check_alignment_settings(flat: dict[str, Any]) -> None:
             peaks.append(lr)
             super().__init__(params, lr=lr, **kwargs)
 
-    handle = bench.proxy.register_forward_pre_hook(
+    handle = m.proxy.register_forward_pre_hook(
         lambda _m, _a, kwargs: shapes.add(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     steps: list[int] = []
@@ -749,7 +758,7 @@ def check_alignment_settings(flat: dict[str, Any]) -> None:
             Spy, "step", lambda self, *a, **k: (steps.append(1), real(self, *a, **k))[1],
             raising=False,
         )  # fmt: skip
-        bench.align(state, 1, counts)
+        align_phase.align(bench, state, 1, counts)
     handle.remove()
     assert peaks == [3.21e-3]
     assert len(steps) == 2
@@ -820,14 +829,14 @@ def test_10_only_the_fm_evaluated(
     task: dict[str, Any], tmp_path: Path, monkeypatch: Patch, fails: Any
 ) -> None:
     check_both_models_are_scored(task, tmp_path / "real")
-    score = Bench.score
+    score = score_phase.score
 
-    def fm_only(self: Bench, round: int, which: str) -> Any:
+    def fm_only(bench: Bench, round: int, which: str) -> Any:
         if which == "proxy":
             return SimpleNamespace(seconds=0.0, accuracy=0.0)
-        return score(self, round, which)
+        return score(bench, round, which)
 
-    monkeypatch.setattr(Bench, "score", fm_only)
+    monkeypatch.setattr(score_phase, "score", fm_only)
     with fails():
         check_both_models_are_scored(task, tmp_path / "fault")
 

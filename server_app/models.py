@@ -1,0 +1,61 @@
+"""FM and proxy side by side on the server, with the same adapter on both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+
+from fedpft_core.adapter import lora as adapters
+from fedpft_core.align import distill
+from fedpft_core.model.families import base_model
+from fedpft_core.model.plan import Plan
+from fedpft_core.tensors import Tensors
+from fedpft_core.wire.package import Package
+
+
+@dataclass
+class Models:
+    """FM and proxy with adapters attached, and what both were made from.
+
+    `source` names the FM in the exported adapter; `start` is the adapter before round 1.
+    """
+
+    fm: PeftModel
+    proxy: PeftModel
+    plan: Plan
+    spec: adapters.AdapterSpec
+    source: str
+    start: Tensors
+
+    def plug(self, adapter: Tensors) -> None:
+        """Put one adapter on both models."""
+        adapters.load(self.fm, adapter)
+        adapters.load(self.proxy, adapter, self.plan)
+
+    def repack(self, package: Package) -> Package:
+        """The package with the proxy's present weights (after distillation)."""
+        live = {
+            k.removeprefix("base_model.model.").replace(".base_layer.", "."): t
+            for k, t in self.proxy.state_dict().items()
+        }
+        weights = {k: live[k].detach().cpu().clone().contiguous() for k in package.weights}
+        return Package(package.meta, package.files, weights)
+
+    def trained_names(self) -> list[str]:
+        """Names in the package of the weights alignment may move."""
+        moving = {id(p) for p in distill.moving_parts(self.proxy, self.plan).values()}
+        return sorted(k for k, p in self._frozen().items() if id(p) in moving)
+
+    def _frozen(self) -> Tensors:
+        """The proxy's parameters by their name in the package."""
+        named = base_model(self.proxy).named_parameters()
+        return {k.replace(".base_layer.", "."): p for k, p in named}
+
+    @torch.no_grad()
+    def load_frozen(self, weights: Tensors) -> None:
+        """Copy aligned weights, named as in the package, into the proxy."""
+        live = self._frozen()
+        for name, value in weights.items():
+            live[name].copy_(value)

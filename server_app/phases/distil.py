@@ -1,0 +1,56 @@
+"""Layer-level distillation of the proxy, before the federation (paper section 4.2)."""
+
+from __future__ import annotations
+
+import math
+
+from fedpft_core.align import distill
+from fedpft_core.align import method as alignment
+from fedpft_core.errors import RunError
+from fedpft_core.seeds import derive
+from server_app.bench import Bench
+from server_app.phases.reporting import phase, progress
+
+
+def due(bench: Bench) -> bool:
+    """Whether distillation would change the proxy at all."""
+    d = bench.config.distill
+    return alignment.needed(d.method, bench.models.plan, d.steps)
+
+
+def distil(bench: Bench) -> None:
+    """Distil the proxy in place.
+
+    Raises:
+        RunError: when it diverges.
+    """
+    if not due(bench):
+        return
+    d, models = bench.config.distill, bench.models
+    with phase(bench.events, "distil"):
+        probe = list(bench.rows.probe())
+        before = distill.output_error(models.fm, models.proxy, models.plan, probe)
+        job = alignment.Job(
+            models.fm, models.proxy, models.plan,
+            lambda n: bench.rows.public_batches(n, "distil"), d,
+            steps=d.steps, lr=d.lr, alpha=d.alpha,
+            seed=derive(bench.config.run.seed, "distil"),
+            on_step=progress(bench.events, "distil", "steps"),
+        )  # fmt: skip
+        first, last, seconds = alignment.run(d.method, job)
+        after = distill.output_error(models.fm, models.proxy, models.plan, probe)
+        check_finite(after, "distill.lr")
+        bench.events.emit(
+            "distilled", steps=d.steps, seconds=seconds, loss_first=first, loss_last=last,
+            error_before=before, output_error=after,
+        )  # fmt: skip
+
+
+def check_finite(errors: dict[int, float], key: str) -> None:
+    """Refuse the result of a distillation that diverged; `key` is the rate to lower.
+
+    Raises:
+        RunError: when an output error is infinite or not a number.
+    """
+    if not all(math.isfinite(e) for e in errors.values()):
+        raise RunError(f"the distillation diverged; lower {key}")

@@ -1,0 +1,168 @@
+"""Load FM and data, make the plan, build the proxy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedpft_core.adapter import lora as adapters
+from fedpft_core.config import Config
+from fedpft_core.data.batches import encode, tokenise_public
+from fedpft_core.data.public import load_public
+from fedpft_core.data.tasks import load_task
+from fedpft_core.errors import UserError
+from fedpft_core.model import load as models
+from fedpft_core.model.device import pick_device
+from fedpft_core.model.plan import Plan, block_parameters
+from fedpft_core.proxy import cost as inspect
+from fedpft_core.proxy.build import build
+from fedpft_core.proxy.choose import make_plan
+from fedpft_core.proxy.package import make_package
+from fedpft_core.seeds import derive, numpy_stream
+from fedpft_core.wire.package import Package
+from server_app.bench import Bench, Rows, public_stream
+from server_app.models import Models
+from server_app.phases.plug import refits
+from server_app.phases.reporting import phase
+from server_app.state import Events
+
+
+def load(config: Config, events: Events) -> tuple[Bench, Package]:
+    """The bench of a run, and the proxy as a package.
+
+    Raises:
+        UserError: for anything wrong with model, data or plan.
+    """
+    torch.set_num_threads(config.run.threads or torch.get_num_threads())
+    with phase(events, "load"):
+        device = pick_device(config.run.device, "run.device")
+        loaded, rows = _read(config, events)
+    with phase(events, "build"):
+        made, package = _build(config, events, loaded, rows, device)
+    bench = Bench(config, events, made, rows, device)
+    made.plug(made.start)
+    if config.plug.refit != "none" and not made.plan.is_full and not refits(bench):
+        events.emit(
+            "warning",
+            text="the server has no validation rows, so the head is plugged in as trained; "
+            "under label skew that can cost much (data.validation, or plug.refit=public)",
+        )
+    return bench, package
+
+
+def _read(config: Config, events: Events) -> tuple[models.Loaded, Rows]:
+    """The FM, and the server's rows encoded with its processor."""
+    task = load_task(config.data, config.run.seed)
+    kind = task.kind
+    loaded = models.load(config.model, task.label_names, kind, config.run.seed)
+    public: list[Any] = load_public(
+        config.data.public,
+        config.data.image_column or config.data.text_column,
+        kind,
+        (task.train, task.validation, task.test),
+        config.data.max_public_rows,
+        derive(config.run.seed, "public") % 2**31,
+    )
+    length = config.data.max_length
+    _check_lengths(config, loaded)
+    if kind != "image":
+        public = tokenise_public(public, loaded.processor)
+    if config.run.eval_split == "validation" and not len(task.validation):
+        raise UserError(
+            "run.eval-split = validation, but there are no validation rows: set "
+            "data.validation or data.validation-share."
+        )
+    scored = encode(
+        task.test if config.run.eval_split == "test" else task.validation, loaded.processor, length
+    )
+    # A fixed random part: the first rows of a file may all be of one kind.
+    stream = numpy_stream(config.run.seed, "gradient-rows")
+    drawn = stream.permutation(len(task.validation))[: config.run.gradient_rows]
+    gradient = encode(task.validation.select(drawn), loaded.processor, length)
+    events.emit(
+        "task", name=task.name, kind=kind, train=len(task.train),
+        validation=len(task.validation), test=len(task.test),
+        labels=list(task.label_names), public=len(public),
+    )  # fmt: skip
+    return loaded, Rows(config, task, public, loaded.processor, scored, gradient)
+
+
+def _build(
+    config: Config, events: Events, loaded: models.Loaded, rows: Rows, device: torch.device
+) -> tuple[Models, Package]:
+    """The plan, the proxy it describes, and the adapter on both models."""
+    plan = make_plan(
+        loaded.model,
+        config.plan,
+        config.run.seed,
+        lambda: public_stream(
+            config, rows.public, loaded.processor, config.plan.saliency_batches, "saliency"
+        ),
+    )
+    if plan.is_full and config.plan.proxy != "full":
+        events.emit(
+            "warning",
+            text="the plan keeps every neuron of every block: clients get the whole FM "
+            "(plan.keep-share, plan.keep-neurons and plan.retained-layers decide)",
+        )
+    bare = build(loaded.model, plan)
+    spec = adapters.make_spec(loaded.family, plan, loaded.fresh, config.lora)
+    _emit_model(events, loaded, bare, plan, config.lora.rank)
+    package = make_package(
+        bare, plan, spec, loaded.processor, rows.task.kind, rows.task.label_names,
+        config.data.max_length,
+    )  # fmt: skip
+    fm = adapters.attach(loaded.model, spec)
+    proxy = adapters.attach(bare, spec, plan)
+    fm.to(device)
+    proxy.to(device)
+    start = adapters.initial(fm, spec, config.run.seed)
+    return Models(fm, proxy, plan, spec, loaded.source, start), package
+
+
+def _check_lengths(config: Config, loaded: models.Loaded) -> None:
+    if loaded.family.kind != "text":
+        return
+    limit = loaded.family.longest_input(loaded.model.config)
+    for key, length in (
+        ("data.max-length", config.data.max_length),
+        ("distill.length", config.distill.length),
+    ):
+        if length > limit:
+            raise UserError(f"{key} = {length} is more than the {limit} tokens the model can read.")
+
+
+def _emit_model(
+    events: Events, loaded: models.Loaded, proxy: nn.Module, plan: Plan, rank: int
+) -> None:
+    fm_parameters, fm_bytes = models.size(loaded.model)
+    proxy_parameters, proxy_bytes = models.size(proxy)
+    fm_blocks, proxy_blocks = (loaded.family.block_list(m) for m in (loaded.model, proxy))
+    events.emit(
+        "model",
+        name=loaded.source,
+        fm_parameters=fm_parameters,
+        fm_bytes=fm_bytes,
+        proxy_parameters=proxy_parameters,
+        proxy_bytes=proxy_bytes,
+        fm_block_parameters=block_parameters(loaded.model, list(fm_blocks)),
+        proxy_block_parameters=block_parameters(proxy, list(proxy_blocks)),
+        step_flops={
+            "fm": inspect.step_flops(loaded.family, loaded.model, rank),
+            "proxy": inspect.step_flops(loaded.family, proxy, rank),
+        },
+        image_tokens=inspect.image_tokens(loaded.model) if loaded.family.kind == "image" else None,
+        blocks=[
+            {
+                "block": i,
+                "kind": entry.state,
+                "neurons": {"whole": plan.fm_neurons, "dropped": 0}.get(
+                    entry.state, len(entry.kept)
+                ),
+                "fm_neurons": plan.fm_neurons,
+            }
+            for i, entry in enumerate(plan.blocks)
+        ],
+    )

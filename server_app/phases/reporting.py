@@ -1,0 +1,43 @@
+"""Phases in the event log: when one starts and ends, how far it is, what memory it took."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from server_app.state import Events
+
+
+@contextmanager
+def phase(events: Events, name: str, **fields: Any) -> Iterator[None]:
+    """Emit the start and the end of a phase with its seconds."""
+    events.emit("phase_started", phase=name, **fields)
+    start = time.perf_counter()
+    yield
+    events.emit("phase_finished", phase=name, seconds=time.perf_counter() - start, **fields)
+
+
+def progress(events: Events, name: str, unit: str, **fields: Any) -> Callable[..., None]:
+    """A progress callback (done, total, loss) that emits at most five events a second."""
+    last = 0.0
+
+    def report(done: int, total: int, loss: float | None = None) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < 0.2 and done < total:
+            return
+        last = now
+        more = fields if loss is None else fields | {"loss": loss}
+        events.emit("progress", phase=name, done=done, total=total, unit=unit, **more)
+
+    return report
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far, bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,65 @@
+"""Scoring the proxy and the FM with the adapter now plugged in."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from fedpft_core.train.evaluate import Score, evaluate
+from server_app.bench import Bench
+from server_app.phases.plug import refit, refits
+from server_app.phases.reporting import progress
+
+
+def score(bench: Bench, round: int, which: str) -> Score:
+    """Evaluate the `proxy` or the FM with the adapter now plugged in.
+
+    The FM is called `fm`, or `fm-as-trained` where its head is still to be refitted.
+    """
+    model = bench.models.proxy if which == "proxy" else bench.models.fm
+    rows = bench.rows.scored
+    report = progress(bench.events, "evaluate", "rows", round=round, model=which)
+    result = evaluate(model, rows, bench.config.run.eval_batch_size, lambda n: report(n, len(rows)))
+    _emit(bench, round, which, result)
+    return result
+
+
+def _emit(bench: Bench, round: int, which: str, result: Score) -> None:
+    bench.events.emit(
+        "evaluation", round=round, model=which, split=bench.config.run.eval_split,
+        accuracy=result.accuracy, loss=result.loss, rows=result.rows, seconds=result.seconds,
+    )  # fmt: skip
+
+
+def score_all(bench: Bench, round: int) -> tuple[Score, Score, float]:
+    """Evaluate the proxy, the FM with the head as trained, and the product, which is then what
+    the FM is.
+
+    Returns:
+        The first two scores and the seconds of it all.
+    """
+    start = time.perf_counter()
+    proxy = score(bench, round, "proxy")
+    if not refits(bench):
+        trained = score(bench, round, "fm")
+    else:
+        trained = score(bench, round, "fm-as-trained")
+        if refit(bench, round):
+            score(bench, round, "fm")
+        else:
+            # The product has the head as trained, which has its score.
+            _emit(bench, round, "fm", replace(trained, seconds=0.0))
+    return proxy, trained, time.perf_counter() - start
+
+
+def score_validation(bench: Bench, round: int) -> None:
+    """Score proxy and product on the server's validation rows, on which settings are chosen."""
+    if bench.config.run.eval_split == "validation" or not len(bench.rows.task.validation):
+        return
+    for which, model in (("proxy", bench.models.proxy), ("fm", bench.models.fm)):
+        result = evaluate(model, bench.rows.validation, bench.config.run.eval_batch_size)
+        bench.events.emit(
+            "validation", round=round, model=which,
+            accuracy=result.accuracy, loss=result.loss, rows=result.rows,
+            seconds=result.seconds,
+        )  # fmt: skip

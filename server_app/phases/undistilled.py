@@ -1,0 +1,46 @@
+"""A side run: the same federation on the pruned but undistilled sub-FM."""
+
+from __future__ import annotations
+
+from fedpft_core.train.evaluate import evaluate
+from fedpft_core.wire.package import Package
+from server_app.bench import Bench
+from server_app.phases import distil
+from server_app.phases.plug import refit
+from server_app.phases.reporting import phase
+from server_app.run.events import EventLog
+from server_app.state import fresh_state
+from server_app.strategy import Strategy
+from server_app.transport import Transport
+
+
+def undistilled(bench: Bench, transport: Transport, events: EventLog, package: Package) -> None:
+    """What distillation is worth: the federation without it, its end scored.
+
+    Same partitions, sampling, seeds and steps.
+    """
+    if not distil.due(bench):
+        return
+    config, models = bench.config, bench.models
+    arm = events.tagged(arm="undistilled")
+    with phase(events, "undistilled"):
+        strategy = Strategy(config, transport, arm)
+        strategy.wait_for_nodes()
+        models.plug(models.start)
+        state = fresh_state(models.start, package)
+        for round in range(1, config.federation.rounds + 1):
+            outcome = strategy.run_round(state, round, "")
+            state.adapter, state.round = outcome.adapter, round
+            events.emit(
+                "progress", phase="undistilled", done=round, total=config.federation.rounds,
+                unit="rounds", loss=outcome.loss,
+            )  # fmt: skip
+        models.plug(state.adapter)
+        refit(bench, state.round, arm)
+        score = evaluate(models.fm, bench.rows.scored, config.run.eval_batch_size)
+        events.emit(
+            "baseline", name="undistilled", accuracy=score.accuracy, rows=score.rows,
+            split=config.run.eval_split,
+        )  # fmt: skip
+        # The main run starts from the adapter this one started from, not where it ended.
+        models.plug(models.start)

@@ -1,0 +1,39 @@
+"""All that changes over a run, and where a run says what it does."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from fedpft_core.tensors import Tensors
+from fedpft_core.wire.identity import tensor_digest
+from fedpft_core.wire.package import Package, Patch
+
+
+class Events(Protocol):
+    """Where events go; an `EventLog`, or one that adds fields to each event."""
+
+    def emit(self, event: str, **fields: Any) -> None: ...
+
+
+@dataclass
+class State:
+    """All that changes over a run; `round` rounds are done."""
+
+    round: int
+    adapter: Tensors
+    package: Package
+    digests: dict[str, str]  # sha256 of each tensor in the package
+    digest: str
+    patches: list[Patch] = field(default_factory=list)
+    have: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by client name
+    # Under this name clients keep what must outlive a message; another run never sees it.
+    run: str = field(default_factory=lambda: secrets.token_hex(8))
+
+
+def fresh_state(start: Tensors, package: Package) -> State:
+    """The state before round 1: a copy of the adapter to start from, and the proxy as packed."""
+    digests = {k: tensor_digest(t) for k, t in package.weights.items()}
+    adapter = {k: t.clone() for k, t in start.items()}
+    return State(0, adapter, package, digests, package.digest())
