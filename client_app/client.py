@@ -15,20 +15,15 @@ import numpy as np
 import torch
 
 from client_app import rowcache
+from client_app.chain import Work, work_through
 from client_app.rowcache import RowCache
 from client_app.startup import collector_paused
 from client_app.store import Residuals, Store
 from fedpft_core import __version__
-from fedpft_core.adapter import lora as adapters
 from fedpft_core.data.batches import Encoded, encode
 from fedpft_core.data.tasks import Examples
 from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.proxy.package import ClientModel, apply_patch, load_processor, rebuild
-from fedpft_core.seeds import derive
-from fedpft_core.tensors import Tensors
-from fedpft_core.train.evaluate import evaluate
-from fedpft_core.train.inactivity import count_inactive
-from fedpft_core.train.tune import fine_tune
 from fedpft_core.wire import codec
 from fedpft_core.wire.envelope import Envelope, open_envelope, seal
 from fedpft_core.wire.identity import combine_digest, is_digest
@@ -148,75 +143,34 @@ class Client:
             # Not what was asked for, even if a damaged copy of it cannot be removed.
             have = tuple(d for d in self.store.digests() if d != request.digest)
             return NeedReply(self.name, request.digest, have)
-        model, plan = held.model.model, held.model.plan
-        both = self._rows(held)
-        rows, held_out = both.train, both.validation
-        sent = codec.decode(request.adapter, request.fmt)
-        try:
-            adapters.load(model, sent, plan)
-        except ValueError as error:
-            raise ReplyError(f"the adapter received does not fit the sub-FM ({error})") from error
-        ready = time.perf_counter()
-        right = 0
-        if len(held_out):
-            score = evaluate(model, held_out, 2 * request.settings.batch_size)
-            right = round(score.accuracy * score.rows)
-        validated = time.perf_counter()
-        seed = derive(request.seed, "local", request.round, self.name)
-        result = fine_tune(model, rows, request.settings, seed)
-        trained = time.perf_counter()
-        counts: dict[str, torch.Tensor] = {}
-        if request.count_rule:
-            found = count_inactive(
-                model, plan, rows, 2 * request.settings.batch_size, request.count_rule
-            )
-            for block, value in found.inactive.items():
-                counts[f"{block}"] = value
-                counts[f"{block}/tokens"] = torch.tensor([found.tokens[block]])
-        done = time.perf_counter()
-        fmt = request.reply_fmt or request.fmt
+        rows = self._rows(held)
+        work = work_through(
+            Work(
+                name=self.name,
+                request=request,
+                model=held.model,
+                rows=rows.train,
+                held_out=rows.validation,
+                sent=codec.decode(request.adapter, request.fmt),
+                residuals=Residuals(self.store.root / "residuals"),
+            ),
+            start,
+        )
         return TrainReply(
             name=self.name,
             round=request.round,
             digest=request.digest,
-            examples=len(rows),
-            steps=result.steps,
-            loss=result.loss,
-            seconds=result.seconds,
-            adapter=self._update(request, adapters.read(model, plan), sent, fmt),
-            fmt=fmt,
-            counts=counts,
-            timings={
-                "prepare": ready - start,
-                "validate": validated - ready,
-                "train": trained - validated,
-                "count": done - trained,
-            },
-            validation_rows=len(held_out),
-            validation_correct=right,
+            examples=len(work.rows),
+            steps=work.steps,
+            loss=work.loss,
+            seconds=work.seconds,
+            adapter=work.adapter,
+            fmt=request.reply_fmt or request.fmt,
+            counts=work.counts,
+            timings=work.timings,
+            validation_rows=len(work.held_out),
+            validation_correct=work.right,
         )
-
-    def _update(self, request: TrainRequest, new: Tensors, sent: Tensors, fmt: str) -> Tensors:
-        """The trained adapter in the format asked for, with error feedback where it has any."""
-        if fmt not in codec.UPDATE_FORMATS:
-            raise ReplyError(f"the server asks for an unknown format {fmt!r}")
-        kept = Residuals(self.store.root / "residuals")
-        residual: Tensors = {}
-        if fmt == "ternary":
-            try:
-                residual = kept.get(request.run, self.name, request.round)
-            except ValueError as error:
-                raise ReplyError(f"the request cannot be used ({error})") from error
-            fits = {k: t.shape for k, t in residual.items()} == {k: t.shape for k, t in new.items()}
-            residual = residual if fits else {}
-        tensors, left = codec.encode_update(new, sent, residual, fmt)
-        # After a diverged round there is nothing sensible left to send.
-        if left and all(bool(t.isfinite().all()) for t in left.values()):
-            try:
-                kept.put(request.run, self.name, request.round, left)
-            except OSError as error:
-                log.warning("client %s: rounding residual not kept: %s", self.name, error)
-        return tensors
 
     def _held(self, request: TrainRequest) -> Held | None:
         """The model with the digest asked for: from memory, disk, or what the message brings."""

@@ -12,7 +12,12 @@ from pathlib import Path
 from types import ModuleType
 
 _ROOT = Path(__file__).parent
-_ROOMS = {"saliency": "proxy/saliency", "alignment": "align/method", "selection": "align/selection"}
+_ROOMS = {
+    "saliency": "proxy/saliency",
+    "alignment": "align/method",
+    "selection": "align/selection",
+    "aggregation": "aggregation",
+}
 
 
 def names(folder: str) -> tuple[str, ...]:

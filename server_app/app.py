@@ -95,7 +95,7 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
         events.emit("files", paths={"plan": f"{config.run.dir}/plan.json"})
         return
     strategy = Strategy(config, transport, events)
-    strategy.wait_for_nodes()
+    strategy.nodes.wait()
     last = min(f.rounds, config.run.stop_after or f.rounds)
     for round in range(state.round + 1, last + 1):
         with phase(events, "round", round=round):

@@ -11,9 +11,10 @@ from fedpft_core.train.evaluate import Score, evaluate
 from server_app.bench import Bench
 from server_app.phases.plug import refit
 from server_app.phases.reporting import phase, progress
+from server_app.rounds.nodes import Node
 from server_app.run.events import EventLog
 from server_app.state import Events, State
-from server_app.strategy import Node, Strategy
+from server_app.strategy import Strategy
 from server_app.transport import Transport
 
 
@@ -21,11 +22,11 @@ class Alone(Strategy):
     """A federation of one client, the one called `name`."""
 
     def __init__(self, config: Config, transport: Transport, events: Events, name: str) -> None:
-        one = replace(config.federation, min_clients=1, clients_per_round=1)
+        one = replace(config.federation, min_clients=1, clients_per_round=1, aggregate="average")
         super().__init__(replace(config, federation=one), transport, events)
         self.name = name
 
-    def _sample(self, nodes: list[Node], round: int, attempt: int) -> list[Node]:
+    def sample(self, nodes: list[Node], round: int, attempt: int) -> list[Node]:
         return [n for n in nodes if n.name == self.name]
 
 
@@ -40,8 +41,8 @@ def local_only(
     client fails.
     """
     strategy = Strategy(config, transport, events)
-    strategy.wait_for_nodes()
-    chosen = strategy._sample(strategy.meet(state, 1), 1, 1)
+    strategy.nodes.wait()
+    chosen = strategy.sample(strategy.nodes.meet(state, 1), 1, 1)
     rounds = config.federation.rounds
     sets: list[tuple[str, Encoded]] = [("evaluation", bench.rows.scored)]
     if config.run.eval_split != "validation" and len(bench.rows.task.validation):

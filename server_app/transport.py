@@ -18,6 +18,8 @@ from fedpft_core.wire.messages import Failure
 
 OnReply = Callable[[int, "Envelope | Failure"], None]
 
+_AT_ONCE = 4  # replies asked of Flower at once, which it gives all together
+
 
 class Transport(Protocol):
     """Nodes by id, and one exchange of messages with some of them."""
@@ -30,11 +32,12 @@ class Transport(Protocol):
         messages: Mapping[int, Envelope],
         round: int,
         timeout: float,
-        on_reply: OnReply | None = None,
-    ) -> dict[int, Envelope | Failure]:
+        on_reply: OnReply,
+    ) -> None:
         """Send one message to each node and wait for the replies, at most `timeout` seconds.
 
-        Every node addressed is in the result; one that did not answer has a Failure.
+        Each reply is handed to `on_reply` as it comes and is not kept. That is called for every
+        node addressed; for one that did not answer with a Failure.
         """
 
 
@@ -53,11 +56,8 @@ class FlowerTransport:
         messages: Mapping[int, Envelope],
         round: int,
         timeout: float,
-        on_reply: OnReply | None = None,
-    ) -> dict[int, Envelope | Failure]:
-        if not messages:
-            return {}
-        replies: dict[int, Envelope | Failure] = {}
+        on_reply: OnReply,
+    ) -> None:
         waiting: dict[str, int] = {}
         for node, envelope in messages.items():
             message = Message(
@@ -73,29 +73,22 @@ class FlowerTransport:
             if sent:
                 waiting[sent] = node
                 continue
-            replies[node] = Failure(_ERRORS[5])
-            if on_reply:
-                on_reply(node, replies[node])
+            on_reply(node, Failure(_ERRORS[5]))
         deadline = time.monotonic() + timeout
         while waiting and time.monotonic() < deadline:
             got = False
-            for reply in self.grid.pull_messages(list(waiting)):
-                # By the id replied to: the error reply of a dead node has another source id.
-                sent = reply.metadata.reply_to_message_id
-                if sent not in waiting:
-                    continue
-                node = waiting.pop(sent)
-                replies[node] = _opened(reply)
-                got = True
-                if on_reply:
-                    on_reply(node, replies[node])
+            asked = list(waiting)
+            for start in range(0, len(asked), _AT_ONCE):
+                for reply in self.grid.pull_messages(asked[start : start + _AT_ONCE]):
+                    # By the id replied to: the error reply of a dead node has another source id.
+                    sent = reply.metadata.reply_to_message_id
+                    if sent in waiting:
+                        got = True
+                        on_reply(waiting.pop(sent), _opened(reply))
             if waiting and not got:
                 time.sleep(self.poll_seconds)
         for node in waiting.values():
-            replies[node] = Failure(f"no reply within {timeout:.1f} s")
-            if on_reply:
-                on_reply(node, replies[node])
-        return replies
+            on_reply(node, Failure(f"no reply within {timeout:.1f} s"))
 
 
 _ERRORS = {
@@ -136,15 +129,11 @@ class LocalTransport:
         messages: Mapping[int, Envelope],
         round: int,
         timeout: float,
-        on_reply: OnReply | None = None,
-    ) -> dict[int, Envelope | Failure]:
-        replies: dict[int, Envelope | Failure] = {}
+        on_reply: OnReply,
+    ) -> None:
         # Clients pin their threads, which in one process would be the server's as well.
         threads = torch.get_num_threads()
         for node, envelope in messages.items():
             sent = wire.from_record(wire.to_record(envelope))
-            replies[node] = wire.from_record(wire.to_record(self.clients[node](sent)))
-            if on_reply:
-                on_reply(node, replies[node])
+            on_reply(node, wire.from_record(wire.to_record(self.clients[node](sent))))
         torch.set_num_threads(threads)
-        return replies

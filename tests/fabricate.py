@@ -276,13 +276,13 @@ class Network:
         messages: dict[int, Envelope],
         round: int,
         timeout: float,
-        on_reply: OnReply | None = None,
-    ) -> dict[int, Envelope | Failure]:
+        on_reply: OnReply,
+    ) -> None:
         replies: dict[int, Envelope | Failure] = {}
         for node, envelope in messages.items():
             self.log.append(("down", node, envelope))
             replies[node] = self.members[node].answer(envelope)
-        times = 2 if self.duplicates and on_reply else 1
+        times = 2 if self.duplicates and any(e.kind == "train" for e in messages.values()) else 1
         queue = [n for n in replies for _ in range(times)]
         if self.chaos:
             self.chaos.shuffle(queue)
@@ -290,9 +290,7 @@ class Network:
             got = replies[node]
             if isinstance(got, Envelope):
                 self.log.append(("up", node, got))
-            if on_reply:
-                on_reply(node, got)
-        return replies
+            on_reply(node, got)
 
 
 def network(*names: str, **keys: Any) -> Network:

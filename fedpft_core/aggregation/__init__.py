@@ -1,1 +1,145 @@
-"""Aggregation: one file a rule."""
+"""Aggregation: how the clients' adapters become the next one, one file a rule.
+
+A rule is a function `aggregate(replies)` that returns the next adapter. It never holds all
+replies: they lie on disk and are read one at a time, or all of them a slice at a time.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpft_core import registry
+from fedpft_core.tensors import Tensors
+
+_SLICE = 2**20  # values a coordinate-wise rule is given at once, over all replies
+
+
+class Replies:
+    """The valid replies of one round, kept on disk and read in the order of the clients' names.
+
+    Floating-point sums depend on their order, and replies arrive in any: with a fixed order a run
+    repeats to the bit. Each reply is a slot of float32 values in one unnamed temporary file, which
+    is gone when it is closed or the process ends, so memory does not grow with the replies.
+
+    Args:
+        like: an adapter with the names and shapes of all that will be added, float32.
+        folder: where the file lies; the system's folder for temporary files when None.
+
+    Raises:
+        OSError: when the folder cannot be written.
+    """
+
+    def __init__(self, like: Mapping[str, Tensor], folder: Path | None = None) -> None:
+        self.shapes = {name: tuple(like[name].shape) for name in sorted(like)}
+        self._at: dict[str, int] = {}  # values before each tensor, in a slot
+        self._size = 0
+        for name in self.shapes:
+            self._at[name] = self._size
+            self._size += like[name].numel()
+        self._slots: dict[str, tuple[int, int]] = {}  # by client: slot, examples
+        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+
+    def __enter__(self) -> Replies:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def add(self, name: str, examples: int, adapter: Mapping[str, Tensor]) -> None:
+        """Keep the adapter of client `name`, which was trained on so many examples.
+
+        Raises:
+            ValueError: when names, shapes or types are not those agreed, or the client is known.
+            OSError: when the disk is full.
+        """
+        if name in self._slots or adapter.keys() != self.shapes.keys():
+            raise ValueError(f"the reply of {name} does not fit the round")
+        slot = len(self._slots)
+        self._file.seek(4 * slot * self._size)
+        for key, shape in self.shapes.items():
+            t = adapter[key]
+            if t.dtype != torch.float32 or tuple(t.shape) != shape:
+                raise ValueError(f"{key} is {t.dtype}{list(t.shape)}, not float32{list(shape)}")
+            self._file.write(t.detach().contiguous().numpy().reshape(-1).view(np.uint8).data)
+        self._slots[name] = slot, examples
+
+    @property
+    def examples(self) -> list[int]:
+        """How many examples each reply was trained on, in the order of the names."""
+        return [self._slots[name][1] for name in sorted(self._slots)]
+
+    def __iter__(self) -> Iterator[tuple[Tensors, int]]:
+        """(adapter, examples) of one reply after the other, in the order of the names."""
+        for name in sorted(self._slots):
+            slot, examples = self._slots[name]
+            values = self._read(slot * self._size, self._size)
+            yield (
+                {
+                    key: values[at : at + _count(self.shapes[key])].reshape(self.shapes[key])
+                    for key, at in self._at.items()
+                },
+                examples,
+            )
+            del values
+
+    def coordinatewise(self, rule: Callable[[Tensor], Tensor]) -> Tensors:
+        """An adapter each of whose values follows from the same value in every reply.
+
+        Args:
+            rule: from values [replies, n] float32, the replies in the order of their names, to the
+                values [n] of the result. It is called for slices of every tensor.
+
+        Returns:
+            The tensors by name, float32.
+        """
+        width = max(1, _SLICE // max(1, len(self)))
+        slots = [self._slots[name][0] for name in sorted(self._slots)]
+        out: Tensors = {}
+        for key, at in self._at.items():
+            whole = torch.empty(_count(self.shapes[key]))
+            for start in range(0, len(whole), width):
+                n = min(width, len(whole) - start)
+                values = [self._read(slot * self._size + at + start, n) for slot in slots]
+                whole[start : start + n] = rule(torch.stack(values))
+            out[key] = whole.reshape(self.shapes[key])
+        return out
+
+    def _read(self, start: int, count: int) -> Tensor:
+        values = np.empty(count, np.float32)
+        self._file.seek(4 * start)
+        if self._file.readinto(values.view(np.uint8).data) != 4 * count:  # type: ignore[attr-defined]
+            raise OSError("the file of the round's replies is shorter than what was written")
+        return torch.from_numpy(values)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape, dtype=np.int64))
+
+
+def aggregate(rule: str, replies: Replies) -> Tensors:
+    """The next adapter, by the rule of that name (`federation.aggregate`).
+
+    Raises:
+        KeyError: when there is no such rule.
+        ValueError: when there is no reply.
+    """
+    if not len(replies):
+        raise ValueError("nothing to aggregate")
+    made: Tensors = registry.load("aggregation", rule).aggregate(replies)
+    return made

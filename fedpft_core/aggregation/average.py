@@ -1,4 +1,4 @@
-"""The weighted mean of the clients' adapters, FedAvg (paper equation 2)."""
+"""FedAvg: the mean weighted by examples (paper equation 2)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedpft_core.aggregation import Replies
 from fedpft_core.tensors import Tensors
 
 
@@ -22,6 +23,7 @@ class Average:
         self.examples = 0
 
     def add(self, adapter: Mapping[str, Tensor], examples: int) -> None:
+        """Take one client's float32 adapter into the sum."""
         for name, t in adapter.items():
             value = t.numpy().astype(np.float64)
             value *= examples
@@ -32,10 +34,22 @@ class Average:
         self.examples += examples
 
     def result(self) -> Tensors:
-        """The weighted mean as float32. Raises ValueError when nothing was added."""
+        """The weighted mean as float32.
+
+        Raises:
+            ValueError: when nothing was added.
+        """
         if not self.examples:
             raise ValueError("nothing to average")
         return {
             k: torch.from_numpy((v / self.examples).astype(np.float32))
             for k, v in self._sum.items()
         }
+
+
+def aggregate(replies: Replies) -> Tensors:
+    """Sum the replies one after the other, in the order of the clients' names."""
+    average = Average()
+    for adapter, examples in replies:
+        average.add(adapter, examples)
+    return average.result()

@@ -252,9 +252,10 @@ class FederationConfig:
     rounds: int = _key(10, "rounds T", low=1)
     aggregate: str = _key(
         "average",
-        "what becomes of the clients' adapters: `average` (FedAvg) or `none` (each of "
+        "what becomes of the clients' adapters: "
+        f"{registry.describe('aggregation')}; `none` (each of "
         "federation.clients-per-round clients tunes alone for all rounds; their mean is scored)",
-        choices=("average", "none"),
+        choices=(*registry.names("aggregation"), "none"),
     )
     clip_update_norm: float = _key(
         0.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,20 @@ class Counts:
 
     inactive: dict[int, Tensor]
     tokens: dict[int, int]
+
+
+def sum_counts(counts: Iterable[Counts]) -> Counts:
+    """Σ inactive and Σ tokens per block over a round's clients (paper eq. 7).
+
+    Whole numbers: any order gives the same sums.
+    """
+    inactive: dict[int, Tensor] = {}
+    tokens: dict[int, int] = {}
+    for c in counts:
+        for block, value in c.inactive.items():
+            inactive[block] = inactive[block] + value if block in inactive else value.clone()
+            tokens[block] = tokens.get(block, 0) + c.tokens[block]
+    return Counts(inactive, tokens)
 
 
 @torch.inference_mode()

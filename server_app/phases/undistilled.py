@@ -25,7 +25,7 @@ def undistilled(bench: Bench, transport: Transport, events: EventLog, package: P
     arm = events.tagged(arm="undistilled")
     with phase(events, "undistilled"):
         strategy = Strategy(config, transport, arm)
-        strategy.wait_for_nodes()
+        strategy.nodes.wait()
         models.plug(models.start)
         state = fresh_state(models.start, package)
         for round in range(1, config.federation.rounds + 1):

@@ -58,8 +58,8 @@ class Tap(LocalTransport):
         messages: Mapping[int, Envelope],
         round: int,
         timeout: float,
-        on_reply: OnReply | None = None,
-    ) -> dict[int, Envelope | Failure]:
+        on_reply: OnReply,
+    ) -> None:
         replies: dict[int, Envelope | Failure] = {}
         order = list(messages)
         if self.rng:
@@ -75,9 +75,7 @@ class Tap(LocalTransport):
         if self.rng:
             self.rng.shuffle(order)
         for node in order:
-            if on_reply:
-                on_reply(node, replies[node])
-        return replies
+            on_reply(node, replies[node])
 
     def envelopes(self, way: str = "") -> list[tuple[int, Envelope]]:
         found = [(n, wire.from_record(r)) for w, n, r in self.records if way in ("", w)]

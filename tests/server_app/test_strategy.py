@@ -18,17 +18,12 @@ from fedpft_core.train.inactivity import Counts
 from fedpft_core.wire import codec
 from fedpft_core.wire.envelope import Envelope, open_envelope, seal
 from fedpft_core.wire.messages import Failure, HelloReply, NeedReply, TrainReply, TrainRequest
-from server_app import strategy as strategy_module
+from server_app.rounds import nodes as nodes_module
+from server_app.rounds.outcome import Good, Outcome, training_wall
+from server_app.rounds.requests import learning_rate, reply_format
 from server_app.run.events import EventLog
 from server_app.state import State
-from server_app.strategy import (
-    Good,
-    Outcome,
-    Strategy,
-    learning_rate,
-    reply_format,
-    training_wall,
-)
+from server_app.strategy import Strategy
 
 NAMES = tuple("abcdef")
 
@@ -346,20 +341,20 @@ def test_who_cannot_introduce_itself_is_left_out(greet: Any, reason: str) -> Non
     network = fabricate.network("a", "b", "c")
     network.members[13].greet = greet
     strategy, state, events = started(network)
-    assert [n.name for n in strategy.meet(state, 1)] == ["a", "b"]
+    assert [n.name for n in strategy.nodes.meet(state, 1)] == ["a", "b"]
     (text,) = seen(events, "warning", "text")
     assert text.startswith("node 13 is left out: ") and reason in text
     network.members[13].greet = None
-    assert [n.name for n in strategy.meet(state, 1)] == ["a", "b", "c"]  # asked again
+    assert [n.name for n in strategy.nodes.meet(state, 1)] == ["a", "b", "c"]  # asked again
 
 
 def test_two_nodes_with_one_name_are_one_too_many() -> None:
     network = fabricate.network("a", "b", "a")
     strategy, state, _ = started(network)
-    nodes = strategy.meet(state, 1)
+    nodes = strategy.nodes.meet(state, 1)
     assert [(n.id, n.name) for n in nodes] == [(11, "a"), (12, "b")]
     del network.members[11]
-    assert [(n.id, n.name) for n in strategy.meet(state, 2)] == [(13, "a"), (12, "b")]
+    assert [(n.id, n.name) for n in strategy.nodes.meet(state, 2)] == [(13, "a"), (12, "b")]
 
 
 def test_a_node_that_returns_under_a_new_id_keeps_what_it_has() -> None:
@@ -371,13 +366,13 @@ def test_a_node_that_returns_under_a_new_id_keeps_what_it_has() -> None:
     outcome = strategy.run_round(state, 2, "")
     assert outcome.good == 3
     assert parts_sent(network, mark)["b"] == {"adapter"}
-    assert sorted(n.name for n in strategy.known.values()) == ["a", "b", "c"]
+    assert sorted(n.name for n in strategy.nodes.known.values()) == ["a", "b", "c"]
 
 
 def test_a_late_node_joins_the_next_round() -> None:
     network = fabricate.network("a", "b")
     strategy, state, events = started(network)
-    strategy.wait_for_nodes = lambda: None  # type: ignore[method-assign]
+    strategy.nodes.wait = lambda: None  # type: ignore[method-assign]
     assert strategy.run_round(state, 1, "").good == 2
     network.members[50] = Node("0-late", 4)
     assert strategy.run_round(state, 2, "").good == 3
@@ -396,15 +391,15 @@ def test_a_node_that_is_gone_is_not_asked() -> None:
 
 
 def test_waiting_for_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(strategy_module, "_SETTLE_SECONDS", 0.1)
+    monkeypatch.setattr(nodes_module, "_SETTLE_SECONDS", 0.1)
     network = fabricate.network("a")
     strategy, state, events = started(network)
     with pytest.raises(RunError, match=r"only 1 of federation.min-clients = 2 nodes connected"):
-        strategy.wait_for_nodes()
+        strategy.nodes.wait()
     with pytest.raises(RunError, match="only 1 of"):
         strategy.run_round(state, 1, "")
     network.members[12] = Node("b")
-    strategy.wait_for_nodes()
+    strategy.nodes.wait()
     assert "only 2 nodes are connected" in seen(events, "warning", "text")[-1]
 
 
@@ -511,10 +506,9 @@ def test_a_duplicated_need_is_no_fault() -> None:
 
 def test_a_reply_from_a_node_that_was_not_asked_is_ignored() -> None:
     class Noisy(Network):
-        def exchange(self, messages: Any, round: int, timeout: float, on_reply: Any = None) -> Any:
-            if on_reply:
-                on_reply(777, Failure("who?"))
-            return super().exchange(messages, round, timeout, on_reply)
+        def exchange(self, messages: Any, round: int, timeout: float, on_reply: Any) -> None:
+            on_reply(777, Failure("who?"))
+            super().exchange(messages, round, timeout, on_reply)
 
     network = Noisy(fabricate.network("a", "b", "c").members)
     strategy, state, _ = started(network)
@@ -569,8 +563,7 @@ def test_the_ledger_counts_every_byte_of_every_message() -> None:
 
 def test_training_wall_is_the_union_of_the_clients_intervals() -> None:
     def reply(seconds: float, arrived: float) -> Good:
-        message = TrainReply("c", 1, "0" * 64, 1, 1, 0.0, seconds, {}, "fp32")
-        return Good(message, {}, None, arrived)
+        return Good(1, 0.0, seconds, arrived)
 
     assert training_wall([]) == 0.0
     # 1 to 3 and 2 to 4 overlap, 6 to 7 stands alone.

@@ -275,10 +275,14 @@ def test_replies_are_matched_by_the_message_they_answer(monkeypatch: pytest.Monk
         answer_to("question-5", 8, "No heartbeat"),
     ], refuses=13)  # fmt: skip
     told: list[int] = []
+    replies: dict[int, Any] = {}
+
+    def on_reply(node: int, reply: Any) -> None:
+        told.append(node)
+        replies[node] = reply
+
     messages = dict.fromkeys((11, 12, 13, 14, 15, 16), seal(Hello()))
-    replies = FlowerTransport(grid, 0.01).exchange(  # type: ignore[arg-type]
-        messages, 2, 0.3, lambda node, reply: told.append(node)
-    )
+    FlowerTransport(grid, 0.01).exchange(messages, 2, 0.3, on_reply)  # type: ignore[arg-type]
     good = replies.pop(11)
     assert isinstance(good, Envelope)
     assert open_envelope(good) == RefusalReply("x", "good")

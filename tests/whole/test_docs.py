@@ -38,7 +38,7 @@ def test_paper_map_functions_exist(functions: str) -> None:
         if name == "plan.proxy":
             continue
         module, _, rest = name.partition(".")
-        server = ("strategy", "local", "phases")
+        server = ("rounds", "local", "phases")
         where = "server_app" if module in server else "fedpft_core"
         target = importlib.import_module(f"{where}.{module}")
         for part in rest.split("."):

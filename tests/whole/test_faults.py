@@ -19,11 +19,13 @@ import pytest
 import tiny
 import torch
 
+import client_app.chain
 import client_app.client
 import client_app.node
 import server_app.app
 from fedpft_core import config
 from fedpft_core.adapter import lora as adapters
+from fedpft_core.aggregation import average as average_module
 from fedpft_core.align import distill, selection
 from fedpft_core.data.batches import public_batches
 from fedpft_core.model import load as models
@@ -34,15 +36,18 @@ from fedpft_core.train import tune as training
 from fedpft_core.train.evaluate import evaluate
 from fedpft_core.train.inactivity import Counts, count_inactive
 from fedpft_core.wire.envelope import open_envelope
-from server_app import strategy
 from server_app.bench import Bench
 from server_app.phases import align as align_phase
 from server_app.phases import load as load_phase
 from server_app.phases import score as score_phase
+from server_app.rounds import ledger
+from server_app.rounds import outcome as outcome_module
+from server_app.rounds import requests as requests_module
+from server_app.rounds.requests import learning_rate
 from server_app.run.checkpoint import Checkpoints
 from server_app.run.events import EventLog
 from server_app.state import State, fresh_state
-from server_app.strategy import Strategy, learning_rate
+from server_app.strategy import Strategy
 
 Patch = pytest.MonkeyPatch
 QUICK = {
@@ -257,12 +262,12 @@ def test_4_one_model_for_everybody(
     fault: str, task: dict[str, Any], tmp_path: Path, monkeypatch: Patch
 ) -> None:
     held = client_app.client.Client._held
-    deliver = strategy.delivery
+    deliver = requests_module.delivery
 
     if fault in ("stale", "shared", "unsent"):
         # Whoever has any sub-FM is sent no other.
         monkeypatch.setattr(
-            strategy, "delivery",
+            requests_module, "delivery",
             lambda have, *more: (False, ()) if have else deliver(have, *more),
         )  # fmt: skip
     if fault == "stale":
@@ -293,7 +298,7 @@ def test_4_one_model_for_everybody(
         monkeypatch.setattr(load_phase, "load", remember)
         monkeypatch.setattr(client_app.client.Client, "_held", the_servers)
     if fault == "uncounted":
-        monkeypatch.setattr(Strategy, "_count_bytes", lambda *args: None)
+        monkeypatch.setattr(ledger, "count_bytes", lambda *args: None)
 
     if fault == "none":
         check_changed_weights_travel(task, tmp_path)
@@ -332,7 +337,7 @@ def test_4_state_that_leaks_between_clients(
     task: dict[str, Any], tmp_path: Path, monkeypatch: Patch, fails: Any
 ) -> None:
     check_nothing_leaks_between_clients(task, tmp_path / "real")
-    train = client_app.client.fine_tune
+    train = client_app.chain.fine_tune
 
     def on_what_was_left_behind(model: Any, *args: Any) -> Any:
         left = getattr(model, "left_behind", None)
@@ -344,7 +349,7 @@ def test_4_state_that_leaks_between_clients(
         model.left_behind = [p.detach().clone() for p in _trainable(model)]
         return result
 
-    monkeypatch.setattr(client_app.client, "fine_tune", on_what_was_left_behind)
+    monkeypatch.setattr(client_app.chain, "fine_tune", on_what_was_left_behind)
     with fails():
         check_nothing_leaks_between_clients(task, tmp_path / "fault")
 
@@ -365,8 +370,8 @@ class _Backwards:
     def nodes(self) -> list[int]:
         return list(reversed(self.transport.nodes()))
 
-    def exchange(self, messages: Any, *args: Any) -> Any:
-        return self.transport.exchange(dict(reversed(messages.items())), *args)
+    def exchange(self, messages: Any, *args: Any) -> None:
+        self.transport.exchange(dict(reversed(messages.items())), *args)
 
 
 class _Federation(tiny.Federation):
@@ -400,13 +405,13 @@ def check_weights_belong_to_their_replies(flat: dict[str, Any], folder: Path) ->
 def test_5_replies_weighted_wrongly(
     fault: str, task: dict[str, Any], tmp_path: Path, monkeypatch: Patch, fails: Any
 ) -> None:
-    average = strategy.Average
+    average = average_module.Average
 
-    class EqualWeights(strategy.Average):
+    class EqualWeights(average_module.Average):
         def add(self, adapter: Any, examples: int) -> None:
             super().add(adapter, 1)
 
-    class AnotherOrder(strategy.Average):
+    class AnotherOrder(average_module.Average):
         def __init__(self) -> None:
             super().__init__()
             self.pending: list[tuple[Any, int]] = []
@@ -426,22 +431,20 @@ def test_5_replies_weighted_wrongly(
         check_weights_belong_to_their_replies(task, tmp_path)
         return
     if fault == "equal weights":
-        monkeypatch.setattr(strategy, "Average", EqualWeights)
+        monkeypatch.setattr(average_module, "Average", EqualWeights)
     elif fault == "another order":
-        monkeypatch.setattr(strategy, "Average", AnotherOrder)
+        monkeypatch.setattr(average_module, "Average", AnotherOrder)
     else:
-        mean = Strategy._average
+        mean = outcome_module.aggregate
 
-        def by_arrival(self: Any, good: Any, *args: Any) -> Any:
-            names = list(good)
-            weights = [good[n].reply.examples for n in sorted(good)]
-            mixed = {
-                n: replace(good[n], reply=replace(good[n].reply, examples=w))
-                for n, w in zip(names, weights, strict=True)
+        def by_arrival(rule: str, replies: Any) -> Any:
+            slots = replies._slots.items()  # as they arrived
+            replies._slots = {
+                n: (slot, w) for (n, (slot, _)), w in zip(slots, replies.examples, strict=True)
             }
-            return mean(self, mixed, *args)
+            return mean(rule, replies)
 
-        monkeypatch.setattr(Strategy, "_average", by_arrival)
+        monkeypatch.setattr(outcome_module, "aggregate", by_arrival)
     with fails():
         check_weights_belong_to_their_replies(task, tmp_path)
 
@@ -607,7 +610,7 @@ def _draws(flat: dict[str, Any]) -> dict[str, Callable[[int], Any]]:
 
     def clients(seed: int) -> Any:
         chosen: Any = Strategy(_with_seed(flat, seed), SimpleNamespace(), SimpleNamespace())  # type: ignore[arg-type]
-        return [n.name for r in range(1, 6) for n in chosen._sample(nodes, r, 1)]
+        return [n.name for r in range(1, 6) for n in chosen.sample(nodes, r, 1)]
 
     def local_training(seed: int) -> Any:
         adapters.load(small, start, plan)

@@ -20,10 +20,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedpft_core.aggregation.average import Average
-from fedpft_core.aggregation.counts import sum_counts
 from fedpft_core.errors import ReplyError
 from fedpft_core.proxy.package import apply_patch
-from fedpft_core.train.inactivity import Counts
+from fedpft_core.train.inactivity import Counts, sum_counts
 from fedpft_core.train.tune import LocalSettings
 from fedpft_core.wire import codec
 from fedpft_core.wire.envelope import Envelope, open_envelope, seal

@@ -1,0 +1,156 @@
+"""The chain that a round's work passes at a client, from the adapter received to the one sent.
+
+`STEPS` is the whole of it, in order. A step takes the work in hand and returns it as the next step
+gets it. A step of one's own is a function and one entry in `STEPS`: one that clips a change or adds
+noise to it belongs between `tune` and `encode`, where `adapter` is float32.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from client_app.store import Residuals
+from fedpft_core.adapter import lora as adapters
+from fedpft_core.data.batches import Encoded
+from fedpft_core.errors import ReplyError
+from fedpft_core.proxy.package import ClientModel
+from fedpft_core.seeds import derive
+from fedpft_core.tensors import Tensors
+from fedpft_core.train.evaluate import evaluate
+from fedpft_core.train.inactivity import count_inactive
+from fedpft_core.train.tune import fine_tune
+from fedpft_core.wire import codec
+from fedpft_core.wire.messages import TrainRequest
+
+log = logging.getLogger("fedpft")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One round's work of one client, as far as it has come.
+
+    `rows` is what it trains on, `held_out` what it keeps from training, `sent` the adapter it
+    received, float32. The other fields are filled by the steps.
+    """
+
+    name: str
+    request: TrainRequest
+    model: ClientModel
+    rows: Encoded
+    held_out: Encoded
+    sent: Tensors
+    residuals: Residuals
+    right: int = 0  # rows of `held_out` that the sub-FM with `sent` labels right
+    steps: int = 0
+    loss: float = 0.0
+    seconds: float = 0.0
+    adapter: Tensors = field(default_factory=dict)  # float32 until `encode`
+    counts: Tensors = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)  # seconds by step, before `encode`
+
+
+def plug(work: Work) -> Work:
+    """Put the adapter received on the sub-FM.
+
+    Raises:
+        ReplyError: when it does not fit.
+    """
+    try:
+        adapters.load(work.model.model, work.sent, work.model.plan)
+    except ValueError as error:
+        raise ReplyError(f"the adapter received does not fit the sub-FM ({error})") from error
+    return work
+
+
+def validate(work: Work) -> Work:
+    """Score the adapter received on the rows kept from training."""
+    if not len(work.held_out):
+        return work
+    score = evaluate(work.model.model, work.held_out, 2 * work.request.settings.batch_size)
+    return replace(work, right=round(score.accuracy * score.rows))
+
+
+def tune(work: Work) -> Work:
+    """Fine-tune the adapter on the rows; afterwards it is read from the model."""
+    model, request = work.model, work.request
+    seed = derive(request.seed, "local", request.round, work.name)
+    done = fine_tune(model.model, work.rows, request.settings, seed)
+    return replace(
+        work, steps=done.steps, loss=done.loss, seconds=done.seconds,
+        adapter=adapters.read(model.model, model.plan),
+    )  # fmt: skip
+
+
+def count(work: Work) -> Work:
+    """Count inactive neurons with the tuned adapter, where the server asks for it."""
+    request = work.request
+    if not request.count_rule:
+        return work
+    found = count_inactive(
+        work.model.model, work.model.plan, work.rows, 2 * request.settings.batch_size,
+        request.count_rule,
+    )  # fmt: skip
+    counts: Tensors = {}
+    for block, value in found.inactive.items():
+        counts[f"{block}"] = value
+        counts[f"{block}/tokens"] = torch.tensor([found.tokens[block]])
+    return replace(work, counts=counts)
+
+
+def encode(work: Work) -> Work:
+    """Put the adapter into the format asked for, with error feedback where it has any.
+
+    Raises:
+        ReplyError: when the format is unknown, or the request cannot name a residual.
+    """
+    request, kept, new = work.request, work.residuals, work.adapter
+    fmt = request.reply_fmt or request.fmt
+    if fmt not in codec.UPDATE_FORMATS:
+        raise ReplyError(f"the server asks for an unknown format {fmt!r}")
+    residual: Tensors = {}
+    if fmt == "ternary":
+        try:
+            residual = kept.get(request.run, work.name, request.round)
+        except ValueError as error:
+            raise ReplyError(f"the request cannot be used ({error})") from error
+        fits = {k: t.shape for k, t in residual.items()} == {k: t.shape for k, t in new.items()}
+        residual = residual if fits else {}
+    tensors, left = codec.encode_update(new, work.sent, residual, fmt)
+    # After a diverged round there is nothing sensible left to send.
+    if left and all(bool(t.isfinite().all()) for t in left.values()):
+        try:
+            kept.put(request.run, work.name, request.round, left)
+        except OSError as error:
+            log.warning("client %s: rounding residual not kept: %s", work.name, error)
+    return replace(work, adapter=tensors)
+
+
+STEPS: tuple[tuple[str, Callable[[Work], Work]], ...] = (
+    ("prepare", plug),
+    ("validate", validate),
+    ("train", tune),
+    ("count", count),
+    ("", encode),  # not timed
+)
+
+
+def work_through(work: Work, began: float) -> Work:
+    """Take a round's work through the chain.
+
+    Args:
+        work: with what the client has to work with.
+        began: when the message came, `time.perf_counter()`; what was done since is booked to the
+            first step.
+    """
+    for name, step in STEPS:
+        work = step(work)
+        now = time.perf_counter()
+        if name:
+            work = replace(work, timings=work.timings | {name: now - began})
+        began = now
+    return work

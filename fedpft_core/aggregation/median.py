@@ -1,0 +1,25 @@
+"""Coordinate-wise median, which a minority of odd replies cannot move far.
+
+Every value of the next adapter is the median of that value over the replies; of an even number
+the mean of the middle two. Each client has one vote: how many examples it has is ignored.
+After Yin et al., Byzantine-Robust Distributed Learning (arXiv:1803.01498), algorithm 1.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fedpft_core.aggregation import Replies
+from fedpft_core.tensors import Tensors
+
+
+def aggregate(replies: Replies) -> Tensors:
+    """The median of each value over the replies."""
+    return replies.coordinatewise(median)
+
+
+def median(values: Tensor) -> Tensor:
+    """[replies, n] to [n], float32; the mean of the middle two is taken in float64."""
+    ordered = values.sort(dim=0).values
+    n = len(ordered)
+    return ordered[(n - 1) // 2 : n // 2 + 1].double().mean(0).float()

@@ -1,0 +1,1 @@
+"""One round: who is there, what is sent, the chain a reply passes, what comes of it."""

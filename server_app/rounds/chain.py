@@ -1,0 +1,109 @@
+"""The chain that a reply passes on the server, from its envelope to the aggregation.
+
+`STEPS` is the whole of it, in order. A step takes the reply in hand and what was asked of it, and
+returns the reply as the next step gets it; what a step leaves out is released. It raises
+`ReplyError` to refuse the reply. A step of one's own is a function and one entry in `STEPS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from fedpft_core.adapter.lora import clip_change
+from fedpft_core.aggregation import Replies
+from fedpft_core.errors import ReplyError
+from fedpft_core.tensors import Tensors
+from fedpft_core.train.inactivity import Counts
+from fedpft_core.wire.envelope import Envelope, open_envelope
+from fedpft_core.wire.messages import NeedReply, RefusalReply, TrainReply
+from fedpft_core.wire.validate import Expected, check_size, validate
+from server_app.rounds.nodes import Node
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a round's replies are held against, and where they go.
+
+    `longest` is federation.clip-update-norm; 0 = no limit.
+    """
+
+    want: Expected
+    longest: float
+    replies: Replies
+
+
+@dataclass(frozen=True)
+class InHand:
+    """One reply on its way. `message` has no tensors any more once they are decoded."""
+
+    node: Node
+    envelope: Envelope | None
+    message: TrainReply | None = None
+    adapter: Tensors = field(default_factory=dict)  # float32, as the client has it
+    counts: Counts | None = None
+
+
+class Lacking(ReplyError):
+    """The client lacks the sub-FM it was asked to train on; `have` is what it could start from."""
+
+    def __init__(self, have: tuple[str, ...]) -> None:
+        super().__init__("unexpected NeedReply")
+        self.have = have
+
+
+def decode(hand: InHand, asked: Asked) -> InHand:
+    """Open the envelope, after its size and before anything else is looked at."""
+    assert hand.envelope is not None
+    check_size(hand.envelope, asked.want.max_bytes)
+    message = open_envelope(hand.envelope)
+    if isinstance(message, NeedReply):
+        raise Lacking(message.have)
+    if isinstance(message, RefusalReply):
+        raise ReplyError(message.reason)
+    if not isinstance(message, TrainReply):
+        raise ReplyError(f"unexpected {type(message).__name__}")
+    return replace(hand, envelope=None, message=message)
+
+
+def check(hand: InHand, asked: Asked) -> InHand:
+    """Hold the reply against what was asked; from here on its adapter is float32."""
+    assert hand.message is not None
+    node = hand.node
+    adapter, counts = validate(hand.message, asked.want, node.name, node.examples, node.validation)
+    bare = replace(hand.message, adapter={}, counts={})
+    return replace(hand, message=bare, adapter=adapter, counts=counts)
+
+
+def clip(hand: InHand, asked: Asked) -> InHand:
+    """Scale a change that is too long down to the bound."""
+    if not asked.longest:
+        return hand
+    return replace(hand, adapter=clip_change(hand.adapter, asked.want.adapter, asked.longest))
+
+
+def spool(hand: InHand, asked: Asked) -> InHand:
+    """Hand the adapter to the aggregation, which keeps it on disk."""
+    assert hand.message is not None
+    asked.replies.add(hand.node.name, hand.message.examples, hand.adapter)
+    return replace(hand, adapter={})
+
+
+STEPS: tuple[Callable[[InHand, Asked], InHand], ...] = (decode, check, clip, spool)
+
+
+def receive(node: Node, envelope: Envelope, asked: Asked) -> tuple[TrainReply, Counts | None]:
+    """Take one reply through the chain.
+
+    Returns:
+        Its figures, as a message without tensors, and its inactivity counts.
+
+    Raises:
+        Lacking: when the client has to be served again.
+        ReplyError: when the reply must not be used.
+    """
+    hand = InHand(node, envelope)
+    for step in STEPS:
+        hand = step(hand, asked)
+    assert hand.message is not None
+    return hand.message, hand.counts

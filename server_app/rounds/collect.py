@@ -1,0 +1,89 @@
+"""A round's replies as they come in: each passes the chain once, and is booked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fedpft_core.errors import ReplyError
+from fedpft_core.train.inactivity import Counts, sum_counts
+from fedpft_core.wire.envelope import Envelope
+from fedpft_core.wire.messages import Failure
+from server_app.rounds import ledger
+from server_app.rounds.chain import Asked, Lacking, receive
+from server_app.rounds.ledger import printable
+from server_app.rounds.nodes import Node
+from server_app.rounds.outcome import Good
+from server_app.state import Events, State
+
+
+class Collection:
+    """The replies to one round's requests: figures of the good ones, reasons of the bad ones.
+
+    Of several replies of one node only the first that settles it counts, whatever order they come
+    in. No reply is kept: its adapter goes down the chain, its counts into one running sum.
+    """
+
+    def __init__(
+        self, asked: Asked, nodes: Sequence[Node], state: State, round: int, events: Events
+    ) -> None:
+        self.asked = asked
+        self.nodes = {n.id: n for n in nodes}
+        self.state = state
+        self.round = round
+        self.events = events
+        self.good: dict[str, Good] = {}  # by client name, as is `bad`
+        self.bad: dict[str, str] = {}
+        self.again: dict[int, tuple[str, ...]] = {}  # who has to be served again, and has what
+        self.counts: Counts | None = None
+        self.serving_again = False
+        self._started = time.perf_counter()
+
+    def on_reply(self, node_id: int, reply: Envelope | Failure) -> None:
+        """Book a reply and, unless its node is settled, judge it."""
+        node = self.nodes.get(node_id)
+        if node is None:
+            return
+        if isinstance(reply, Envelope):
+            ledger.count_bytes(self.events, self.round, node.name, "up", reply)
+        settled = node.name in self.good or node.name in self.bad
+        if settled or (node_id in self.again and not self.serving_again):
+            return
+        seconds = time.perf_counter() - self._started
+        status, fields = self._judge(node, reply)
+        self.events.emit(
+            "reply", round=self.round, client=node.name, status=status, seconds=seconds, **fields
+        )
+
+    def _judge(self, node: Node, reply: Envelope | Failure) -> tuple[str, dict[str, Any]]:
+        """The reply's status and the fields of its event."""
+        if isinstance(reply, Failure):
+            self.bad[node.name] = reason = printable(reply.reason)
+            return "error", {"reason": reason}
+        try:
+            message, counts = receive(node, reply, self.asked)
+        except ReplyError as error:
+            if isinstance(error, Lacking) and not self.serving_again:
+                self.again[node.id] = error.have
+                self.state.have.pop(node.name, None)
+                return "need", {}
+            self.bad[node.name] = reason = printable(error)
+            return "refused", {"reason": reason}
+        self.good[node.name] = Good(
+            message.examples, message.loss, message.seconds,
+            time.perf_counter() - self._started,
+            message.validation_rows, message.validation_correct,
+        )  # fmt: skip
+        if counts is not None:
+            self.counts = sum_counts([self.counts, counts] if self.counts else [counts])
+        self.state.have[node.name] = (self.state.digest,)
+        held_out = {
+            "validation_rows": message.validation_rows,
+            "validation_correct": message.validation_correct,
+        }
+        return "ok", {
+            "examples": message.examples, "loss": message.loss, "steps": message.steps,
+            "train_seconds": message.seconds, "timings": message.timings,
+            **(held_out if message.validation_rows else {}),
+        }  # fmt: skip

@@ -1,0 +1,19 @@
+"""Every byte that crosses the network, booked as an event."""
+
+from __future__ import annotations
+
+from fedpft_core.wire.envelope import Envelope
+from server_app.state import Events
+
+
+def count_bytes(
+    events: Events, round: int, client: str, direction: str, envelope: Envelope
+) -> None:
+    """Book a message that went `up` or `down`, one event for each kind of part it carries."""
+    for kind, size in envelope.sizes().items():
+        events.emit("bytes", round=round, client=client, direction=direction, kind=kind, bytes=size)
+
+
+def printable(text: object) -> str:
+    """A client's words, fit for a terminal and a log."""
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:500])

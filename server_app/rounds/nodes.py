@@ -1,0 +1,130 @@
+"""Who is there: the connected nodes, and what each says of itself."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from fedpft_core.config import FederationConfig
+from fedpft_core.errors import ReplyError, RunError
+from fedpft_core.wire.envelope import Envelope, open_envelope, seal
+from fedpft_core.wire.messages import Failure, Hello, HelloReply, RefusalReply
+from fedpft_core.wire.validate import check_size
+from server_app.rounds import ledger
+from server_app.rounds.ledger import printable
+from server_app.state import Events, State
+from server_app.transport import Transport
+
+_SETTLE_SECONDS = 3.0  # how long the set of nodes must stand still before a smaller one will do
+_HELLO_SECONDS = 300.0  # a fresh process has to import torch, on a machine that may be busy
+_HELLO_BYTES = 2**17  # the largest answer to the first query
+_MOST_EXAMPLES = 2**40  # keeps sums over clients exact in float64
+
+
+@dataclass(frozen=True)
+class Node:
+    """A connected client: Flower's id for this run, its stable name, rows it announced to train
+    on and to keep from training."""
+
+    id: int
+    name: str
+    examples: int
+    validation: int = 0
+
+
+class Nodes:
+    """The nodes of one federation; each is asked once who it is."""
+
+    def __init__(self, settings: FederationConfig, transport: Transport, events: Events) -> None:
+        self.settings = settings
+        self.transport = transport
+        self.events = events
+        self.known: dict[int, Node] = {}
+        self.left_out: dict[int, str] = {}  # why, by node id
+
+    def wait(self) -> None:
+        """Wait for all `federation.clients`, or for a standing set of at least min-clients.
+
+        Raises RunError when there are fewer than min-clients after node-timeout seconds.
+        """
+        f = self.settings
+        start = changed = time.monotonic()
+        count = -1
+        while True:
+            nodes = len(self.transport.nodes())
+            now = time.monotonic()
+            if nodes != count:
+                count, changed = nodes, now
+            if nodes >= f.clients:
+                return
+            if nodes >= f.min_clients and now - changed >= _SETTLE_SECONDS:
+                if nodes >= f.clients_per_round:
+                    return
+                self.events.emit(
+                    "warning",
+                    text=f"only {nodes} nodes are connected, so that many are used per round "
+                    f"instead of federation.clients-per-round = {f.clients_per_round}",
+                )
+                return
+            if now - start > f.node_timeout:
+                raise RunError(
+                    f"only {nodes} of federation.min-clients = {f.min_clients} nodes connected "
+                    f"within federation.node-timeout = {f.node_timeout:g} s"
+                )
+            time.sleep(0.2)
+
+    def meet(self, state: State, round: int) -> list[Node]:
+        """The nodes connected now, by name; new ones are asked who they are."""
+        ids = self.transport.nodes()
+        new = [i for i in ids if i not in self.known]
+        hello = seal(Hello())
+        replies: dict[int, Envelope | Failure] = {}
+        timeout = min(_HELLO_SECONDS, self.settings.round_timeout)
+        self.transport.exchange(dict.fromkeys(new, hello), round, timeout, replies.__setitem__)
+        for node_id in new:
+            reply = replies[node_id]
+            name = self._introduce(node_id, reply, state)
+            ledger.count_bytes(self.events, round, name, "down", hello)
+            if isinstance(reply, Envelope):
+                ledger.count_bytes(self.events, round, name, "up", reply)
+        present = [self.known[i] for i in ids if i in self.known]
+        if new:
+            names = sorted(n.name for n in present)
+            self.events.emit("nodes", count=len(names), names=names)
+        return sorted(present, key=lambda n: n.name)
+
+    def _introduce(self, node_id: int, reply: Envelope | Failure, state: State) -> str:
+        """Note who a node is; its name, or `?` when it is left out."""
+        try:
+            if isinstance(reply, Failure):
+                raise ReplyError(reply.reason)
+            check_size(reply, _HELLO_BYTES)
+            message = open_envelope(reply)
+            if isinstance(message, RefusalReply):
+                raise ReplyError(message.reason)
+            if not isinstance(message, HelloReply):
+                raise ReplyError(f"it answered the first query with a {type(message).__name__}")
+            name = message.name
+            if not 0 < len(name) <= 64 or not name.isprintable():
+                raise ReplyError("its name is not a printable text of 1 to 64 characters")
+            if not 1 <= message.examples < _MOST_EXAMPLES:
+                raise ReplyError(f"client {name} says it has {message.examples} rows")
+            if not 0 <= message.validation < _MOST_EXAMPLES:
+                raise ReplyError(f"client {name} says it has {message.validation} validation rows")
+            connected = set(self.transport.nodes())
+            for other_id, other in list(self.known.items()):
+                if other.name == name:
+                    if other_id in connected:
+                        raise ReplyError(f"another connected node is already named {name}")
+                    # The same client back under a new node id.
+                    del self.known[other_id]
+        except ReplyError as error:
+            self.left_out[node_id] = printable(error)
+            text = f"node {node_id} is left out: {self.left_out[node_id]}"
+            self.events.emit("warning", text=text)
+            return "?"
+        self.left_out.pop(node_id, None)
+        self.known[node_id] = Node(node_id, name, message.examples, message.validation)
+        if message.have:
+            state.have[name] = message.have
+        return name

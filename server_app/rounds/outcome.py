@@ -1,0 +1,90 @@
+"""What a round came to: the next adapter and the figures beside it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fedpft_core.aggregation import Replies, aggregate
+from fedpft_core.tensors import Tensors
+from fedpft_core.train.inactivity import Counts
+
+
+@dataclass(frozen=True)
+class Good:
+    """The figures of a valid reply, without its tensors.
+
+    `seconds` is what the client trained, `arrived` the seconds since the round began.
+    """
+
+    examples: int
+    loss: float
+    seconds: float
+    arrived: float
+    validation_rows: int = 0
+    validation_correct: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished round; during `busy_seconds` a client was training or the server aggregating."""
+
+    adapter: Tensors
+    counts: Counts | None
+    loss: float
+    examples: int
+    good: int
+    bad: int
+    train_seconds: float
+    busy_seconds: float
+    seconds: float
+
+
+def training_wall(replies: Iterable[Good]) -> float:
+    """Seconds during which at least one of these clients was training.
+
+    By the clients' own figures: each trained up to when its reply arrived.
+    """
+    wall, end = 0.0, 0.0
+    for start, stop in sorted((r.arrived - r.seconds, r.arrived) for r in replies):
+        wall += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return wall
+
+
+def outcome(
+    rule: str, replies: Replies, good: dict[str, Good], counts: Counts | None, bad: int,
+    start: float,
+) -> Outcome:  # fmt: skip
+    """Aggregate a round's replies by `rule`.
+
+    Args:
+        rule: a choice of federation.aggregate.
+        replies: the adapters, by client.
+        good: the figures of the same replies, by client.
+        counts: their inactivity counts, summed, where they were asked for.
+        bad: how many replies were not used.
+        start: when the round began, `time.perf_counter()`.
+    """
+    began = time.perf_counter()
+    adapter = aggregate(rule, replies)
+    # In the order of the names: sums of floats depend on it.
+    ordered = [good[name] for name in sorted(good)]
+    examples = sum(r.examples for r in ordered)
+    loss = busy = 0.0
+    for r in ordered:
+        loss += r.loss * r.examples
+        busy += r.seconds
+    done = time.perf_counter()
+    return Outcome(
+        adapter=adapter,
+        counts=counts,
+        loss=loss / examples,
+        examples=examples,
+        good=len(good),
+        bad=bad,
+        train_seconds=busy,
+        busy_seconds=training_wall(ordered) + done - began,
+        seconds=done - start,
+    )

@@ -1,0 +1,99 @@
+"""What a round sends to each client, and what a good answer to it looks like."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from fedpft_core.config import Config
+from fedpft_core.model.plan import Plan
+from fedpft_core.tensors import Tensors
+from fedpft_core.train.tune import LocalSettings
+from fedpft_core.wire.envelope import Envelope, seal
+from fedpft_core.wire.messages import TrainRequest
+from fedpft_core.wire.validate import Expected
+from server_app.delivery import delivery, useful
+from server_app.state import State
+
+_MOST_PATCHES = 2**16  # tokens an image can become
+
+Request = Callable[[Iterable[str]], Envelope]
+
+
+def learning_rate(lr0: float, round: int, rounds: int) -> float:
+    """lr0 · (T − t + 1) / T for round t of T: linear, never 0 (paper section 5.1)."""
+    return lr0 * (rounds - round + 1) / rounds
+
+
+def reply_format(config: Config) -> str:
+    """The format of the adapters clients send back."""
+    up = config.wire.adapter_up
+    return config.wire.adapter if up == "same" else up
+
+
+def requests(
+    config: Config, state: State, package: bytes, round: int, adapter: Tensors, count_rule: str
+) -> Request:
+    """A function from what a client has to the message it gets.
+
+    Clients that need the same things get the same message: one copy in memory serves all.
+
+    Args:
+        config: the run's configuration.
+        state: where the run stands; patches too old to be of use are dropped from it.
+        package: the state's package as bytes.
+        round: the round the messages begin.
+        adapter: the adapter to start from, in the wire's format.
+        count_rule: how clients are to count inactive neurons; empty = not at all.
+    """
+    t, wire = config.train, config.wire
+    state.patches = useful(state.patches, len(package))
+    settings = LocalSettings(
+        learning_rate(t.lr, round, config.federation.rounds), t.batch_size, t.local_epochs,
+        t.local_steps, t.weight_decay, t.clip, t.threads, t.head_lr_scale,
+    )  # fmt: skip
+    made: dict[tuple[bool, int], Envelope] = {}
+
+    def request(have: Iterable[str]) -> Envelope:
+        whole, chain = delivery(tuple(have), state.digest, len(package), state.patches)
+        key = (whole, len(chain))
+        if key not in made:
+            made[key] = seal(
+                TrainRequest(
+                    round=round,
+                    digest=state.digest,
+                    adapter=adapter,
+                    fmt=wire.adapter,
+                    settings=settings,
+                    seed=config.run.seed,
+                    count_rule=count_rule,
+                    package=package if whole else b"",
+                    patches=chain,
+                    reply_fmt=reply_format(config),
+                    run=state.run,
+                )
+            )
+        return made[key]
+
+    return request
+
+
+def expected(config: Config, state: State, round: int, sent: Tensors, count_rule: str) -> Expected:
+    """What a good reply of this round looks like; `sent` is the adapter as clients decode it."""
+    meta = json.loads(state.package.meta)
+    plan = Plan.from_json(meta["plan"])
+    return Expected(
+        round=round,
+        digest=state.digest,
+        fmt=reply_format(config),
+        adapter=sent,
+        max_update_norm=config.wire.max_update_norm,
+        count_blocks={b: len(plan.blocks[b].kept) for b in plan.pruned} if count_rule else {},
+        tokens_per_row=_tokens_per_row(meta),
+    )
+
+
+def _tokens_per_row(meta: Mapping[str, Any]) -> int:
+    """The most real tokens one example of the package's task can have."""
+    return int(meta["max_length"]) if meta["kind"] != "image" else _MOST_PATCHES
