@@ -19,7 +19,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from client_app import client, rowcache
+from client_app import chain, client, rowcache
 from client_app.client import Client, ProcessCache
 from client_app.node import client_for
 from client_app.store import Store
@@ -140,7 +140,7 @@ def never_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise AssertionError("it trained")
 
-    monkeypatch.setattr(client, "fine_tune", fail)
+    monkeypatch.setattr(chain, "fine_tune", fail)
 
 
 # --- who it is ----------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def test_a_tampered_patch_is_refused(
     server: Server, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained(make(), server.whole(0))
-    monkeypatch.setattr(client, "fine_tune", lambda *_: pytest.fail("it trained"))
+    monkeypatch.setattr(chain, "fine_tune", lambda *_: pytest.fail("it trained"))
     patch, later = server.patches
     name = next(k for k in patch.tensors if k.endswith("in0.weight"))
     nudged = patch.tensors[name].clone()
@@ -425,7 +425,7 @@ def test_a_diverged_round_leaves_no_residual(
 ) -> None:
     read = adapters.read
     monkeypatch.setattr(
-        client.adapters, "read", lambda *a: {k: t * float("nan") for k, t in read(*a).items()}
+        chain.adapters, "read", lambda *a: {k: t * float("nan") for k, t in read(*a).items()}
     )
     reply = trained(make(), ternary(server, 1))
     monkeypatch.undo()
@@ -596,7 +596,7 @@ def test_a_share_of_the_rows_is_validated_on_and_never_trained_on(
     server: Server, edge: Edge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, Any] = {}
-    fine_tune, evaluate = client.fine_tune, client.evaluate
+    fine_tune, evaluate = chain.fine_tune, chain.evaluate
 
     def tuned(model: Any, rows: Any, *more: Any) -> Any:
         seen["train"] = rows
@@ -606,8 +606,8 @@ def test_a_share_of_the_rows_is_validated_on_and_never_trained_on(
         seen["validation"], seen["adapter"] = rows, adapters.read(model)
         return evaluate(model, rows, *more)
 
-    monkeypatch.setattr(client, "fine_tune", tuned)
-    monkeypatch.setattr(client, "evaluate", scored)
+    monkeypatch.setattr(chain, "fine_tune", tuned)
+    monkeypatch.setattr(chain, "evaluate", scored)
     share = {"validation-share": 0.25}
     hello = ask(edge(**share), Hello())
     reply = trained(edge(**share), server.whole(0))

@@ -38,9 +38,14 @@ def test_paper_map_functions_exist(functions: str) -> None:
         if name == "plan.proxy":
             continue
         module, _, rest = name.partition(".")
-        server = ("rounds", "local", "phases")
-        where = "server_app" if module in server else "fedpft_core"
-        target = importlib.import_module(f"{where}.{module}")
+        where = {"strategy": "server_app", "local": "server_app", "Bench": "server_app.bench"}.get(
+            module, "fedpft_core"
+        )
+        if module == "Bench":
+            target = importlib.import_module(where)
+            rest = name
+        else:
+            target = importlib.import_module(f"{where}.{module}")
         for part in rest.split("."):
             if not hasattr(target, part):
                 importlib.import_module(f"{target.__name__}.{part}")

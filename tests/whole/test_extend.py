@@ -30,6 +30,7 @@ events = tiny.run(flat, folder / "run")
 assert sum(distilled["output_error"].values()) < sum(distilled["error_before"].values())
 (alignment,) = [e for e in events if e["event"] == "alignment"]
 assert alignment["neurons"] == 12
+assert "fedpft_core.aggregation.trimmed" in sys.modules
 print("ran")
 """
 
@@ -42,14 +43,14 @@ def test_the_page_works_as_written(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     page = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
     files = re.findall(
-        r"^## [^\n]*`(fedpft_core/\w+/\w+\.py)`\n.*?```python\n(.*?)```", page, re.M | re.S
+        r"^## [^\n]*`(fedpft_core/[\w/]+\.py)`\n.*?```python\n(.*?)```", page, re.M | re.S
     )
-    assert len(files) == 3
+    assert len(files) == 4
     for path, code in files:
         assert not (tmp_path / path).exists()
         (tmp_path / path).write_text(code, encoding="utf-8")
     keys = re.findall(r'fedpft run -c "([^"]+)"', page)
-    assert len(keys) == 3
+    assert len(keys) == 4
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *keys],
         cwd=tmp_path, capture_output=True, text=True, timeout=600,
@@ -61,5 +62,5 @@ def test_the_page_works_as_written(tmp_path: Path) -> None:
     )  # fmt: skip
     assert wrote.returncode == 0, wrote.stderr[-3000:]
     listed = (tmp_path / "docs" / "config.md").read_text(encoding="utf-8")
-    for name in ("out-norm", "largest", "bias-only"):
+    for name in ("out-norm", "largest", "bias-only", "trimmed"):
         assert f"`{name}` (" in listed
