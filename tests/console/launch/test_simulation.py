@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedpft_console import cli
+from fedpft_console.commands.config import config_toml
 from fedpft_console.launch import federation_config
 from fedpft_console.launch.processes import alive
 from fedpft_core import config
@@ -111,7 +111,7 @@ def tiny_app(tmp_path_factory: pytest.TempPathFactory) -> Path:
         clientapp = "tiny_fedpft_app.client:app"
         [tool.flwr.app.config]
     """
-    (folder / "pyproject.toml").write_text(textwrap.dedent(head) + cli.config_toml())
+    (folder / "pyproject.toml").write_text(textwrap.dedent(head) + config_toml())
     return folder
 
 
