@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
-from fedpft_console import cli, launch
+from fedpft_console.commands.config import config_toml
+from fedpft_console.launch import federation_config
+from fedpft_console.launch.processes import alive
 from fedpft_core import config
 from server_app.run.events import read_events
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 # The app emits the events of a run of two rounds; `run.seed` picks how it ends.
 SERVER = """
@@ -80,9 +80,10 @@ def train(message: Message, context: Context) -> Message:
 DRIVER = """
 import sys
 from pathlib import Path
-from fedpft_console import cli, launch
+from fedpft_console import cli
+from fedpft_console.launch import simulation
 
-launch.assemble_app = lambda folder: Path(sys.argv[1])
+simulation.assemble_app = lambda folder: Path(sys.argv[1])
 sys.exit(cli.main(sys.argv[2:]))
 """
 
@@ -110,7 +111,7 @@ def tiny_app(tmp_path_factory: pytest.TempPathFactory) -> Path:
         clientapp = "tiny_fedpft_app.client:app"
         [tool.flwr.app.config]
     """
-    (folder / "pyproject.toml").write_text(textwrap.dedent(head) + cli.config_toml())
+    (folder / "pyproject.toml").write_text(textwrap.dedent(head) + config_toml())
     return folder
 
 
@@ -167,7 +168,7 @@ class Started:
         raise AssertionError(f"no {name} is running")
 
     def alive(self) -> list[psutil.Process]:
-        return [p for p in self.seen if launch._alive(p)]
+        return [p for p in self.seen if alive(p)]
 
     def assert_nothing_left(self, patience: float = 0.0) -> None:
         assert len(self.seen) >= 5, "SuperLink, SuperExec, simulation and more were to be seen"
@@ -289,78 +290,6 @@ def test_a_killed_command_takes_its_processes_along(start) -> None:
     assert list(run.temp.glob("fedpft-*")) == []
 
 
-# ---------------------------------------------------------------- without Flower
-
-
-def test_processes_of_others_are_never_taken_for_ours() -> None:
-    ours = {launch.MARKER: "mark-a"}
-    other = {launch.MARKER: "mark-b"}
-    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
-    # The parent of the orphan ends at once, so only the marker can find it.
-    orphan = "import subprocess, sys; print(subprocess.Popen(sys.argv[1:], stdout=-3).pid)"
-    made = subprocess.run(
-        [sys.executable, "-c", orphan, *sleep], env=os.environ | ours,
-        stdout=subprocess.PIPE, check=True, text=True,
-    )  # fmt: skip
-    orphaned = psutil.Process(int(made.stdout))
-    child = subprocess.Popen(sleep, env=os.environ | ours)
-    started = psutil.Process(child.pid)
-    foreign = subprocess.Popen(sleep, env=os.environ | other)
-    try:
-        brood = launch.Brood("mark-a")
-        assert {p.pid for p in brood.scan()} == {orphaned.pid, child.pid}
-        assert brood.end() == []
-        assert not launch._alive(orphaned) and not launch._alive(started)
-        assert foreign.poll() is None
-    finally:
-        for process in (child, foreign):
-            process.kill()
-            process.wait()
-
-
-def test_a_process_that_ignores_the_request_is_forced() -> None:
-    code = """if True:
-        import signal, time
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        print("ready", flush=True)
-        time.sleep(60)
-    """
-    child = subprocess.Popen(
-        [sys.executable, "-c", code], env=os.environ | {launch.MARKER: "stubborn"},
-        stdout=subprocess.PIPE,
-    )  # fmt: skip
-    assert child.stdout is not None
-    child.stdout.readline()
-    started = psutil.Process(child.pid)
-    assert launch.Brood("stubborn").end(patience=0.5) == []
-    assert not launch._alive(started)
-
-
-def test_toml_carries_every_scalar() -> None:
-    flat = {
-        "a.b": True, "a.c": 3, "a.d": 1e-05, "a.e": 1.0,
-        "a.f": 'quote " backslash \\ new\nline tab\t del \x7f é 漢 C:\\x',
-    }  # fmt: skip
-    assert config.flatten(tomllib.loads(launch.toml(flat))) == flat
-
-
-def test_the_app_folder_holds_the_three_packages_and_takes_every_key(tmp_path: Path) -> None:
-    app = launch.assemble_app(tmp_path / "app")
-    project = tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
-    assert config.flatten(project["config"]) == config.to_flat(config.Config())
-    assert (app / "fedpft_core" / "proxy" / "plan.py").is_file()
-    assert {p.suffix for p in app.rglob("*") if p.is_file()} <= {".py", ".toml"}
-    launch.assemble_app(tmp_path / "app")  # again, as a resumed run does
-
-
-def test_the_app_folder_of_an_installed_package_is_complete(monkeypatch) -> None:
-    made = tomllib.loads(launch._pyproject())
-    real = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    for part in ("components", "publisher", "fab-include", "config"):
-        assert made["tool"]["flwr"]["app"][part] == real["tool"]["flwr"]["app"][part]
-    assert made["project"]["name"] == real["project"]["name"]
-
-
 @pytest.mark.parametrize(
     ("clients", "at_once", "threads", "cores", "each", "total"),
     [(10, 4, 1, 2, 1, 2), (10, 4, 1, 64, 1, 4), (10, 4, 2, 64, 2, 8), (2, 2, 8, 2, 2, 2)],
@@ -368,61 +297,7 @@ def test_the_app_folder_of_an_installed_package_is_complete(monkeypatch) -> None
 def test_federation_starts_no_more_workers_than_a_round_needs(
     clients: int, at_once: int, threads: int, cores: int, each: int, total: int
 ) -> None:
-    words = dict(
-        w.split("=") for w in launch.federation_config(clients, at_once, threads, cores).split()
-    )
+    words = dict(w.split("=") for w in federation_config(clients, at_once, threads, cores).split())
     assert words["num-supernodes"] == str(clients)
     assert words["client-resources-num-cpus"] == str(each)
     assert words["init-args-num-cpus"] == str(total)
-
-
-def test_last_error_finds_the_telling_line() -> None:
-    log = "INFO : fine\nTraceback (most recent call last):\nValueError: bad thing\nINFO : bye\n"
-    assert launch.last_error(log) == "ValueError: bad thing"
-    assert launch.last_error("ERROR :   it broke\nmore") == "it broke"
-    assert launch.last_error("only this\n\n") == "only this"
-    assert launch.last_error("") == ""
-    box = "Using x\n╭─ Error ────╮\n│ No such      │\n│ connection.  │\n╰──────────────╯\n"
-    assert launch.last_error(box) == "No such connection."
-
-
-def test_a_missing_program_is_one_sentence(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(launch.RunError, match="flower-superlink is not installed"):
-        launch._command("flower-superlink")
-
-
-def test_status_survives_an_answer_that_is_no_json(monkeypatch, tmp_path: Path) -> None:
-    flower = launch.Flower("x", {}, tmp_path / "log")
-    monkeypatch.setattr(flower, "_ask", lambda *a: "connection refused")
-    assert flower.status("1") == ("", "")
-    answer = {"runs": [{"status": "finished:failed", "status-details": "N/A"}]}
-    monkeypatch.setattr(flower, "_ask", lambda *a: json.dumps(answer))
-    assert flower.status("1") == ("finished:failed", "")
-
-
-def test_a_superlink_that_stays_silent_ends_the_wait(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """The log stream broke off; the first answers are good, then there are none."""
-    answers = [("running", ""), ("", ""), ("running", "")]
-    monkeypatch.setattr(launch.Flower, "submit", lambda *args: None)
-    monkeypatch.setattr(launch.Flower, "run_id", lambda self: "7")
-    monkeypatch.setattr(launch.Flower, "streaming", lambda self: False)
-    monkeypatch.setattr(
-        launch.Flower, "status", lambda *args: answers.pop(0) if answers else ("", "")
-    )
-    monkeypatch.setattr(launch.Flower, "stop", lambda *args: pytest.fail("it cannot be asked"))
-    now = 0.0
-
-    def sleep(seconds: float) -> None:
-        nonlocal now
-        now += seconds
-        assert now < 1000, "it waits for ever"
-
-    monkeypatch.setattr(launch.time, "sleep", sleep)
-    monkeypatch.setattr(launch.time, "monotonic", lambda: now)
-    with pytest.raises(launch.RunError, match=r"lab has not answered for 120 s.* run 7 "):
-        launch.run_deployed("lab", {}, tmp_path, app=tmp_path)
-    assert not answers and 140 < now < 170

@@ -1,0 +1,1 @@
+"""The commands of `fedpft`, one file each: its arguments and what it does."""

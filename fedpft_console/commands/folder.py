@@ -1,0 +1,102 @@
+"""The folder of a run, as the commands make, check and hold it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedpft_core import config
+from fedpft_core.config import Scalar
+from fedpft_core.disk.lock import held
+from fedpft_core.errors import UserError
+
+CONFIG_FILE = "config.yaml"
+EVENTS_FILE = "events.jsonl"
+CHECKPOINTS = "checkpoints"
+# What a resumed run may change: it alters neither the model nor what has been drawn at random.
+_FREE_ON_RESUME = (
+    "run.resume", "run.dir", "run.stop-after", "run.checkpoints", "run.proxy-cache",
+    "federation.round-timeout", "federation.node-timeout", "federation.attempts",
+)  # fmt: skip
+_LEAST_FREE_BYTES = 200_000_000
+
+
+def resume_config(folder: Path, changes: Mapping[str, Any]) -> dict[str, Scalar]:
+    """The saved configuration of a run folder, set to continue; refuses contradicting keys."""
+    if not folder.is_dir():
+        raise UserError(f"--resume {folder}: no such run folder.")
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(f"--resume {folder}: it holds no {CONFIG_FILE}, so it is no run folder.")
+    saved = config.to_flat(config.from_flat(config.read_file(folder / CONFIG_FILE)))
+    config.from_flat(changes)  # wrong keys and types are named as such, not as contradictions
+    for name, value in changes.items():
+        if name not in _FREE_ON_RESUME and saved[name] != value:
+            raise UserError(
+                f"{name} = {value!r} contradicts {saved[name]!r} in {folder / CONFIG_FILE}: "
+                "a resumed run keeps its configuration."
+            )
+    # Where the first part was told to stop does not bind the second.
+    saved["run.stop-after"] = config.keys()["run.stop-after"].default
+    merged = {**saved, **changes, "run.dir": str(folder), "run.resume": True}
+    return config.to_flat(config.from_flat(merged))
+
+
+def choose_folder(flag: str | None, key: Any) -> Path:
+    """The run folder, absolute: --run-dir, else run.dir, else a new one below ./runs."""
+    if flag and key and Path(flag).absolute() != Path(str(key)).absolute():
+        raise UserError(f"--run-dir {flag} contradicts run.dir = {key}.")
+    given = flag or key
+    if given:
+        return Path(str(given)).expanduser().absolute()
+    return Path("runs").absolute() / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn a failing write into one sentence naming the folder."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"cannot write to the run folder {folder}: {reason}.") from error
+
+
+def create_folder(folder: Path) -> None:
+    """Make a new run folder; refuse one that holds something, is unwritable or has no room."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            hint = "--resume continues it" if (folder / CONFIG_FILE).exists() else "name a new one"
+            raise UserError(f"the run folder {folder} is not empty; {hint}.")
+    check_room(folder)
+
+
+def check_room(folder: Path) -> None:
+    """Refuse a folder that cannot be written to or has no room for checkpoints."""
+    with writing(folder):
+        probe = folder / f".probe-{os.getpid()}"
+        probe.write_bytes(b"x" * 4096)
+        probe.unlink()
+        free = shutil.disk_usage(folder).free
+    if free < _LEAST_FREE_BYTES:
+        raise UserError(
+            f"the run folder {folder} has {free / 1e6:.0f} MB of room; "
+            f"a run needs at least {_LEAST_FREE_BYTES / 1e6:.0f} MB."
+        )
+
+
+def save_config(folder: Path, flat: Mapping[str, Scalar]) -> None:
+    """Write the resolved configuration as YAML, whole or not at all."""
+    with writing(folder):
+        config.write_yaml(folder / CONFIG_FILE, flat)
+
+
+def locked(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Hold the run folder, so that two commands never write the same run."""
+    return held(folder / ".lock", f"the run folder {folder} is in use by another run.")

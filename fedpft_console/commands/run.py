@@ -1,0 +1,183 @@
+"""`fedpft run`: run a federation and print the outcome."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedpft_console.commands import settings
+from fedpft_console.commands.folder import (
+    CHECKPOINTS,
+    EVENTS_FILE,
+    check_room,
+    choose_folder,
+    create_folder,
+    locked,
+    resume_config,
+    save_config,
+    writing,
+)
+from fedpft_core import config
+from fedpft_core.config import Scalar
+from fedpft_core.errors import RunError, UserError
+from server_app.run.events import EventLog
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fedpft_console.launch import Result
+    from fedpft_console.progress import Follower
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the parser."""
+    run = commands.add_parser(
+        "run", parents=[settings.arguments()], help="run a federation and report on it"
+    )
+    run.add_argument("--run-dir", metavar="DIR", help="new run folder (default ./runs/<time>)")
+    run.add_argument("--resume", metavar="RUN", help="continue the run in this run folder")
+    run.add_argument(
+        "--superlink", metavar="NAME",
+        help="submit to this connection of your Flower configuration, instead of simulating",
+    )  # fmt: skip
+    run.add_argument("--quiet", action="store_true", help="print only the folder and the outcome")
+    run.set_defaults(function=command)
+
+
+def command(args: argparse.Namespace, console: Console) -> int:
+    """Run, and print the outcome."""
+    given = settings.collect(args)
+    remote = args.superlink is not None
+    if args.resume:
+        if args.run_dir:
+            raise UserError("--run-dir and --resume exclude each other.")
+        folder = Path(args.resume).expanduser().absolute()
+        flat = resume_config(folder, given)
+        with writing(folder):
+            check_room(folder)
+    else:
+        flat = config.to_flat(config.from_flat(given))
+        if not remote:
+            flat = settings.absolute_files(flat)
+        folder = choose_folder(args.run_dir, flat["run.dir"])
+        if not remote or args.run_dir or flat["run.dir"]:
+            flat["run.dir"] = str(folder)
+        create_folder(folder)
+        save_config(folder, flat)
+    console.print(f"run folder {folder}", soft_wrap=True, highlight=False, markup=False)
+    with locked(folder):
+        return _run(args, console, folder, flat)
+
+
+def _run(
+    args: argparse.Namespace, console: Console, folder: Path, flat: Mapping[str, Scalar]
+) -> int:
+    from fedpft_console import launch
+    from fedpft_console.progress import Follower, View
+
+    resolved = config.from_flat(flat)
+    follower = Follower(folder / EVENTS_FILE)
+    outcome: Result | None = None
+    with launch.signals_as_exceptions(), writing(folder):
+        try:
+            with View(console, quiet=args.quiet) as view:
+
+                def tick() -> None:
+                    for event in follower.new():
+                        view.show(event)
+
+                if args.superlink is not None:
+                    outcome = launch.run_deployed(
+                        args.superlink, flat, folder / "flower", tick=tick, note=view.note
+                    )
+                else:
+                    f = resolved.federation
+                    options = launch.federation_config(
+                        f.clients, f.clients_per_round, resolved.train.threads, launch.cpu_count()
+                    )
+                    outcome = launch.run_simulation(
+                        folder, flat, federation=options, tick=tick, note=view.note
+                    )
+                tick()
+        except KeyboardInterrupt:
+            return _stopped(folder, 130, "interrupted", args.superlink)
+        except launch.Terminated as error:
+            return _stopped(folder, 128 + error.signum, "terminated", args.superlink)
+        except RunError as error:
+            follower.new()
+            return _failed(folder, follower.failure or str(error), args.superlink)
+    return _conclude(args, console, folder, follower, outcome)
+
+
+def _stopped(folder: Path, code: int, how: str, superlink: str | None = None) -> int:
+    _remake_report(folder)
+    print(
+        f"fedpft: {how}; the run has been stopped.{_next_step(folder, superlink)}", file=sys.stderr
+    )
+    return code
+
+
+def _next_step(folder: Path, superlink: str | None) -> str:
+    saved = folder / CHECKPOINTS
+    if saved.is_dir() and any(saved.iterdir()):
+        where = f" --superlink {superlink}" if superlink is not None else ""
+        return f" Continue with: fedpft run --resume {folder}{where}"
+    return ""
+
+
+def _failed(folder: Path, reason: str, superlink: str | None = None) -> int:
+    _remake_report(folder)
+    print(f"fedpft: error: {reason}", file=sys.stderr)
+    print(
+        f"fedpft: what finished is kept in {folder}.{_next_step(folder, superlink)}",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def _remake_report(folder: Path) -> None:
+    """Report what there is; the reason the run ended matters more than a report that fails."""
+    from fedpft_console import report
+
+    with contextlib.suppress(Exception):
+        if (folder / EVENTS_FILE).exists():
+            report.write(folder)
+
+
+def _conclude(
+    args: argparse.Namespace, console: Console, folder: Path, follower: Follower, outcome: Result
+) -> int:
+    """Tell success from failure and print the tables."""
+    from fedpft_console import launch, report
+
+    if not outcome.completed or follower.failure:
+        text = outcome.log.read_text(encoding="utf-8", errors="replace")
+        found = outcome.details or launch.last_error(text) or f"Flower says {outcome.status}"
+        reason = follower.failure or f"{found} (log: {outcome.log})"
+        return _failed(folder, reason, args.superlink)
+    if not follower.finished:
+        if args.superlink is not None and not follower.count:
+            console.print(
+                "completed; the run folder is on the machine of the SuperLink", highlight=False
+            )
+            return 0
+        return _failed(
+            folder,
+            f"Flower completed the run, but its end was not recorded (log: {outcome.log}).",
+            args.superlink,
+        )
+    with writing(folder):
+        if outcome.peak_bytes:
+            # The server, the file's only other writer, has ended.
+            log = EventLog(folder / EVENTS_FILE)
+            log.emit("memory", process="all processes, summed", peak_rss_bytes=outcome.peak_bytes)
+            log.close()
+        summary = report.write(folder)
+    console.print(report.headline(summary), highlight=False, markup=False)
+    for table in report.render(summary):
+        console.print(table)
+    return 0

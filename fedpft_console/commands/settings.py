@@ -1,0 +1,52 @@
+"""What the commands are given: keys from files and from the command line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedpft_core import config
+from fedpft_core.config import Scalar
+from fedpft_core.errors import UserError
+
+# Keys whose value is a file the server reads; model.name and data.labels may also be one.
+_FILE_KEYS = ("data.train", "data.validation", "data.test", "data.public")
+_MAYBE_FILE_KEYS = ("model.name", "data.labels")
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The arguments of every command that takes configuration keys, as a parent parser."""
+    keys = argparse.ArgumentParser(add_help=False)
+    keys.add_argument("--config", metavar="FILE", help="YAML or TOML file with configuration keys")
+    keys.add_argument(
+        "-c", dest="override", action="append", metavar='"KEY=VALUE ..."',
+        help="configuration keys; may be repeated, later ones win (`fedpft config` lists them)",
+    )  # fmt: skip
+    return keys
+
+
+def collect(args: argparse.Namespace) -> dict[str, Any]:
+    """Keys given by --config, then by every -c in order; later ones win."""
+    flat: dict[str, Any] = {}
+    if args.config:
+        flat |= config.read_file(Path(args.config).expanduser())
+    for text in args.override or []:
+        flat |= config.parse_overrides(text)
+    return flat
+
+
+def absolute_files(flat: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Make file names absolute, since the run works in another folder; refuse missing files."""
+    out = dict(flat)
+    for name in _FILE_KEYS + _MAYBE_FILE_KEYS:
+        value = str(flat[name])
+        if not value or value.startswith("builtin:"):
+            continue
+        path = Path(value).expanduser()
+        if path.exists():
+            out[name] = str(path.resolve())
+        elif name in _FILE_KEYS:
+            raise UserError(f"{name}: no such file {path.absolute()}.")
+    return out

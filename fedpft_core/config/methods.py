@@ -1,0 +1,22 @@
+"""The name of the method that a configuration amounts to."""
+
+from __future__ import annotations
+
+from fedpft_core.config.keys import Config
+
+
+def method_name(config: Config) -> str:
+    """The method these settings amount to, by the names of docs/methods.md."""
+    f = config.federation
+    before = config.distill.method != "none" and config.distill.steps > 0
+    during = 0 < config.align.interval < f.rounds
+    if f.aggregate == "none":
+        return "local-only"
+    if config.plan.proxy == "full":
+        name = "centralised" if f.clients == 1 else "fedpetuning"
+    elif config.plan.proxy == "layer-drop":
+        name = "fedot" if before else "fedot-n"
+    else:
+        names = {(True, True): "fedpft", (True, False): "fedpft-b", (False, True): "fedpft-d"}
+        name = names.get((before, during), "fedpft-n")
+    return f"one-shot {name}" if f.rounds == 1 and f.clients > 1 else name
