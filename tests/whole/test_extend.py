@@ -42,7 +42,7 @@ def test_the_page_works_as_written(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     page = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
     files = re.findall(
-        r"^## [^\n]*`(fedpft_core/\w+/\w+\.py)`\n.*?```python\n(.*?)```", page, re.M | re.S
+        r"^## [^\n]*`(fedpft_core/[\w/]+\.py)`\n.*?```python\n(.*?)```", page, re.M | re.S
     )
     assert len(files) == 3
     for path, code in files:
