@@ -12,9 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 # What a browser fetches by itself, against what a person follows.
-_FETCHED = {
-    "script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "object": "data"
-}  # fmt: skip
+_FETCHED = dict.fromkeys(("script", "img", "iframe", "source", "video", "audio"), "src")
 _FETCHED_RELS = {"stylesheet", "preload", "prefetch", "preconnect", "icon", "dns-prefetch"}
 
 
@@ -38,7 +36,7 @@ class Page(HTMLParser):
         if tag == "link" and "href" in values:
             fetched = set(values.get("rel", "").split()) & _FETCHED_RELS
             (self.fetched if fetched else self.links).append(values["href"])
-        if _FETCHED.get(tag) in values:
+        if tag in _FETCHED and _FETCHED[tag] in values:
             self.fetched.append(values[_FETCHED[tag]])
 
 
@@ -67,8 +65,8 @@ def problems(site: Path) -> list[str]:
             if not target.is_file() or not target.is_relative_to(site):
                 out.append(f"{name}: {link} leads nowhere")
             elif parts.fragment and target in pages:
-                if unquote(parts.fragment) not in pages[target].anchors:
-                    out.append(f"{name}: {link} has no such anchor")
+                known = pages[target].anchors
+                out += [] if unquote(parts.fragment) in known else [f"{name}: no anchor {link}"]
     return out
 
 

@@ -443,10 +443,7 @@ class _Rows:
 
 
 def _settings(section: str, **values: Any) -> Config:
-    """A configuration with these keys of one section, their types and ranges checked.
-
-    Raises UserError naming the key, such as `plan.keep-share`.
-    """
+    """A configuration with these keys of one section; UserError for a wrong type or value."""
     return from_flat({f"{section}.{k.replace('_', '-')}": v for k, v in values.items()})
 
 
@@ -491,10 +488,7 @@ def _with_adapter(model: nn.Module, where: str) -> None:
 
 
 def _is_proxy(model: nn.Module, plan: Plan) -> bool:
-    """Whether a model is the plan's proxy and not its FM (under a full plan they are equal).
-
-    Raises UserError when it is neither.
-    """
+    """Whether a model is the plan's proxy, not its FM; UserError when it is neither."""
     family = _family(model)
     if family.model_type != plan.model_type:
         raise UserError(

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import re
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,7 @@ def script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where a dataclass looks for its module
     spec.loader.exec_module(module)
     return module
 
@@ -102,6 +104,31 @@ def test_links_between_documents_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_a_site_with_a_bad_link_is_found_out(tmp_path: Path) -> None:
+    """`.ci/links.py` sees what it is there for."""
+    links = script("links")
+    good = '<h1 id="top">x</h1><a href="b/c.html#there">c</a><img src="p.png"><a href="#top">t</a>'
+    (tmp_path / "b").mkdir()
+    (tmp_path / "p.png").touch()
+    (tmp_path / "a.html").write_text(good)
+    (tmp_path / "b" / "c.html").write_text('<p id="there"><a href="https://x.org">x</a></p>')
+    assert links.problems(tmp_path) == []
+    for bad, why in (
+        ('<a href="gone.html">', "leads nowhere"),
+        ('<a href="../outside.html">', "leads nowhere"),
+        ('<a href="b/c.html#not">', "no anchor"),
+        ('<a href="#not">', "no anchor"),
+        ('<img src="gone.png">', "leads nowhere"),
+        ('<script src="https://cdn.org/x.js"></script>', "fetches https"),
+        ('<link rel="stylesheet" href="//cdn.org/x.css">', "fetches //"),
+        ('<a href="/a.html">', "is absolute"),
+    ):
+        (tmp_path / "a.html").write_text(good + bad)
+        (found,) = links.problems(tmp_path)
+        assert why in found
+    assert links.problems(tmp_path / "b" / "nothing")
 
 
 def test_no_data_weights_or_pickles_are_committed() -> None:
