@@ -1,4 +1,4 @@
-"""Options that are files: every file of a folder of this package is one choice of one key.
+"""Choices of a key that are found by looking into a folder: each file there is one choice.
 
 `saliency/weight_norm.py` is the choice `weight-norm`. The first line of its docstring says what it
 does, in the list of keys too. Nothing is imported until a choice is used.

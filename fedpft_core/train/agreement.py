@@ -3,13 +3,14 @@ what the owner keeps is the FM."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from fedpft_core.data.batches import Encoded, batches
+from fedpft_core.model.device import Batch
 from fedpft_core.model.families import family_of
 from fedpft_core.model.plan import Plan
 from fedpft_core.train.gradient import adapter_gradient
@@ -41,12 +42,31 @@ def agreement(fm: Mapping[str, Tensor], proxy: Mapping[str, Tensor]) -> Agreemen
 def gradient_agreement(
     fm: nn.Module, proxy: nn.Module, plan: Plan, data: Encoded, batch_size: int, b_only: bool
 ) -> dict[str, Any]:
-    """Adapter gradients of FM and proxy on the same labelled rows, dropout off.
+    """Compare the adapter gradients of FM and proxy on encoded rows, in batches of `batch_size`.
 
-    Over all LoRA parameters, per FM block, and the head apart. `b_only` takes LoRA's B alone:
-    at the start B = 0 makes the gradient of A exactly 0.
+    See :func:`compare_gradients`.
     """
-    rows = list(batches(data, batch_size, None))
+    return compare_gradients(fm, proxy, plan, list(batches(data, batch_size, None)), b_only)
+
+
+def compare_gradients(
+    fm: nn.Module, proxy: nn.Module, plan: Plan, rows: Sequence[Batch], b_only: bool
+) -> dict[str, Any]:
+    """Compare the adapter gradients of FM and proxy on the same labelled batches, dropout off.
+
+    Over all LoRA parameters, per FM block, and the head apart.
+
+    Args:
+        fm: the FM with the adapter.
+        proxy: the proxy with the adapter.
+        plan: the plan that relates their names.
+        rows: batches with `labels` [B].
+        b_only: take LoRA's B alone: at the start B = 0 makes the gradient of A exactly 0.
+
+    Returns:
+        `cosine` and `relative_l2` over LoRA's factors, `head_cosine` and `head_relative_l2`, and
+        `blocks`, one entry for each block of the proxy.
+    """
     g_fm = adapter_gradient(fm, rows)
     g_proxy = adapter_gradient(proxy, rows, plan)
     suffix = ".lora_B.weight" if b_only else ".weight"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -66,10 +66,30 @@ def local_batches(data: Encoded, settings: LocalSettings, seed: int) -> Iterator
 
 
 def fine_tune(model: nn.Module, data: Encoded, settings: LocalSettings, seed: int) -> TrainResult:
-    """Train the adapter on local rows with AdamW at a constant rate (paper section 4.2).
+    """Train the adapter on local rows: :func:`train_on` over :func:`local_batches`.
 
     The result depends on the seed, the rows, the thread count and the weights, and on nothing
-    that ran before in this process. Frozen parameters get no gradient and no optimizer state.
+    that ran before in this process.
+    """
+    return train_on(model, local_batches(data, settings, seed), settings, seed)
+
+
+def train_on(
+    model: nn.Module, rows: Iterable[Batch], settings: LocalSettings, seed: int
+) -> TrainResult:
+    """Train the adapter with AdamW at a constant rate (paper section 4.2).
+
+    Frozen parameters get no gradient and no optimizer state.
+
+    Args:
+        model: a model with an adapter, changed in place.
+        rows: batches with `labels` [B], one optimiser step each.
+        settings: rates, weight decay and clipping; its batch size, epochs and steps are not
+            looked at.
+        seed: seed of the dropout.
+
+    Returns:
+        Mean loss per row (NaN without a batch), steps, rows and seconds.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     lora: list[nn.Parameter] = []
@@ -87,12 +107,12 @@ def fine_tune(model: nn.Module, data: Encoded, settings: LocalSettings, seed: in
     device = device_of(model)
     # Losses stay tensors until the end: reading each one would stall an accelerator.
     losses: list[Tensor] = []
-    rows = 0
+    count = 0
     start = time.perf_counter()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derive(seed, "dropout"))
         with training_mode(model):
-            for batch in local_batches(data, settings, seed):
+            for batch in rows:
                 batch = to_device(batch, device)
                 loss = F.cross_entropy(logits(model, batch), batch["labels"])
                 loss.backward()
@@ -101,6 +121,6 @@ def fine_tune(model: nn.Module, data: Encoded, settings: LocalSettings, seed: in
                 optimiser.step()
                 optimiser.zero_grad(set_to_none=True)
                 losses.append(loss.detach() * len(batch["labels"]))
-                rows += len(batch["labels"])
+                count += len(batch["labels"])
     total = float(torch.stack(losses).double().sum()) if losses else math.nan
-    return TrainResult(total / max(rows, 1), len(losses), rows, time.perf_counter() - start)
+    return TrainResult(total / max(count, 1), len(losses), count, time.perf_counter() - start)

@@ -3,22 +3,54 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("fedpft_core", "server_app", "client_app")
+PACKAGES = ("fedpft_core", "server_app", "client_app", "fedpft_console")
 
 
-def test_readme_names_every_file() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def script(name: str) -> ModuleType:
+    """A script of .ci as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where a dataclass looks for its module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_code_page_describes_every_room() -> None:
+    """Every file and folder directly in a package, in the words of its own docstring."""
+    page, code_page = (ROOT / "docs" / "code.md").read_text("utf-8"), script("code_page")
     for package in PACKAGES:
-        for path in (ROOT / package).glob("*.py"):
-            if path.name != "__init__.py":
-                assert path.name in text, f"README.md does not mention {path.relative_to(ROOT)}"
+        rooms = code_page.rows(ROOT / package)
+        assert rooms
+        for name, text in rooms:
+            assert text, f"{name} has no docstring"
+            assert f"| `{name}` | {text} |" in page, "run python .ci/code_page.py --write"
+    assert code_page.made(page) == page  # nothing is described that is gone
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in (ROOT / "docs").glob("*.md"):
+        if path.name not in ("index.md",):
+            assert f"(docs/{path.name})" in text, f"README.md does not link to {path.name}"
+
+
+def test_the_readmes_first_screen_has_the_ten_words() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    words = ["FM", "proxy", "adapter", "head", "plan", "package", "patch", "alignment", "round"]
+    for word in [*words, "plug-in"]:
+        assert any(line.startswith(f"| **{word}**") for line in lines[:30]), word
 
 
 def map_rows() -> list[tuple[str, str]]:
@@ -32,39 +64,71 @@ def test_paper_map_is_not_empty() -> None:
     assert len(map_rows()) >= 15
 
 
+def find(name: str) -> object:
+    """What a full dotted name stands for. Raises ImportError or AttributeError."""
+    module, *rest = name.split(".")
+    target: Any = importlib.import_module(module)
+    for part in rest:
+        # A module first: the name of a function may be that of its file.
+        try:
+            target = importlib.import_module(f"{target.__name__}.{part}")
+        except (ModuleNotFoundError, AttributeError):
+            target = getattr(target, part)
+    return target
+
+
 @pytest.mark.parametrize("functions", [f for f, _ in map_rows()])
 def test_paper_map_functions_exist(functions: str) -> None:
-    for name in re.findall(r"`([\w.]+)", functions):
-        if name == "plan.proxy":
-            continue
-        module, _, rest = name.partition(".")
-        where = {"strategy": "server_app", "local": "server_app", "Bench": "server_app.bench"}.get(
-            module, "fedpft_core"
-        )
-        if module == "Bench":
-            target = importlib.import_module(where)
-            rest = name
-        else:
-            target = importlib.import_module(f"{where}.{module}")
-        for part in rest.split("."):
-            if not hasattr(target, part):
-                importlib.import_module(f"{target.__name__}.{part}")
-            target = getattr(target, part)
+    names = [n for n in re.findall(r"`([\w.]+)", functions) if n != "plan.proxy"]
+    for name in names:
+        assert name.partition(".")[0] in PACKAGES, f"{name} is no full name"
+        assert callable(find(name)), name
+
+
+def test_a_name_that_is_gone_is_found_out() -> None:
+    for name in ("fedpft_core.align.nothing", "fedpft_core.sub_fm.build", "fedpft_core.Plan.no"):
+        with pytest.raises((ImportError, AttributeError)):
+            find(name)
 
 
 @pytest.mark.parametrize("tests", [t for _, t in map_rows()])
 def test_paper_map_tests_exist(tests: str) -> None:
-    files = re.findall(r"`(test_\w+\.py)`", tests)
+    files = re.findall(r"`([\w/]*test_\w+\.py)`", tests)
     assert files
     for name in files:
         assert (ROOT / "tests" / name).is_file(), name
 
 
 def test_links_between_documents_lead_somewhere() -> None:
-    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_a_site_with_a_bad_link_is_found_out(tmp_path: Path) -> None:
+    """`.ci/links.py` sees what it is there for."""
+    links = script("links")
+    good = '<h1 id="top">x</h1><a href="b/c.html#there">c</a><img src="p.png"><a href="#top">t</a>'
+    (tmp_path / "b").mkdir()
+    (tmp_path / "p.png").touch()
+    (tmp_path / "a.html").write_text(good)
+    (tmp_path / "b" / "c.html").write_text('<p id="there"><a href="https://x.org">x</a></p>')
+    assert links.problems(tmp_path) == []
+    for bad, why in (
+        ('<a href="gone.html">', "leads nowhere"),
+        ('<a href="../outside.html">', "leads nowhere"),
+        ('<a href="b/c.html#not">', "no anchor"),
+        ('<a href="#not">', "no anchor"),
+        ('<img src="gone.png">', "leads nowhere"),
+        ('<script src="https://cdn.org/x.js"></script>', "fetches https"),
+        ('<link rel="stylesheet" href="//cdn.org/x.css">', "fetches //"),
+        ('<a href="/a.html">', "is absolute"),
+    ):
+        (tmp_path / "a.html").write_text(good + bad)
+        (found,) = links.problems(tmp_path)
+        assert why in found
+    assert links.problems(tmp_path / "b" / "nothing")
 
 
 def test_no_data_weights_or_pickles_are_committed() -> None:

@@ -25,6 +25,7 @@ FLOORS: list[set[str]] = [
     {"fedpft_core.aggregation", "fedpft_core.wire"},
     {"fedpft_core.proxy"},
     {"fedpft_core.align"},
+    {"fedpft_core.api"},
     {"client_app", "server_app"},
     {"fedpft_console"},
 ]
