@@ -115,7 +115,7 @@ def lines_for(event: Event, seen: Mapping[str, Any]) -> list[str]:
         return [f"{get('count')} clients connected"]
     if kind == "baseline":
         name = BASELINES.get(str(get("name")), str(get("name")))
-        return [f"baseline {name}: accuracy {percent(get('accuracy'))}"]
+        return [f"baseline {name}: accuracy {percent(get('value'))}"]
     if kind == "distilled":
         return [
             f"distilled {get('steps')} steps in {human_seconds(get('seconds', 0))}: "
@@ -144,15 +144,15 @@ def lines_for(event: Event, seen: Mapping[str, Any]) -> list[str]:
         ]
     if kind == "evaluation":
         model = MODELS.get(str(get("model")), str(get("model")))
-        return [f"{where}: {model} accuracy {percent(get('accuracy'))} ({get('split')})"]
+        return [f"{where}: {model} accuracy {percent(get('value'))} ({get('split')})"]
     if kind == "client_validation":
         return [
-            f"{where}: sub-FM accuracy {percent(get('accuracy'))} on {get('rows')} rows that "
+            f"{where}: sub-FM accuracy {percent(get('value'))} on {get('rows')} rows that "
             f"{get('clients')} clients keep from training"
         ]
     if kind == "validation":
         model = MODELS.get(str(get("model")), str(get("model")))
-        return [f"end: {model} accuracy {percent(get('accuracy'))} (validation rows)"]
+        return [f"end: {model} accuracy {percent(get('value'))} (validation rows)"]
     if kind == "alignment":
         return [
             f"{where}: re-aligned {get('neurons')} neurons in "

@@ -206,7 +206,7 @@ def summarise(events: Iterable[Event]) -> Summary:
         elif kind == "nodes":
             s.clients = get("count")
         elif kind == "baseline":
-            s.baselines[str(get("name"))] = Score(float(event["accuracy"]), int(get("rows") or 0))
+            s.baselines[str(get("name"))] = Score(float(event["value"]), int(get("rows") or 0))
         elif kind == "reply" and get("status") not in ("ok", "need"):
             why = get("reason") or "no reason"
             s.bad_replies.append(f"round {n}, client {get('client')}: {get('status')}, {why}")
@@ -215,13 +215,13 @@ def summarise(events: Iterable[Event]) -> Summary:
                 setattr(at, name, get(name))
         elif kind == "evaluation":
             score = Score(
-                float(event["accuracy"]), int(get("rows") or 0), get("loss"), str(get("split", ""))
+                float(event["value"]), int(get("rows") or 0), get("loss"), str(get("split", ""))
             )
             field_of = {"proxy": "proxy", "fm": "fm", "fm-as-trained": "trained"}
             if get("model") in field_of:
                 setattr(at, field_of[str(get("model"))], score)
         elif kind == "client_validation":
-            at.clients = Score(float(event["accuracy"]), int(get("rows") or 0))
+            at.clients = Score(float(event["value"]), int(get("rows") or 0))
         elif kind == "bytes":
             counts = at.bytes[str(event["direction"])]
             name = str(event["kind"])

@@ -24,8 +24,9 @@ from server_app.phases import agree, align, load, plug, score
 from server_app.phases.reporting import peak_rss_bytes, phase
 from server_app.phases.undistilled import undistilled
 from server_app.run import proxycache
+from server_app.run import schema as ev
 from server_app.run.checkpoint import Checkpoints
-from server_app.run.events import EventLog
+from server_app.run.events import EventLog, accuracy
 from server_app.run.folder import RunFolder
 from server_app.state import State, fresh_state
 from server_app.strategy import Strategy
@@ -61,15 +62,15 @@ def run(config: Config, transport: Transport, events: EventLog) -> None:
     try:
         _run(config, transport, events)
     except (UserError, RunError) as error:
-        events.emit("run_failed", reason=str(error))
+        events.emit(ev.RunFailed(reason=str(error)))
         raise
     except OSError as error:
-        events.emit("run_failed", reason=f"run.dir = {config.run.dir}: {error}")
+        events.emit(ev.RunFailed(reason=f"run.dir = {config.run.dir}: {error}"))
         raise
     except Exception as error:
-        events.emit("run_failed", reason=f"internal error: {type(error).__name__}: {error}")
+        events.emit(ev.RunFailed(reason=f"internal error: {type(error).__name__}: {error}"))
         raise
-    events.emit("run_finished", seconds=time.perf_counter() - start)
+    events.emit(ev.RunFinished(seconds=time.perf_counter() - start))
 
 
 def _run(config: Config, transport: Transport, events: EventLog) -> None:
@@ -78,12 +79,12 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
     if saved is not None:
         events.rewind(saved.events_offset)
     f = config.federation
-    events.emit(
-        "run_started", run_dir=config.run.dir, version=__version__, seed=config.run.seed,
+    events.emit(ev.RunStarted(
+        run_dir=config.run.dir, version=__version__, seed=config.run.seed,
         method=configs.method_name(config), rounds=f.rounds,
         clients_per_round=f.clients_per_round,
         resumed_from=saved.round if saved else None,
-    )  # fmt: skip
+    ))  # fmt: skip
 
     bench, package = load.load(config, events)
     if saved is not None:
@@ -92,7 +93,7 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
         state = _before_round_1(bench, package, transport, events)
     if f.aggregate == "none":
         local_only(config, transport, events, bench, state)
-        events.emit("files", paths={"plan": f"{config.run.dir}/plan.json"})
+        events.emit(ev.Files(paths={"plan": f"{config.run.dir}/plan.json"}))
         return
     strategy = Strategy(config, transport, events)
     strategy.nodes.wait()
@@ -100,7 +101,7 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
     for round in range(state.round + 1, last + 1):
         with phase(events, "round", round=round):
             one_round(strategy, bench, state, round)
-        events.emit("memory", process="server", peak_rss_bytes=peak_rss_bytes())
+        events.emit(ev.Memory(process="server", peak_rss_bytes=peak_rss_bytes()))
         checkpoints.save(state, bench.models, events.offset())
     if last < f.rounds:
         raise RunError(f"stopped after round {last} as run.stop-after asks; resume to go on")
@@ -115,7 +116,10 @@ def _before_round_1(
     (Path(config.run.dir) / "plan.json").write_text(models.plan.to_json(), encoding="utf-8")
     if config.run.baselines and len(bench.rows.task.train):
         with phase(events, "baselines"):
-            baselines.score(models.fm, bench.rows.processor, bench.rows.task, config, events)
+            found = baselines.score(models.fm, bench.rows.processor, bench.rows.task, config)
+            for name, share in found.items():
+                fields = accuracy(share, len(bench.rows.scored))
+                events.emit(ev.Baseline(name=name, split=config.run.eval_split, **fields))
     if config.run.undistilled:
         undistilled(bench, transport, events, package)
     proxycache.distil(bench)
@@ -138,19 +142,19 @@ def one_round(strategy: Strategy, bench: Bench, state: State, round: int) -> Non
     outcome = strategy.run_round(state, round, a.inactive if count else "")
     state.adapter, state.round = outcome.adapter, round
     bench.models.plug(state.adapter)
-    events.emit("adapter", round=round, norm=adapters.norm(state.adapter))
+    events.emit(ev.Adapter(round=round, norm=adapters.norm(state.adapter)))
     scored, accuracies = 0.0, None
     if round % config.run.evaluate_every == 0 or round == config.federation.rounds:
         proxy, trained, scored = score.score_all(bench, round)
         accuracies = (proxy.accuracy, trained.accuracy)
     seconds = time.perf_counter() - start
-    events.emit(
-        "round_finished", round=round, seconds=seconds,
+    events.emit(ev.RoundFinished(
+        round=round, seconds=seconds,
         exchange_seconds=outcome.seconds, evaluate_seconds=scored,
         train_seconds=outcome.train_seconds, loss=outcome.loss,
         overhead_seconds=seconds - scored - outcome.busy_seconds,
         examples=outcome.examples, good=outcome.good, bad=outcome.bad,
-    )  # fmt: skip
+    ))  # fmt: skip
     if due and align.disagrees(bench, state, round):
         align.align(bench, state, round, outcome.counts, accuracies)
 
@@ -165,4 +169,4 @@ def _export(bench: Bench, state: State) -> None:
         score.score_validation(bench, state.round)
         folder = Path(config.run.dir) / "adapter"
         adapters.export(bench.models.fm, folder, bench.models.source)
-        events.emit("files", paths={"adapter": str(folder), "plan": f"{config.run.dir}/plan.json"})
+        events.emit(ev.Files(paths={"adapter": str(folder), "plan": f"{config.run.dir}/plan.json"}))

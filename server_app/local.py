@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.config import Config
@@ -12,7 +14,8 @@ from server_app.bench import Bench
 from server_app.phases.plug import refit
 from server_app.phases.reporting import phase, progress
 from server_app.rounds.nodes import Node
-from server_app.run.events import EventLog
+from server_app.run import schema as ev
+from server_app.run.events import EventLog, accuracy
 from server_app.state import Events, State
 from server_app.strategy import Strategy
 from server_app.transport import Transport
@@ -44,10 +47,12 @@ def local_only(
     strategy.nodes.wait()
     chosen = strategy.sample(strategy.nodes.meet(state, 1), 1, 1)
     rounds = config.federation.rounds
-    sets: list[tuple[str, Encoded]] = [("evaluation", bench.rows.scored)]
-    if config.run.eval_split != "validation" and len(bench.rows.task.validation):
-        sets.append(("validation", bench.rows.validation))
-    scores: dict[tuple[str, str], list[Score]] = {}
+    split = config.run.eval_split
+    evaluation = partial(ev.Evaluation, round=rounds, split=split)
+    sets: list[tuple[Callable[..., ev.Event], Encoded]] = [(evaluation, bench.rows.scored)]
+    if split != "validation" and len(bench.rows.task.validation):
+        sets.append((partial(ev.Validation, round=rounds), bench.rows.validation))
+    scores: dict[tuple[Callable[..., ev.Event], str], list[Score]] = {}
     norms = []
     with phase(events, "local"):
         report = progress(events, "local", "rounds")
@@ -67,11 +72,8 @@ def local_only(
                     score = evaluate(model, rows, config.run.eval_batch_size)
                     scores.setdefault((event, which), []).append(score)
     n = len(chosen)
-    events.emit("adapter", round=rounds, norm=sum(norms) / n)
+    events.emit(ev.Adapter(round=rounds, norm=sum(norms) / n))
     for (event, which), found in scores.items():
-        split = {"split": config.run.eval_split} if event == "evaluation" else {}
-        events.emit(
-            event, round=rounds, model=which, **split,
-            accuracy=sum(s.accuracy for s in found) / n, loss=sum(s.loss for s in found) / n,
-            rows=found[0].rows, seconds=sum(s.seconds for s in found),
-        )  # fmt: skip
+        mean, loss = sum(s.accuracy for s in found) / n, sum(s.loss for s in found) / n
+        seconds = sum(s.seconds for s in found)
+        events.emit(event(model=which, seconds=seconds, **accuracy(mean, found[0].rows, loss)))

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from fedpft_core.tensors import Tensors
 from fedpft_core.wire.identity import tensor_digest
 from fedpft_core.wire.package import Package, Patch
+from server_app.run.schema import Event
 
 
 class Events(Protocol):
-    """Where events go; an `EventLog`, or one that adds fields to each event."""
+    """Where events go; an `EventLog`, or one that marks each event."""
 
-    def emit(self, event: str, **fields: Any) -> None: ...
+    def emit(self, event: Event) -> None: ...
 
 
 @dataclass

@@ -23,6 +23,8 @@ from server_app.rounds.collect import Collection
 from server_app.rounds.nodes import Node, Nodes
 from server_app.rounds.outcome import Good, Outcome, outcome
 from server_app.rounds.requests import Request, expected, learning_rate, requests
+from server_app.run import schema as ev
+from server_app.run.events import accuracy
 from server_app.state import Events, State
 from server_app.transport import Transport
 
@@ -54,11 +56,11 @@ class Strategy:
                 self.nodes.wait()
             start = time.perf_counter()
             nodes = self.sample(self.nodes.meet(state, round), round, attempt)
-            self.events.emit(
-                "round_started", round=round, rounds=f.rounds, attempt=attempt,
+            self.events.emit(ev.RoundStarted(
+                round=round, rounds=f.rounds, attempt=attempt,
                 clients=[n.name for n in nodes],
                 lr=learning_rate(self.config.train.lr, round, f.rounds),
-            )  # fmt: skip
+            ))  # fmt: skip
             sent = codec.encode(state.adapter, self.config.wire.adapter)
             base = codec.decode(sent, self.config.wire.adapter)
             with Replies(base, self._folder()) as replies:
@@ -75,7 +77,7 @@ class Strategy:
                 f"round {round}: {len(got.good)} good replies of the federation.min-clients = "
                 f"{f.min_clients} needed ({why or 'no other clients are connected'})"
             )
-            self.events.emit("warning", text=f"{text}; attempt {attempt} of {f.attempts}")
+            self.events.emit(ev.Warned(text=f"{text}; attempt {attempt} of {f.attempts}"))
         raise RunError(text)
 
     def sample(self, nodes: list[Node], round: int, attempt: int) -> list[Node]:
@@ -126,7 +128,6 @@ class Strategy:
             sum(r.validation_correct for r in having), sum(r.validation_rows for r in having),
         )  # fmt: skip
         if rows:
-            self.events.emit(
-                "client_validation", round=round - 1, accuracy=correct / rows, correct=correct,
-                rows=rows, clients=len(having),
-            )  # fmt: skip
+            self.events.emit(ev.ClientValidation(
+                round=round - 1, **accuracy(correct / rows, rows), clients=len(having),
+            ))  # fmt: skip

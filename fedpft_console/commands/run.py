@@ -25,6 +25,7 @@ from fedpft_core import config
 from fedpft_core.config import Scalar
 from fedpft_core.errors import RunError, UserError
 from server_app.run.events import EventLog
+from server_app.run.schema import Memory
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -174,7 +175,8 @@ def _conclude(
         if outcome.peak_bytes:
             # The server, the file's only other writer, has ended.
             log = EventLog(folder / EVENTS_FILE)
-            log.emit("memory", process="all processes, summed", peak_rss_bytes=outcome.peak_bytes)
+            every = "all processes, summed"
+            log.emit(Memory(process=every, peak_rss_bytes=outcome.peak_bytes))
             log.close()
         summary = report.write(folder)
     console.print(report.headline(summary), highlight=False, markup=False)

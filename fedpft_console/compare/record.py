@@ -61,12 +61,12 @@ def summary(
             continue
         kind = e["event"]
         if kind == "evaluation":
-            out[f"{e['model']}_{e['split']}"] = e["accuracy"]
-            curve.setdefault(e["round"], {})[e["model"]] = e["accuracy"]
+            out[f"{e['model']}_{e['split']}"] = e["value"]
+            curve.setdefault(e["round"], {})[e["model"]] = e["value"]
         elif kind == "refit":
             out["refit_error"], out["refit_error_before"] = e["error_after"], e["error_before"]
         elif kind == "validation":
-            out[f"{e['model']}_validation"] = e["accuracy"]
+            out[f"{e['model']}_validation"] = e["value"]
         elif kind == "agreement":
             out[f"cosine_{e['when']}"] = e["cosine"]
             out.setdefault("agreement", []).append(
@@ -84,7 +84,7 @@ def summary(
         elif kind == "alignment":
             out.setdefault("alignments", []).append(_alignment(e))
         elif kind == "baseline":
-            out[e["name"]] = e["accuracy"]
+            out[e["name"]] = e["value"]
         elif kind == "bytes":
             way = sizes[e["direction"]]
             way[e["kind"]] = way.get(e["kind"], 0) + e["bytes"]

@@ -17,6 +17,7 @@ from fedpft_console.compare.results import Results
 from fedpft_console.progress import human_seconds, number
 from fedpft_core import config as configs
 from fedpft_core.errors import RunError, UserError
+from server_app.run import schema as ev
 from server_app.run.events import EventLog, read_events
 
 if TYPE_CHECKING:
@@ -92,12 +93,12 @@ def _result(cell: Cell, results: Results, board: Board) -> dict[str, Any]:
 
 
 def run_cell(
-    cell: Cell, folder: Path, cache: Path, watch: Callable[[str, dict[str, Any]], None]
+    cell: Cell, folder: Path, cache: Path, watch: Callable[[ev.Event], None]
 ) -> dict[str, Any]:
     """One run in this process, clients after one another, and what the tables need of it.
 
     Distilled sub-FMs are shared with the other cells through `cache`, unless the experiment
-    names a folder of its own. `watch(event, fields)` is told what happens.
+    names a folder of its own. `watch(event)` is told what happens.
     """
     # The composition root: the pipeline lives in the apps, which this package may not import
     # at its top.
@@ -159,13 +160,14 @@ def _machine(config: configs.Config) -> dict[str, Any]:
 class Watched(EventLog):
     """An event log that also tells somebody what it writes."""
 
-    def __init__(self, path: Path, tell: Callable[[str, dict[str, Any]], None]) -> None:
+    def __init__(self, path: Path, tell: Callable[[ev.Event], None]) -> None:
         super().__init__(path)
         self.tell = tell
 
-    def emit(self, event: str, **fields: Any) -> None:
-        super().emit(event, **fields)
-        self.tell(event, fields)
+    def emit(self, event: ev.Event, arm: str = "") -> None:
+        """Append one event, and tell of it."""
+        super().emit(event, arm)
+        self.tell(event)
 
 
 class Board:
@@ -224,17 +226,17 @@ class Board:
         if self._bars:
             self._bars.reset(self._tasks[1], total=None, description=self._about, note="")
 
-    def watch(self, event: str, fields: dict[str, Any]) -> None:
+    def watch(self, event: ev.Event) -> None:
         """Show how far the cell under way is."""
         if not self._bars:
             return
-        if event == "round_started":
+        if isinstance(event, ev.RoundStarted):
             self._bars.update(
-                self._tasks[1], total=fields["rounds"], completed=fields["round"] - 1,
-                note=f"round {fields['round']}/{fields['rounds']}",
+                self._tasks[1], total=event.rounds, completed=event.round - 1,
+                note=f"round {event.round}/{event.rounds}",
             )  # fmt: skip
-        elif event == "phase_started" and fields["phase"] != "round":
-            self._bars.update(self._tasks[1], note=str(fields["phase"]))
+        elif isinstance(event, ev.PhaseStarted) and event.phase != "round":
+            self._bars.update(self._tasks[1], note=event.phase)
 
     def end(self, cell: Cell, row: dict[str, Any]) -> None:
         self.done += 1

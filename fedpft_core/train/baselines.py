@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +14,6 @@ from fedpft_core.data.tasks import Examples, Task
 from fedpft_core.model.batch import real_positions
 from fedpft_core.model.device import device_of, to_device
 from fedpft_core.model.families import family_of_model
-
-
-class _Events(Protocol):
-    def emit(self, event: str, **fields: Any) -> None: ...
 
 
 @torch.inference_mode()
@@ -79,15 +75,22 @@ def tf_idf(train: Examples, test: Examples, seed: int) -> float:
     return float(model.score(text(test), test.labels))
 
 
-def score(fm: nn.Module, processor: Any, task: Task, config: Config, events: _Events) -> None:
-    """Record the linear probe and, for text, TF-IDF, trained on all clients' rows pooled."""
-    split = config.run.eval_split
-    test = task.test if split == "test" else task.validation
+def score(fm: nn.Module, processor: Any, task: Task, config: Config) -> dict[str, float]:
+    """Accuracies of the linear probe and, for text, of TF-IDF, on the rows of run.eval-split.
+
+    Args:
+        fm: The FM, its adapter at the start.
+        processor: Its tokeniser or image processor.
+        task: The task; both are trained on the rows of all its clients pooled.
+        config: The run's configuration.
+
+    Returns:
+        Accuracy, a share in [0, 1], by name of the reference point.
+    """
+    test = task.test if config.run.eval_split == "test" else task.validation
     seed, size, length = config.run.seed, config.run.eval_batch_size, config.data.max_length
-    accuracy = linear_probe(
-        fm, encode(task.train, processor, length), encode(test, processor, length), size, seed
-    )
-    events.emit("baseline", name="linear-probe", accuracy=accuracy, rows=len(test), split=split)
+    train_rows, test_rows = encode(task.train, processor, length), encode(test, processor, length)
+    out = {"linear-probe": linear_probe(fm, train_rows, test_rows, size, seed)}
     if task.kind != "image":
-        accuracy = tf_idf(task.train, test, seed)
-        events.emit("baseline", name="tf-idf", accuracy=accuracy, rows=len(test), split=split)
+        out["tf-idf"] = tf_idf(task.train, test, seed)
+    return out

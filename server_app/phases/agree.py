@@ -6,6 +6,7 @@ from typing import Any
 
 from fedpft_core.train import agreement as measure
 from server_app.bench import Bench
+from server_app.run import schema as ev
 
 
 def record(bench: Bench, round: int, when: str, start: bool = False) -> None:
@@ -13,7 +14,7 @@ def record(bench: Bench, round: int, when: str, start: bool = False) -> None:
     if not len(bench.rows.gradient) or bench.models.plan.is_full:
         return
     found = agreement(bench, b_only=start)
-    bench.events.emit("agreement", round=round, when=when, **found)
+    bench.events.emit(ev.Agreement(round=round, when=when, **found))
 
 
 def agreement(bench: Bench, b_only: bool) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from server_app.bench import Bench
 from server_app.phases import agree
 from server_app.phases.distil import check_finite
 from server_app.phases.reporting import phase, progress
+from server_app.run import schema as ev
 from server_app.state import State
 
 
@@ -55,10 +56,10 @@ def disagrees(bench: Bench, state: State, round: int) -> bool:
         found = 1 - g["cosine"] if a.disagreement == "cosine" else g["relative_l2"]
     # Gradients of size 0 give NaN: nothing is known, so the safe answer is to align.
     above = not found <= a.threshold
-    bench.events.emit(
-        "alignment_check", round=round, measure=a.disagreement, value=found,
+    bench.events.emit(ev.AlignmentCheck(
+        round=round, measure=a.disagreement, value=found,
         threshold=a.threshold, aligned=above,
-    )  # fmt: skip
+    ))  # fmt: skip
     return above
 
 
@@ -117,8 +118,8 @@ def align(
             size = config.run.eval_batch_size
             gap_before = proxy - fm
             gap_after = evaluate(models.proxy, bench.rows.scored, size).accuracy - fm
-        bench.events.emit(
-            "alignment", round=round, neurons=sum(len(i) for i in chosen.values()),
+        bench.events.emit(ev.Alignment(
+            round=round, neurons=sum(len(i) for i in chosen.values()),
             gap_before=gap_before, gap_after=gap_after, share=a.proportion,
             loss_before=first, loss_after=last,
             digest_from=patch.source, digest_to=patch.target,
@@ -127,7 +128,7 @@ def align(
                 {"block": b, "error_before": before[b], "error_after": after[b]}
                 for b in models.plan.pruned
             ],
-        )  # fmt: skip
+        ))  # fmt: skip
 
 
 def _chosen(bench: Bench, round: int, counts: Counts | None) -> dict[int, Tensor]:

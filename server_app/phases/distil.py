@@ -10,6 +10,7 @@ from fedpft_core.errors import RunError
 from fedpft_core.seeds import derive
 from server_app.bench import Bench
 from server_app.phases.reporting import phase, progress
+from server_app.run import schema as ev
 
 
 def due(bench: Bench) -> bool:
@@ -40,10 +41,10 @@ def distil(bench: Bench) -> None:
         first, last, seconds = alignment.run(d.method, job)
         after = distill.output_error(models.fm, models.proxy, models.plan, probe)
         check_finite(after, "distill.lr")
-        bench.events.emit(
-            "distilled", steps=d.steps, seconds=seconds, loss_first=first, loss_last=last,
+        bench.events.emit(ev.Distilled(
+            steps=d.steps, seconds=seconds, loss_first=first, loss_last=last,
             error_before=before, output_error=after,
-        )  # fmt: skip
+        ))  # fmt: skip
 
 
 def check_finite(errors: dict[int, float], key: str) -> None:

@@ -26,6 +26,8 @@ from server_app.bench import Bench, Rows, public_stream
 from server_app.models import Models
 from server_app.phases.plug import refits
 from server_app.phases.reporting import phase
+from server_app.run import schema as ev
+from server_app.run.events import ACCURACY
 from server_app.state import Events
 
 
@@ -45,9 +47,10 @@ def load(config: Config, events: Events) -> tuple[Bench, Package]:
     made.plug(made.start)
     if config.plug.refit != "none" and not made.plan.is_full and not refits(bench):
         events.emit(
-            "warning",
-            text="the server has no validation rows, so the head is plugged in as trained; "
-            "under label skew that can cost much (data.validation, or plug.refit=public)",
+            ev.Warned(
+                text="the server has no validation rows, so the head is plugged in as trained; "
+                "under label skew that can cost much (data.validation, or plug.refit=public)",
+            )
         )
     return bench, package
 
@@ -81,11 +84,11 @@ def _read(config: Config, events: Events) -> tuple[models.Loaded, Rows]:
     stream = numpy_stream(config.run.seed, "gradient-rows")
     drawn = stream.permutation(len(task.validation))[: config.run.gradient_rows]
     gradient = encode(task.validation.select(drawn), loaded.processor, length)
-    events.emit(
-        "task", name=task.name, kind=kind, train=len(task.train),
+    events.emit(ev.Task(
+        name=task.name, kind=kind, train=len(task.train),
         validation=len(task.validation), test=len(task.test),
-        labels=list(task.label_names), public=len(public),
-    )  # fmt: skip
+        labels=list(task.label_names), public=len(public), **ACCURACY,
+    ))  # fmt: skip
     return loaded, Rows(config, task, public, loaded.processor, scored, gradient)
 
 
@@ -103,9 +106,10 @@ def _build(
     )
     if plan.is_full and config.plan.proxy != "full":
         events.emit(
-            "warning",
-            text="the plan keeps every neuron of every block: clients get the whole FM "
-            "(plan.keep-share, plan.keep-neurons and plan.retained-layers decide)",
+            ev.Warned(
+                text="the plan keeps every neuron of every block: clients get the whole FM "
+                "(plan.keep-share, plan.keep-neurons and plan.retained-layers decide)",
+            )
         )
     bare = build(loaded.model, plan)
     spec = adapters.make_spec(loaded.family, plan, loaded.fresh, config.lora)
@@ -141,28 +145,31 @@ def _emit_model(
     proxy_parameters, proxy_bytes = models.size(proxy)
     fm_blocks, proxy_blocks = (loaded.family.block_list(m) for m in (loaded.model, proxy))
     events.emit(
-        "model",
-        name=loaded.source,
-        fm_parameters=fm_parameters,
-        fm_bytes=fm_bytes,
-        proxy_parameters=proxy_parameters,
-        proxy_bytes=proxy_bytes,
-        fm_block_parameters=block_parameters(loaded.model, list(fm_blocks)),
-        proxy_block_parameters=block_parameters(proxy, list(proxy_blocks)),
-        step_flops={
-            "fm": inspect.step_flops(loaded.family, loaded.model, rank),
-            "proxy": inspect.step_flops(loaded.family, proxy, rank),
-        },
-        image_tokens=inspect.image_tokens(loaded.model) if loaded.family.kind == "image" else None,
-        blocks=[
-            {
-                "block": i,
-                "kind": entry.state,
-                "neurons": {"whole": plan.fm_neurons, "dropped": 0}.get(
-                    entry.state, len(entry.kept)
-                ),
-                "fm_neurons": plan.fm_neurons,
-            }
-            for i, entry in enumerate(plan.blocks)
-        ],
+        ev.Model(
+            name=loaded.source,
+            fm_parameters=fm_parameters,
+            fm_bytes=fm_bytes,
+            proxy_parameters=proxy_parameters,
+            proxy_bytes=proxy_bytes,
+            fm_block_parameters=block_parameters(loaded.model, list(fm_blocks)),
+            proxy_block_parameters=block_parameters(proxy, list(proxy_blocks)),
+            step_flops={
+                "fm": inspect.step_flops(loaded.family, loaded.model, rank),
+                "proxy": inspect.step_flops(loaded.family, proxy, rank),
+            },
+            image_tokens=inspect.image_tokens(loaded.model)
+            if loaded.family.kind == "image"
+            else None,
+            blocks=[
+                {
+                    "block": i,
+                    "kind": entry.state,
+                    "neurons": {"whole": plan.fm_neurons, "dropped": 0}.get(
+                        entry.state, len(entry.kept)
+                    ),
+                    "fm_neurons": plan.fm_neurons,
+                }
+                for i, entry in enumerate(plan.blocks)
+            ],
+        )
     )

@@ -11,6 +11,7 @@ from fedpft_core.adapter import plug
 from fedpft_core.data.batches import batches
 from fedpft_core.seeds import numpy_stream
 from server_app.bench import Bench
+from server_app.run import schema as ev
 from server_app.state import Events
 
 
@@ -35,12 +36,12 @@ def refit(bench: Bench, round: int, events: Events | None = None) -> bool:
     judge = (lambda: _rows(bench, others=True)) if p.refit == "better" else None
     models = bench.models
     result = plug.refit_head(models.fm, models.proxy, lambda: _rows(bench), p.ridge, judge)
-    (events or bench.events).emit(
-        "refit", round=round, source=p.refit, error_before=result.map.error_before,
-        error_after=result.map.error_after, right_before=result.right_before,
-        right_after=result.right_after, taken=result.taken,
+    (events or bench.events).emit(ev.Refit(
+        round=round, source=p.refit, error_before=result.map.error_before,
+        error_after=result.map.error_after, score_before=result.right_before,
+        score_after=result.right_after, taken=result.taken,
         seconds=time.perf_counter() - start,
-    )  # fmt: skip
+    ))  # fmt: skip
     return result.taken
 
 

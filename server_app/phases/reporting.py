@@ -9,16 +9,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from server_app.run import schema as ev
 from server_app.state import Events
 
 
 @contextmanager
 def phase(events: Events, name: str, **fields: Any) -> Iterator[None]:
     """Emit the start and the end of a phase with its seconds."""
-    events.emit("phase_started", phase=name, **fields)
+    events.emit(ev.PhaseStarted(phase=name, **fields))
     start = time.perf_counter()
     yield
-    events.emit("phase_finished", phase=name, seconds=time.perf_counter() - start, **fields)
+    events.emit(ev.PhaseFinished(phase=name, seconds=time.perf_counter() - start, **fields))
 
 
 def progress(events: Events, name: str, unit: str, **fields: Any) -> Callable[..., None]:
@@ -32,7 +33,7 @@ def progress(events: Events, name: str, unit: str, **fields: Any) -> Callable[..
             return
         last = now
         more = fields if loss is None else fields | {"loss": loss}
-        events.emit("progress", phase=name, done=done, total=total, unit=unit, **more)
+        events.emit(ev.Progress(phase=name, done=done, total=total, unit=unit, **more))
 
     return report
 

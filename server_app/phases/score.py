@@ -9,6 +9,8 @@ from fedpft_core.train.evaluate import Score, evaluate
 from server_app.bench import Bench
 from server_app.phases.plug import refit, refits
 from server_app.phases.reporting import progress
+from server_app.run import schema as ev
+from server_app.run.events import accuracy
 
 
 def score(bench: Bench, round: int, which: str) -> Score:
@@ -25,10 +27,10 @@ def score(bench: Bench, round: int, which: str) -> Score:
 
 
 def _emit(bench: Bench, round: int, which: str, result: Score) -> None:
-    bench.events.emit(
-        "evaluation", round=round, model=which, split=bench.config.run.eval_split,
-        accuracy=result.accuracy, loss=result.loss, rows=result.rows, seconds=result.seconds,
-    )  # fmt: skip
+    bench.events.emit(ev.Evaluation(
+        round=round, model=which, split=bench.config.run.eval_split,
+        **accuracy(result.accuracy, result.rows, result.loss), seconds=result.seconds,
+    ))  # fmt: skip
 
 
 def score_all(bench: Bench, round: int) -> tuple[Score, Score, float]:
@@ -58,8 +60,8 @@ def score_validation(bench: Bench, round: int) -> None:
         return
     for which, model in (("proxy", bench.models.proxy), ("fm", bench.models.fm)):
         result = evaluate(model, bench.rows.validation, bench.config.run.eval_batch_size)
-        bench.events.emit(
-            "validation", round=round, model=which,
-            accuracy=result.accuracy, loss=result.loss, rows=result.rows,
+        bench.events.emit(ev.Validation(
+            round=round, model=which,
+            **accuracy(result.accuracy, result.rows, result.loss),
             seconds=result.seconds,
-        )  # fmt: skip
+        ))  # fmt: skip

@@ -8,7 +8,8 @@ from server_app.bench import Bench
 from server_app.phases import distil
 from server_app.phases.plug import refit
 from server_app.phases.reporting import phase
-from server_app.run.events import EventLog
+from server_app.run import schema as ev
+from server_app.run.events import EventLog, accuracy
 from server_app.state import fresh_state
 from server_app.strategy import Strategy
 from server_app.transport import Transport
@@ -31,16 +32,16 @@ def undistilled(bench: Bench, transport: Transport, events: EventLog, package: P
         for round in range(1, config.federation.rounds + 1):
             outcome = strategy.run_round(state, round, "")
             state.adapter, state.round = outcome.adapter, round
-            events.emit(
-                "progress", phase="undistilled", done=round, total=config.federation.rounds,
+            events.emit(ev.Progress(
+                phase="undistilled", done=round, total=config.federation.rounds,
                 unit="rounds", loss=outcome.loss,
-            )  # fmt: skip
+            ))  # fmt: skip
         models.plug(state.adapter)
         refit(bench, state.round, arm)
         score = evaluate(models.fm, bench.rows.scored, config.run.eval_batch_size)
-        events.emit(
-            "baseline", name="undistilled", accuracy=score.accuracy, rows=score.rows,
+        events.emit(ev.Baseline(
+            name="undistilled", **accuracy(score.accuracy, score.rows, score.loss),
             split=config.run.eval_split,
-        )  # fmt: skip
+        ))  # fmt: skip
         # The main run starts from the adapter this one started from, not where it ended.
         models.plug(models.start)

@@ -15,6 +15,7 @@ from server_app.rounds.chain import Asked, Lacking, receive
 from server_app.rounds.ledger import printable
 from server_app.rounds.nodes import Node
 from server_app.rounds.outcome import Good
+from server_app.run import schema as ev
 from server_app.state import Events, State
 
 
@@ -53,7 +54,7 @@ class Collection:
         seconds = time.perf_counter() - self._started
         status, fields = self._judge(node, reply)
         self.events.emit(
-            "reply", round=self.round, client=node.name, status=status, seconds=seconds, **fields
+            ev.Reply(round=self.round, client=node.name, status=status, seconds=seconds, **fields)
         )
 
     def _judge(self, node: Node, reply: Envelope | Failure) -> tuple[str, dict[str, Any]]:
@@ -78,12 +79,13 @@ class Collection:
         if counts is not None:
             self.counts = sum_counts([self.counts, counts] if self.counts else [counts])
         self.state.have[node.name] = (self.state.digest,)
+        rows = message.validation_rows
         held_out = {
-            "validation_rows": message.validation_rows,
-            "validation_correct": message.validation_correct,
+            "validation_rows": rows,
+            "validation_value": message.validation_correct / max(rows, 1),
         }
         return "ok", {
             "examples": message.examples, "loss": message.loss, "steps": message.steps,
             "train_seconds": message.seconds, "timings": message.timings,
-            **(held_out if message.validation_rows else {}),
+            **(held_out if rows else {}),
         }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedpft_core.wire.envelope import Envelope
+from server_app.run import schema as ev
 from server_app.state import Events
 
 
@@ -11,7 +12,9 @@ def count_bytes(
 ) -> None:
     """Book a message that went `up` or `down`, one event for each kind of part it carries."""
     for kind, size in envelope.sizes().items():
-        events.emit("bytes", round=round, client=client, direction=direction, kind=kind, bytes=size)
+        events.emit(
+            ev.Bytes(round=round, client=client, direction=direction, kind=kind, bytes=size)
+        )
 
 
 def printable(text: object) -> str:

@@ -12,6 +12,7 @@ from fedpft_core.wire.messages import Failure, Hello, HelloReply, RefusalReply
 from fedpft_core.wire.validate import check_size
 from server_app.rounds import ledger
 from server_app.rounds.ledger import printable
+from server_app.run import schema as ev
 from server_app.state import Events, State
 from server_app.transport import Transport
 
@@ -61,9 +62,10 @@ class Nodes:
                 if nodes >= f.clients_per_round:
                     return
                 self.events.emit(
-                    "warning",
-                    text=f"only {nodes} nodes are connected, so that many are used per round "
-                    f"instead of federation.clients-per-round = {f.clients_per_round}",
+                    ev.Warned(
+                        text=f"only {nodes} nodes are connected, so that many are used per round "
+                        f"instead of federation.clients-per-round = {f.clients_per_round}",
+                    )
                 )
                 return
             if now - start > f.node_timeout:
@@ -90,7 +92,7 @@ class Nodes:
         present = [self.known[i] for i in ids if i in self.known]
         if new:
             names = sorted(n.name for n in present)
-            self.events.emit("nodes", count=len(names), names=names)
+            self.events.emit(ev.Nodes(count=len(names), names=names))
         return sorted(present, key=lambda n: n.name)
 
     def _introduce(self, node_id: int, reply: Envelope | Failure, state: State) -> str:
@@ -121,7 +123,7 @@ class Nodes:
         except ReplyError as error:
             self.left_out[node_id] = printable(error)
             text = f"node {node_id} is left out: {self.left_out[node_id]}"
-            self.events.emit("warning", text=text)
+            self.events.emit(ev.Warned(text=text))
             return "?"
         self.left_out.pop(node_id, None)
         self.known[node_id] = Node(node_id, name, message.examples, message.validation)

@@ -1,59 +1,12 @@
 """The event log of a run: one JSON object a line, appended as things happen.
 
-Everything the CLI draws and everything a report states is read from this file, so a report
-can be made again from a finished, a failed or a still running run.
+Everything that is drawn of a run and everything a report states is read from this file, so a
+report can be made again from a finished, a failed or a still running run. `server_app.run.schema`
+says what events there are; `server_app.run.record` folds them into one record, from which all
+readers read.
 
-Every line has `t` (Unix seconds) and `event`. Events of a side run carry `arm` (the federation
-on the undistilled sub-FM has `arm = "undistilled"`) and are no part of the main run's figures.
-The other fields by event:
-
-run_started      run_dir, version, seed, method, rounds, clients_per_round, resumed_from (round)
-phase_started    phase (load | build | baselines | undistilled | distil | round | align | local |
-                 export),
-                 round (round and align only)
-phase_finished   phase, seconds, round (as above)
-progress         phase, done, total, unit, and any of loss, round, model
-model            name, fm_parameters, fm_bytes, proxy_parameters, proxy_bytes,
-                 fm_block_parameters, proxy_block_parameters, step_flops: {fm, proxy: [a, b]}
-                 (a + b·L FLOPs per token of a training step at length L), image_tokens,
-                 blocks: [{block, kind, neurons, fm_neurons}]
-task             name, kind, train, validation, test (rows), labels (names), public (rows)
-nodes            count, names
-baseline         name (linear-probe | tf-idf | undistilled), accuracy, rows, split
-distilled        steps, seconds, loss_first, loss_last, error_before, output_error: {block: error},
-                 cached (true: found in run.proxy-cache, with the seconds it took then)
-round_started    round, rounds, attempt, clients (names), lr
-reply            round, client, status (ok | refused | error | need), seconds, reason, and when
-                 ok: examples, loss, steps, train_seconds, timings: {part: seconds}, and of a
-                 client with a validation-share: validation_rows, validation_correct
-round_finished   round, seconds, exchange_seconds, train_seconds, evaluate_seconds,
-                 overhead_seconds (neither training, averaging nor evaluation), loss, examples,
-                 good, bad
-evaluation       round, model (proxy | fm | fm-as-trained: its head not refitted, where fm's is),
-                 split, accuracy, loss, rows, seconds
-refit            round, source (plug.refit), error_before, error_after (features of the FM against
-                 the sub-FM's, over their variance), right_before, right_after (validation rows
-                 labelled right, with plug.refit = better), taken (true or false), seconds
-client_validation round (rounds behind the adapter measured: that of round r is measured while
-                 round r + 1 trains), accuracy, correct, rows, clients: summed over clients
-                 with a validation-share, on rows they keep from training
-validation       round, model (proxy | fm), accuracy, loss, rows, seconds: at the end, on the
-                 server's validation rows, for choosing settings
-bytes            round, client, direction (down | up), kind (package | patch | adapter | counts
-                 | control), bytes
-alignment        round, neurons, share, loss_before, loss_after, digest_from, digest_to,
-                 seconds, blocks: [{block, error_before, error_after}], gap_before, gap_after
-                 (plug-in gap of the head as trained, null in rounds that are not evaluated)
-alignment_check  round, measure (align.disagreement), value, threshold, aligned (true or false):
-                 with align.threshold, whether a due alignment happens
-agreement        round, when (start | before-align | after-align | end), cosine, relative_l2,
-                 head_cosine, head_relative_l2, blocks: [{block, cosine, relative_l2}]
-adapter          round, norm
-memory           process (server), peak_rss_bytes
-files            paths: {name: path}
-warning          text
-run_finished     seconds
-run_failed       reason
+Files of older and newer versions are read as well: what this version does not know is passed over,
+and a field that a line lacks is blank: 0, "", empty, None, or NaN for a measured number.
 """
 
 from __future__ import annotations
@@ -62,16 +15,123 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
+
+from server_app.run.schema import KINDS, Event
+
+# ---------------------------------------------------------------- accuracy, which had no name once
+
+
+def accuracy(share: float, rows: int, loss: float | None = None) -> dict[str, Any]:
+    """The fields of `Scored` for the share of rows labelled right, with its binomial error."""
+    error = math.sqrt(max(0.0, share * (1 - share)) / rows) if rows > 0 else None
+    return {"metric": "accuracy", "value": share, "error": error, "loss": loss, "rows": rows}
+
+
+# The fields of `Task` that say how accuracy is shown and compared.
+ACCURACY: dict[str, Any] = {"metric": "accuracy", "higher_is_better": True, "share": True}
+
+
+def _modern(kind: str, line: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A line of a version whose only metric was accuracy, as one of today."""
+    if kind == "task" and "metric" not in line:
+        return {**line, **ACCURACY}
+    if "accuracy" in line and "value" not in line:
+        score = accuracy(line["accuracy"], line.get("rows") or 0, line.get("loss"))
+        return {**line, **score}
+    return line
+
+
+# ---------------------------------------------------------------- lines
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An event with its time (Unix seconds) and the side run it is of, "" for the main run."""
+
+    t: float
+    event: Event
+    arm: str = ""
+
+
+def line_of(event: Event) -> dict[str, Any]:
+    """The event's name and fields, as its line has them."""
+    out: dict[str, Any] = {"event": event.event}
+    for f in fields(event):
+        value = getattr(event, f.name)
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        if default is MISSING or value != default:
+            out[f.name] = value
+    return out
+
+
+def event_of(line: Mapping[str, Any]) -> Event | None:
+    """The event a line tells of; None when this version does not know it."""
+    cls = KINDS.get(line.get("event", ""))
+    if cls is None:
+        return None
+    line = _modern(cls.event, line)
+    made = {}
+    for name, hint, default in _fields_of(cls.event):
+        if name in line:
+            made[name] = _read(line[name], hint)
+        elif default is MISSING:
+            made[name] = _blank(hint)
+    return cls(**made)
+
+
+def entry_of(line: Mapping[str, Any]) -> Entry | None:
+    """A line with its time and side run; None when this version does not know the event."""
+    event = event_of(line)
+    return None if event is None else Entry(float(line["t"]), event, str(line.get("arm") or ""))
+
+
+@cache
+def _fields_of(kind: str) -> list[tuple[str, Any, Any]]:
+    """(name, type, default or MISSING) of each field of an event."""
+    cls = KINDS[kind]
+    hints = get_type_hints(cls)
+    return [
+        (f.name, hints[f.name], f.default if f.default_factory is MISSING else f.default_factory)
+        for f in fields(cls)
+    ]
+
+
+def _blank(hint: Any) -> Any:
+    """What stands for a value that is not there."""
+    if type(None) in get_args(hint):
+        return None
+    return math.nan if hint is float else (get_origin(hint) or hint)()
+
+
+def _read(value: Any, hint: Any) -> Any:
+    """A value of JSON as one of its field's type; blank where it cannot be one."""
+    if type(None) in get_args(hint):
+        return None if value is None else _read(value, get_args(hint)[0])
+    kind = get_origin(hint) or hint
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is str and value is not None:
+        return str(value)
+    if not isinstance(value, kind):
+        return _blank(hint)
+    if kind is dict and get_args(hint)[0] is int:
+        return {int(k): v for k, v in value.items()}
+    return value
+
+
+# ---------------------------------------------------------------- the log
 
 
 class EventLog:
     """Appends events to a file; each line is written whole, so a reader never sees half a line."""
 
     def __init__(self, path: Path | None) -> None:
-        """With `path` None events are kept in memory only (`self.seen`)."""
+        """With `path` None lines are kept in memory only (`self.seen`)."""
         self.path = path
         self.seen: list[dict[str, Any]] = []
         self._file = None
@@ -80,9 +140,13 @@ class EventLog:
             _drop_torn_tail(path)
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115  # closed by close()
 
-    def emit(self, event: str, **fields: Any) -> None:
-        """Append one event. A write that fails (full disk) raises OSError."""
-        line = {"t": round(time.time(), 3), "event": event} | fields
+    def emit(self, event: Event, arm: str = "") -> None:
+        """Append one event, of the side run `arm` if one is named.
+
+        Raises:
+            OSError: The write fails (full disk).
+        """
+        line = {"t": round(time.time(), 3)} | line_of(event) | ({"arm": arm} if arm else {})
         if self._file is None:
             self.seen.append(line)
             return
@@ -90,9 +154,9 @@ class EventLog:
         while data:
             data = data[self._file.write(data) :]
 
-    def tagged(self, **more: Any) -> TaggedLog:
-        """A view that adds the same fields to each of its events."""
-        return TaggedLog(self, more)
+    def tagged(self, arm: str) -> TaggedLog:
+        """A view whose events are of the side run `arm`."""
+        return TaggedLog(self, arm)
 
     def offset(self) -> int:
         """Bytes written so far (events, when in memory)."""
@@ -107,6 +171,7 @@ class EventLog:
             del self.seen[offset:]
 
     def close(self) -> None:
+        """Make sure that everything is on the disk, and let go of the file."""
         if self._file is not None:
             os.fsync(self._file.fileno())
             self._file.close()
@@ -125,13 +190,14 @@ def _finite(value: Any) -> Any:
 
 
 class TaggedLog:
-    """An event log that marks whatever passes through it."""
+    """An event log that marks whatever passes through it as of a side run."""
 
-    def __init__(self, log: EventLog, more: dict[str, Any]) -> None:
-        self.log, self.more = log, more
+    def __init__(self, log: EventLog, arm: str) -> None:
+        self.log, self.arm = log, arm
 
-    def emit(self, event: str, **fields: Any) -> None:
-        self.log.emit(event, **self.more, **fields)
+    def emit(self, event: Event) -> None:
+        """Append one event to the log behind."""
+        self.log.emit(event, self.arm)
 
 
 def _drop_torn_tail(path: Path) -> None:
@@ -144,7 +210,7 @@ def _drop_torn_tail(path: Path) -> None:
 
 
 def read_events(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (offset after the line, event) for each whole line from byte `offset` on."""
+    """Yield (offset after the line, line) for each whole line from byte `offset` on."""
     with open(path, "rb") as file:
         file.seek(offset)
         for line in file:

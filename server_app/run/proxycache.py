@@ -34,6 +34,8 @@ from fedpft_core.wire.identity import tensor_digest
 from server_app.bench import Bench
 from server_app.phases import distil as phases
 from server_app.phases.reporting import phase
+from server_app.run.events import event_of, line_of
+from server_app.run.schema import Distilled, Event
 from server_app.state import Events
 
 log = logging.getLogger("fedpft")
@@ -64,7 +66,7 @@ def distil(bench: Bench) -> None:
         with phase(bench.events, "distil"):
             _put(bench, tensors)
             for event in events:
-                bench.events.emit(**event, cached=True)
+                bench.events.emit(replace(event, cached=True))
         return
     recorder = _Recorder(bench.events)
     phases.distil(replace(bench, events=recorder))
@@ -79,12 +81,12 @@ class _Recorder:
 
     def __init__(self, events: Events) -> None:
         self.events = events
-        self.kept: list[dict[str, Any]] = []
+        self.kept: list[Distilled] = []
 
-    def emit(self, event: str, **fields: Any) -> None:
-        self.events.emit(event, **fields)
-        if event not in ("progress", "phase_started", "phase_finished"):
-            self.kept.append({"event": event, **fields})
+    def emit(self, event: Event) -> None:
+        self.events.emit(event)
+        if isinstance(event, Distilled):
+            self.kept.append(event)
 
 
 def _digests(model: torch.nn.Module) -> dict[str, str]:
@@ -150,7 +152,7 @@ def _content(tensors: Tensors, events: str) -> str:
     return hashlib.sha256("\n".join([*parts, events]).encode()).hexdigest()
 
 
-def _read(path: Path) -> tuple[Tensors, list[dict[str, Any]]] | None:
+def _read(path: Path) -> tuple[Tensors, list[Distilled]] | None:
     """What a file holds; None when there is none or it is damaged."""
     if not path.is_file():
         return None
@@ -161,16 +163,17 @@ def _read(path: Path) -> tuple[Tensors, list[dict[str, Any]]] | None:
             tensors = {k: file.get_tensor(k).clone() for k in file.keys()}  # noqa: SIM118
         if meta.get("content") != _content(tensors, meta.get("events", "")):
             raise ValueError("its content is not what was written")
-        events: list[dict[str, Any]] = json.loads(meta["events"])
+        found = map(event_of, json.loads(meta["events"]))
+        events = [event for event in found if isinstance(event, Distilled)]
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         log.warning("run.proxy-cache: %s is made again (%s)", path, error)
         return None
     return tensors, events
 
 
-def _write(path: Path, tensors: Tensors, events: list[dict[str, Any]]) -> None:
+def _write(path: Path, tensors: Tensors, events: list[Distilled]) -> None:
     """Whole or not at all; of two runs that write the same, either may win."""
-    text = json.dumps(events)
+    text = json.dumps([line_of(event) for event in events])
     kept = {k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}
     part = path.with_name(f".{path.stem}.{os.getpid()}.part")
     try:

@@ -23,11 +23,19 @@ from fedpft_console.progress import (
     percent,
 )
 from fedpft_core.errors import UserError
-from server_app.run.events import EventLog
+from server_app.run.events import EventLog, event_of
+from server_app.run.schema import Event
 
 
 def event(t: float, kind_: str, **fields: Any) -> dict[str, Any]:
     return {"t": t, "event": kind_} | fields
+
+
+def made(kind_: str, **fields: Any) -> Event:
+    """An event of which only some fields matter."""
+    found = event_of({"event": kind_} | fields)
+    assert found is not None
+    return found
 
 
 def whole_run() -> list[dict[str, Any]]:
@@ -43,14 +51,14 @@ def whole_run() -> list[dict[str, Any]]:
               proxy_parameters=11_350_000, proxy_bytes=45_400_000,
               fm_block_parameters=10_000_000, proxy_block_parameters=5_000_000, blocks=[]),
         event(103, "nodes", count=4, names=["0", "1", "2", "3"]),
-        event(104, "baseline", name="tf-idf", accuracy=0.5, rows=400),
-        event(104, "baseline", name="linear-probe", accuracy=0.6, rows=400),
-        event(104, "baseline", name="undistilled", accuracy=0.4, rows=400),
+        event(104, "baseline", name="tf-idf", value=0.5, rows=400),
+        event(104, "baseline", name="linear-probe", value=0.6, rows=400),
+        event(104, "baseline", name="undistilled", value=0.4, rows=400),
         # The side run's bytes and evaluations must not be mixed up with the run's.
         event(104, "bytes", arm="undistilled", round=1, client="0", direction="down",
               kind="package", bytes=999_999_999),
         event(104, "evaluation", arm="undistilled", round=1, model="fm", split="test",
-              accuracy=0.01, loss=9.0, rows=400, seconds=1.0),
+              value=0.01, loss=9.0, rows=400, seconds=1.0),
         event(105, "progress", phase="distil", done=10, total=20, unit="steps", loss=0.5),
         event(106, "distilled", steps=20, seconds=3.0, loss_first=1.0, loss_last=0.25,
               output_error=[0.1]),
@@ -68,9 +76,9 @@ def whole_run() -> list[dict[str, Any]]:
                   loss=1.0),
             event(t + 1, "reply", round=n, client="1", status="ok", seconds=1.0, examples=5,
                   loss=math.nan),
-            event(t + 4, "evaluation", round=n, model="proxy", split="test", accuracy=0.5 + 0.1 * n,
+            event(t + 4, "evaluation", round=n, model="proxy", split="test", value=0.5 + 0.1 * n,
                   loss=1.0, rows=400, seconds=1.0),
-            event(t + 5, "evaluation", round=n, model="fm", split="test", accuracy=0.5, loss=1.0,
+            event(t + 5, "evaluation", round=n, model="fm", split="test", value=0.5, loss=1.0,
                   rows=400, seconds=1.0),
             event(t + 6, "round_finished", round=n, seconds=6.0, train_seconds=4.0,
                   exchange_seconds=3.0, evaluate_seconds=2.0, loss=1.0 / n, examples=10, good=2,
@@ -322,10 +330,10 @@ def test_follower_reads_what_is_new(tmp_path: Path) -> None:
     follower = Follower(path)
     assert follower.new() == []
     log = EventLog(path)
-    log.emit("run_started", rounds=1)
+    log.emit(made("run_started", rounds=1))
     assert [e["event"] for e in follower.new()] == ["run_started"]
     assert follower.new() == []
-    log.emit("run_finished", seconds=1)
+    log.emit(made("run_finished", seconds=1))
     follower.new()
     assert follower.finished and follower.count == 2
 
@@ -340,10 +348,10 @@ def test_follower_of_a_resumed_run_ignores_the_part_before(tmp_path: Path) -> No
     log = EventLog(path)
     log.rewind(keep)  # back to the checkpoint after round 1
     assert follower.new() == []
-    log.emit("run_started", resumed_from=1)
-    log.emit("round_started", round=2)
+    log.emit(made("run_started", resumed_from=1))
+    log.emit(made("round_started", round=2))
     assert [e["event"] for e in follower.new()] == ["run_started", "round_started"]
-    log.emit("run_failed", reason="why")
+    log.emit(made("run_failed", reason="why"))
     follower.new()
     assert follower.failure == "why" and not follower.finished
 
@@ -364,7 +372,7 @@ def test_numbers_are_legible(made: str, wanted: str) -> None:
 
 
 def test_what_clients_found_on_rows_of_their_own_is_shown() -> None:
-    found = event(118, "client_validation", round=0, accuracy=0.25, correct=5, rows=20, clients=2)
+    found = event(118, "client_validation", round=0, value=0.25, rows=20, clients=2)
     s = report.summarise([*whole_run(), found])
     before = next(r for r in s.rounds if r.number == 0)
     assert before.clients == report.Score(0.25, 20)

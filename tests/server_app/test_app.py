@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import tiny
@@ -16,7 +16,6 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-import server_app.run.events
 from fedpft_core import config
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.data.batches import encode
@@ -27,6 +26,8 @@ from fedpft_core.model.plan import Plan
 from fedpft_core.train.evaluate import evaluate, logits
 from fedpft_core.wire.envelope import open_envelope, seal
 from fedpft_core.wire.messages import RefusalReply
+from server_app.run.events import event_of, line_of
+from server_app.run.schema import KINDS
 
 CHANCE = 1 / 3
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -51,7 +52,7 @@ class Done:
 
     def scores(self, model: str) -> list[float]:
         return [
-            e["accuracy"]
+            e["value"]
             for e in self.of("evaluation")
             if e["model"] == model and e["split"] == "test"
         ]
@@ -146,7 +147,7 @@ def test_the_exported_adapter_makes_the_untouched_fm_the_plugged_in_fm(done: Don
     rows = encode(task.test, loaded.processor, cfg.data.max_length)
     score = evaluate(product, rows, cfg.run.eval_batch_size)
     last = [e for e in done.of("evaluation") if e["model"] == "fm" and e["split"] == "test"][-1]
-    assert (score.accuracy, score.loss) == (last["accuracy"], last["loss"])
+    assert (score.accuracy, score.loss) == (last["value"], last["loss"])
 
 
 def test_only_the_head_of_the_exported_adapter_is_not_the_last_rounds_average(
@@ -163,7 +164,7 @@ def test_only_the_head_of_the_exported_adapter_is_not_the_last_rounds_average(
     assert not as_trained.of("refit") and not as_trained.scores("fm-as-trained")
     # By default the better of the two heads is taken, by the labels of the validation rows.
     for event in through.of("refit"):
-        assert event["taken"] == (event["right_after"] > event["right_before"])
+        assert event["taken"] == (event["score_after"] > event["score_before"])
     taken = through.of("refit")[-1]["taken"]
     assert through.adapter == (always if taken else as_trained).adapter
 
@@ -212,7 +213,7 @@ def test_changed_weights_reach_the_clients_as_patches(done: Done) -> None:
 
 
 def test_reference_points_are_scored(done: Done) -> None:
-    names = {e["name"]: e["accuracy"] for e in done.events if e["event"] == "baseline"}
+    names = {e["name"]: e["value"] for e in done.events if e["event"] == "baseline"}
     want = {"linear-probe", "undistilled"} | ({"tf-idf"} if kind_of(done) == "text" else set())
     assert set(names) == want
     assert names["linear-probe"] > 0.9
@@ -221,35 +222,26 @@ def test_reference_points_are_scored(done: Done) -> None:
 # --- events -------------------------------------------------------------------------------
 
 
-def _documented() -> dict[str, set[str]]:
-    """Event name → the words its entry in the module's documentation has."""
-    text = (server_app.run.events.__doc__ or "").partition("The other fields by event:\n")[2]
-    found: dict[str, set[str]] = {}
-    for line in text.splitlines():
-        start = re.match(r"([a-z_]+)  +\S", line)
-        if start:
-            found[name := start[1]] = set()
-        if line.strip():
-            found[name] |= set(re.findall(r"\w+", line[17:]))
-    return found
-
-
-def test_every_event_and_field_is_documented(done: Done) -> None:
-    documented = _documented()
-    assert len(documented) > 15
-    unknown = set()
-    for event in done.events:
-        assert event["event"] in documented, event
-        fields = set(event) - {"t", "event", "arm"}
-        fields |= {k for entry in event.get("blocks", []) for k in entry}
-        unknown |= {(event["event"], k) for k in fields - documented[event["event"]]}
-    assert not unknown
+def test_every_line_is_of_the_schema(done: Done) -> None:
+    """What is written is what the classes say, and is read back as it was meant."""
+    for line in done.events:
+        event = event_of(line)
+        assert event is not None, line
+        unknown = set(line) - {"t", "event", "arm"} - {f.name for f in fields(event)}
+        assert not unknown, line
+        # Lists of blocks are plain mappings, whose keys are written down beside the classes.
+        hint = get_type_hints(type(event)).get("blocks")
+        known = get_args(hint)[0].__annotations__ if hint else {}
+        assert all(set(entry) == set(known) for entry in line.get("blocks", [])), line
+        again = json.loads(json.dumps(line_of(event)))
+        assert again == {k: v for k, v in line.items() if k not in ("t", "arm")}
 
 
 def test_a_whole_run_emits_every_event_that_is_not_about_trouble(done: Done) -> None:
     seen = {e["event"] for e in done.events}
     optional = {"warning", "run_failed", "alignment_check", "client_validation"}
-    assert set(_documented()) - seen <= optional
+    assert len(KINDS) > 15
+    assert set(KINDS) - seen <= optional
     assert done.events[0]["event"] == "run_started"
     assert done.events[-1]["event"] == "run_finished"
     assert all(e["status"] == "ok" for e in done.of("reply"))
@@ -291,7 +283,7 @@ def test_where_every_neuron_moves_no_client_counts(text: dict[str, Any], tmp_pat
 
 def test_alignment_records_the_gap_before_and_after(through: Done) -> None:
     """Against the evaluations of its round; afterwards only the sub-FM has changed."""
-    scores = {(e["round"], e["model"]): e["accuracy"] for e in through.of("evaluation")}
+    scores = {(e["round"], e["model"]): e["value"] for e in through.of("evaluation")}
     found = through.of("alignment")
     assert found
     for e in found:
@@ -453,7 +445,7 @@ def test_clients_that_hold_the_fm(text: dict[str, Any], tmp_path: Path) -> None:
     assert not done.of("distilled") and not done.of("alignment") and not done.of("agreement")
     by_round: dict[tuple[int, str], list[tuple[float, float]]] = {}
     for e in done.of("evaluation"):
-        by_round.setdefault((e["round"], e["split"]), []).append((e["accuracy"], e["loss"]))
+        by_round.setdefault((e["round"], e["split"]), []).append((e["value"], e["loss"]))
     assert all(proxy == fm for proxy, fm in by_round.values()), "proxy and FM are one model"
 
 
@@ -496,8 +488,8 @@ def test_local_only_is_the_mean_of_federations_of_one(text: dict[str, Any], tmp_
         events = tiny.run(text, tmp_path / f"one{index}", federation, **alone)
         for which, found in scores.items():
             last = [e for e in tiny.main_run(events, "evaluation") if e["model"] == which][-1]
-            found.append(last["accuracy"])
-    ends = {e["model"]: e["accuracy"] for e in local.of("evaluation") if e["round"] == 3}
+            found.append(last["value"])
+    ends = {e["model"]: e["value"] for e in local.of("evaluation") if e["round"] == 3}
     for which, found in scores.items():
         assert ends[which] == pytest.approx(sum(found) / 3, abs=1e-12)
     assert {e["model"] for e in local.of("validation")} == {"proxy", "fm"}

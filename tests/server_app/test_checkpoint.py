@@ -20,6 +20,7 @@ from fedpft_core.errors import RunError, UserError
 from fedpft_core.proxy.package import PatchedWeights
 from fedpft_core.wire import codec
 from server_app.run import checkpoint as checkpoint_module
+from server_app.run import schema as ev
 from server_app.run.checkpoint import Checkpoints
 from server_app.run.events import EventLog, read_events
 from server_app.run.folder import RunFolder
@@ -194,7 +195,7 @@ def test_a_folder_is_opened_once_and_can_be_resumed(tmp_path: Path) -> None:
     config = fabricate.config(run__dir=str(tmp_path / "run"))
     with RunFolder.open(config) as folder:
         assert folder.path == tmp_path / "run"
-        folder.events.emit("run_started", run_dir="x")
+        folder.events.emit(ev.RunFailed(reason="x"))
         saved(folder.path / "checkpoints", 1)
     with pytest.raises(UserError, match="already holds a run"), RunFolder.open(config):
         pass
@@ -212,11 +213,11 @@ def test_resuming_what_never_began(tmp_path: Path) -> None:
 @pytest.mark.parametrize("resume", [True, False])
 def test_a_run_without_a_checkpoint_starts_over(tmp_path: Path, resume: bool) -> None:
     with RunFolder.open(fabricate.config(run__dir=str(tmp_path))) as folder:
-        folder.events.emit("bytes", bytes=1)
+        folder.events.emit(ev.RunFinished(seconds=1.0))
     (tmp_path / "checkpoints" / ".new").mkdir(parents=True)
     with RunFolder.open(fabricate.config(run__dir=str(tmp_path), run__resume=resume)) as folder:
-        folder.events.emit("bytes", bytes=2)
-    events = [e["bytes"] for _, e in read_events(tmp_path / "events.jsonl")]
+        folder.events.emit(ev.RunFinished(seconds=2.0))
+    events = [e["seconds"] for _, e in read_events(tmp_path / "events.jsonl")]
     assert events == [2]
 
 
@@ -224,19 +225,19 @@ def test_a_torn_line_of_the_event_log_is_mended(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.write_bytes(b'{"t":1,"event":"a"}\n{"t":2,"event":"b"}\n{"t":3,"ev')
     log = EventLog(path)
-    log.emit("c")
+    log.emit(ev.Warned(text="c"))
     log.close()
-    assert [e["event"] for _, e in read_events(path)] == ["a", "b", "c"]
+    assert [e["event"] for _, e in read_events(path)] == ["a", "b", "warning"]
 
 
 def test_a_log_shorter_than_the_checkpoint_remembers_stays_readable(tmp_path: Path) -> None:
     """As after a power cut: the checkpoint was flushed to the disk, the end of the log was not."""
     log = EventLog(tmp_path / "events.jsonl")
-    log.emit("a")
+    log.emit(ev.Warned(text="a"))
     log.rewind(log.offset() + 100)
-    log.emit("b")
+    log.emit(ev.Warned(text="b"))
     log.close()
-    assert [e["event"] for _, e in read_events(tmp_path / "events.jsonl")] == ["a", "b"]
+    assert [e["text"] for _, e in read_events(tmp_path / "events.jsonl")] == ["a", "b"]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -371,7 +371,7 @@ def test_killed_server_and_killed_superlink_resume_to_the_same_bits(tmp_path: Pa
         assert (run / file).read_bytes() == (tmp_path / "alone" / file).read_bytes(), file
     alone = [e for _, e in read_events(tmp_path / "alone" / "events.jsonl")]
     scores = [
-        [(e["round"], e["model"], e["accuracy"]) for e in events if e["event"] == "evaluation"]
+        [(e["round"], e["model"], e["value"]) for e in events if e["event"] == "evaluation"]
         for events in (log, alone)
     ]
     assert scores[0] == scores[1]

@@ -675,7 +675,7 @@ def check_test_data_decides_nothing(flat: dict[str, Any], folder: Path) -> None:
         federation = tiny.Federation(keys)
         events = tiny.run(federation.flat, folder / name, federation)
         scores = [e for e in tiny.main_run(events, "evaluation") if e["split"] == "test"]
-        accuracies.append([e["accuracy"] for e in scores if e["model"] == "fm"])
+        accuracies.append([e["value"] for e in scores if e["model"] == "fm"])
         exported.append((folder / name / "adapter" / "adapter_model.safetensors").read_bytes())
     best = [max(range(4), key=a.__getitem__) for a in accuracies]
     # Otherwise choosing by test accuracy would choose the same round.
