@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedpft_console.compare.experiment import Experiment, Point
+from fedpft_console.compare.cell import Point
+from fedpft_console.compare.experiment import Experiment
+from fedpft_console.compare.parse import read
 from fedpft_console.compare.results import CELLS, Results
 from fedpft_core.errors import UserError
 
@@ -58,7 +60,7 @@ def command(args: argparse.Namespace, console: Console) -> int:
     for name in args.experiment:
         path = Path(name)
         folder = Path(args.results) if args.results else path.with_suffix("")
-        jobs.append((path, Experiment.read(path), folder))
+        jobs.append((path, read(path), folder))
     if args.check:
         return _check(jobs)
     status = 0
@@ -132,11 +134,11 @@ def _write(experiment: Experiment, results: Results) -> None:
 
 def texts(experiment: Experiment, results: Results) -> list[tuple[str, str]]:
     """The files that are committed beside the cells, and checked."""
-    from fedpft_console.compare import tables
+    from fedpft_console.compare import table_csv, tables
 
     return [
         ("table.md", tables.markdown(experiment, results.rows)),
-        ("table.csv", tables.table_csv(experiment, results.rows)),
+        ("table.csv", table_csv.text(experiment, results.rows)),
     ]
 
 

@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fedpft_console.compare.experiment import Experiment, Row
+from fedpft_console.compare.cell import Row
+from fedpft_console.compare.experiment import Experiment
 from fedpft_console.compare.lines import Line, end_of, gap_as_trained, place_name
-from fedpft_console.report import Sheet
+from fedpft_console.report.tables import Sheet
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Dot:
-    """A run: the line it belongs to, its place, the predictor's value and the gap in points."""
+    """A run: the line it belongs to, its place, the predictor's value and the gap."""
 
     label: str
     place: tuple[str, str]

@@ -7,39 +7,45 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from fedpft_console.compare.experiment import Experiment, Point, Row
-from fedpft_console.progress import BASELINES
+from fedpft_console.compare.cell import Point, Row, measure_of
+from fedpft_console.compare.experiment import Experiment
+from fedpft_console.text import BASELINES, Measure
 
-NOT_TRAINED = ("linear-probe", "tf-idf")
+# A federation of its own, which an experiment has as one of its methods.
+_ASIDE = ("undistilled",)
 
 
 # ---------------------------------------------------------------- figures of one run
 
 
-def accuracy(row: Row, model: str) -> float | None:
-    """Accuracy of `fm` or `proxy` at the end, in points, on the rows the run was scored on."""
+def score(row: Row, model: str) -> float | None:
+    """Value of `fm` or `proxy` at the end, on the rows the run was scored on.
+
+    Shares are in points, here and in all that is made of it.
+    """
     value = row.get(f"{model}_{row['config'].get('run.eval-split', 'test')}")
-    return None if value is None else 100 * value
+    return None if value is None else measure_of(row).scaled(value)
 
 
 def gap(row: Row) -> float | None:
-    """Plug-in gap in points: sub-FM minus plugged-in FM."""
-    fm, proxy = accuracy(row, "fm"), accuracy(row, "proxy")
+    """Plug-in gap: sub-FM minus plugged-in FM."""
+    fm, proxy = score(row, "fm"), score(row, "proxy")
     return None if fm is None or proxy is None else proxy - fm
 
 
 def gap_as_trained(row: Row) -> float | None:
-    """Plug-in gap in points of the FM whose head is as clients left it."""
-    trained, proxy = accuracy(row, "fm-as-trained"), accuracy(row, "proxy")
+    """Plug-in gap of the FM whose head is as clients left it."""
+    trained, proxy = score(row, "fm-as-trained"), score(row, "proxy")
     return gap(row) if trained is None or proxy is None else proxy - trained
 
 
 def rounds_to(row: Row, target: float | None) -> float | None:
-    """The first round whose plugged-in FM reached `target` (a share); inf if none did."""
+    """The first round whose plugged-in FM reached `target`; inf if none did."""
     scored = [(n, fm) for n, _, fm in row.get("curve", ()) if fm is not None]
     if target is None or not scored:
         return None
-    return next((float(n) for n, fm in scored if fm >= target), math.inf)
+    reached = measure_of(row).reached
+    return next((float(n) for n, fm in scored if reached(fm, target)), math.inf)
 
 
 def _share(part: str, whole: str) -> Callable[[Row], float | None]:
@@ -71,7 +77,8 @@ def _each_alignment(r: Row) -> float | None:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of a run: its name in CSV, heading in tables, format, and where it comes from."""
+    """A figure of a run: its name in CSV, heading in tables, format (empty: that of the metric),
+    and where it comes from."""
 
     name: str
     heading: str
@@ -105,8 +112,8 @@ OWNER = (
         "left_blocks", "share of block parameters %", ".1f",
         _share("proxy_block_parameters", "fm_block_parameters"),
     ),
-    Figure("proxy_alone", "tuned sub-FM alone", ".1f", lambda r: accuracy(r, "proxy")),
-    Figure("plugged_in", "plugged-in FM", ".1f", lambda r: accuracy(r, "fm")),
+    Figure("proxy_alone", "tuned sub-FM alone", "", lambda r: score(r, "proxy")),
+    Figure("plugged_in", "plugged-in FM", "", lambda r: score(r, "fm")),
 )  # fmt: skip
 
 
@@ -121,14 +128,15 @@ class Line:
     cells: dict[int, Row]
     lr: float | None = None
     note: str = ""
-    trained: bool = True  # else a reference point: what it has is a `fm` accuracy by seed
+    trained: bool = True  # else a reference point: what it has is a `fm` score by seed
     fixed: dict[int, float] = field(default_factory=dict)
+    measure: Measure = field(default_factory=Measure)
 
     def fm(self) -> dict[int, float]:
-        """Accuracy of the plugged-in FM by seed, in points."""
+        """Score of the plugged-in FM by seed."""
         if not self.trained:
             return self.fixed
-        found = {s: accuracy(r, "fm") for s, r in self.cells.items()}
+        found = {s: score(r, "fm") for s, r in self.cells.items()}
         return {s: v for s, v in found.items() if v is not None}
 
     def values(self, of: Callable[[Row], float | None]) -> list[float]:
@@ -145,15 +153,35 @@ def lines(experiment: Experiment, rows: Sequence[Row]) -> list[Line]:
         for point in (p for p in points if p.place == place):
             cells = experiment.chosen(point, rows)
             if cells:
-                lr = next(iter(cells.values()))["lr"]
-                here.append(Line(point, cells, lr, _edge(experiment, point, lr)))
+                first = next(iter(cells.values()))
+                lr, measure = first["lr"], measure_of(first)
+                edge = _edge(experiment, point, lr)
+                here.append(Line(point, cells, lr, edge, measure=measure))
         out += here
-        for name in NOT_TRAINED:
-            fixed = {s: 100 * r[name] for li in here for s, r in li.cells.items() if name in r}
-            if fixed:
-                point = Point(BASELINES.get(name, name), *place)
-                out.append(Line(point, {}, trained=False, fixed=dict(sorted(fixed.items()))))
+        out += _references(place, here)
     return out
+
+
+def _references(place: tuple[str, str], here: Sequence[Line]) -> list[Line]:
+    """The reference points that runs at a place have measured."""
+    found: dict[str, dict[int, float]] = {}
+    for line in here:
+        for seed, row in line.cells.items():
+            for name, value in row.get("baselines", {}).items():
+                found.setdefault(name, {})[seed] = line.measure.scaled(value)
+    known = [name for name in BASELINES if name in found]
+    names = [n for n in known + sorted(found.keys() - set(known)) if n not in _ASIDE]
+    return [
+        Line(Point(BASELINES.get(name, name), *place), {}, trained=False,
+             fixed=dict(sorted(found[name].items())), measure=here[0].measure)
+        for name in names
+    ]  # fmt: skip
+
+
+def common_measure(found: Sequence[Line]) -> Measure | None:
+    """The metric that all lines have; None where they have several."""
+    measures = {line.measure for line in found} or {Measure()}
+    return next(iter(measures)) if len(measures) == 1 else None
 
 
 def place_name(place: tuple[str, str]) -> str:
@@ -195,7 +223,7 @@ def interval(d: Sequence[float]) -> tuple[float, float]:
 
 
 def differences(line: Line, reference: Line | None) -> list[float]:
-    """Points over the reference, by seeds both have."""
+    """Scores over the reference's, by seeds both have."""
     if reference is None:
         return []
     ours, theirs = line.fm(), reference.fm()

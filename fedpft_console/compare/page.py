@@ -10,16 +10,18 @@ from collections.abc import Sequence
 from html import escape
 
 from fedpft_console.compare import plots, tables
-from fedpft_console.compare.experiment import Experiment, Row
+from fedpft_console.compare.cell import Row
+from fedpft_console.compare.experiment import Experiment
 from fedpft_console.compare.lines import (
     Line,
+    common_measure,
     differences,
     interval,
     lines,
     place_name,
     reference_of,
 )
-from fedpft_console.report import Sheet
+from fedpft_console.report.tables import Sheet
 
 # The plots' colours by place in the palette: (on light, on dark).
 _DARK = (
@@ -87,7 +89,8 @@ def html(experiment: Experiment, rows: Sequence[Row]) -> str:
     if findings:
         items = "".join(f"<li>{escape(text)}</li>" for text in findings)
         body.append(f'<ul class="findings">{items}</ul>')
-    first = [s for s in sheets if s.title in ("Accuracy", "Average over data sets")]
+    leading = (tables.title_of(found), "Average over data sets")
+    first = [s for s in sheets if s.title in leading]
     body += [_table(s) for s in first]
     body += _plots(experiment, rows, found)
     body += [_table(s) for s in sheets if s not in first]
@@ -123,9 +126,11 @@ def _findings(experiment: Experiment, found: Sequence[Line]) -> list[str]:
     if len({line.point.place for line in found}) > 2:
         sheet = tables.average(experiment, found)
         at = {name: i for i, name in enumerate(sheet.columns)}
+        measure = common_measure(found)
+        unit = " points" if measure and measure.share else ""
         difference = at.get(f"difference to {experiment.reference} (95% interval)")
         return [
-            f"{', '.join(row[: at['n']])}: {row[difference]} points against "
+            f"{', '.join(row[: at['n']])}: {row[difference]}{unit} against "
             f"{experiment.reference} on average, {row[at['worst difference']]} at worst."
             for row in sheet.rows
             if difference is not None and row[difference]
@@ -138,12 +143,14 @@ def _findings(experiment: Experiment, found: Sequence[Line]) -> list[str]:
             continue
         mean, half = interval(diff)
         where = place_name(line.point.place)
-        way = "ahead of" if mean > 0 else "behind"
+        m = line.measure
+        way = "ahead of" if m.rank(mean) > 0 else "behind"
+        unit = " points" if m.share else ""
         verdict = "" if abs(mean) > half else ", which may be chance: the interval includes zero"
         out.append(
-            f"On {where}, {line.point.label} is {abs(mean):.1f} points {way} "
-            f"{experiment.reference} (95% interval {mean - half:+.1f} to {mean + half:+.1f}, "
-            f"{len(diff)} seeds){verdict}."
+            f"On {where}, {line.point.label} is {m.plain(abs(mean))}{unit} {way} "
+            f"{experiment.reference} (95% interval {m.plain(mean - half, '+')} to "
+            f"{m.plain(mean + half, '+')}, {len(diff)} seeds){verdict}."
         )
     return out
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedpft_console.compare import gap
-from fedpft_console.compare.experiment import Experiment, Row
+from fedpft_console.compare.cell import Row, measure_of
+from fedpft_console.compare.experiment import Experiment
 from fedpft_console.compare.lines import Line, lines, place_name
 
 COLOURS = (
@@ -29,8 +30,10 @@ _WIDTH, _HEIGHT = 3.6, 2.9  # inches of one panel
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot: its group, heading and caption, the labels it shows, and how it is drawn."""
+    """One plot: its file and group, heading and caption, the labels it shows, and how it is
+    drawn."""
 
+    file: str
     group: str
     title: str
     caption: str
@@ -81,20 +84,22 @@ def _labels(here: Sequence[Line]) -> tuple[str, ...]:
     return tuple(line.point.label for line in here if line.trained)
 
 
-# ---------------------------------------------------------------- accuracy by round
+# ---------------------------------------------------------------- scores by round
 
 
 def _curve(line: Line, index: int) -> dict[int, list[float]]:
-    """Accuracies in points by round, of all seeds; index 1 is the sub-FM, 2 the plugged-in FM."""
+    """Scores by round, of all seeds; index 1 is the sub-FM, 2 the plugged-in FM."""
     out: dict[int, list[float]] = {}
     for row in line.cells.values():
         for entry in row.get("curve", ()):
             if entry[index] is not None:
-                out.setdefault(entry[0], []).append(100 * entry[index])
+                out.setdefault(entry[0], []).append(line.measure.scaled(entry[index]))
     return dict(sorted(out.items()))
 
 
 def _rounds(place: tuple[str, str], here: Sequence[Line], look: Mapping[str, Style]) -> Panel:
+    measure = here[0].measure
+
     def draw(axis: Any) -> None:
         for line in here:
             style = look[line.point.label]
@@ -110,11 +115,12 @@ def _rounds(place: tuple[str, str], here: Sequence[Line], look: Mapping[str, Sty
                                       [max(v) for v in curve.values()], color=style.colour,
                                       alpha=0.13, linewidth=0)  # fmt: skip
         axis.set_xlabel("round")
-        axis.set_ylabel("accuracy, points")
+        axis.set_ylabel(measure.axis)
         axis.grid(axis="y", alpha=0.15)
 
     return Panel(
-        "Accuracy by round",
+        "rounds",
+        f"{measure.title} by round",
         place_name(place),
         "Mean over seeds. Solid: plugged-in FM, shaded from the worst to the best seed. "
         "Dashed: sub-FM.",
@@ -130,6 +136,7 @@ def _scatter(
     runs: Sequence[gap.Run], predictor: gap.Predictor, look: Mapping[str, Style]
 ) -> Panel | None:
     dots = gap.dots(runs, predictor)
+    unit = ", points" if all(measure_of(run.row).share for run in runs) else ""
     if len(dots) < 2:
         return None
     measured = gap.correlations(dots)
@@ -144,11 +151,12 @@ def _scatter(
                          marker=look[label].marker, s=26, alpha=0.85, linewidth=0)  # fmt: skip
         axis.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
         axis.set_xlabel(predictor.unit)
-        axis.set_ylabel("gap of the head as trained, points")
+        axis.set_ylabel(f"gap of the head as trained{unit}")
         axis.grid(alpha=0.15)
 
     name = predictor.name
     return Panel(
+        "gap",
         "Plug-in gap and what may predict it",
         name[0].upper() + name[1:] + (f": ρ = {measured[0][2]:+.2f}" if measured else ""),
         "One mark per run, at every learning rate. "
@@ -166,6 +174,8 @@ def _traffic(row: Row) -> float | None:
 
 
 def _bytes(place: tuple[str, str], here: Sequence[Line], look: Mapping[str, Style]) -> Panel:
+    measure = here[0].measure
+
     def draw(axis: Any) -> None:
         for line in here:
             traffic, fm = line.values(_traffic), list(line.fm().values())
@@ -182,7 +192,9 @@ def _bytes(place: tuple[str, str], here: Sequence[Line], look: Mapping[str, Styl
                               color=style.colour, marker=style.marker, markersize=6,
                               capsize=3, linewidth=1.3)  # fmt: skip
         axis.set_xlabel("traffic of a run, MB")
-        axis.set_ylabel("plugged-in FM, points")
+        axis.set_ylabel(
+            "plugged-in FM, points" if measure.share else f"plugged-in FM, {measure.name}"
+        )
         axis.grid(alpha=0.15)
         low, high = axis.get_xlim()
         traffics = [t for line in here for t in line.values(_traffic)]
@@ -194,7 +206,7 @@ def _bytes(place: tuple[str, str], here: Sequence[Line], look: Mapping[str, Styl
     rest = [line.point.method for line in here if not line.trained]
     drawn = f" Lines: {', '.join(rest)} (dashed, dotted)." if rest else ""
     return Panel(
-        "Traffic against accuracy", place_name(place),
+        "traffic", f"Traffic against {measure.name}", place_name(place),
         f"Mean and standard deviation over seeds; both ways, all clients.{drawn}",
         _labels(here), draw,
     )  # fmt: skip
@@ -223,13 +235,12 @@ def files(experiment: Experiment, rows: Sequence[Row]) -> dict[str, bytes]:
     import matplotlib
     from matplotlib.lines import Line2D
 
-    by_group: dict[str, list[Panel]] = {}
+    by_file: dict[str, list[Panel]] = {}
     for panel in panels(experiment, rows):
-        by_group.setdefault(panel.group, []).append(panel)
+        by_file.setdefault(panel.file, []).append(panel)
     look = styles(lines(experiment, rows))
     out: dict[str, bytes] = {}
-    for group, some in by_group.items():
-        name = _NAMES[group]
+    for name, some in by_file.items():
         labels = dict.fromkeys(label for panel in some for label in panel.labels)
         with matplotlib.rc_context(_RC | {"svg.hashsalt": name}):
             figure, axes = _figure(len(some), len(labels))
@@ -240,7 +251,7 @@ def files(experiment: Experiment, rows: Sequence[Row]) -> dict[str, bytes]:
             ]
             figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)),
                           frameon=False)  # fmt: skip
-            figure.suptitle(group)
+            figure.suptitle(some[0].group)
             for kind, more in (("png", {"dpi": 130}), ("svg", {"metadata": {"Date": None}})):
                 data = io.BytesIO()
                 figure.savefig(data, format=kind, **more)
@@ -248,11 +259,6 @@ def files(experiment: Experiment, rows: Sequence[Row]) -> dict[str, bytes]:
     return out
 
 
-_NAMES = {
-    "Accuracy by round": "rounds",
-    "Plug-in gap and what may predict it": "gap",
-    "Traffic against accuracy": "traffic",
-}
 _RC: Any = {
     "font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK,
     "xtick.color": INK, "ytick.color": INK, "grid.color": INK,
@@ -281,7 +287,7 @@ def _draw(panel: Panel, axis: Any, titled: bool) -> None:
     panel.draw(axis)
     axis.spines[["top", "right"]].set_visible(False)
     if axis.get_xscale() == "linear":
-        whole = panel.group == "Accuracy by round"
+        whole = panel.file == "rounds"
         axis.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=whole))
     if titled:
         axis.set_title(panel.title, fontsize=10)

@@ -94,4 +94,8 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("config"), dict) else None
+    if not isinstance(row, dict) or not isinstance(row.get("config"), dict):
+        return None
+    # Until metrics had names, reference points had keys of their own.
+    older = {name: row.pop(name) for name in ("linear-probe", "tf-idf") if name in row}
+    return {**row, "baselines": older} if older else row

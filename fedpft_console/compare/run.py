@@ -11,14 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedpft_console.compare.experiment import Cell, Experiment, Point, best_rate
+from fedpft_console.compare.cell import Cell, Point, best_rate, measure_of
+from fedpft_console.compare.experiment import Experiment
 from fedpft_console.compare.record import summary
 from fedpft_console.compare.results import Results
-from fedpft_console.progress import human_seconds, number
+from fedpft_console.text import human_seconds, number
 from fedpft_core import config as configs
 from fedpft_core.errors import RunError, UserError
 from server_app.run import schema as ev
 from server_app.run.events import EventLog, read_events
+from server_app.run.record import fold
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -126,7 +128,7 @@ def run_cell(
         log.close()
     lengths = [n for rows in shared.rows.values() for n in rows.train.lengths]
     out = summary(
-        [event for _, event in read_events(folder / "events.jsonl")],
+        fold(line for _, line in read_events(folder / "events.jsonl")),
         config.train.batch_size,
         float(statistics.fmean(lengths)) if lengths else None,
     )
@@ -247,7 +249,8 @@ class Board:
         else:
             split = cell.resolved["run.eval-split"]
             named = (("plugged-in", f"fm_{split}"), ("sub-FM", f"proxy_{split}"))
-            figures = ", ".join(f"{n} {100 * row[k]:.1f}" for n, k in named if k in row)
+            m = measure_of(row)
+            figures = ", ".join(f"{n} {m.plain(m.scaled(row[k]))}" for n, k in named if k in row)
         self._line(f"{cell.title()}: {figures} ({human_seconds(row['seconds'])}{self._left()})")
         self._update()
 

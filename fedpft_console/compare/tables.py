@@ -1,15 +1,14 @@
-"""Results as tables: what is in cells.jsonl, by line of the experiment, in Markdown and CSV."""
+"""Results as tables: what is in cells.jsonl, by line of the experiment, in Markdown."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedpft_console.compare.experiment import Cell, Experiment, Row, best_rate, shown
+from fedpft_console.compare.cell import Cell, Row, best_rate, measure_of, shown
+from fedpft_console.compare.experiment import Experiment
 from fedpft_console.compare.gap import runs
 from fedpft_console.compare.gap import sheet as gap_sheet
 from fedpft_console.compare.lines import (
@@ -18,7 +17,7 @@ from fedpft_console.compare.lines import (
     OWNER,
     Figure,
     Line,
-    accuracy,
+    common_measure,
     differences,
     gap,
     interval,
@@ -26,15 +25,18 @@ from fedpft_console.compare.lines import (
     place_name,
     reference_of,
     rounds_to,
+    score,
 )
-from fedpft_console.report import Sheet
+from fedpft_console.compare.spread import brief_spread, plus_minus, spread
+from fedpft_console.report.tables import Sheet
+from fedpft_console.text import Measure
 
 
 def sheets(experiment: Experiment, rows: Sequence[Row]) -> list[Sheet]:
     """The tables of an experiment, in order; those without rows are left out."""
     found = lines(experiment, rows)
     made = [
-        _accuracy(experiment, found),
+        _scores(experiment, found),
         _by_method(experiment, found),
         average(experiment, found),
         _figures(experiment, found, "Agreement of sub-FM and FM", AGREEMENT),
@@ -64,32 +66,39 @@ def _values(experiment: Experiment, line: Line) -> list[str]:
 
 
 def split_of(found: Sequence[Line]) -> str:
-    """`test` or `validation`: the rows accuracies are of."""
+    """`test` or `validation`: the rows scores are of."""
     configs = [r["config"] for line in found for r in line.cells.values()]
     return str(configs[0].get("run.eval-split", "test")) if configs else "test"
 
 
-def _accuracy(experiment: Experiment, found: Sequence[Line]) -> Sheet:
+def title_of(found: Sequence[Line]) -> str:
+    """Title of the table of scores: the metric's name, where all lines have the same."""
+    measure = common_measure(found)
+    return measure.title if measure else "Scores"
+
+
+def _scores(experiment: Experiment, found: Sequence[Line]) -> Sheet:
     out = []
     for line in found:
+        m = line.measure
         diff = differences(line, reference_of(experiment, line, found))
         fm = list(line.fm().values())
         if not fm:
             continue
-        proxy = line.values(lambda r: accuracy(r, "proxy"))
+        proxy = line.values(lambda r: score(r, "proxy"))
         gaps = line.values(gap)
-        trained = line.values(lambda r: accuracy(r, "fm-as-trained"))
+        trained = line.values(lambda r: score(r, "fm-as-trained"))
         out.append([
             *_names(experiment, line),
             "" if line.lr is None else f"{line.lr:g}" + ("*" if line.note else ""),
             str(len(fm)),
-            spread(fm),
-            f"{min(fm):.1f}",
-            spread(proxy) if proxy else "",
-            f"{statistics.fmean(gaps):+.1f}" if gaps else "",
-            spread(trained) if trained else "",
-            plus_minus(*interval(diff)) if diff else "",
-            f"{min(diff):+.1f}" if diff else "",
+            spread(fm, m),
+            m.plain(m.worst(fm)),
+            spread(proxy, m) if proxy else "",
+            m.plain(statistics.fmean(gaps), "+") if gaps else "",
+            spread(trained, m) if trained else "",
+            plus_minus(*interval(diff), m) if diff else "",
+            m.plain(m.worst(diff), "+") if diff else "",
         ])  # fmt: skip
     reference = experiment.reference
     columns = [
@@ -97,7 +106,7 @@ def _accuracy(experiment: Experiment, found: Sequence[Line]) -> Sheet:
         "head as trained", f"difference to {reference} (95% interval)", "worst difference",
     ]  # fmt: skip
     notes = [
-        f"Accuracy on {split_of(found)} rows in points: mean ± standard deviation over n seeds, "
+        f"{_what(found)}: mean ± standard deviation over n seeds, "
         "and the single seeds. Gap: sub-FM minus plugged-in FM. Differences are paired by "
         "seed; their intervals are Student's t.",
     ]
@@ -113,7 +122,21 @@ def _accuracy(experiment: Experiment, found: Sequence[Line]) -> Sheet:
             f"* The {' or '.join(edges)} learning rate of the grid was the best on validation "
             "rows: a better one may lie outside."
         )
-    return Sheet("Accuracy", *_trim(columns, out), notes)
+    return Sheet(title_of(found), *_trim(columns, out), notes)
+
+
+def _what(found: Sequence[Line]) -> str:
+    """What scores are of: `Accuracy on test rows in points`."""
+    measures = dict.fromkeys(line.measure for line in found)
+    split = split_of(found)
+    if len(measures) > 1:
+        named = ", ".join(f"{m.name}{m.points} ({', '.join(_places(found, m))})" for m in measures)
+        return f"Scores on {split} rows: {named}"
+    return "".join(f"{m.title} on {split} rows{m.points}" for m in measures)
+
+
+def _places(found: Sequence[Line], measure: Measure) -> list[str]:
+    return list(dict.fromkeys(li.point.dataset for li in found if li.measure == measure))
 
 
 def _by_method(experiment: Experiment, found: Sequence[Line]) -> Sheet:
@@ -124,15 +147,16 @@ def _by_method(experiment: Experiment, found: Sequence[Line]) -> Sheet:
     cells: dict[tuple[str, ...], dict[tuple[str, str], str]] = {}
     for line in found:
         key = (line.point.method, *_values(experiment, line))
-        trained = line.values(lambda r: accuracy(r, "fm-as-trained"))
+        trained = line.values(lambda r: score(r, "fm-as-trained"))
         for name, values in (("", list(line.fm().values())), ("head as trained", trained)):
             if values:
                 some = cells.setdefault((*key, name), {})
-                some[line.point.place] = brief_spread(values)
+                some[line.point.place] = brief_spread(values, line.measure)
     out = [[*key, *(row.get(place, "") for place in places)] for key, row in cells.items()]
     columns = ["method", *experiment.grid, "", *map(place_name, places)]
-    notes = ["Plugged-in FM, points on "
-             f"{split_of(found)} rows: mean ± standard deviation over seeds."]  # fmt: skip
+    measure = common_measure(found)
+    unit = "points on" if measure and measure.share else "on"
+    notes = [f"Plugged-in FM, {unit} {split_of(found)} rows: mean ± standard deviation over seeds."]
     return Sheet("Methods by data set", *_trim(columns, out), notes)
 
 
@@ -140,7 +164,8 @@ def average(experiment: Experiment, found: Sequence[Line]) -> Sheet:
     """Mean over all places of each method that has been run in all of them."""
     trained = [line for line in found if line.trained]
     places = list(dict.fromkeys(line.point.place for line in trained))
-    if len(places) < 2:
+    m = common_measure(trained)
+    if len(places) < 2 or m is None:  # values of different metrics have no mean
         return Sheet("Average", [], [])
     out = []
     for key in dict.fromkeys((li.point.method, li.point.grid) for li in trained):
@@ -156,8 +181,9 @@ def average(experiment: Experiment, found: Sequence[Line]) -> Sheet:
         diff = [fm[s] - theirs[s] for s in fm if s in theirs] if whole else []
         worst = [d for li, r in zip(some, references, strict=True) for d in differences(li, r)]
         out.append([
-            key[0], *(shown(v) for _, v in key[1]), str(len(fm)), spread(list(fm.values())),
-            plus_minus(*interval(diff)) if diff else "", f"{min(worst):+.1f}" if worst else "",
+            key[0], *(shown(v) for _, v in key[1]), str(len(fm)), spread(list(fm.values()), m),
+            plus_minus(*interval(diff), m) if diff else "",
+            m.plain(m.worst(worst), "+") if worst else "",
         ])  # fmt: skip
     difference = f"difference to {experiment.reference} (95% interval)"
     columns = ["method", *experiment.grid, "n", "plugged-in FM", difference, "worst difference"]
@@ -179,7 +205,7 @@ def _figures(
         cells = []
         for figure in figures:
             values = line.values(figure.of)
-            cells.append(_mean_text(values, figure.form))
+            cells.append(_mean_text(values, figure.form, line.measure))
         if any(cells):
             out.append([*_names(experiment, line), *cells])
     columns = [*_named(experiment), *(f.heading for f in figures)]
@@ -194,13 +220,14 @@ def _owner(experiment: Experiment, found: Sequence[Line]) -> Sheet:
     return _figures(experiment, found, title, OWNER, notes)
 
 
-def _mean_text(values: Sequence[float], form: str) -> str:
+def _mean_text(values: Sequence[float], form: str, measure: Measure) -> str:
     if not values:
         return ""
     if any(math.isinf(v) for v in values):
         reached = sum(1 for v in values if math.isfinite(v))
         return f"{reached} of {len(values)} runs"
-    return format(statistics.fmean(values), form)
+    mean = statistics.fmean(values)
+    return format(mean, form) if form else measure.plain(mean)
 
 
 def _cost(experiment: Experiment, found: Sequence[Line]) -> Sheet:
@@ -227,7 +254,11 @@ def _cost(experiment: Experiment, found: Sequence[Line]) -> Sheet:
                 lambda r: rounds_to(r, target[id(r)]),
             )
         )  # fmt: skip
-        said = ", ".join(f"{100 * v:g} on {k}" for k, v in experiment.targets.items())
+        by_dataset = {line.point.dataset: line.measure for line in found}
+        said = ", ".join(
+            f"{by_dataset.get(k, Measure()).scaled(v):g} on {k}"
+            for k, v in experiment.targets.items()
+        )
         notes.append(f"Target: a plugged-in FM of {said}; the first scored round that reached it.")
     return _figures(experiment, found, "Cost", figures, notes)
 
@@ -246,13 +277,15 @@ def _rates(experiment: Experiment, rows: Sequence[Row]) -> Sheet:
         shown_at = dict.fromkeys(rates, "")
         for row in tried:
             value = row.get("fm_validation") if row else None
-            text = "" if value is None else f"{100 * value:.1f}"
             if row:
+                m = measure_of(row)
+                text = "" if value is None else m.plain(m.scaled(value))
                 shown_at[row["lr"]] = f"{text} ✓" if row["lr"] == best else text
         out.append([*_names(experiment, Line(point, {})), *shown_at.values()])
     columns = [*_named(experiment), *(f"lr {lr:g}" for lr in rates)]
+    named = " or ".join(dict.fromkeys(measure_of(r).title for r in rows))
     note = (
-        f"Accuracy of the plugged-in FM on validation rows at seed {experiment.seeds[0]}; "
+        f"{named} of the plugged-in FM on validation rows at seed {experiment.seeds[0]}; "
         "✓ was taken for all seeds."
     )
     return Sheet("Choice of the learning rate", columns, out, [note])
@@ -295,26 +328,6 @@ def _trim(columns: list[str], rows: list[list[str]]) -> tuple[list[str], list[li
     return [columns[i] for i in keep], [[r[i] for i in keep] for r in rows]
 
 
-# ---------------------------------------------------------------- text
-
-
-def brief_spread(values: Sequence[float]) -> str:
-    """`94.3 ± 0.8`, without a deviation where there is one value."""
-    mean = f"{statistics.fmean(values):.1f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.1f}"
-
-
-def spread(values: Sequence[float]) -> str:
-    """`94.3 ± 0.8 (94.8, 94.8, 93.4)`"""
-    each = ", ".join(f"{v:.1f}" for v in values)
-    return brief_spread(values) + (f" ({each})" if len(values) > 1 else "")
-
-
-def plus_minus(mean: float, half: float) -> str:
-    """`-0.9 ± 1.9`, without the interval where there is none."""
-    return f"{mean:+.1f}" + ("" if math.isnan(half) else f" ± {half:.1f}")
-
-
 def markdown(experiment: Experiment, rows: Sequence[Row]) -> str:
     """table.md."""
     out = [f"# {experiment.name}", "", f"Made by `fedpft compare` from {len(rows)} cells."]
@@ -330,53 +343,3 @@ def markdown(experiment: Experiment, rows: Sequence[Row]) -> str:
 
 def _escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("*", "\\*")
-
-
-def table_csv(experiment: Experiment, rows: Sequence[Row]) -> str:
-    """table.csv: a row per line, numbers with six digits, unknown values empty.
-
-    Of each figure the mean over seeds; `fm`, `proxy` and `gap` with standard deviation too.
-    """
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    figures = {f.name: f for f in (*AGREEMENT, *COST, *OWNER[:2])}
-    scores: dict[str, Callable[[Row], float | None]] = {
-        "proxy": lambda r: accuracy(r, "proxy"), "gap": gap,
-        "fm_as_trained": lambda r: accuracy(r, "fm-as-trained"),
-    }  # fmt: skip
-    found = lines(experiment, rows)
-    kinds = sorted({k for line in found for r in line.cells.values() for k in r.get("bytes", ())})
-
-    def of_kind(kind: str) -> Callable[[Row], float | None]:
-        return lambda r: r.get("bytes", {}).get(kind, 0) / 1e6
-
-    writer.writerow([
-        "dataset", "partition", "method", *experiment.grid, "lr", "n", "seeds", "fm", "fm_std",
-        "fm_min", "proxy", "proxy_std", "gap", "gap_std", "fm_as_trained",
-        "fm_as_trained_std", "difference", "difference_half_width", "difference_min", *figures,
-        *(f"mb_{k}" for k in kinds),
-    ])  # fmt: skip
-    for line in found:
-        fm = line.fm()
-        values = list(fm.values())
-        diff = differences(line, reference_of(experiment, line, found))
-        grid = dict(line.point.grid)
-        writer.writerow([
-            *line.point.place, line.point.method, *(grid.get(k, "") for k in experiment.grid),
-            "" if line.lr is None else f"{line.lr:g}", len(values), " ".join(map(str, fm)),
-            *_mean_std(values), _digits(min(values, default=None)),
-            *(text for of in scores.values() for text in _mean_std(line.values(of))),
-            *map(_digits, interval(diff)), _digits(min(diff, default=None)),
-            *(_mean_std(line.values(f.of))[0] for f in figures.values()),
-            *(_mean_std(line.values(of_kind(k)))[0] for k in kinds),
-        ])  # fmt: skip
-    return out.getvalue()
-
-
-def _mean_std(values: Sequence[float]) -> tuple[str, str]:
-    mean = statistics.fmean(values) if values else None
-    return _digits(mean), _digits(statistics.stdev(values) if len(values) > 1 else None)
-
-
-def _digits(value: float | None) -> str:
-    return "" if value is None or not math.isfinite(value) else f"{value:.6g}"

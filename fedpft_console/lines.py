@@ -1,0 +1,186 @@
+"""The permanent lines an event is worth on a console, in plain text."""
+
+from __future__ import annotations
+
+from functools import singledispatch
+
+from fedpft_console.text import (
+    BASELINES,
+    MODELS,
+    Measure,
+    human_bytes,
+    human_count,
+    human_seconds,
+    number,
+)
+from server_app.run import schema as ev
+from server_app.run.record import Record
+
+
+@singledispatch
+def lines_for(event: ev.Event, record: Record) -> list[str]:
+    """The lines of an event.
+
+    Args:
+        event: The event; of most kinds there is nothing to say.
+        record: The run so far, this event included.
+
+    Returns:
+        Lines without their ends.
+    """
+    return []
+
+
+@lines_for.register
+def _(event: ev.RunStarted, record: Record) -> list[str]:
+    resumed = f", resumed after round {event.resumed_from}" if event.resumed_from else ""
+    return [
+        f"{event.method or 'federation'}: {event.rounds} rounds of {event.clients_per_round} "
+        f"clients, seed {event.seed}{resumed}"
+    ]
+
+
+@lines_for.register
+def _(event: ev.Task, record: Record) -> list[str]:
+    labels = f", {len(event.labels)} labels" if event.labels else ""
+    return [
+        f"task {event.name} ({event.kind}): {event.train} training, {event.validation} validation "
+        f"and {event.test} test rows{labels}; {event.public} public rows"
+    ]
+
+
+@lines_for.register
+def _(event: ev.Model, record: Record) -> list[str]:
+    before, after = event.fm_parameters, event.proxy_parameters
+    share = f" ({100 * after / before:.0f} %)" if before else ""
+    return [
+        f"foundation model {human_count(before)} parameters, {human_bytes(event.fm_bytes)} -> "
+        f"sub-FM {human_count(after)} parameters, {human_bytes(event.proxy_bytes)}{share}"
+    ]
+
+
+@lines_for.register
+def _(event: ev.Nodes, record: Record) -> list[str]:
+    return [f"{event.count} clients connected"]
+
+
+def _scored(event: ev.Scored, record: Record) -> str:
+    """`accuracy 57.1 %`"""
+    return f"{event.metric} {Measure.of(record.task).shown(event.value)}"
+
+
+@lines_for.register
+def _(event: ev.Baseline, record: Record) -> list[str]:
+    return [f"baseline {BASELINES.get(event.name, event.name)}: {_scored(event, record)}"]
+
+
+@lines_for.register
+def _(event: ev.Distilled, record: Record) -> list[str]:
+    return [
+        f"distilled {event.steps} steps in {human_seconds(event.seconds)}: "
+        f"loss {number(event.loss_first)} -> {number(event.loss_last)}"
+    ]
+
+
+@lines_for.register
+def _(event: ev.RoundStarted, record: Record) -> list[str]:
+    again = f", attempt {event.attempt}" if event.attempt > 1 else ""
+    return [f"round {event.round}/{event.rounds}{again}: clients {', '.join(event.clients)}"]
+
+
+@lines_for.register
+def _(event: ev.Reply, record: Record) -> list[str]:
+    where = f"round {event.round}: client {event.client}"
+    if event.status != "ok":
+        reason = f": {event.reason}" if event.reason else ""
+        said = {"need": "asks for the sub-FM"}.get(event.status, event.status)
+        return [f"{where} {said}{reason}"]
+    at = record.round(event.round)
+    expected = len(at.started.clients) if at.started else "?"
+    return [
+        f"{where} replied ({at.got}/{expected}), {event.examples} rows, loss {number(event.loss)}, "
+        f"{human_seconds(event.seconds)}"
+    ]
+
+
+@lines_for.register
+def _(event: ev.RoundFinished, record: Record) -> list[str]:
+    left = seconds_left(record)
+    tail = f"; about {human_seconds(left)} left" if left else ""
+    return [
+        f"round {event.round}/{rounds_planned(record) or '?'} done in "
+        f"{human_seconds(event.seconds)}: {event.good} good replies, {event.bad} bad, "
+        f"loss {number(event.loss)}{tail}"
+    ]
+
+
+@lines_for.register
+def _(event: ev.Evaluation, record: Record) -> list[str]:
+    model = MODELS.get(event.model, event.model)
+    return [f"round {event.round}: {model} {_scored(event, record)} ({event.split})"]
+
+
+@lines_for.register
+def _(event: ev.ClientValidation, record: Record) -> list[str]:
+    return [
+        f"round {event.round}: sub-FM {_scored(event, record)} on {event.rows} rows that "
+        f"{event.clients} clients keep from training"
+    ]
+
+
+@lines_for.register
+def _(event: ev.Validation, record: Record) -> list[str]:
+    model = MODELS.get(event.model, event.model)
+    return [f"end: {model} {_scored(event, record)} (validation rows)"]
+
+
+@lines_for.register
+def _(event: ev.Alignment, record: Record) -> list[str]:
+    return [
+        f"round {event.round}: re-aligned {event.neurons} neurons in "
+        f"{human_seconds(event.seconds)}, loss {number(event.loss_before)} -> "
+        f"{number(event.loss_after)}, sub-FM {event.digest_from[:8]} -> {event.digest_to[:8]}"
+    ]
+
+
+@lines_for.register
+def _(event: ev.Agreement, record: Record) -> list[str]:
+    return [
+        f"round {event.round} ({event.when}): gradient cosine {number(event.cosine)}, "
+        f"relative difference {number(event.relative_l2)}"
+    ]
+
+
+@lines_for.register
+def _(event: ev.Warned, record: Record) -> list[str]:
+    return [f"warning: {event.text}"]
+
+
+@lines_for.register
+def _(event: ev.RunFinished, record: Record) -> list[str]:
+    return [f"run finished in {human_seconds(event.seconds)}"]
+
+
+# ---------------------------------------------------------------- how much there is to do
+
+
+def rounds_planned(record: Record) -> int:
+    """Rounds the run is to have; 0 where that is not known."""
+    started = [r.started for r in record.rounds if r.started]
+    if started:
+        return started[-1].rounds
+    return record.run.rounds if record.run else 0
+
+
+def seconds_left(record: Record) -> float | None:
+    """Time the rounds to come will take, by those that are done; None before the first is."""
+    done = [r for r in record.rounds if r.finished and r.ended is not None]
+    if not done:
+        return None
+    last = done[-1]
+    todo = max(0, rounds_planned(record) - last.number)
+    times = [r.ended for r in done if r.ended is not None]
+    if len(times) > 1:
+        # From one round's end to the next, so that evaluation and alignment are included.
+        return todo * (times[-1] - times[0]) / (len(times) - 1)
+    return todo * last.finished.seconds if last.finished else None

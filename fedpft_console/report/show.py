@@ -1,0 +1,115 @@
+"""A report as text: its headline, its tables on a console, and report.md."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedpft_console.report.tables import tables
+from fedpft_console.text import Measure, human_seconds, number
+from server_app.run.record import Record
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def headline(record: Record) -> str:
+    """One sentence about the run."""
+    done = [r for r in record.rounds if r.finished]
+    planned = record.run.rounds if record.run else "?"
+    if record.state == "finished":
+        text = f"Run finished after {len(done)} of {planned} rounds"
+    elif record.state == "failed":
+        text = f"Run failed after {len(done)} of {planned} rounds: {record.reason}"
+    else:
+        text = f"Run is not finished: {len(done)} of {planned} rounds so far"
+    last = next((r for r in reversed(record.rounds) if r.fm), None)
+    if last is not None and last.fm is not None:
+        measure = Measure.of(record.task)
+        named = "" if measure.share else f"{last.fm.metric} "
+        text += f"; plugged-in FM {named}{measure.shown(last.fm.value)} after round {last.number}"
+    return text if text.endswith(".") else text + "."
+
+
+def render(record: Record) -> list[Table]:
+    """The tables for a console."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    out = []
+    for sheet in tables(record):
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            show_header=any(sheet.columns),
+            title=Text(sheet.title),
+            title_justify="left",
+            caption=Text("\n".join(sheet.notes)) if sheet.notes else None,
+            caption_justify="left",
+        )
+        text_only = sheet.title == "Files"
+        for i, name in enumerate(sheet.columns):
+            left = i == 0 or text_only
+            table.add_column(
+                name, justify="left" if left else "right",
+                overflow="fold" if left else "ellipsis",
+            )  # fmt: skip
+        for row in sheet.rows:
+            table.add_row(*(Text(cell) for cell in row))
+        out.append(table)
+    return out
+
+
+def markdown(record: Record) -> str:
+    """report.md."""
+    lines = ["# Run report", "", headline(record), "", *_facts(record)]
+    for sheet in tables(record):
+        lines += ["", f"## {sheet.title}", ""]
+        lines.append("| " + " | ".join(_md(c) for c in sheet.columns) + " |")
+        right = "---" if sheet.title == "Files" else "---:"
+        lines.append("|---|" + f"{right}|" * (len(sheet.columns) - 1))
+        lines += ["| " + " | ".join(_md(c) for c in row) + " |" for row in sheet.rows]
+        lines += ["", *sheet.notes] if sheet.notes else []
+    if any(r.proxy or r.fm for r in record.rounds):
+        name = Measure.of(record.task).name
+        lines += ["", f"![{name}, traffic and agreement by round](plot.png)"]
+    for title, items in (
+        ("Replies not used", bad_replies(record)),
+        ("Warnings", record.warnings),
+    ):
+        if items:
+            lines += ["", f"## {title}", "", *(f"- {_md(item)}" for item in items)]
+    return "\n".join(lines) + "\n"
+
+
+def bad_replies(record: Record) -> list[str]:
+    """A line for each reply that was of no use."""
+    return [
+        f"round {x.round}, client {x.client}: {x.status}, {x.reason or 'no reason'}"
+        for r in record.rounds
+        for x in r.replies
+        if x.status not in ("ok", "need")
+    ]
+
+
+def _facts(record: Record) -> list[str]:
+    task, run = record.task, record.run
+    facts = {
+        "task": task and task.name,
+        "rows": task and f"{task.train} / {task.validation} / {task.test}",
+        "clients": record.nodes and record.nodes.count,
+        "method": run and run.method,
+        "seed": run and run.seed,
+        "version": run and run.version,
+    }
+    lines = [f"- {name}: {value}" for name, value in facts.items() if value not in (None, "")]
+    if record.distilled:
+        d = record.distilled
+        lines.append(
+            f"- distilled: {d.steps} steps in {human_seconds(d.seconds)}, "
+            f"loss {number(d.loss_first)} to {number(d.loss_last)}"
+        )
+    return lines
+
+
+def _md(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

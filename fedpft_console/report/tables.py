@@ -1,0 +1,189 @@
+"""The tables of a report: what to show of a run, in words and figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fedpft_console.text import (
+    BASELINES,
+    PHASES,
+    Measure,
+    human_bytes,
+    human_count,
+    human_seconds,
+    number,
+)
+from server_app.run import schema as ev
+from server_app.run.record import DIRECTIONS, Record, Round
+
+# The order in which kinds of traffic are listed; others follow by name.
+KINDS = ("package", "patch", "adapter", "counts", "control")
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """One table: the first column is text, the others are right-aligned."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    notes: list[str] = field(default_factory=list)
+
+
+def tables(record: Record) -> list[Sheet]:
+    """The tables of a report, in order; those without rows are left out."""
+    made = [_sizes(record), _scores(record), _alignments(record), _traffic(record),
+            _phases(record), _files(record)]  # fmt: skip
+    return [sheet for sheet in made if sheet.rows]
+
+
+def kinds(record: Record) -> list[str]:
+    """Kinds of traffic that occurred, in reading order."""
+    seen = {k for r in record.rounds for d in DIRECTIONS for k in r.bytes[d]}
+    return [k for k in KINDS if k in seen] + sorted(seen.difference(KINDS))
+
+
+def _sizes(record: Record) -> Sheet:
+    rows = []
+    if record.model:
+        m = record.model
+        for name, before, after in (
+            ("parameters", m.fm_parameters, m.proxy_parameters),
+            ("in transformer blocks", m.fm_block_parameters, m.proxy_block_parameters),
+            ("bytes", m.fm_bytes, m.proxy_bytes),
+        ):
+            if not before or not after:
+                continue
+            show = human_bytes if name == "bytes" else human_count
+            rows.append([name, show(before), show(after), f"{100 * after / before:.1f} %"])
+    return Sheet("Model", ["", "FM", "sub-FM", "share"], rows)
+
+
+_TRAINED, _CLIENTS = "head as trained", "sub-FM at clients"
+
+
+def _scores(record: Record) -> Sheet:
+    measure = Measure.of(record.task)
+
+    def text(score: ev.Scored | None) -> str:
+        return measure.spread(score.value, score.error) if score else "-"
+
+    columns = ["", "sub-FM", "plugged-in FM", "gap", _TRAINED, "training loss", _CLIENTS]
+    rows = []
+    order = [b for b in BASELINES if b in record.baselines]
+    for name in order + sorted(set(record.baselines).difference(order)):
+        rows.append([BASELINES.get(name, name), "", text(record.baselines[name]), "", "", "", ""])
+    method = (record.run.method if record.run else "") or "fedpft"
+    method = method.replace("fedpft", "FedPFT")
+    scored = [r for r in record.rounds if r.proxy or r.fm or r.clients]
+    for r in scored:
+        mark = " *" if r.alignment else ""
+        rows.append([
+            f"{method} after round {r.number}{mark}" if r.number else f"{method} before round 1",
+            text(r.proxy),
+            text(r.fm),
+            measure.difference(r.gap) if r.gap is not None else "-",
+            text(r.trained),
+            number(r.finished.loss if r.finished else None),
+            text(r.clients),
+        ])  # fmt: skip
+    without = {_TRAINED} if not any(r.trained for r in scored) else set()
+    without |= {_CLIENTS} if not any(r.clients for r in scored) else set()
+    keep = [i for i, name in enumerate(columns) if name not in without]
+    return Sheet(
+        measure.title, [columns[i] for i in keep], [[row[i] for i in keep] for row in rows],
+        _notes(record, measure) if rows else [],
+    )  # fmt: skip
+
+
+def _notes(record: Record, measure: Measure) -> list[str]:
+    """What the table of scores needs to be understood."""
+    notes = []
+    scores = [x for r in record.rounds for x in (r.proxy, r.fm) if x]
+    known = [x for x in (*scores, *record.baselines.values()) if x.error is not None]
+    sizes = sorted({x.rows for x in known if x.rows})
+    if sizes:
+        notes.append(f"± is one standard error on {' or '.join(map(str, sizes))} rows.")
+    if any(r.gap is not None for r in record.rounds):
+        notes.append(
+            "Plug-in gap: sub-FM minus plugged-in FM" + (", in points." if measure.share else ".")
+        )
+    if any(r.alignment for r in record.rounds):
+        notes.append("* neurons of the sub-FM were re-aligned after this round.")
+    if any(r.trained for r in record.rounds):
+        notes.append("Head as trained: the FM without refitting the head to it (plug.refit).")
+    if any(r.clients for r in record.rounds):
+        notes.append("At clients: the sub-FM on rows that clients keep from training.")
+    if not measure.higher_is_better:
+        notes.append(f"Lower {measure.name} is better.")
+    return notes
+
+
+def _change(before: float | None, after: float | None, form: str = ".3f") -> str:
+    return " → ".join(format(v, form) if v is not None else "-" for v in (before, after))
+
+
+def _alignments(record: Record) -> Sheet:
+    """What each re-alignment changed: before → after."""
+    measure = Measure.of(record.task)
+
+    def moments(r: Round, figure: str) -> str:
+        found = r.moments(figure)
+        return _change(found.get("before-align"), found.get("after-align"))
+
+    def gap(value: float | None) -> str:
+        return "-" if value is None else measure.difference(value)
+
+    rows = [
+        [
+            f"after round {r.number}",
+            f"{a.neurons:,} ({100 * a.share:.0f}%)",
+            _change(*r.alignment_errors()),
+            moments(r, "cosine"),
+            moments(r, "relative_l2"),
+            f"{gap(a.gap_before)} → {gap(a.gap_after)}",
+        ]
+        for r in record.rounds
+        if (a := r.alignment)
+    ]
+    columns = [
+        "", "neurons moved", "output error", "gradient cosine", "gradient relative L2", "gap",
+    ]  # fmt: skip
+    return Sheet("Re-alignments, before → after", columns, rows, [])
+
+
+def _traffic(record: Record) -> Sheet:
+    rows = []
+    occurred = kinds(record)
+    for kind in occurred:
+        both = [record.bytes(d, kind) for d in DIRECTIONS]
+        rows.append([kind, *(human_bytes(b) for b in (*both, sum(both)))])
+    if rows:
+        sums = [sum(record.bytes(d, k) for k in occurred) for d in DIRECTIONS]
+        rows.append(["all", *(human_bytes(b) for b in (*sums, sum(sums)))])
+    return Sheet("Traffic", ["kind", "to clients", "from clients", "both"], rows)
+
+
+def _phases(record: Record) -> Sheet:
+    rows: list[tuple[str, float]] = []
+    for name, seconds in record.phase_seconds.items():
+        if name == "align":  # part of its round, listed below
+            continue
+        rows.append((PHASES.get(name, name) if name != "round" else "rounds", seconds))
+        if name == "round":
+            done = [r.finished for r in record.rounds if r.finished]
+            parts = {
+                "exchange with training clients": sum(f.exchange_seconds for f in done),
+                "evaluation": sum(f.evaluate_seconds for f in done),
+                "re-alignment": record.phase_seconds.get("align", 0.0),
+            }
+            rows += [(f"  of which {part}", sec) for part, sec in parts.items() if sec]
+    if record.seconds is not None and rows:
+        rows.append(("whole run, without starting Flower", record.seconds))
+    cells = [[name, human_seconds(sec)] for name, sec in rows]
+    cells += [[f"peak memory, {name}", human_bytes(b)] for name, b in record.peak_bytes.items()]
+    return Sheet("Time and memory", ["", ""], cells)
+
+
+def _files(record: Record) -> Sheet:
+    return Sheet("Files", ["", "path"], [[name, path] for name, path in record.files.items()])

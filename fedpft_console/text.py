@@ -1,0 +1,149 @@
+"""How figures, metrics and the parts of a run are put into words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+PHASES = {
+    "load": "loading",
+    "baselines": "baselines",
+    "build": "building the sub-FM",
+    "distil": "distillation",
+    "undistilled": "same federation, undistilled sub-FM",
+    "round": "round",
+    "align": "alignment",
+    "evaluate": "evaluation",
+    "export": "export",
+}
+MODELS = {"proxy": "sub-FM", "fm": "plugged-in FM", "fm-as-trained": "FM, head as trained"}
+BASELINES = {
+    "linear-probe": "linear probe on the FM",
+    "tf-idf": "TF-IDF",
+    "undistilled": "undistilled sub-FM, plugged in",
+}
+
+
+def human_bytes(count: float) -> str:
+    """1234567 → `1.2 MB` (powers of 1000)."""
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 999.95:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def human_count(count: float) -> str:
+    """22713216 → `22.7M`."""
+    if abs(count) < 1000:
+        return f"{count:.0f}"
+    for unit in ("k", "M"):
+        count /= 1000
+        if abs(count) < 999.95:
+            return f"{count:.1f}{unit}"
+    return f"{count / 1000:.2f}G"
+
+
+def human_seconds(seconds: float) -> str:
+    """75.2 → `1 min 15 s`."""
+    if not math.isfinite(seconds):
+        return "?"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def percent(share: float | None) -> str:
+    """0.5713 → `57.1 %`; nothing to show is a dash."""
+    return "-" if share is None or not math.isfinite(share) else f"{100 * share:.1f} %"
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A number with so many significant digits; anything else is a dash."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return "-"
+    return f"{value:.{digits}g}"
+
+
+class _Task(Protocol):
+    @property
+    def metric(self) -> str: ...
+    @property
+    def higher_is_better(self) -> bool: ...
+    @property
+    def share(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Measure:
+    """The metric of a task: how its values are shown and which of two is better.
+
+    A value that is a share is shown in percent, and differences of shares in points; any other is
+    shown as it is, with three digits.
+    """
+
+    name: str = "accuracy"
+    higher_is_better: bool = True
+    share: bool = True
+
+    @staticmethod
+    def of(task: _Task | None) -> Measure:
+        """The metric that a task event names."""
+        return Measure(task.metric, task.higher_is_better, task.share) if task else Measure()
+
+    @property
+    def title(self) -> str:
+        """The name, to begin a heading with."""
+        return self.name[:1].upper() + self.name[1:]
+
+    @property
+    def points(self) -> str:
+        """` in points` for shares: what to put behind a name whose figures have no unit."""
+        return " in points" if self.share else ""
+
+    @property
+    def axis(self) -> str:
+        """The name with its unit, for the axis of a plot."""
+        return f"{self.name}, points" if self.share else self.name
+
+    def scaled(self, value: float) -> float:
+        """A value, or a difference of two, as tables show it: shares times 100."""
+        return 100 * value if self.share else value
+
+    def plain(self, scaled: float, sign: str = "") -> str:
+        """A scaled figure without its unit; `sign` is "+" for differences."""
+        return f"{scaled:{sign}.1f}" if self.share else f"{scaled:{sign}.3g}"
+
+    def shown(self, value: float | None) -> str:
+        """A value with its unit: `57.1 %` or `0.571`; nothing to show is a dash."""
+        return percent(value) if self.share else number(value)
+
+    def spread(self, value: float, error: float | None) -> str:
+        """A value with its standard error: `57.1 ± 1.6 %` or `0.571 ± 0.016`."""
+        unit = " %" if self.share else ""
+        form = ".1f" if self.share else ".2g"
+        around = "" if error is None else f" ± {self.scaled(error):{form}}"
+        return f"{self.plain(self.scaled(value))}{around}{unit}"
+
+    def difference(self, value: float) -> str:
+        """A difference of two values, in points where they are shares: `+10.0` or `-0.125`."""
+        return self.plain(self.scaled(value), "+")
+
+    def reached(self, value: float, target: float) -> bool:
+        """Whether a value is as good as a target."""
+        return value >= target if self.higher_is_better else value <= target
+
+    def worst(self, values: Iterable[float]) -> float:
+        """The worst of some values, or of some differences to a reference."""
+        return min(values) if self.higher_is_better else max(values)
+
+    def rank(self, value: float) -> float:
+        """A number that is the larger the better the value is."""
+        return value if self.higher_is_better else -value
