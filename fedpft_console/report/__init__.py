@@ -8,9 +8,9 @@ finished, a failed and a still running run.
 from fedpft_console.report.files import EVENTS, as_json, read, rounds_csv, write
 from fedpft_console.report.plots import plot_png
 from fedpft_console.report.show import headline, markdown, render
-from fedpft_console.report.tables import Sheet, tables
+from fedpft_console.report.tables import Sheet, sheets
 
 __all__ = [
     "EVENTS", "Sheet", "as_json", "headline", "markdown", "plot_png", "read", "render",
-    "rounds_csv", "tables", "write",
+    "rounds_csv", "sheets", "write",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fedpft_console.report.tables import tables
+from fedpft_console.report.tables import sheets
 from fedpft_console.text import Measure, human_seconds, number
 from server_app.run.record import Record
 
@@ -37,7 +37,7 @@ def render(record: Record) -> list[Table]:
     from rich.text import Text
 
     out = []
-    for sheet in tables(record):
+    for sheet in sheets(record):
         table = Table(
             box=box.SIMPLE_HEAD,
             show_header=any(sheet.columns),
@@ -62,7 +62,7 @@ def render(record: Record) -> list[Table]:
 def markdown(record: Record) -> str:
     """report.md."""
     lines = ["# Run report", "", headline(record), "", *_facts(record)]
-    for sheet in tables(record):
+    for sheet in sheets(record):
         lines += ["", f"## {sheet.title}", ""]
         lines.append("| " + " | ".join(_md(c) for c in sheet.columns) + " |")
         right = "---" if sheet.title == "Files" else "---:"

@@ -30,7 +30,7 @@ class Sheet:
     notes: list[str] = field(default_factory=list)
 
 
-def tables(record: Record) -> list[Sheet]:
+def sheets(record: Record) -> list[Sheet]:
     """The tables of a report, in order; those without rows are left out."""
     made = [_sizes(record), _scores(record), _alignments(record), _traffic(record),
             _phases(record), _files(record)]  # fmt: skip

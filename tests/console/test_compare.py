@@ -56,7 +56,7 @@ def experiment(folder: Path, **change: object) -> Path:
 
 
 def read(path: Path) -> compare.Experiment:
-    return compare.Experiment.read(path)
+    return compare.read(path)
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -158,6 +158,7 @@ def test_client_flops_are_those_of_the_steps(tmp_path: Path) -> None:
     from fedpft_core import config as configs
     from fedpft_core.model.families import family_of
     from fedpft_core.proxy.cost import block_cost
+    from server_app.run.record import fold
 
     flat = tiny.write_task("bert", tmp_path)
     flat |= {"train.local-steps": 0, "train.local-epochs": 1, "federation.rounds": 1}
@@ -167,7 +168,7 @@ def test_client_flops_are_those_of_the_steps(tmp_path: Path) -> None:
     events = tiny.run(flat, tmp_path / "run", federation)
     config = configs.from_flat(flat)
     lengths = [n for held in cache.rows.values() for n in held.train.lengths]
-    found = summary(events, config.train.batch_size, sum(lengths) / len(lengths))
+    found = summary(fold(events), config.train.batch_size, sum(lengths) / len(lengths))
 
     proxy = next(iter(cache.models.values())).model.model.get_base_model()
     plain = tiny.pair("bert")[1]  # only to name the family

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from fedpft_console import compare
-from fedpft_console.compare import gap, lines, page, plots, tables
+from fedpft_console.compare import gap, lines, page, plots, table_csv, tables
 
 FULL = {"plan": {"proxy": "full"}, "align": {"interval": 0}, "distill": {"method": "none"}}
 FM = {  # plugged-in accuracy by method, dataset and seed
@@ -36,7 +36,7 @@ def grid(folder: Path, **change: Any) -> compare.Experiment:
     }
     path = folder / "grid.yaml"
     path.write_text(yaml.safe_dump(tree | change, sort_keys=False))
-    return compare.Experiment.read(path)
+    return compare.read(path)
 
 
 def row(cell: compare.Cell, fm: float, **more: Any) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def row(cell: compare.Cell, fm: float, **more: Any) -> dict[str, Any]:
         "digest": cell.digest(), "method": cell.method, "dataset": cell.dataset,
         "seed": cell.seed, "lr": cell.lr, "config": cell.resolved, "seconds": 100.0,
         "fm_test": fm, "proxy_test": fm + gap, "fm_validation": 0.5 + cell.lr,
-        "linear-probe": 0.4, "bytes": {"adapter": 2_000_000, "package": 8_000_000},
+        "baselines": {"linear-probe": 0.4}, "bytes": {"adapter": 2_000_000, "package": 8_000_000},
     } | more  # fmt: skip
 
 
@@ -156,7 +156,7 @@ def test_each_dataset_has_its_own_rates(tmp_path: Path) -> None:
 def test_rows_of_older_versions_and_partial_grids_are_coped_with(tmp_path: Path) -> None:
     experiment = grid(tmp_path)
     old = [
-        {k: v for k, v in r.items() if k not in ("bytes", "seconds", "linear-probe")}
+        {k: v for k, v in r.items() if k not in ("bytes", "seconds", "baselines")}
         for r in cells(experiment)
     ]
     text = tables.markdown(experiment, old)
@@ -228,7 +228,7 @@ def test_grid_points_are_compared_with_the_reference_at_their_point(tmp_path: Pa
 def test_csv_has_the_same_figures(tmp_path: Path) -> None:
     experiment = grid(tmp_path)
     rows = cells(experiment)
-    found = list(csv.DictReader(io.StringIO(tables.table_csv(experiment, rows))))
+    found = list(csv.DictReader(io.StringIO(table_csv.text(experiment, rows))))
     first = found[0]
     assert (first["dataset"], first["method"], first["seeds"]) == ("easy", "fedpft", "0 1 2")
     assert [float(first[k]) for k in ("fm", "fm_std", "fm_min")] == pytest.approx([82, 2, 80])
@@ -316,3 +316,61 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     ]  # fmt: skip
     text = page.html(experiment, rows)
     assert "<b>" not in text and "&lt;b&gt;&amp;" in text
+
+
+# ---------------------------------------------------------------- a metric that is no accuracy
+
+RMSE = {"name": "rmse", "higher_is_better": False, "share": False}
+
+
+def turned(experiment: compare.Experiment, **more: Any) -> list[dict[str, Any]]:
+    """The same cells with errors instead of accuracies."""
+    out = []
+    for r in cells(experiment, **more):
+        values = {k: 1 - r[k] for k in ("fm_test", "proxy_test", "fm_validation")}
+        out.append(r | values | {"metric": RMSE, "baselines": {"mean": 0.6}})
+    return out
+
+
+def test_lower_is_better_decides_rates_worst_seeds_and_findings(tmp_path: Path) -> None:
+    experiment = grid(tmp_path)
+    made = turned(experiment)
+    text = tables.markdown(experiment, made)
+    found = {(r["dataset"], r["method"]): r for r in read_table(text, "Rmse")}
+    line = found["easy", "fedpft"]
+    assert line["lr"] == "0.01\\*", "the rate with the lower error"
+    assert line["plugged-in FM"] == "0.18 ± 0.02 (0.2, 0.16, 0.18)"
+    assert line["worst seed"] == "0.2" and line["gap"] == "-0.02"
+    assert line["worst difference"] == "+0.02"
+    assert found["easy", "mean"]["plugged-in FM"].startswith("0.6 ± 0")
+    assert "Rmse on test rows: mean" in text and "points" not in text
+    page_text = page.html(grid(tmp_path, datasets={"easy": {}}), made)
+    assert "behind fedpetuning" in page_text and "ahead" not in page_text
+    assert "ccuracy" not in text + page_text
+
+
+def test_the_target_of_an_error_is_reached_from_above() -> None:
+    curve = {"metric": RMSE, "curve": [[1, 0.9, 0.9], [2, 0.9, 0.6], [3, 0.9, 0.4]]}
+    assert lines.rounds_to(curve, 0.6) == 2 and lines.rounds_to(curve, 0.3) == math.inf
+
+
+def test_values_of_different_metrics_are_not_averaged(tmp_path: Path) -> None:
+    experiment = grid(tmp_path)
+    mixed = [r for r in cells(experiment) if r["dataset"] == "easy"]
+    mixed += [r for r in turned(experiment) if r["dataset"] == "hard"]
+    text = tables.markdown(experiment, mixed)
+    assert "## Scores" in text and "Average over" not in text
+    assert "accuracy in points (easy), rmse (hard)" in text
+    assert page.html(experiment, mixed) and plots.panels(experiment, mixed)
+
+
+def test_cells_of_before_metrics_had_names_are_read(tmp_path: Path) -> None:
+    import json
+
+    experiment = grid(tmp_path)
+    old = [
+        {k: v for k, v in r.items() if k != "baselines"} | {"linear-probe": 0.4}
+        for r in cells(experiment)
+    ]
+    (tmp_path / "cells.jsonl").write_text("".join(json.dumps(r) + "\n" for r in old))
+    assert compare.Results(tmp_path).rows == cells(experiment)

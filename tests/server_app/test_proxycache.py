@@ -13,6 +13,7 @@ from fedpft_core import config as configs
 from server_app.phases.load import load
 from server_app.run import proxycache
 from server_app.run.events import EventLog, read_events
+from server_app.run.record import fold
 
 TIMES = {"t", "seconds", "run_dir", "cached", "peak_rss_bytes", "paths"}
 
@@ -68,8 +69,8 @@ def test_the_seconds_are_those_of_the_run_that_did_the_work(
     from fedpft_console.compare.record import summary
 
     cache = str(tmp_path / "cache")
-    made = summary(tiny.run(task, tmp_path / "a", run__proxy_cache=cache))
-    used = summary(tiny.run(task, tmp_path / "b", run__proxy_cache=cache))
+    made = summary(fold(tiny.run(task, tmp_path / "a", run__proxy_cache=cache)))
+    used = summary(fold(tiny.run(task, tmp_path / "b", run__proxy_cache=cache)))
     assert used["distil_seconds"] == made["distil_seconds"] > 0
     assert used["output_error_before"] == made["output_error_before"]
     assert "distil_cached" in used and "distil_cached" not in made

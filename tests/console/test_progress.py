@@ -1,0 +1,106 @@
+"""What is shown of a run while it goes on, from fabricated events."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from runlog import event, made, put, whole_run
+
+from fedpft_console.lines import lines_for
+from fedpft_console.progress import Follower, View
+from server_app.run.events import EventLog, entry_of
+from server_app.run.record import Record
+from server_app.run.schema import KINDS
+
+
+def shown(events: list[dict[str, Any]], terminal: bool) -> str:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=200)
+    with View(console) as view:
+        view.note("starting Flower")
+        for e in events:
+            entry = entry_of(e)
+            assert entry is not None
+            view.show(entry)
+    return out.getvalue()
+
+
+def test_plain_lines_tell_the_run_without_control_characters() -> None:
+    text = shown(whole_run(), terminal=False)
+    assert "\x1b" not in text and "\r" not in text
+    for part in (
+        "22.7M parameters, 90.8 MB -> sub-FM 11.3M parameters, 45.4 MB (50 %)",
+        "distilled 20 steps in 3.0 s: loss 1 -> 0.25",
+        "round 1/2: clients 0, 1, 2",
+        "round 1: client 0 replied (1/3), 5 rows, loss 1, 1.0 s",
+        "round 2: client 2 refused: shape | of head",
+        "round 1: plugged-in FM accuracy 50.0 % (test)",
+        "round 1: re-aligned 384 neurons in 1.0 s, loss 0.3 -> 0.2, sub-FM aaaaaaaa -> cccccccc",
+        "round 1/2 done in 6.0 s: 2 good replies, 0 bad, loss 1; about 6.0 s left",
+    ):
+        assert part in text, part
+    assert "accuracy 1.0 %" not in text, "the side run is not shown as the run"
+
+
+def test_a_terminal_gets_bars_and_fewer_lines() -> None:
+    text = shown(whole_run(), terminal=True)
+    assert "\x1b[" in text
+    assert "round 1: client 0 replied" not in text
+    assert "refused: shape" in text
+
+
+def test_long_phases_report_rate_and_time_left() -> None:
+    steps = [event(100 + i, "progress", phase="distil", done=10 * i, total=400, unit="steps",
+                   loss=1 / (i + 1)) for i in range(31)]  # fmt: skip
+    lines = [line for line in shown(steps, terminal=False).splitlines() if "distillation" in line]
+    assert len(lines) == 3, "every ten seconds"
+    assert "distillation: 100/400 steps, loss 0.0909, 10.0/s, 30 s left" in lines[0]
+
+
+def test_every_event_of_the_schema_has_lines_or_none() -> None:
+    for e in whole_run():
+        assert all("\n" not in line for line in lines_for(made(e["event"], **e), Record()))
+    for kind in KINDS:  # also where nothing is known but the name
+        assert all("\n" not in line for line in lines_for(made(kind), Record()))
+
+
+def test_follower_reads_what_is_new(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    follower = Follower(path)
+    assert follower.new() == []
+    log = EventLog(path)
+    log.emit(made("run_started", rounds=1))
+    assert [e.event.event for e in follower.new()] == ["run_started"]
+    assert follower.new() == []
+    log.emit(made("run_finished", seconds=1))
+    follower.new()
+    assert follower.finished and follower.count == 2
+
+
+def test_follower_of_a_resumed_run_ignores_the_part_before(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    put(tmp_path, [event(1, "run_started"), event(2, "round_finished", round=1),
+                   event(3, "round_started", round=2), event(4, "run_finished")])  # fmt: skip
+    keep = path.read_bytes().index(b'{"t": 3')
+    follower = Follower(path)
+    assert follower.new() == [] and not follower.finished
+    log = EventLog(path)
+    log.rewind(keep)  # back to the checkpoint after round 1
+    assert follower.new() == []
+    log.emit(made("run_started", resumed_from=1))
+    log.emit(made("round_started", round=2))
+    assert [e.event.event for e in follower.new()] == ["run_started", "round_started"]
+    log.emit(made("run_failed", reason="why"))
+    follower.new()
+    assert follower.failure == "why" and not follower.finished
+
+
+def test_a_metric_is_called_by_its_name() -> None:
+    task = {"metric": "rmse", "higher_is_better": False, "share": False}
+    found = [event(1, "task", name="x", kind="text", **task),
+             event(2, "evaluation", round=1, model="fm", split="test", metric="rmse",
+                   value=0.57132)]  # fmt: skip
+    assert "round 1: plugged-in FM rmse 0.571 (test)" in shown(found, terminal=False)
