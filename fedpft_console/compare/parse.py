@@ -192,7 +192,7 @@ def _more(entry: Any, axes: Mapping[str, Iterable[str]]) -> dict[str, Any]:
 
 def _targets(tree: Any, datasets: Iterable[str]) -> dict[str, float]:
     if not isinstance(tree, Mapping):
-        raise UserError(f"targets: expected an accuracy by dataset, got {tree!r}.")
+        raise UserError(f"targets: expected a value of the metric by dataset, got {tree!r}.")
     for name, value in tree.items():
         if name not in datasets:
             raise UserError(f"targets: no such dataset {name!r}.")
