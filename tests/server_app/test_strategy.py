@@ -80,9 +80,7 @@ def test_rows_kept_from_training_are_summed_over_clients() -> None:
     found = seen(events, "client_validation", "round", "value", "rows", "clients", "metric")
     # Measured with the adapter a round began with: that of the round before.
     assert found == [(0, 0.3, 10, 2, "accuracy"), (1, 0.75, 4, 1, "accuracy")]
-    assert seen(events, "client_validation", "error")[0][0] == pytest.approx(
-        (0.3 * 0.7 / 10) ** 0.5
-    )
+    assert seen(events, "client_validation", "error")[0] == pytest.approx((0.3 * 0.7 / 10) ** 0.5)
     assert [e.get("validation_rows") for e in events.seen if e["event"] == "reply"][:3] == [
         4, None, 6,
     ]  # fmt: skip
