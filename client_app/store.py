@@ -1,4 +1,4 @@
-"""What a client keeps on disk: sub-FMs by digest, and what its last updates left unsent.
+"""What a client keeps on disk: sub-FMs, each under its digest, and updates not yet sent in full.
 
 Layout: `<root>/<digest>/meta.json`, `weights.safetensors`, `files/…`. A folder appears whole
 (rename) or not at all; what is found corrupt is removed and asked for again. Any number of
