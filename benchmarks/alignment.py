@@ -139,7 +139,7 @@ class Study:
             run(self.config, LocalTransport(clients), EventLog(work / "run" / "events.jsonl"))
         stored = load_file(work / "run" / "adapter" / "adapter_model.safetensors")
         self.tuned = {k.removeprefix("base_model.model."): v for k, v in stored.items()}
-        self.bench, _ = load(self.config, EventLog(None))
+        self.bench = load(self.config, EventLog(None))
         self.models, self.data = self.bench.models, self.bench.rows
         b = self.models
         self.parts = distill.moving_parts(b.proxy, b.plan)

@@ -23,7 +23,8 @@ from fedpft_core import __version__
 from fedpft_core.data.batches import Encoded, encode
 from fedpft_core.data.tasks import Examples
 from fedpft_core.errors import ReplyError, UserError
-from fedpft_core.proxy.package import ClientModel, apply_patch, load_processor, rebuild
+from fedpft_core.proxy.package import ClientModel, load_processor, rebuild
+from fedpft_core.proxy.patch import apply_patch
 from fedpft_core.wire import codec
 from fedpft_core.wire.envelope import Envelope, open_envelope, seal
 from fedpft_core.wire.identity import combine_digest, is_digest

@@ -23,6 +23,7 @@ from fedpft_core.errors import ReplyError
 from fedpft_core.tensors import Tensors
 from fedpft_core.wire import codec
 from fedpft_core.wire.identity import combine_digest, is_digest, tensor_digest
+from fedpft_core.wire.meta import PackageMeta
 from fedpft_core.wire.package import Package
 
 _HEX = frozenset("0123456789abcdef")
@@ -74,7 +75,7 @@ class Store:
             weights = {k: t.clone() for k, t in mapped.items()}
             meta = (folder / "meta.json").read_text(encoding="utf-8")
             files = {p.name: p.read_bytes() for p in sorted((folder / "files").iterdir())}
-            package = Package(meta, files, weights)
+            package = Package(PackageMeta.from_json(meta), files, weights)
             digests = {k: tensor_digest(t) for k, t in weights.items()}
             good = combine_digest(meta, files, digests) == digest
         except (OSError, SafetensorError, ValueError, KeyError, RuntimeError):
@@ -102,7 +103,7 @@ class Store:
             (temp / "files").mkdir()
             for name, data in package.files.items():
                 (temp / "files" / name).write_bytes(data)
-            (temp / "meta.json").write_text(package.meta, encoding="utf-8")
+            (temp / "meta.json").write_text(package.meta.to_json(), encoding="utf-8")
             weights = {k: t.contiguous() for k, t in package.weights.items()}
             try:
                 save_file(weights, temp / "weights.safetensors")

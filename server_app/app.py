@@ -17,7 +17,6 @@ from fedpft_core.align import selection
 from fedpft_core.config import Config
 from fedpft_core.errors import RunError, UserError
 from fedpft_core.train import baselines
-from fedpft_core.wire.package import Package
 from server_app.bench import Bench
 from server_app.local import local_only
 from server_app.phases import agree, align, load, plug, score
@@ -86,11 +85,11 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
         resumed_from=saved.round if saved else None,
     ))  # fmt: skip
 
-    bench, package = load.load(config, events)
+    bench = load.load(config, events)
     if saved is not None:
-        state = saved.restore(bench.models, package)
+        state = saved.restore(bench.models, bench.package())
     else:
-        state = _before_round_1(bench, package, transport, events)
+        state = _before_round_1(bench, transport, events)
     if f.aggregate == "none":
         local_only(config, transport, events, bench, state)
         events.emit(ev.Files(paths={"plan": f"{config.run.dir}/plan.json"}))
@@ -108,9 +107,7 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
     _export(bench, state)
 
 
-def _before_round_1(
-    bench: Bench, package: Package, transport: Transport, events: EventLog
-) -> State:
+def _before_round_1(bench: Bench, transport: Transport, events: EventLog) -> State:
     """What a run does once: reference points, distillation, the scores it starts from."""
     config, models = bench.config, bench.models
     (Path(config.run.dir) / "plan.json").write_text(models.plan.to_json(), encoding="utf-8")
@@ -121,9 +118,9 @@ def _before_round_1(
                 fields = accuracy(share, len(bench.rows.scored))
                 events.emit(ev.Baseline(name=name, split=config.run.eval_split, **fields))
     if config.run.undistilled:
-        undistilled(bench, transport, events, package)
+        undistilled(bench, transport, events)
     proxycache.distil(bench)
-    state = fresh_state(models.start, models.repack(package))
+    state = fresh_state(models.start, bench.package())
     models.plug(state.adapter)
     agree.record(bench, 0, "start", start=True)
     if config.run.evaluate_every <= config.federation.rounds:

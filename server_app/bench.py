@@ -13,7 +13,9 @@ import torch
 from fedpft_core.config import Config
 from fedpft_core.data.batches import Encoded, encode, public_batches
 from fedpft_core.data.tasks import Task
+from fedpft_core.proxy.package import make_package
 from fedpft_core.seeds import derive
+from fedpft_core.wire.package import Package
 from server_app.models import Models
 from server_app.state import Events
 
@@ -55,6 +57,14 @@ class Bench:
     models: Models
     rows: Rows
     device: torch.device
+
+    def package(self) -> Package:
+        """The proxy as clients get it, with its present weights."""
+        m, rows = self.models, self.rows
+        return make_package(
+            m.proxy, m.plan, m.spec, rows.processor, rows.task.kind, rows.task.label_names,
+            self.config.data.max_length,
+        )  # fmt: skip
 
 
 def public_stream(

@@ -9,10 +9,9 @@ from peft import PeftModel
 
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.align import distill
-from fedpft_core.model.families import base_model
+from fedpft_core.model.names import bare
 from fedpft_core.model.plan import Plan
 from fedpft_core.tensors import Tensors
-from fedpft_core.wire.package import Package
 
 
 @dataclass
@@ -34,15 +33,6 @@ class Models:
         adapters.load(self.fm, adapter)
         adapters.load(self.proxy, adapter, self.plan)
 
-    def repack(self, package: Package) -> Package:
-        """The package with the proxy's present weights (after distillation)."""
-        live = {
-            k.removeprefix("base_model.model.").replace(".base_layer.", "."): t
-            for k, t in self.proxy.state_dict().items()
-        }
-        weights = {k: live[k].detach().cpu().clone().contiguous() for k in package.weights}
-        return Package(package.meta, package.files, weights)
-
     def trained_names(self) -> list[str]:
         """Names in the package of the weights alignment may move."""
         moving = {id(p) for p in distill.moving_parts(self.proxy, self.plan).values()}
@@ -50,8 +40,7 @@ class Models:
 
     def _frozen(self) -> Tensors:
         """The proxy's parameters by their name in the package."""
-        named = base_model(self.proxy).named_parameters()
-        return {k.replace(".base_layer.", "."): p for k, p in named}
+        return {bare(k): p for k, p in self.proxy.named_parameters()}
 
     @torch.no_grad()
     def load_frozen(self, weights: Tensors) -> None:

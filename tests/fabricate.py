@@ -6,7 +6,6 @@ on its name and the round. So a round takes milliseconds and every order of even
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import random
@@ -21,14 +20,16 @@ import torch
 from torch import Tensor
 
 from fedpft_core import config as configs
+from fedpft_core.adapter.lora import AdapterSpec
 from fedpft_core.config import Config
+from fedpft_core.model.names import PatchedWeights
 from fedpft_core.model.plan import BlockPlan, Plan
-from fedpft_core.proxy.package import PatchedWeights, apply_patch
+from fedpft_core.proxy.patch import apply_patch
 from fedpft_core.seeds import torch_stream
 from fedpft_core.tensors import Tensors
 from fedpft_core.wire import codec
 from fedpft_core.wire.envelope import Envelope, open_envelope, seal
-from fedpft_core.wire.identity import tensor_digest
+from fedpft_core.wire.identity import combine_digest, tensor_digest
 from fedpft_core.wire.messages import (
     Failure,
     Hello,
@@ -39,6 +40,7 @@ from fedpft_core.wire.messages import (
     TrainReply,
     TrainRequest,
 )
+from fedpft_core.wire.meta import PackageMeta
 from fedpft_core.wire.package import Package, Patch
 from fedpft_core.wire.validate import Expected
 from server_app.state import State
@@ -85,8 +87,18 @@ def package(seed: int = 0) -> Package:
         shapes |= dict.fromkeys(SHARED_PARTS, (WIDTH,))
         for part, shape in shapes.items():
             weights[names.name(block, part)] = _noise(shape, "weights", seed, block, part)
-    meta = {"plan": PLAN.to_json(), "kind": "text", "max_length": MAX_LENGTH, "seed": seed}
-    return Package(json.dumps(meta), {"vocab.txt": b"a\nb\n"}, weights)
+    config = {"model_type": PLAN.model_type, "seed": seed}
+    spec = AdapterSpec(2, 4.0, 0.0, ("bert.encoder.layer.0.attention.self.query",), ("classifier",))
+    meta = PackageMeta(PLAN, spec, config, "Made", "text", ("x", "y", "z"), MAX_LENGTH)
+    return Package(meta, {"vocab.txt": b"a\nb\n"}, weights)
+
+
+def with_metadata(given: Package, text: str) -> tuple[str, bytes]:
+    """Digest and bytes of a package with this text for its metadata, whatever it says."""
+    digests = {k: tensor_digest(t) for k, t in given.weights.items()}
+    blobs = {"//meta": text.encode()} | {f"//file/{k}": v for k, v in given.files.items()}
+    tensors = {k: torch.tensor(list(v), dtype=torch.uint8) for k, v in blobs.items()}
+    return combine_digest(text, given.files, digests), codec.pack(given.weights | tensors)
 
 
 def state(seed: int = 0) -> State:

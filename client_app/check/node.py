@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import resource
 import sys
@@ -24,6 +23,7 @@ from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.proxy import size as plansize
 from fedpft_core.proxy.package import ClientModel, rebuild
 from fedpft_core.proxy.size import PlanSize
+from fedpft_core.wire.meta import PackageMeta
 
 # Flower's own pattern: what it does not match, Flower leaves out without a word.
 _PAIR = re.compile(r"(\S+?)=(\'[^\']*\'|\"[^\"]*\"|\S+)")
@@ -106,11 +106,11 @@ class _Held:
     def __init__(self, node: dict[str, Any], plan: PlanSize | None) -> None:
         self.model: ClientModel | None = None
         self.files: dict[str, bytes] = {}
-        self.meta: dict[str, Any] | None = None
+        self.meta: PackageMeta | None = None
         self.bytes = 0
         self.rows: Examples | None = None
         if plan:
-            self.meta = json.loads(plan.meta)
+            self.meta = plan.meta
             self.bytes = plan.sub_fm_bytes
             return
         store = Store(nodes.cache_root(node) / "store")
@@ -123,7 +123,7 @@ class _Held:
                 self.model = rebuild(package)
         except ReplyError:
             return
-        self.meta, self.files = json.loads(package.meta), package.files
+        self.meta, self.files = package.meta, package.files
         self.bytes = sum(t.numel() * t.element_size() for t in package.weights.values())
 
 
@@ -209,10 +209,10 @@ def _row_bytes(held: _Held) -> int:
     """Bytes of one encoded row on disk, at most."""
     if held.meta is None:
         return 0
-    if held.meta["kind"] == "image":
-        c = held.meta["model_config"]
+    if held.meta.kind == "image":
+        c = held.meta.model_config
         return int(c["num_channels"] * c["image_size"] ** 2)
-    return 5 * int(held.meta["max_length"]) + 24
+    return 5 * held.meta.max_length + 24
 
 
 def _step(node: dict[str, Any], plan: PlanSize | None, held: _Held, batch: int) -> str:

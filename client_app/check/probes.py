@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpft_core.errors import UserError
+from fedpft_core.wire.meta import PackageMeta
 
 PASS, FAIL, SKIPPED = "pass", "fail", "skipped"
 # What a node's process takes before it holds a model: Python, torch, transformers, Flower.
@@ -320,7 +321,7 @@ def available_memory() -> int:
     return free
 
 
-def memory_needed(sub_fm_bytes: int, meta: dict[str, Any] | None, batch: int, tokens: int) -> int:
+def memory_needed(sub_fm_bytes: int, meta: PackageMeta | None, batch: int, tokens: int) -> int:
     """Bytes a message takes at most, roughly: libraries, sub-FM as read and as built, one step.
 
     A step keeps about 12 values of the hidden width, 3 of the FFN's and 3 of each attention map
@@ -328,7 +329,7 @@ def memory_needed(sub_fm_bytes: int, meta: dict[str, Any] | None, batch: int, to
     """
     step = 0
     if meta is not None:
-        c = meta["model_config"]
+        c = meta.model_config
         hidden, inner = c["hidden_size"], c["intermediate_size"]
         token = 12 * hidden + 3 * inner + 3 * c["num_attention_heads"] * tokens
         step = 4 * batch * tokens * token * c["num_hidden_layers"]
@@ -359,19 +360,19 @@ def step_seconds(model: Any, rows: Any, batch_size: int, threads: int, repeats: 
         torch.set_num_threads(before)
 
 
-def full_rows(meta: dict[str, Any], batch_size: int) -> Any:
+def full_rows(meta: PackageMeta, batch_size: int) -> Any:
     """Rows of the greatest length, or images of noise, for a model of which only the shape is
     known."""
     import torch
 
     from fedpft_core.data.batches import Encoded
 
-    c = meta["model_config"]
+    c = meta.model_config
     labels = torch.zeros(batch_size, dtype=torch.int64)
-    if meta["kind"] == "image":
+    if meta.kind == "image":
         side = c["image_size"]
         return Encoded(labels=labels, pixels=torch.rand(batch_size, c["num_channels"], side, side))
-    length = int(meta["max_length"])
+    length = meta.max_length
     return Encoded(
         labels=labels,
         ids=torch.randint(5, c["vocab_size"], (batch_size * length,), dtype=torch.int32),

@@ -6,11 +6,11 @@ a proxy has its namesake in the FM and plugging in is a copy by name.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from fedpft_core.config import LoraConfig as LoraSettings
 from fedpft_core.model.families import Family
-from fedpft_core.model.plan import Plan, to_fm_name, to_proxy_name
+from fedpft_core.model.names import bare, is_lora, to_fm_name, to_proxy_name
+from fedpft_core.model.plan import Plan
 from fedpft_core.seeds import torch_stream
 from fedpft_core.tensors import Tensors
 
@@ -33,19 +34,31 @@ class AdapterSpec:
     targets: tuple[str, ...]
     modules: tuple[str, ...]  # trained whole: the head and anything newly initialised
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), separators=(",", ":"))
+    def as_raw(self) -> dict[str, Any]:
+        """The spec as JSON values."""
+        return asdict(self) | {"targets": list(self.targets), "modules": list(self.modules)}
 
     @staticmethod
-    def from_json(text: str) -> AdapterSpec:
-        raw = json.loads(text)
+    def from_raw(raw: Any) -> AdapterSpec:
+        """A spec from JSON values.
+
+        Raises:
+            ValueError: naming what of it is not valid.
+        """
+        if not isinstance(raw, dict) or raw.keys() != {f.name for f in fields(AdapterSpec)}:
+            raise ValueError("not an adapter's rank, alpha, dropout, targets and modules")
+        if type(raw["rank"]) is not int or raw["rank"] < 1:
+            raise ValueError("the rank is no whole number above 0")
+        for name in ("alpha", "dropout"):
+            if type(raw[name]) not in (int, float) or not 0 <= raw[name] < math.inf:
+                raise ValueError(f"{name} is no finite number of at least 0")
+        for name in ("targets", "modules"):
+            if not isinstance(raw[name], list) or not all(isinstance(m, str) for m in raw[name]):
+                raise ValueError(f"{name} is no list of names")
         return AdapterSpec(
-            int(raw["rank"]),
-            float(raw["alpha"]),
-            float(raw["dropout"]),
-            tuple(raw["targets"]),
-            tuple(raw["modules"]),
-        )
+            raw["rank"], float(raw["alpha"]), float(raw["dropout"]),
+            tuple(raw["targets"]), tuple(raw["modules"]),
+        )  # fmt: skip
 
 
 def make_spec(family: Family, plan: Plan, fresh: tuple[str, ...], cfg: LoraSettings) -> AdapterSpec:
@@ -78,8 +91,7 @@ def parameters(model: nn.Module, plan: Plan | None = None) -> dict[str, nn.Param
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        name = name.removeprefix("base_model.model.")
-        name = name.replace(".modules_to_save.default", "").replace(".default.", ".")
+        name = bare(name)
         out[to_fm_name(name, plan) if plan else name] = p
     return dict(sorted(out.items()))
 
@@ -133,7 +145,7 @@ def clip_change(
     The head's change stays as it is: it is no part of what makes the bodies of proxy and FM differ.
     A change no longer than that is left to the bit.
     """
-    change = {k: t - start[k] for k, t in adapter.items() if ".lora_" in k}
+    change = {k: t - start[k] for k, t in adapter.items() if is_lora(k)}
     size = norm(change)
     if size <= longest:
         return dict(adapter)

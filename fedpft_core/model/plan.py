@@ -28,7 +28,8 @@ class BlockPlan:
     kept: tuple[int, ...] = ()
     qk_rank: int = 0
 
-    def as_json(self) -> dict[str, Any]:
+    def as_raw(self) -> dict[str, Any]:
+        """The entry as JSON values."""
         # Left out where there is none, so that plans without it keep their digest.
         low = {"qk_rank": self.qk_rank} if self.qk_rank else {}
         return {"state": self.state, "kept": list(self.kept), **low}
@@ -56,20 +57,34 @@ class Plan:
     def is_full(self) -> bool:
         return all(b.state == "whole" for b in self.blocks)
 
+    def as_raw(self) -> dict[str, Any]:
+        """The plan as JSON values."""
+        return {
+            "model_type": self.model_type,
+            "fm_neurons": self.fm_neurons,
+            "blocks": [b.as_raw() for b in self.blocks],
+        }
+
     def to_json(self) -> str:
-        return json.dumps(
-            {
-                "model_type": self.model_type,
-                "fm_neurons": self.fm_neurons,
-                "blocks": [b.as_json() for b in self.blocks],
-            },
-            separators=(",", ":"),
-        )
+        """The plan as JSON text."""
+        return json.dumps(self.as_raw(), separators=(",", ":"))
 
     @staticmethod
     def from_json(text: str) -> Plan:
-        """Raises ValueError when the text is no valid plan."""
-        raw = json.loads(text)
+        """A plan from its JSON text.
+
+        Raises:
+            ValueError: when the text is no valid plan.
+        """
+        return Plan.from_raw(json.loads(text))
+
+    @staticmethod
+    def from_raw(raw: Any) -> Plan:
+        """A plan from JSON values.
+
+        Raises:
+            ValueError: when they are no valid plan.
+        """
         try:
             blocks = tuple(
                 BlockPlan(b["state"], tuple(b["kept"]), b.get("qk_rank", 0)) for b in raw["blocks"]
@@ -77,39 +92,19 @@ class Plan:
             plan = Plan(raw["model_type"], raw["fm_neurons"], blocks)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a plan: {error!r}") from error
+        if not isinstance(plan.model_type, str) or type(plan.fm_neurons) is not int:
+            raise ValueError("not a plan: the model's type or width is not valid")
         for i, b in enumerate(blocks):
-            in_order = all(x < y for x, y in zip(b.kept, b.kept[1:], strict=False))
-            in_range = all(isinstance(j, int) and 0 <= j < plan.fm_neurons for j in b.kept)
+            in_range = all(type(j) is int and 0 <= j < plan.fm_neurons for j in b.kept)
+            in_order = in_range and all(x < y for x, y in zip(b.kept, b.kept[1:], strict=False))
             if b.state not in ("whole", "pruned", "dropped"):
                 raise ValueError(f"not a plan: block {i} is {b.state!r}")
-            if (b.state == "pruned") != bool(b.kept) or not in_order or not in_range:
+            if (b.state == "pruned") != bool(b.kept) or not in_order:
                 raise ValueError(f"not a plan: the kept neurons of block {i} are not valid")
             rank_ok = type(b.qk_rank) is int and b.qk_rank >= 0
             if not rank_ok or (b.qk_rank and b.state != "pruned"):
                 raise ValueError(f"not a plan: the rank of block {i} is not valid")
         return plan
-
-
-def to_fm_name(name: str, plan: Plan) -> str:
-    """Translate a parameter name of the proxy into the FM's (block indices differ if any block
-    was dropped)."""
-    return _renumber(name, plan, dict(enumerate(plan.present)))
-
-
-def to_proxy_name(name: str, plan: Plan) -> str | None:
-    """The inverse of `to_fm_name`; None for parameters of dropped blocks."""
-    return _renumber(name, plan, {fm: i for i, fm in enumerate(plan.present)}, missing=None)
-
-
-def _renumber(name: str, plan: Plan, table: dict[int, int], missing: str | None = "") -> Any:
-    prefix = family_of(plan.model_type).blocks + "."
-    at = name.find(prefix)
-    if at < 0:
-        return name
-    number, _, rest = name[at + len(prefix) :].partition(".")
-    if int(number) not in table:
-        return missing
-    return f"{name[:at]}{prefix}{table[int(number)]}.{rest}"
 
 
 def pruned_ffns(proxy: nn.Module, plan: Plan) -> dict[int, FFN]:

@@ -7,9 +7,8 @@ it on a node. It says how many neurons a plan keeps, not which, and holds no wei
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.config import Config
@@ -20,8 +19,9 @@ from fedpft_core.model.plan import Plan
 from fedpft_core.proxy.build import build
 from fedpft_core.proxy.choose import make_plan
 from fedpft_core.proxy.package import ClientModel, blank, make_package
+from fedpft_core.wire.meta import PackageMeta
 
-FORMAT = "fedpft plan size 1"
+FORMAT = "fedpft plan size 2"
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class PlanSize:
     """Sizes in bytes; `meta` is a package's metadata without the kept neurons' positions."""
 
     model: str
-    meta: str
+    meta: PackageMeta
     package_bytes: int
     sub_fm_bytes: int
     adapter_bytes: int
@@ -39,7 +39,9 @@ class PlanSize:
     threads: int
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT} | asdict(self), indent=1) + "\n"
+        """The description as `fedpft inspect --json` writes it."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return json.dumps({"format": FORMAT} | own | {"meta": self.meta.as_raw()}, indent=1) + "\n"
 
     def client_model(self) -> ClientModel:
         """A model of this shape with random weights. Raises UserError for a shape no model has."""
@@ -57,7 +59,7 @@ def read(path: Path) -> PlanSize:
         raise UserError(f"--plan {path}: cannot be read ({error.strerror or error}).") from error
     except ValueError as error:
         raise UserError(f"--plan {path}: is not JSON ({error}).") from error
-    kinds = {"model": str, "meta": str, "labels": list} | dict.fromkeys(
+    kinds = {"model": str, "meta": dict, "labels": list} | dict.fromkeys(
         ("package_bytes", "sub_fm_bytes", "adapter_bytes", "max_length", "batch_size", "threads"),
         int,
     )
@@ -65,22 +67,25 @@ def read(path: Path) -> PlanSize:
         raise UserError(f"--plan {path}: was not made by `fedpft inspect --json`.")
     if raw.keys() != kinds.keys() or not all(type(raw[k]) is t for k, t in kinds.items()):
         raise UserError(f"--plan {path}: was made by another version of `fedpft inspect --json`.")
-    if not _has_shape(raw["meta"]):
+    try:
+        meta = PackageMeta.from_raw(raw["meta"])
+    except ReplyError as error:
+        raise UserError(
+            f"--plan {path}: was made by another version of `fedpft inspect --json` ({error})."
+        ) from error
+    if not _has_shape(meta):
         raise UserError(f"--plan {path}: was made by another version of `fedpft inspect --json`.")
-    return PlanSize(**raw | {"labels": tuple(map(str, raw["labels"]))})
+    return PlanSize(**raw | {"meta": meta, "labels": tuple(map(str, raw["labels"]))})
 
 
-def _has_shape(text: str) -> bool:
+def _has_shape(meta: PackageMeta) -> bool:
     """Whether the metadata say all that sizes are reckoned from."""
     try:
-        meta = json.loads(text)
-        image = meta["kind"] == "image"
+        image = meta.kind == "image"
         own = ("image_size", "patch_size", "num_channels") if image else ("vocab_size",)
         names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
-        return type(meta["max_length"]) is int and all(
-            type(meta["model_config"][name]) is int for name in names + own
-        )
-    except (KeyError, TypeError, ValueError):
+        return all(type(meta.model_config[name]) is int for name in names + own)
+    except KeyError:
         return False
 
 
@@ -99,10 +104,9 @@ def describe(config: Config) -> PlanSize:
     )
     size = models.size(proxy)[1]
     adapter = adapters.read(adapters.attach(proxy, spec, plan), plan)
-    meta = json.loads(package.meta) | {"plan": _counts_only(plan).to_json()}
     return PlanSize(
         model=config.model.name,
-        meta=json.dumps(meta, sort_keys=True),
+        meta=replace(package.meta, plan=_counts_only(plan)),
         package_bytes=len(package.to_bytes()),
         sub_fm_bytes=size,
         adapter_bytes=sum(t.numel() * t.element_size() for t in adapter.values()),
@@ -126,11 +130,11 @@ def _labels(setting: str) -> tuple[str, ...]:
     return label_names(setting)
 
 
-def tokens_of(meta: dict[str, Any]) -> int:
+def tokens_of(meta: PackageMeta) -> int:
     """Sequence length of a full row: tokens of a text, patches of an image."""
-    if meta["kind"] != "image":
-        return int(meta["max_length"])
-    c = meta["model_config"]
+    if meta.kind != "image":
+        return meta.max_length
+    c = meta.model_config
     return int((c["image_size"] // c["patch_size"]) ** 2 + 2)
 
 

@@ -12,28 +12,29 @@ from fedpft_core.errors import ReplyError
 from fedpft_core.tensors import Tensors
 from fedpft_core.wire import codec
 from fedpft_core.wire.identity import combine_digest, tensor_digest
+from fedpft_core.wire.meta import PackageMeta
 
 
 @dataclass(frozen=True)
 class Package:
-    """All a client needs: sub-FM weights, plan, model config, tokenizer files, label names.
+    """All a client needs: sub-FM weights, metadata, tokenizer or image processor files.
 
-    `meta` is JSON: plan, model_config, adapter (spec), kind, labels, max_length. Weights leave
-    out what belongs to the adapter.
+    Weights leave out what belongs to the adapter.
     """
 
-    meta: str
+    meta: PackageMeta
     files: dict[str, bytes]
     weights: Tensors
 
     def digest(self) -> str:
         return combine_digest(
-            self.meta, self.files, {k: tensor_digest(t) for k, t in self.weights.items()}
+            self.meta.to_json(), self.files, {k: tensor_digest(t) for k, t in self.weights.items()}
         )
 
     def to_bytes(self) -> bytes:
         """One safetensors blob: weights by name, metadata and files as uint8 tensors."""
-        extra = {"//meta": self.meta.encode()} | {f"//file/{k}": v for k, v in self.files.items()}
+        extra = {"//meta": self.meta.to_json().encode()}
+        extra |= {f"//file/{k}": v for k, v in self.files.items()}
         blobs = {k: torch.frombuffer(bytearray(v), dtype=torch.uint8) for k, v in extra.items()}
         return codec.pack(self.weights | blobs)
 
@@ -49,7 +50,7 @@ class Package:
         if any(not k or "/" in k or "\\" in k or "\0" in k or k.startswith(".") for k in files):
             raise ReplyError("package with a file name that is a path")
         try:
-            return Package(meta.decode(), files, tensors)
+            return Package(PackageMeta.from_json(meta.decode()), files, tensors)
         except UnicodeDecodeError as error:
             raise ReplyError("package with metadata that is not text") from error
 

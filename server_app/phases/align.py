@@ -12,7 +12,7 @@ from fedpft_core.align import method as alignment
 from fedpft_core.config import Config
 from fedpft_core.errors import UserError
 from fedpft_core.model.plan import Plan
-from fedpft_core.proxy.package import make_patch
+from fedpft_core.proxy.patch import make_patch
 from fedpft_core.seeds import derive
 from fedpft_core.train.evaluate import evaluate
 from fedpft_core.train.inactivity import Counts

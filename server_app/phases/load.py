@@ -19,9 +19,7 @@ from fedpft_core.model.plan import Plan, block_parameters
 from fedpft_core.proxy import cost as inspect
 from fedpft_core.proxy.build import build
 from fedpft_core.proxy.choose import make_plan
-from fedpft_core.proxy.package import make_package
 from fedpft_core.seeds import derive, numpy_stream
-from fedpft_core.wire.package import Package
 from server_app.bench import Bench, Rows, public_stream
 from server_app.models import Models
 from server_app.phases.plug import refits
@@ -31,8 +29,8 @@ from server_app.run.events import ACCURACY
 from server_app.state import Events
 
 
-def load(config: Config, events: Events) -> tuple[Bench, Package]:
-    """The bench of a run, and the proxy as a package.
+def load(config: Config, events: Events) -> Bench:
+    """The bench of a run, with the proxy pruned and not yet distilled.
 
     Raises:
         UserError: for anything wrong with model, data or plan.
@@ -42,7 +40,7 @@ def load(config: Config, events: Events) -> tuple[Bench, Package]:
         device = pick_device(config.run.device, "run.device")
         loaded, rows = _read(config, events)
     with phase(events, "build"):
-        made, package = _build(config, events, loaded, rows, device)
+        made = _build(config, events, loaded, rows, device)
     bench = Bench(config, events, made, rows, device)
     made.plug(made.start)
     if config.plug.refit != "none" and not made.plan.is_full and not refits(bench):
@@ -52,7 +50,7 @@ def load(config: Config, events: Events) -> tuple[Bench, Package]:
                 "under label skew that can cost much (data.validation, or plug.refit=public)",
             )
         )
-    return bench, package
+    return bench
 
 
 def _read(config: Config, events: Events) -> tuple[models.Loaded, Rows]:
@@ -94,7 +92,7 @@ def _read(config: Config, events: Events) -> tuple[models.Loaded, Rows]:
 
 def _build(
     config: Config, events: Events, loaded: models.Loaded, rows: Rows, device: torch.device
-) -> tuple[Models, Package]:
+) -> Models:
     """The plan, the proxy it describes, and the adapter on both models."""
     plan = make_plan(
         loaded.model,
@@ -114,16 +112,12 @@ def _build(
     bare = build(loaded.model, plan)
     spec = adapters.make_spec(loaded.family, plan, loaded.fresh, config.lora)
     _emit_model(events, loaded, bare, plan, config.lora.rank)
-    package = make_package(
-        bare, plan, spec, loaded.processor, rows.task.kind, rows.task.label_names,
-        config.data.max_length,
-    )  # fmt: skip
     fm = adapters.attach(loaded.model, spec)
     proxy = adapters.attach(bare, spec, plan)
     fm.to(device)
     proxy.to(device)
     start = adapters.initial(fm, spec, config.run.seed)
-    return Models(fm, proxy, plan, spec, loaded.source, start), package
+    return Models(fm, proxy, plan, spec, loaded.source, start)
 
 
 def _check_lengths(config: Config, loaded: models.Loaded) -> None:

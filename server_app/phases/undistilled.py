@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fedpft_core.train.evaluate import evaluate
-from fedpft_core.wire.package import Package
 from server_app.bench import Bench
 from server_app.phases import distil
 from server_app.phases.plug import refit
@@ -15,7 +14,7 @@ from server_app.strategy import Strategy
 from server_app.transport import Transport
 
 
-def undistilled(bench: Bench, transport: Transport, events: EventLog, package: Package) -> None:
+def undistilled(bench: Bench, transport: Transport, events: EventLog) -> None:
     """What distillation is worth: the federation without it, its end scored.
 
     Same partitions, sampling, seeds and steps.
@@ -28,7 +27,7 @@ def undistilled(bench: Bench, transport: Transport, events: EventLog, package: P
         strategy = Strategy(config, transport, arm)
         strategy.nodes.wait()
         models.plug(models.start)
-        state = fresh_state(models.start, package)
+        state = fresh_state(models.start, bench.package())
         for round in range(1, config.federation.rounds + 1):
             outcome = strategy.run_round(state, round, "")
             state.adapter, state.round = outcome.adapter, round

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
 
 from fedpft_core.config import Config
-from fedpft_core.model.plan import Plan
 from fedpft_core.tensors import Tensors
 from fedpft_core.train.tune import LocalSettings
 from fedpft_core.wire.envelope import Envelope, seal
@@ -81,8 +78,8 @@ def requests(
 
 def expected(config: Config, state: State, round: int, sent: Tensors, count_rule: str) -> Expected:
     """What a good reply of this round looks like; `sent` is the adapter as clients decode it."""
-    meta = json.loads(state.package.meta)
-    plan = Plan.from_json(meta["plan"])
+    meta = state.package.meta
+    plan = meta.plan
     return Expected(
         round=round,
         digest=state.digest,
@@ -90,10 +87,5 @@ def expected(config: Config, state: State, round: int, sent: Tensors, count_rule
         adapter=sent,
         max_update_norm=config.wire.max_update_norm,
         count_blocks={b: len(plan.blocks[b].kept) for b in plan.pruned} if count_rule else {},
-        tokens_per_row=_tokens_per_row(meta),
+        tokens_per_row=meta.max_length if meta.kind != "image" else _MOST_PATCHES,
     )
-
-
-def _tokens_per_row(meta: Mapping[str, Any]) -> int:
-    """The most real tokens one example of the package's task can have."""
-    return int(meta["max_length"]) if meta["kind"] != "image" else _MOST_PATCHES

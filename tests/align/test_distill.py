@@ -18,6 +18,7 @@ from fedpft_core.config import DistillConfig
 from fedpft_core.model.families import FFN, family_of
 from fedpft_core.model.plan import BlockPlan, Plan, pruned_ffns
 from fedpft_core.proxy import package as proxy
+from fedpft_core.proxy import patch as patches
 from fedpft_core.proxy.build import build
 from fedpft_core.train.tune import real_positions
 from fedpft_core.wire.identity import tensor_digest
@@ -219,14 +220,14 @@ def test_alignment_patch_moves_the_digest_and_only_chosen_neurons_travel(family:
     chosen = _choose(plan)
     align(family, teacher, student, plan, chosen)
     server = dict(digests)
-    patch, after = proxy.make_patch(student, plan, chosen, package, server, "fp32")
+    patch, after = patches.make_patch(student, plan, chosen, package, server, "fp32")
     assert patch.source == package.digest()
     assert patch.target == after.digest() != patch.source
     neurons = sum(len(i) for i in chosen.values())
     shared = 2 * (16 + (32 if family in tiny.TEXT_FAMILIES else 0))
     floats = sum(t.numel() for n, t in patch.tensors.items() if not n.endswith("/index"))
     assert floats == neurons * (16 + 1 + 16) + shared
-    arrived = proxy.apply_patch(package, patch, dict(digests))
+    arrived = patches.apply_patch(package, patch, dict(digests))
     assert tiny.same_bits(arrived.weights, after.weights)
     live = dict(student.get_base_model().named_parameters())
     for name, value in after.weights.items():

@@ -508,12 +508,12 @@ def test_plans_that_are_none(plan: Path, tmp_path: Path) -> None:
             plansize.read(tmp_path / "plan.json")
     with pytest.raises(UserError, match="cannot be read"):
         plansize.read(tmp_path / "missing.json")
-    (tmp_path / "plan.json").write_text(json.dumps(good | {"meta": "{}"}))
+    (tmp_path / "plan.json").write_text(json.dumps(good | {"meta": {}}))
     tiny.write_csv(tmp_path / "rows.csv", tiny.sentences(30))
     found = findings(Options(node_config(tmp_path), plan=tmp_path / "plan.json"))
     assert found["plan"].status == FAIL and "another version" in found["plan"].text
-    odd = json.loads(good["meta"]) | {"architecture": "x", "adapter": "{}"}
-    (tmp_path / "plan.json").write_text(json.dumps(good | {"meta": json.dumps(odd)}))
+    odd = good["meta"] | {"architecture": "x", "plan": good["meta"]["plan"] | {"blocks": []}}
+    (tmp_path / "plan.json").write_text(json.dumps(good | {"meta": odd}))
     found = findings(Options(node_config(tmp_path), plan=tmp_path / "plan.json"))
     step = found["training step"]
     assert step.status == FAIL and "makes no model" in step.text

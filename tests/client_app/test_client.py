@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import corrupt
+import fabricate
 import numpy as np
 import pytest
 import tiny
@@ -29,7 +30,8 @@ from fedpft_core.errors import UserError
 from fedpft_core.model.families import family_of
 from fedpft_core.model.plan import pruned_ffns
 from fedpft_core.proxy.build import build
-from fedpft_core.proxy.package import make_package, make_patch
+from fedpft_core.proxy.package import make_package
+from fedpft_core.proxy.patch import make_patch
 from fedpft_core.train.tune import LocalSettings
 from fedpft_core.wire import codec
 from fedpft_core.wire.envelope import Envelope, open_envelope, seal
@@ -311,21 +313,21 @@ def test_adapters_and_formats_that_do_not_fit_are_refused(server: Server, make: 
 
 def test_a_package_that_is_no_model_is_refused(server: Server, make: Make) -> None:
     good = server.packages[0]
-    meta = json.loads(good.meta)
-    plan = json.loads(meta["plan"])
+    meta = json.loads(good.meta.to_json())
+    plan = json.loads(json.dumps(meta["plan"]))
     plan["blocks"][1]["kept"] = plan["blocks"][1]["kept"][:-1]
     metas = [
         "{",
         "[]",
         json.dumps({k: v for k, v in meta.items() if k != "adapter"}),
-        json.dumps(meta | {"plan": "{}"}),
-        json.dumps(meta | {"plan": json.dumps(plan)}),
+        json.dumps(meta | {"plan": {}}),
+        json.dumps(meta | {"plan": plan}, sort_keys=True),
         json.dumps(meta | {"model_config": {"model_type": "nothing"}}),
         json.dumps(meta | {"labels": 3}),
     ]
     for text in metas:
-        package = replace(good, meta=text)
-        request = replace(server.request(0), digest=package.digest(), package=package.to_bytes())
+        digest, blob = fabricate.with_metadata(good, text)
+        request = replace(server.request(0), digest=digest, package=blob)
         assert isinstance(ask(make(), request), RefusalReply), text[:100]
 
 
@@ -512,9 +514,11 @@ def test_rows_are_encoded_anew_when_anything_they_depend_on_changes(
     trained(edge(), server.request(0))
     assert len(tokenised) == 2  # as at first, and that is still here
     good = server.packages[0]
-    meta = json.loads(good.meta)
-    for change in ({"max_length": 6}, {"labels": [*meta["labels"], "more"]}):
-        package = replace(good, meta=json.dumps(meta | change))
+    meta = good.meta
+    for change in (
+        replace(meta, max_length=6), replace(meta, labels=(*meta.labels, "more")),
+    ):  # fmt: skip
+        package = replace(good, meta=change)
         key = edge()._rows_key(
             replace_model(server, package), edge().rows_digest()
         )  # fmt: skip
@@ -524,10 +528,10 @@ def test_rows_are_encoded_anew_when_anything_they_depend_on_changes(
 
 
 def replace_model(server: Server, package: Package) -> Any:
-    meta = json.loads(package.meta)
+    meta = package.meta
 
     class Model:
-        labels, max_length, kind = tuple(meta["labels"]), meta["max_length"], "text"
+        labels, max_length, kind = meta.labels, meta.max_length, "text"
 
     return client.Held(Model(), package.files, client.combine_digest("", package.files, {}))  # type: ignore[arg-type]
 

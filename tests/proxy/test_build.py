@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 
+import fabricate
 import oracles
 import pytest
 import tiny
@@ -16,13 +17,12 @@ from fedpft_core.adapter import lora as adapters
 from fedpft_core.config import LoraConfig, PlanConfig
 from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.model.families import family_of
+from fedpft_core.model.names import to_fm_name, to_proxy_name
 from fedpft_core.model.plan import (
     BlockPlan,
     Plan,
     block_parameters,
     pruned_ffns,
-    to_fm_name,
-    to_proxy_name,
 )
 from fedpft_core.proxy import package as proxy
 from fedpft_core.proxy.build import build
@@ -291,11 +291,12 @@ def test_a_package_that_does_not_fit_its_plan_is_refused() -> None:
         replace(package, weights=less),
         replace(package, weights=package.weights | {"more": torch.zeros(1)}),
         replace(package, weights=tiny.weights(fm)),
-        replace(package, meta="{}"),
-        replace(package, meta="nonsense"),
     ):
         with pytest.raises(ReplyError):
             proxy.rebuild(odd)
+    for text in ("{}", "nonsense"):
+        with pytest.raises(ReplyError):
+            proxy.rebuild(Package.from_bytes(fabricate.with_metadata(package, text)[1]))
 
 
 # --- layer-drop ---------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from fedpft_core.errors import RunError, UserError
-from fedpft_core.proxy.package import PatchedWeights
+from fedpft_core.model.names import PatchedWeights
 from fedpft_core.wire import codec
 from server_app.run import checkpoint as checkpoint_module
 from server_app.run import schema as ev

@@ -25,8 +25,8 @@ from torch import Tensor
 from client_app.store import Store
 from fedpft_core.config import from_flat
 from fedpft_core.model.families import family_of
+from fedpft_core.model.names import PatchedWeights
 from fedpft_core.model.plan import Plan
-from fedpft_core.proxy.package import PatchedWeights
 from fedpft_core.wire import codec
 from fedpft_core.wire import flower as wire
 from fedpft_core.wire.envelope import Envelope, open_envelope
@@ -304,7 +304,7 @@ def test_no_message_holds_a_sample_a_path_or_a_pickle(
         blobs = [envelope.head.encode(), *envelope.parts.values()]
         if "package" in envelope.parts:
             package = Package.from_bytes(envelope.parts["package"])
-            blobs += [package.meta.encode(), *package.files.values()]
+            blobs += [package.meta.to_json().encode(), *package.files.values()]
         for blob in blobs:
             assert not any(t in blob for t in texts)
             assert not any(n.encode() in blob for n in names)

@@ -81,7 +81,7 @@ def distilled(flat: dict[str, Any], folder: Path, **keys: Any) -> bool:
     flat = flat | {k.replace("__", ".").replace("_", "-"): v for k, v in keys.items()}
     config = configs.from_flat(flat | {"run.proxy-cache": str(folder)})
     events = EventLog(None)
-    proxycache.distil(load(config, events)[0])
+    proxycache.distil(load(config, events))
     (event,) = (e for e in events.seen if e["event"] == "distilled")
     return bool(event.get("cached", False))
 
@@ -125,7 +125,7 @@ def test_nothing_is_kept_where_nothing_is_distilled(task: dict[str, Any], tmp_pa
     for key in ({"distill.method": "none"}, {"plan.proxy": "full"}):
         config = configs.from_flat(task | {"run.proxy-cache": str(tmp_path / "cache")} | key)
         events = EventLog(None)
-        proxycache.distil(load(config, events)[0])
+        proxycache.distil(load(config, events))
         assert not [e for e in events.seen if e["event"] == "distilled"]
     assert not (tmp_path / "cache").exists()
 

@@ -103,9 +103,8 @@ def test_1_weight_term_without_gradient(monkeypatch: Patch, fails: Any) -> None:
 
 
 def _bench(flat: dict[str, Any]) -> tuple[Bench, State]:
-    bench, package = load_phase.load(config.from_flat(flat), EventLog(None))
-    bench.models.plug(bench.models.start)
-    return bench, fresh_state(bench.models.start, bench.models.repack(package))
+    bench = load_phase.load(config.from_flat(flat), EventLog(None))
+    return bench, fresh_state(bench.models.start, bench.package())
 
 
 def check_aggregate_is_on_both_models(
@@ -224,7 +223,7 @@ def check_changed_weights_travel(flat: dict[str, Any], folder: Path) -> None:
 
     def spy(*args: Any) -> Any:
         made = load(*args)
-        servers.append(made[0])
+        servers.append(made)
         return made
 
     federation = tiny.Federation(flat | {"federation.clients-per-round": 4}, watch)
@@ -285,7 +284,7 @@ def test_4_one_model_for_everybody(
 
         def remember(*args: Any) -> Any:
             made = load(*args)
-            benches.append(made[0])
+            benches.append(made)
             return made
 
         def the_servers(self: Any, wanted: Any) -> Any:

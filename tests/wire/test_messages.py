@@ -7,7 +7,7 @@ import json
 import math
 import os
 import random
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import corrupt
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedpft_core.aggregation.average import Average
 from fedpft_core.errors import ReplyError
-from fedpft_core.proxy.package import apply_patch
+from fedpft_core.proxy.patch import apply_patch
 from fedpft_core.train.inactivity import Counts, sum_counts
 from fedpft_core.train.tune import LocalSettings
 from fedpft_core.wire import codec
@@ -35,6 +35,7 @@ from fedpft_core.wire.messages import (
     TrainReply,
     TrainRequest,
 )
+from fedpft_core.wire.meta import PackageMeta
 from fedpft_core.wire.package import Package
 from fedpft_core.wire.validate import Expected, check_size, validate
 from server_app.delivery import delivery, useful
@@ -66,6 +67,76 @@ def test_a_package_survives_its_bytes() -> None:
     assert package.to_bytes() == back.to_bytes()
 
 
+META = fabricate.package().meta
+OTHER_META: dict[str, Any] = {
+    "plan": replace(META.plan, fm_neurons=7),
+    "adapter": replace(META.adapter, alpha=5.0),
+    "model_config": META.model_config | {"seed": 1},  # type: ignore[operator]
+    "architecture": "Another",
+    "kind": "image",
+    "labels": ("x", "z", "y"),
+    "max_length": fabricate.MAX_LENGTH + 1,
+}
+
+
+def test_metadata_survive_their_text() -> None:
+    assert OTHER_META.keys() == {f.name for f in fields(PackageMeta)}
+    for meta in (META, *(replace(META, **{k: v}) for k, v in OTHER_META.items())):
+        back = PackageMeta.from_json(meta.to_json())
+        assert back == meta and back.to_json() == meta.to_json()
+
+
+BAD_META: dict[str, tuple[Any, str]] = {
+    "plan is no plan": ({"plan": {}}, "plan is wrong"),
+    "plan is a text": ({"plan": META.plan.to_json()}, "plan is wrong"),
+    "neurons out of order": (
+        {"plan": META.plan.as_raw() | {"blocks": [{"state": "pruned", "kept": [2, 1]}]}},
+        "kept neurons of block 0",
+    ),
+    "neurons that are texts": (
+        {"plan": META.plan.as_raw() | {"blocks": [{"state": "pruned", "kept": ["1"]}]}},
+        "kept neurons of block 0",
+    ),
+    "width": ({"plan": META.plan.as_raw() | {"fm_neurons": "6"}}, "plan is wrong"),
+    "another model's plan": ({"plan": META.plan.as_raw() | {"model_type": "vit"}}, "another kind"),
+    "rank": ({"adapter": META.adapter.as_raw() | {"rank": 0}}, "adapter is wrong (the rank"),
+    "rank is a truth": ({"adapter": META.adapter.as_raw() | {"rank": True}}, "the rank"),
+    "alpha": ({"adapter": META.adapter.as_raw() | {"alpha": math.nan}}, "alpha"),
+    "targets": ({"adapter": META.adapter.as_raw() | {"targets": "query"}}, "targets"),
+    "modules": ({"adapter": META.adapter.as_raw() | {"modules": [3]}}, "modules"),
+    "a field too many": ({"adapter": META.adapter.as_raw() | {"x": 1}}, "adapter is wrong"),
+    "config": ({"model_config": []}, "model_config is wrong"),
+    "config of nothing": ({"model_config": {"model_type": 3}}, "model_config is wrong"),
+    "architecture": ({"architecture": None}, "architecture is wrong"),
+    "kind": ({"kind": ["text"]}, "kind is wrong"),
+    "labels": ({"labels": 3}, "labels is wrong"),
+    "labels that are numbers": ({"labels": [1, 2]}, "labels is wrong"),
+    "length": ({"max_length": 0}, "max_length is wrong"),
+    "length is a text": ({"max_length": "8"}, "max_length is wrong"),
+    "unknown": ({"more": 1}, "unknown field 'more'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_META)
+def test_wrong_metadata_are_named(case: str) -> None:
+    change, reason = BAD_META[case]
+    with pytest.raises(ReplyError) as found:
+        PackageMeta.from_json(json.dumps(META.as_raw() | change))
+    assert reason in str(found.value)
+
+
+def test_metadata_that_are_none() -> None:
+    for name in OTHER_META:
+        less = {k: v for k, v in META.as_raw().items() if k != name}
+        with pytest.raises(ReplyError, match=f"missing field '{name}'"):
+            PackageMeta.from_json(json.dumps(less))
+    for text in ("", "{", "[]", "3", "null", "[" * 100_000):
+        with pytest.raises(ReplyError, match="metadata"):
+            PackageMeta.from_json(text)
+        with pytest.raises(ReplyError, match="metadata"):
+            Package.from_bytes(fabricate.with_metadata(fabricate.package(), text)[1])
+
+
 def test_a_digest_covers_everything() -> None:
     package = fabricate.package()
     name = sorted(package.weights)[1]
@@ -73,7 +144,7 @@ def test_a_digest_covers_everything() -> None:
     nudged = weight.clone()
     nudged.view(-1)[0] = torch.nextafter(nudged.view(-1)[0], torch.tensor(math.inf))
     others = [
-        replace(package, meta=package.meta + " "),
+        *(replace(package, meta=replace(package.meta, **{k: v})) for k, v in OTHER_META.items()),
         replace(package, files={"vocab.txt": b"a\nc\n"}),
         replace(package, files={"vocab2.txt": b"a\nb\n"}),
         replace(package, weights=package.weights | {name: nudged}),
