@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from fedpft_core.model.batch import inputs_of
 from fedpft_core.model.device import Batch, device_of, to_device
 from fedpft_core.model.families import base_model, family_of_model
+from fedpft_core.model.taps import keep
 
 
 def last_linear(model: nn.Module) -> nn.Linear:
@@ -48,16 +48,10 @@ def features(model: nn.Module, data: Iterable[Batch]) -> Tensor:
     """What the last linear layer reads for each row [N, D], float64 on the CPU, dropout off."""
     model.eval()
     seen: list[Tensor] = []
-
-    def keep(_m: nn.Module, args: Any) -> None:
-        seen.append(args[0].detach().to("cpu", torch.float64))
-
-    handle = last_linear(model).register_forward_pre_hook(keep)
-    try:
+    with keep({"head": last_linear(model)}, inputs=True) as passed:
         for batch in data:
             model(**inputs_of(to_device(batch, device_of(model))))
-    finally:
-        handle.remove()
+            seen.append(passed["head"].detach().to("cpu", torch.float64))
     return torch.cat(seen)
 
 

@@ -11,28 +11,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.config import DistillConfig
-from fedpft_core.model.batch import inputs_of, real_positions
+from fedpft_core.model.batch import real_positions
 from fedpft_core.model.device import Batch, device_of, to_device
 from fedpft_core.model.families import FFN, family_of
 from fedpft_core.model.plan import Plan, pruned_ffns
+from fedpft_core.model.taps import keep, run_to
 from fedpft_core.seeds import torch_stream
 
 Progress = Callable[[int, int, float], None]
 Objective = Callable[[Batch], Tensor]
-
-
-class _Enough(Exception):
-    """Raised in a hook to leave a forward pass once the last needed block has run."""
 
 
 def targets(plan: Plan) -> dict[int, int]:
@@ -66,35 +62,6 @@ def moving_parts(student: nn.Module, plan: Plan) -> dict[tuple[int, str], Tensor
     }
 
 
-@contextmanager
-def _taps(
-    model: nn.Module, plan: Plan, own_index: bool, wanted: Collection[int]
-) -> Iterator[dict[int, Tensor]]:
-    """Collect the outputs [B, L, D] of the wanted blocks by FM block index.
-
-    Taken by hooks on the blocks, because `hidden_states[-1]` of some families is after the
-    final norm. `own_index` says that the model has its own numbering (a proxy).
-    """
-    blocks = family_of(plan.model_type).block_list(model)
-    where = {fm: i for i, fm in enumerate(plan.present)} if own_index else None
-    seen: dict[int, Tensor] = {}
-    handles = []
-    last = max(wanted)
-    for fm_index in wanted:
-
-        def tap(_m: nn.Module, _i: object, out: object, fm_index: int = fm_index) -> None:
-            seen[fm_index] = out[0] if isinstance(out, tuple) else out  # type: ignore[assignment]
-            if fm_index == last:
-                raise _Enough
-
-        handles.append(blocks[where[fm_index] if where else fm_index].register_forward_hook(tap))
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def outputs(
     model: nn.Module,
     plan: Plan,
@@ -102,11 +69,16 @@ def outputs(
     own_index: bool,
     wanted: Collection[int] | None = None,
 ) -> dict[int, Tensor]:
-    """Outputs of the wanted blocks (default: the pruned ones); nothing after the last is run."""
-    with _taps(model, plan, own_index, plan.pruned if wanted is None else wanted) as seen:
-        with suppress(_Enough):
-            model(**inputs_of(batch))
-        return dict(seen)
+    """Outputs [B, L, D] of the wanted blocks (default: the pruned ones), by FM block index.
+
+    Taken at the blocks, because `hidden_states[-1]` of some families is after the final norm;
+    nothing after the last of them is run. `own_index` says that the model has its own numbering
+    (a proxy).
+    """
+    blocks = family_of(plan.model_type).block_list(model)
+    where = {fm: i for i, fm in enumerate(plan.present)} if own_index else None
+    chosen = sorted(plan.pruned if wanted is None else wanted)
+    return run_to(model, batch, {b: blocks[where[b] if where else b] for b in chosen})
 
 
 def _both(
@@ -146,25 +118,15 @@ def local_views(
     wanted = plan.pruned if wanted is None else wanted
     ffns = family_of(plan.model_type).ffns(model)
     position = {fm: i for i, fm in enumerate(plan.present)} if own_index else None
-    x: dict[int, Tensor] = {}
-    a: dict[int, Tensor] = {}
-    y: dict[int, Tensor] = {}
-    total: dict[int, Tensor] = {}
-
-    def before(seen: dict[int, Tensor], block: int) -> Any:
-        return lambda _m, args: seen.__setitem__(block, args[0])
-
-    with ExitStack() as stack:
-        for block in wanted:
-            ffn = ffns[position[block] if position else block]
-            stack.callback(ffn.ins[0].register_forward_pre_hook(before(x, block)).remove)
-            stack.callback(ffn.out.register_forward_pre_hook(before(a, block)).remove)
-            tap = ffn.out.register_forward_hook(
-                lambda _m, _a, out, block=block: y.__setitem__(block, out)
-            )
-            stack.callback(tap.remove)
-            if ffn.norm is not None:
-                stack.callback(ffn.norm.register_forward_pre_hook(before(total, block)).remove)
+    chosen = {b: ffns[position[b] if position else b] for b in wanted}
+    norms = {b: ffn.norm for b, ffn in chosen.items() if ffn.norm is not None}
+    outs = {b: ffn.out for b, ffn in chosen.items()}
+    with (
+        keep({b: ffn.ins[0] for b, ffn in chosen.items()}, inputs=True) as x,
+        keep(outs, inputs=True) as a,
+        keep(outs) as y,
+        keep(norms, inputs=True) as total,
+    ):
         out = outputs(model, plan, batch, own_index, wanted)
     real = real_positions(batch, next(iter(out.values())).shape[1])
     views = {b: LocalView(x[b], a[b], y[b], total.get(b, out[b]), out[b]) for b in wanted}

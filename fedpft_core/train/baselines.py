@@ -11,9 +11,10 @@ from torch import nn
 from fedpft_core.config import Config
 from fedpft_core.data.batches import Encoded, batches, encode
 from fedpft_core.data.tasks import Examples, Task
-from fedpft_core.model.batch import real_positions
+from fedpft_core.model.batch import inputs_of, real_positions
 from fedpft_core.model.device import device_of, to_device
 from fedpft_core.model.families import family_of_model
+from fedpft_core.model.taps import keep
 
 
 @torch.inference_mode()
@@ -21,25 +22,18 @@ def features(model: nn.Module, data: Encoded, batch_size: int) -> np.ndarray:
     """Mean of the last block's output over real positions, [rows, D], in row order."""
     model.eval()
     family = family_of_model(model)
-    out: dict[str, torch.Tensor] = {}
-
-    def keep(_m: nn.Module, _i: Any, value: Any) -> None:
-        out["h"] = value[0] if isinstance(value, tuple) else value
-
-    handle = family.block_list(model)[-1].register_forward_hook(keep)
     rows = np.empty(0)
-    try:
+    with keep({"last": family.block_list(model)[-1]}) as seen:
         for batch in batches(data, batch_size, None):
             index = batch["index"].numpy()
             batch = to_device(batch, device_of(model))
-            model(**{k: v for k, v in batch.items() if k not in ("labels", "index")})
-            real = real_positions(batch, out["h"].shape[1])[..., None]
-            mean = (out["h"] * real).sum(1) / real.sum(1)
+            model(**inputs_of(batch))
+            h = seen["last"]
+            real = real_positions(batch, h.shape[1])[..., None]
+            mean = (h * real).sum(1) / real.sum(1)
             if not rows.size:
                 rows = np.empty((len(data), mean.shape[1]), dtype=np.float32)
             rows[index] = mean.cpu().numpy()
-    finally:
-        handle.remove()
     return rows
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +12,7 @@ from fedpft_core.data.batches import Encoded, batches
 from fedpft_core.model.batch import real_positions
 from fedpft_core.model.device import device_of, to_device
 from fedpft_core.model.plan import Plan, pruned_ffns
+from fedpft_core.model.taps import watch
 from fedpft_core.train.evaluate import logits
 
 
@@ -62,19 +61,13 @@ def count_inactive(
     inactive = {b: torch.zeros(f.neurons, dtype=torch.int64) for b, f in ffns.items()}
     tokens = dict.fromkeys(ffns, 0)
 
-    def hook(block: int) -> Any:
-        def count(_module: nn.Module, _inputs: Any, out: Tensor) -> None:
-            real = real_positions(batch, out.shape[1])
-            off = is_inactive(out, rule) & real[..., None]
-            inactive[block] += off.flatten(0, 1).sum(0).cpu()
-            tokens[block] += int(real.sum())
+    def count(block: int, out: Tensor) -> None:
+        real = real_positions(batch, out.shape[1])
+        off = is_inactive(out, rule) & real[..., None]
+        inactive[block] += off.flatten(0, 1).sum(0).cpu()
+        tokens[block] += int(real.sum())
 
-        return count
-
-    with ExitStack() as stack:
-        for block, ffn in ffns.items():
-            handle = ffn.activation.register_forward_hook(hook(block))
-            stack.callback(handle.remove)
+    with watch({block: ffn.activation for block, ffn in ffns.items()}, count):
         for batch in batches(data, batch_size, None):
             batch = to_device(batch, device)
             logits(model, batch)

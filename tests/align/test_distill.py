@@ -15,12 +15,12 @@ import torch
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.align import distill
 from fedpft_core.config import DistillConfig
+from fedpft_core.model.batch import real_positions
 from fedpft_core.model.families import FFN, family_of
 from fedpft_core.model.plan import BlockPlan, Plan, pruned_ffns
 from fedpft_core.proxy import package as proxy
 from fedpft_core.proxy import patch as patches
 from fedpft_core.proxy.build import build
-from fedpft_core.train.tune import real_positions
 from fedpft_core.wire.identity import tensor_digest
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from fedpft_core.model.taps import watch
 from fedpft_core.proxy.saliency import Probe, inputs_of, real_positions
 
 
@@ -18,18 +16,13 @@ def score(probe: Probe) -> list[Tensor]:
     squares = [torch.zeros(ffn.neurons, dtype=torch.float64) for ffn in ffns]
     tokens = [0] * len(ffns)
 
-    def hook(i: int) -> Any:
-        def add(_m: object, args: tuple[Tensor, ...]) -> None:
-            # What enters the out-projection; in gated FFNs that is the product with `up`.
-            a = args[0][real_positions(batch, args[0].shape[1])]
-            squares[i] += a.double().square().sum(0).cpu()
-            tokens[i] += len(a)
+    def add(i: int, entering: Tensor) -> None:
+        # What enters the out-projection; in gated FFNs that is the product with `up`.
+        a = entering[real_positions(batch, entering.shape[1])]
+        squares[i] += a.double().square().sum(0).cpu()
+        tokens[i] += len(a)
 
-        return add
-
-    with ExitStack() as stack:
-        for i, ffn in enumerate(ffns):
-            stack.callback(ffn.out.register_forward_pre_hook(hook(i)).remove)
+    with watch({i: ffn.out for i, ffn in enumerate(ffns)}, add, inputs=True):
         for batch in probe.batches():
             probe.fm(**inputs_of(batch))
     return [

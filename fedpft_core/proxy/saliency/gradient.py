@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from fedpft_core.model.taps import keep, watch
 from fedpft_core.proxy.saliency import Probe, functional, inputs_of, last_block
 from fedpft_core.seeds import torch_stream
 
@@ -24,29 +22,23 @@ def score(probe: Probe) -> list[Tensor]:
     rows = 0
     acts: dict[int, Tensor] = {}
     leaves: dict[int, Tensor] = {}
-    seen: list[Tensor] = []
 
-    def hook(i: int) -> Any:
-        def add_leaf(_m: object, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            acts[i] = args[0].detach()
-            leaves[i] = torch.zeros_like(acts[i], requires_grad=True)
-            return (args[0] + leaves[i], *args[1:])
+    def add_leaf(i: int, entering: Tensor) -> Tensor:
+        acts[i] = entering.detach()
+        leaves[i] = torch.zeros_like(acts[i], requires_grad=True)
+        return entering + leaves[i]
 
-        return add_leaf
-
-    def tap(_m: object, _a: object, out: Any) -> None:
-        seen.append(out[0] if isinstance(out, tuple) else out)
-
-    with ExitStack() as stack, torch.enable_grad():
-        for i, ffn in enumerate(ffns):
-            stack.callback(ffn.out.register_forward_pre_hook(hook(i)).remove)
-        stack.callback(last_block(probe.fm).register_forward_hook(tap).remove)
+    with (
+        torch.enable_grad(),
+        watch({i: ffn.out for i, ffn in enumerate(ffns)}, add_leaf, inputs=True),
+        keep({"last": last_block(probe.fm)}) as seen,
+    ):
         for batch in probe.batches():
-            seen.clear()
             probe.fm(**inputs_of(batch))
-            grads = torch.autograd.grad(functional(seen[0], stream), list(leaves.values()))
+            h = seen["last"]
+            grads = torch.autograd.grad(functional(h, stream), list(leaves.values()))
             for i, g in zip(leaves, grads, strict=True):
                 change = (acts[i].double() * g.double()).sum(1)
                 squares[i] += change.square().sum(0).cpu()
-            rows += len(seen[0])
+            rows += len(h)
     return [(total / rows).sqrt() for total in squares]
