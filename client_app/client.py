@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,8 @@ from fedpft_core import __version__
 from fedpft_core.data.batches import Encoded, encode
 from fedpft_core.data.tasks import Examples
 from fedpft_core.errors import ReplyError, UserError
-from fedpft_core.proxy.package import ClientModel, load_processor, rebuild
+from fedpft_core.model.processor import from_files
+from fedpft_core.proxy.package import ClientModel, rebuild
 from fedpft_core.proxy.patch import apply_patch
 from fedpft_core.wire import codec
 from fedpft_core.wire.envelope import Envelope, open_envelope, seal
@@ -265,7 +264,7 @@ class Client:
             if found:
                 return found
         if held.reader not in self.cache.processors:
-            self.cache.processors[held.reader] = processor_of(held.files, held.model.kind)
+            self.cache.processors[held.reader] = from_files(held.files, held.model.kind)
         processor = self.cache.processors[held.reader]
         rows = encode(examples, processor, held.model.max_length)
         folds = rowcache.folds_of(examples)
@@ -283,11 +282,3 @@ class Client:
             source, held.reader, held.model.labels, held.model.max_length, held.model.kind,
             version("transformers"), version("tokenizers"), version("pillow"),
         )  # fmt: skip
-
-
-def processor_of(files: Mapping[str, bytes], kind: str) -> Any:
-    """From the verified bytes: the files on disk may have changed, or be gone, by now."""
-    with tempfile.TemporaryDirectory(prefix="fedpft-") as folder:
-        for name, data in files.items():
-            (Path(folder) / name).write_bytes(data)
-        return load_processor(Path(folder), kind)

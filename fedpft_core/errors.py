@@ -11,3 +11,8 @@ class RunError(Exception):
 
 class ReplyError(ValueError):
     """A client's reply that must not be used; the message says which check it failed."""
+
+
+def first_line(error: Exception) -> str:
+    """What a foreign library's error says, in one line without its full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -32,8 +32,8 @@ from fedpft_core.proxy.choose import make_plan
 from fedpft_core.wire.envelope import Envelope, open_envelope
 from server_app.run.events import EventLog, read_events
 
-FAMILIES = ("bert", "roberta", "vit", "deit")
-TEXT_FAMILIES = ("bert", "roberta")
+FAMILIES = ("bert", "roberta", "distilbert", "electra", "vit", "deit")
+TEXT_FAMILIES = ("bert", "roberta", "distilbert", "electra")
 LABELS = ("animal", "number", "place")
 WORDS = {
     "animal": ["cat", "dog", "horse", "cow", "sheep", "goat", "bird", "fish", "wolf", "bear"],
@@ -76,6 +76,15 @@ _SHAPE: dict[str, Any] = {
 }
 
 
+# Sizes a test may set, by BERT's name for them, whatever the family's own is.
+_OF_BERT = {
+    "hidden": "hidden_size",
+    "ffn": "intermediate_size",
+    "blocks": "num_hidden_layers",
+    "heads": "num_attention_heads",
+}
+
+
 def vocabulary() -> list[str]:
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     return [*special, *_FILLER, *(w for ws in WORDS.values() for w in ws)]
@@ -94,7 +103,7 @@ def tokenizer(family: str) -> Any:
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     names = ["input_ids", "attention_mask"]
-    if family == "bert":
+    if family in ("bert", "electra"):
         names.insert(1, "token_type_ids")
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -114,22 +123,21 @@ def hf_config(family: str, labels: int = len(LABELS), **shape: Any) -> Any:
         own = {"vocab_size": len(vocabulary()), "max_position_embeddings": 40, "pad_token_id": 0}
     else:
         own = {"image_size": 16, "patch_size": 4, "num_channels": 3}
-    size = _SHAPE | own | shape
-    cls = {
-        "bert": transformers.BertConfig,
-        "roberta": transformers.RobertaConfig,
-        "vit": transformers.ViTConfig,
-        "deit": transformers.DeiTConfig,
+    if family == "electra":
+        own["embedding_size"] = 12  # another width than the blocks', as in the published ones
+    names = family_of(family).names
+    sizes = {getattr(names, ours): (_SHAPE | shape)[theirs] for ours, theirs in _OF_BERT.items()}
+    rest = {k: v for k, v in shape.items() if k not in _SHAPE}
+    cls, task = {
+        "bert": (transformers.BertConfig, "BertForSequenceClassification"),
+        "roberta": (transformers.RobertaConfig, "RobertaForSequenceClassification"),
+        "distilbert": (transformers.DistilBertConfig, "DistilBertForSequenceClassification"),
+        "electra": (transformers.ElectraConfig, "ElectraForSequenceClassification"),
+        "vit": (transformers.ViTConfig, "ViTForImageClassification"),
+        "deit": (transformers.DeiTConfig, "DeiTForImageClassification"),
     }[family]
-    made = cls(num_labels=labels, **size)
-    made.architectures = [
-        {
-            "bert": "BertForSequenceClassification",
-            "roberta": "RobertaForSequenceClassification",
-            "vit": "ViTForImageClassification",
-            "deit": "DeiTForImageClassification",
-        }[family]
-    ]
+    made = cls(num_labels=labels, **sizes, **(own | rest))
+    made.architectures = [task]
     return made
 
 
@@ -172,7 +180,8 @@ def give_meaning(task: nn.Module, family: str) -> None:
             for word in kind:
                 words[vocab.index(word)] += shared
         table.position_embeddings.weight.mul_(0.2)
-        table.token_type_embeddings.weight.mul_(0.2)
+        if hasattr(table, "token_type_embeddings"):
+            table.token_type_embeddings.weight.mul_(0.2)
 
 
 def folder(family: str, path: Path, **shape: Any) -> Path:

@@ -20,6 +20,8 @@ from fedpft_core.data import files
 from fedpft_core.data.batches import encode
 from fedpft_core.data.tasks import Examples
 from fedpft_core.errors import ReplyError, UserError
+from fedpft_core.model.families import Shape
+from fedpft_core.model.processor import from_files
 from fedpft_core.proxy import size as plansize
 from fedpft_core.proxy.package import ClientModel, rebuild
 from fedpft_core.proxy.size import PlanSize
@@ -106,11 +108,12 @@ class _Held:
     def __init__(self, node: dict[str, Any], plan: PlanSize | None) -> None:
         self.model: ClientModel | None = None
         self.files: dict[str, bytes] = {}
-        self.meta: PackageMeta | None = None
+        self.shape: Shape | None = None
+        self.max_length = 0
         self.bytes = 0
         self.rows: Examples | None = None
         if plan:
-            self.meta = plan.meta
+            self._describe(plan.meta)
             self.bytes = plan.sub_fm_bytes
             return
         store = Store(nodes.cache_root(node) / "store")
@@ -123,8 +126,12 @@ class _Held:
                 self.model = rebuild(package)
         except ReplyError:
             return
-        self.meta, self.files = package.meta, package.files
+        self._describe(package.meta)
+        self.files = package.files
         self.bytes = sum(t.numel() * t.element_size() for t in package.weights.values())
+
+    def _describe(self, meta: PackageMeta) -> None:
+        self.shape, self.max_length = plansize.shape_of(meta), meta.max_length
 
 
 def _data(
@@ -179,7 +186,7 @@ def _room(
 ) -> list[Finding]:
     size = held.bytes or int(options.sub_fm_mb * 1e6)
     batch = plan.batch_size if plan else _BATCH
-    tokens = plansize.tokens_of(held.meta) if held.meta else 0
+    tokens = held.shape.length(held.max_length) if held.shape else 0
     root = nodes.cache_root(node)
     stored = nodecheck.STORED * (plan.package_bytes if plan else size)
     if size and held.rows is not None:
@@ -188,11 +195,11 @@ def _room(
     if not size:
         why = "give --plan (from `fedpft inspect --json`) or --sub-fm-mb to have this checked."
         return [*out, Finding("memory", SKIPPED, why), Finding("training step", SKIPPED, why)]
-    needed = nodecheck.memory_needed(size, held.meta, batch, tokens)
+    needed = nodecheck.memory_needed(size, held.shape, batch, tokens)
     out.append(guarded("memory", lambda: nodecheck.memory(needed)))
     if out[-1].status == FAIL:
         why = "there is not enough memory to try one."
-    elif held.meta is None:
+    elif held.shape is None:
         why = "only --plan, or a sub-FM in the store, tells the model's shape."
     elif plan is None and (held.rows is None or _failed(before, "labels")):
         why = "data and labels have to be right first."
@@ -207,31 +214,29 @@ def _failed(findings: list[Finding], name: str) -> bool:
 
 def _row_bytes(held: _Held) -> int:
     """Bytes of one encoded row on disk, at most."""
-    if held.meta is None:
+    shape = held.shape
+    if shape is None:
         return 0
-    if held.meta.kind == "image":
-        c = held.meta.model_config
-        return int(c["num_channels"] * c["image_size"] ** 2)
-    return 5 * held.meta.max_length + 24
+    if shape.image_tokens:
+        return shape.channels * shape.height * shape.width
+    return 5 * held.max_length + 24
 
 
 def _step(node: dict[str, Any], plan: PlanSize | None, held: _Held, batch: int) -> str:
     threads = plan.threads if plan else 1
     if node["max-threads"]:
         threads = min(threads, node["max-threads"])
-    assert held.meta is not None
+    assert held.shape is not None
     if plan:
         with collector_paused():
             model = plan.client_model()
-        rows = nodecheck.full_rows(held.meta, batch)
+        rows = nodecheck.full_rows(held.shape, held.max_length, batch)
         what = "a random model of the plan's shape, rows of full length"
     else:
-        from client_app.client import processor_of
-
         assert held.model is not None and held.rows is not None
         model = held.model
         some = held.rows.select(range(min(len(held.rows), 4 * batch)))
-        rows = encode(some, processor_of(held.files, model.kind), model.max_length)
+        rows = encode(some, from_files(held.files, model.kind), model.max_length)
         what = "the sub-FM in the store, own rows"
     model.model.to(nodes.pick_device(node["device"], "node config: device"))
     seconds = nodecheck.step_seconds(model.model, rows, min(batch, len(rows)), threads)

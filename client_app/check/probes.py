@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpft_core.errors import UserError
-from fedpft_core.wire.meta import PackageMeta
+from fedpft_core.model.families import Shape
 
 PASS, FAIL, SKIPPED = "pass", "fail", "skipped"
 # What a node's process takes before it holds a model: Python, torch, transformers, Flower.
@@ -321,18 +321,22 @@ def available_memory() -> int:
     return free
 
 
-def memory_needed(sub_fm_bytes: int, meta: PackageMeta | None, batch: int, tokens: int) -> int:
+def memory_needed(sub_fm_bytes: int, shape: Shape | None, batch: int, tokens: int) -> int:
     """Bytes a message takes at most, roughly: libraries, sub-FM as read and as built, one step.
 
     A step keeps about 12 values of the hidden width, 3 of the FFN's and 3 of each attention map
     for each token and block.
+
+    Args:
+        sub_fm_bytes: size of the sub-FM's weights.
+        shape: the FM's sizes; None where they are not known, then no step is reckoned.
+        batch: rows of a step.
+        tokens: positions of a row.
     """
     step = 0
-    if meta is not None:
-        c = meta.model_config
-        hidden, inner = c["hidden_size"], c["intermediate_size"]
-        token = 12 * hidden + 3 * inner + 3 * c["num_attention_heads"] * tokens
-        step = 4 * batch * tokens * token * c["num_hidden_layers"]
+    if shape is not None:
+        token = 12 * shape.hidden + 3 * shape.ffn + 3 * shape.heads * tokens
+        step = 4 * batch * tokens * token * shape.blocks
     return BASE_BYTES + 3 * sub_fm_bytes + step
 
 
@@ -360,23 +364,24 @@ def step_seconds(model: Any, rows: Any, batch_size: int, threads: int, repeats: 
         torch.set_num_threads(before)
 
 
-def full_rows(meta: PackageMeta, batch_size: int) -> Any:
+def full_rows(shape: Shape, max_length: int, batch_size: int) -> Any:
     """Rows of the greatest length, or images of noise, for a model of which only the shape is
     known."""
     import torch
 
     from fedpft_core.data.batches import Encoded
 
-    c = meta.model_config
     labels = torch.zeros(batch_size, dtype=torch.int64)
-    if meta.kind == "image":
-        side = c["image_size"]
-        return Encoded(labels=labels, pixels=torch.rand(batch_size, c["num_channels"], side, side))
-    length = meta.max_length
+    if shape.image_tokens:
+        size = (batch_size, shape.channels, shape.height, shape.width)
+        return Encoded(labels=labels, pixels=torch.rand(size))
+    # Ids below 5 are special tokens in many vocabularies.
+    first = min(5, shape.vocabulary - 1)
+    count = batch_size * max_length
     return Encoded(
         labels=labels,
-        ids=torch.randint(5, c["vocab_size"], (batch_size * length,), dtype=torch.int32),
-        offsets=torch.arange(batch_size + 1) * length,
+        ids=torch.randint(first, shape.vocabulary, (count,), dtype=torch.int32),
+        offsets=torch.arange(batch_size + 1) * max_length,
     )
 
 

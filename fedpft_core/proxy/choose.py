@@ -54,9 +54,12 @@ def make_plan(
         raise UserError(
             f"plan.keep-neurons = {cfg.keep_neurons} is more than the FM's {f} neurons."
         )
-    width = ffns[0].out.out_features
-    if cfg.qk_rank > width:
-        raise UserError(f"plan.qk-rank = {cfg.qk_rank} is more than the model's width, {width}.")
+    most = _largest_rank(family, model)
+    if cfg.qk_rank > most:
+        raise UserError(
+            f"plan.qk-rank = {cfg.qk_rank} is more than the {most} that the model's query and key "
+            "projections can have."
+        )
     k = cfg.keep_neurons or max(1, round(cfg.keep_share * f))
     retained = parse_layers(cfg.retained_layers, n)
     if cfg.proxy == "layer-drop":
@@ -79,6 +82,16 @@ def make_plan(
             else BlockPlan("pruned", keep_most_salient(s, k), cfg.qk_rank)
             for all_of_it, s in zip(whole, scores, strict=True)
         ),
+    )
+
+
+def _largest_rank(family: Family, model: nn.Module) -> int:
+    """The largest rank that every query and key projection can have, by its own sizes."""
+    blocks = family.block_list(model)
+    return min(
+        min(block.get_submodule(path).get_parameter("weight").shape)
+        for block in blocks
+        for path in family.query_key
     )
 
 

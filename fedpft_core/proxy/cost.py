@@ -15,7 +15,7 @@ from torch import nn
 
 from fedpft_core.config import Config
 from fedpft_core.model import load as models
-from fedpft_core.model.families import Family
+from fedpft_core.model.families import Family, base_model
 from fedpft_core.proxy.build import build
 from fedpft_core.proxy.choose import make_plan
 
@@ -30,7 +30,15 @@ class BlockCost:
 
 
 def block_cost(family: Family, block: nn.Module, length: int, rank: int, width: int) -> BlockCost:
-    """Cost of a block at sequence length `length` [tokens] with LoRA of rank `rank`."""
+    """What a block costs per token.
+
+    Args:
+        family: where the block keeps its parts.
+        block: one block, of the FM or of a proxy.
+        length: tokens of a row.
+        rank: LoRA's rank.
+        width: width of what attention multiplies, all heads together.
+    """
     linears = [m for m in block.modules() if isinstance(m, nn.Linear)]
     # A low-rank projection has two thin matrices in the place of its weight.
     dense = 2.0 * sum(p.numel() for m in linears for p in m.parameters(False) if p.dim() > 1)
@@ -50,7 +58,7 @@ def step_ratio(
     config: Config, fm: nn.Module, proxy: nn.Module, family: Family, length: int
 ) -> float:
     """Theoretical speed-up of a client step on the proxy over one on the FM (≥ 1)."""
-    width = family.ffns(fm)[0].out.out_features
+    width = _attention_width(family, fm)
     total = [
         sum(
             block_cost(family, b, length, config.lora.rank, width).step
@@ -67,9 +75,14 @@ def step_flops(family: Family, model: nn.Module, rank: int) -> tuple[float, floa
     The second term is attention's. Embeddings, pooler and head are left out.
     """
     blocks = list(family.block_list(model))
-    width = family.ffns(model)[0].out.out_features
+    width = _attention_width(family, model)
     at = [sum(block_cost(family, b, n, rank, width).step for b in blocks) for n in (0, 1)]
     return at[0], at[1] - at[0]
+
+
+def _attention_width(family: Family, model: nn.Module) -> int:
+    config: Any = base_model(model).config
+    return family.shape(config).attention
 
 
 def inspect(config: Config) -> dict[str, Any]:
@@ -82,8 +95,7 @@ def inspect(config: Config) -> dict[str, Any]:
     plan = make_plan(loaded.model, settings, config.run.seed)
     proxy = build(loaded.model, plan)
     family, rank = loaded.family, config.lora.rank
-    width = family.ffns(loaded.model)[0].out.out_features
-    length = config.data.max_length if family.kind == "text" else image_tokens(loaded.model)
+    width, length = loaded.shape.attention, loaded.shape.length(config.data.max_length)
     rows: list[list[Any]] = []
     totals = [0.0] * 4
     proxy_blocks = dict(zip(plan.present, family.block_list(proxy), strict=True))
@@ -134,10 +146,3 @@ def inspect(config: Config) -> dict[str, Any]:
         ],
         "step_ratio": ratio,
     }  # fmt: skip
-
-
-def image_tokens(model: nn.Module) -> int:
-    """Sequence length of an image model: patches plus special tokens."""
-    c: Any = model.config
-    special = 2 if c.model_type == "deit" else 1
-    return (c.image_size // c.patch_size) ** 2 + special

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +18,12 @@ from fedpft_core.adapter.lora import AdapterSpec
 from fedpft_core.errors import ReplyError
 from fedpft_core.model import names
 from fedpft_core.model.families import base_model
+from fedpft_core.model.normalise import normalise
 from fedpft_core.model.plan import Plan
+from fedpft_core.model.processor import PRIVATE, files_of
 from fedpft_core.proxy.build import skeleton
 from fedpft_core.wire.meta import PackageMeta
 from fedpft_core.wire.package import Package
-
-# Keys of a Hugging Face config that say where the FM came from: no client's business.
-_PRIVATE = ("_name_or_path", "name_or_path", "_commit_hash")
 
 
 def make_package(
@@ -50,7 +47,7 @@ def make_package(
         max_length: the most tokens of a row.
     """
     model: Any = base_model(proxy)
-    config = {k: v for k, v in model.config.to_dict().items() if k not in _PRIVATE}
+    config = {k: v for k, v in model.config.to_dict().items() if k not in PRIVATE}
     # As JSON has it, where a client takes it from: numbers as keys become texts.
     config = json.loads(json.dumps(config))
     meta = PackageMeta(plan, spec, config, type(model).__name__, kind, tuple(labels), max_length)
@@ -59,20 +56,7 @@ def make_package(
         for name, t in ((names.bare(k), t) for k, t in model.state_dict().items())
         if not names.is_lora(name) and not names.in_modules(name, spec.modules)
     }
-    return Package(meta, _processor_files(processor), weights)
-
-
-def _processor_files(processor: Any) -> dict[str, bytes]:
-    with tempfile.TemporaryDirectory() as folder:
-        processor.save_pretrained(folder)
-        files = {}
-        for path in sorted(Path(folder).iterdir()):
-            data = path.read_bytes()
-            if path.suffix == ".json" and path.name != "tokenizer.json":
-                raw = {k: v for k, v in json.loads(data).items() if k not in _PRIVATE}
-                data = json.dumps(raw, sort_keys=True).encode()
-            files[path.name] = data
-        return files
+    return Package(meta, files_of(processor), weights)
 
 
 @dataclass
@@ -139,7 +123,7 @@ def _made(meta: PackageMeta, weights: Mapping[str, Tensor] | None) -> ClientMode
         )
         fill = contextlib.nullcontext() if weights is None else _NoRandomFill()
         with torch.random.fork_rng(devices=[]), fill:
-            model = auto.from_config(config, trust_remote_code=False)
+            model = normalise(auto.from_config(config, trust_remote_code=False))
             skeleton(model, plan)
         if weights is not None:
             _fill(model, weights, spec)
@@ -163,10 +147,3 @@ def _fill(model: nn.Module, weights: Mapping[str, Tensor], spec: AdapterSpec) ->
     state = model.state_dict()
     for name in missing:
         state[name].zero_()
-
-
-def load_processor(folder: Path, kind: str) -> Any:
-    """The tokenizer or image processor from a package's files."""
-    from fedpft_core.model.load import load_processor as load
-
-    return load(str(folder), "image" if kind == "image" else "text")

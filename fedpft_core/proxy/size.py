@@ -15,6 +15,7 @@ from fedpft_core.config import Config
 from fedpft_core.data.tasks import label_names
 from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.model import load as models
+from fedpft_core.model.families import Shape, family_of
 from fedpft_core.model.plan import Plan
 from fedpft_core.proxy.build import build
 from fedpft_core.proxy.choose import make_plan
@@ -69,24 +70,20 @@ def read(path: Path) -> PlanSize:
         raise UserError(f"--plan {path}: was made by another version of `fedpft inspect --json`.")
     try:
         meta = PackageMeta.from_raw(raw["meta"])
-    except ReplyError as error:
+        shape_of(meta)
+    except ValueError as error:
         raise UserError(
             f"--plan {path}: was made by another version of `fedpft inspect --json` ({error})."
         ) from error
-    if not _has_shape(meta):
-        raise UserError(f"--plan {path}: was made by another version of `fedpft inspect --json`.")
     return PlanSize(**raw | {"meta": meta, "labels": tuple(map(str, raw["labels"]))})
 
 
-def _has_shape(meta: PackageMeta) -> bool:
-    """Whether the metadata say all that sizes are reckoned from."""
+def shape_of(meta: PackageMeta) -> Shape:
+    """The sizes of a package's FM. Raises ValueError where the metadata do not tell them."""
     try:
-        image = meta.kind == "image"
-        own = ("image_size", "patch_size", "num_channels") if image else ("vocab_size",)
-        names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
-        return all(type(meta.model_config[name]) is int for name in names + own)
-    except KeyError:
-        return False
+        return family_of(meta.plan.model_type).shape(meta.model_config)
+    except UserError as error:
+        raise ValueError(str(error)) from error
 
 
 def describe(config: Config) -> PlanSize:
@@ -130,12 +127,4 @@ def _labels(setting: str) -> tuple[str, ...]:
     return label_names(setting)
 
 
-def tokens_of(meta: PackageMeta) -> int:
-    """Sequence length of a full row: tokens of a text, patches of an image."""
-    if meta.kind != "image":
-        return meta.max_length
-    c = meta.model_config
-    return int((c["image_size"] // c["patch_size"]) ** 2 + 2)
-
-
-__all__ = ["PlanSize", "describe", "read", "tokens_of"]
+__all__ = ["PlanSize", "describe", "read", "shape_of"]

@@ -123,7 +123,7 @@ def _build(
 def _check_lengths(config: Config, loaded: models.Loaded) -> None:
     if loaded.family.kind != "text":
         return
-    limit = loaded.family.longest_input(loaded.model.config)
+    limit = loaded.shape.positions
     for key, length in (
         ("data.max-length", config.data.max_length),
         ("distill.length", config.distill.length),
@@ -151,9 +151,7 @@ def _emit_model(
                 "fm": inspect.step_flops(loaded.family, loaded.model, rank),
                 "proxy": inspect.step_flops(loaded.family, proxy, rank),
             },
-            image_tokens=inspect.image_tokens(loaded.model)
-            if loaded.family.kind == "image"
-            else None,
+            image_tokens=loaded.shape.image_tokens or None,
             blocks=[
                 {
                     "block": i,

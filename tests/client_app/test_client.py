@@ -486,7 +486,7 @@ def test_a_new_process_finds_its_rows_encoded(
     first = trained(edge(), server.whole(0))
     assert tokenised == [60]
     node = edge()
-    monkeypatch.setattr(client, "processor_of", lambda *_: pytest.fail("tokenizer loaded"))
+    monkeypatch.setattr(client, "from_files", lambda *_: pytest.fail("tokenizer loaded"))
     node.load_rows = lambda labels: pytest.fail("data file parsed")
     assert same(trained(node, server.request(0)), first)
     assert tokenised == [60]

@@ -179,7 +179,7 @@ def _loose(model: torch.nn.Module, family: str) -> list[Any]:
 @text_families
 def test_longest_input_is_what_the_model_can_read(family: str) -> None:
     model = tiny.model(family)
-    limit = family_of(family).longest_input(model.config)
+    limit = family_of(family).shape(model.config).positions
     ids = torch.full((1, limit), 7)
     with torch.no_grad():
         model(input_ids=ids, attention_mask=torch.ones_like(ids))

@@ -77,7 +77,7 @@ def test_step_flops_equal_the_counter(family: str) -> None:
 @pytest.mark.parametrize("family", ["vit", "deit"])
 def test_image_tokens(family: str) -> None:
     model = tiny.model(family)
-    assert inspect.image_tokens(model) == _row(family)[1]
+    assert family_of(family).shape(model.config).image_tokens == _row(family)[1]
 
 
 @pytest.mark.parametrize("family", ["bert", "vit"])
