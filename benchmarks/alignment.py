@@ -30,7 +30,7 @@ from fedpft_core import config
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.align import distill, selection
 from fedpft_core.align import method as alignment
-from fedpft_core.data.batches import encode, public_batches
+from fedpft_core.data.batches import public_batches
 from fedpft_core.train import agreement as measure
 from fedpft_core.train.evaluate import evaluate
 from fedpft_core.train.inactivity import count_inactive
@@ -144,8 +144,8 @@ class Study:
         b = self.models
         self.parts = distill.moving_parts(b.proxy, b.plan)
         self.pruned = self.weights()
-        self.rows = encode(
-            self.data.task.validation, self.data.processor, self.config.data.max_length
+        self.rows = self.data.task.encode(
+            self.data.data.validation, self.data.processor, self.config.data.max_length
         )
         factors = [t for k, t in self.tuned.items() if k.endswith("lora_B.weight")]
         self.size = float(torch.cat([t.flatten() for t in factors]).std())
@@ -187,7 +187,9 @@ class Study:
     def measured(self, b_only: bool) -> dict[str, float]:
         """Agreement and output error at the adapter now plugged in."""
         b, data = self.models, self.data
-        found = measure.gradient_agreement(b.fm, b.proxy, b.plan, data.gradient, 16, b_only=b_only)
+        found = measure.gradient_agreement(
+            b.fm, b.proxy, b.plan, data.task, data.gradient, 16, b_only=b_only
+        )
         probe = public_batches(data.public, data.processor, 16, 64, 4, seed=999)
         error = distill.output_error(b.fm, b.proxy, b.plan, probe)
         return {
@@ -197,9 +199,9 @@ class Study:
         }
 
     def scores(self) -> dict[str, float]:
-        b = self.models
-        found = {n: evaluate(m, self.rows, 64) for n, m in (("proxy", b.proxy), ("fm", b.fm))}
-        out = {f"{n}_accuracy": s.accuracy for n, s in found.items()}
+        b, task = self.models, self.data.task
+        found = {n: evaluate(m, task, self.rows, 64) for n, m in (("proxy", b.proxy), ("fm", b.fm))}
+        out = {f"{n}_accuracy": s.value for n, s in found.items()}
         return out | {f"{n}_loss": s.loss for n, s in found.items()}
 
     def before(self, name: str) -> dict[str, Any]:

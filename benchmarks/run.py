@@ -29,12 +29,12 @@ from fedpft_core.aggregation.average import Average
 from fedpft_core.align import distill
 from fedpft_core.data.batches import encode, public_batches
 from fedpft_core.data.public import load_public
-from fedpft_core.data.tasks import load_task
 from fedpft_core.model import load as models
 from fedpft_core.model.plan import pruned_ffns
 from fedpft_core.proxy import cost as inspect
 from fedpft_core.proxy.build import build
 from fedpft_core.proxy.choose import make_plan
+from fedpft_core.task import load_task
 from fedpft_core.train import tune as training
 from fedpft_core.wire import messages as exchange
 from fedpft_core.wire.envelope import open_envelope, seal
@@ -63,8 +63,9 @@ class Setting:
     def __init__(self, retained: str = "first,last") -> None:
         cfg = config.from_flat({"plan.retained-layers": retained})
         self.cfg = cfg
-        self.task = load_task(cfg.data, 0)
-        self.loaded = models.load(cfg.model, self.task.label_names, "text", 0)
+        self.data = load_task(cfg.data, 0)
+        self.task = self.data.task
+        self.loaded = models.load(cfg.model, self.task.model(), 0)
         self.plan = make_plan(self.loaded.model, cfg.plan, 0)
         proxy = build(self.loaded.model, self.plan)
         self.ratio = inspect.step_ratio(
@@ -76,8 +77,8 @@ class Setting:
         self.rows = self.encoded(128)
 
     def encoded(self, count: int) -> training.Encoded:
-        stride = len(self.task.train) // count
-        rows = self.task.train.select(range(0, count * stride, stride))
+        stride = len(self.data.train) // count
+        rows = self.data.train.select(range(0, count * stride, stride))
         return encode(rows, self.loaded.processor, 64)
 
     def mean_length(self) -> int:
@@ -94,8 +95,8 @@ def bench_step() -> list[str]:
     for name, retained in (("default plan", "first,last"), ("all blocks pruned", "")):
         s = Setting(retained)
         fm, proxy = interleaved(
-            lambda s=s: training.fine_tune(s.fm, s.rows, settings(8), 0),
-            lambda s=s: training.fine_tune(s.proxy, s.rows, settings(8), 0),
+            lambda s=s: training.fine_tune(s.fm, s.task, s.rows, settings(8), 0),
+            lambda s=s: training.fine_tune(s.proxy, s.task, s.rows, settings(8), 0),
             repeats=15,
         )
         share = fm / proxy / s.ratio
@@ -125,7 +126,7 @@ def bench_overhead() -> list[str]:
         s.proxy.eval()
 
     plain, ours = interleaved(
-        bare, lambda: training.fine_tune(s.proxy, s.rows, settings(8), 0), repeats=11
+        bare, lambda: training.fine_tune(s.proxy, s.task, s.rows, settings(8), 0), repeats=11
     )
     return [
         f"| fine_tune against a bare loop | bare {plain / 8 * 1e3:.1f} ms, "

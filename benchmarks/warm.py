@@ -141,29 +141,30 @@ def prepare(folder: Path, steps: int) -> None:
     from fedpft_core import config
     from fedpft_core.adapter import lora as adapters
     from fedpft_core.data.partition import partition
-    from fedpft_core.data.tasks import load_task
     from fedpft_core.model import load as models
     from fedpft_core.proxy.build import build
     from fedpft_core.proxy.choose import make_plan
     from fedpft_core.proxy.package import make_package
+    from fedpft_core.task import load_task
     from fedpft_core.train.tune import LocalSettings
     from fedpft_core.wire.envelope import seal
     from fedpft_core.wire.messages import TrainRequest
 
     cfg = config.Config()
-    task = load_task(cfg.data, 0)
-    rows = task.train.select(partition(task.train.labels, 10, "dirichlet", 1.0, 0)[0])
+    data = load_task(cfg.data, 0)
+    task = data.task
+    rows = data.train.select(partition(task.strata(data.train), 10, "dirichlet", 1.0, 0)[0])
     with open(folder / "rows.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["text", "label"])
         for text, label in zip(rows.inputs, rows.labels, strict=True):
-            writer.writerow([text, task.label_names[int(label)]])
-    loaded = models.load(cfg.model, task.label_names, "text", 0)
+            writer.writerow([text, task.labels[int(label)]])
+    loaded = models.load(cfg.model, task.model(), 0)
     plan = make_plan(loaded.model, cfg.plan, 0)
     spec = adapters.make_spec(loaded.family, plan, loaded.fresh, cfg.lora)
     proxy = build(loaded.model, plan)
     package = make_package(
-        proxy, plan, spec, loaded.processor, "text", task.label_names, cfg.data.max_length
+        proxy, plan, spec, loaded.processor, task.name, task.labels, cfg.data.max_length
     )
     digest = package.digest()
     Store(folder / "cache" / "store").put(digest, package)

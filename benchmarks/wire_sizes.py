@@ -87,25 +87,25 @@ def default_run() -> tuple[int, dict[str, Any]]:
     """Bytes of the package of the default run, and its shape as arguments."""
     from fedpft_core import config
     from fedpft_core.adapter import lora as adapters
-    from fedpft_core.data.tasks import load_task
     from fedpft_core.model import load as models
     from fedpft_core.proxy.package import make_package
+    from fedpft_core.task import load_task
 
     cfg = config.Config()
-    task = load_task(cfg.data, cfg.run.seed)
-    loaded = models.load(cfg.model, task.label_names, task.kind, cfg.run.seed)
+    task = load_task(cfg.data, cfg.run.seed).task
+    loaded = models.load(cfg.model, task.model(), cfg.run.seed)
     plan = make_plan(loaded.model, cfg.plan, cfg.run.seed)
     spec = adapters.make_spec(loaded.family, plan, loaded.fresh, cfg.lora)
     package = make_package(
-        build(loaded.model, plan), plan, spec, loaded.processor, task.kind,
-        task.label_names, cfg.data.max_length,
+        build(loaded.model, plan), plan, spec, loaded.processor, task.name,
+        task.labels, cfg.data.max_length,
     )  # fmt: skip
     shape = {
-        "width": loaded.family.ffns(loaded.model)[0].out.out_features,
+        "width": loaded.shape.hidden,
         "blocks": len(plan.blocks),
         "neurons": len(plan.blocks[plan.pruned[0]].kept),
         "rank": cfg.lora.rank,
-        "classes": len(task.label_names),
+        "classes": len(task.labels),
         "pruned": len(plan.pruned),
     }
     return len(package.to_bytes()), shape

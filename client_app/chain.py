@@ -71,15 +71,17 @@ def validate(work: Work) -> Work:
     """Score the adapter received on the rows kept from training."""
     if not len(work.held_out):
         return work
-    score = evaluate(work.model.model, work.held_out, 2 * work.request.settings.batch_size)
-    return replace(work, right=round(score.accuracy * score.rows))
+    score = evaluate(
+        work.model.model, work.model.task, work.held_out, 2 * work.request.settings.batch_size
+    )
+    return replace(work, right=int(score.sums["correct"]))
 
 
 def tune(work: Work) -> Work:
     """Fine-tune the adapter on the rows; afterwards it is read from the model."""
     model, request = work.model, work.request
     seed = derive(request.seed, "local", request.round, work.name)
-    done = fine_tune(model.model, work.rows, request.settings, seed)
+    done = fine_tune(model.model, model.task, work.rows, request.settings, seed)
     return replace(
         work, steps=done.steps, loss=done.loss, seconds=done.seconds,
         adapter=adapters.read(model.model, model.plan),

@@ -18,12 +18,13 @@ from client_app.rowcache import RowCache
 from client_app.startup import collector_paused
 from client_app.store import Residuals, Store
 from fedpft_core import __version__
-from fedpft_core.data.batches import Encoded, encode
-from fedpft_core.data.tasks import Examples
+from fedpft_core.data.batches import Encoded
+from fedpft_core.data.examples import Examples
 from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.model.processor import from_files
 from fedpft_core.proxy.package import ClientModel, rebuild
 from fedpft_core.proxy.patch import apply_patch
+from fedpft_core.task import Task
 from fedpft_core.wire import codec
 from fedpft_core.wire.envelope import Envelope, open_envelope, seal
 from fedpft_core.wire.identity import combine_digest, is_digest
@@ -87,7 +88,8 @@ PROCESS_CACHE = ProcessCache()
 class Client:
     """A node's identity, rows and store. Models and encoded rows are kept per process.
 
-    `load_rows(labels)` reads the node's rows; it raises UserError for data that cannot be used.
+    `load_rows(task)` reads the node's rows as the task does; it raises UserError for data that
+    cannot be used.
     `count_rows()` says how many there are to train on and to validate on, without needing the
     label names. `validation_share` of the rows, chosen by their content, is never trained on.
     `shared_store` says that the store is not this client's alone (simulation). `rows_id` is equal
@@ -101,7 +103,7 @@ class Client:
 
     name: str
     count_rows: Callable[[], tuple[int, int]]
-    load_rows: Callable[[tuple[str, ...]], Examples]
+    load_rows: Callable[[Task], Examples]
     store: Store
     device: str = "cpu"
     max_threads: int = 0
@@ -230,7 +232,7 @@ class Client:
     def _rows(self, held: Held) -> Rows:
         share = self.validation_share
         key = (
-            self.name, self.rows_id, share, held.reader, held.model.labels, held.model.max_length,
+            self.name, self.rows_id, share, held.reader, held.model.task, held.model.max_length,
         )  # fmt: skip
         if key not in self.cache.rows:
             encoded, folds = self._encoded(held)
@@ -255,7 +257,7 @@ class Client:
         found = self.kept_rows.get(key) if self.kept_rows and source else None
         if found:
             return found
-        examples = self.load_rows(held.model.labels)
+        examples = self.load_rows(held.model.task)
         if not len(examples):
             raise UserError(f"client {self.name} has no rows.")
         if self.kept_rows and not source:
@@ -264,9 +266,9 @@ class Client:
             if found:
                 return found
         if held.reader not in self.cache.processors:
-            self.cache.processors[held.reader] = from_files(held.files, held.model.kind)
+            self.cache.processors[held.reader] = from_files(held.files, held.model.task.reads)
         processor = self.cache.processors[held.reader]
-        rows = encode(examples, processor, held.model.max_length)
+        rows = held.model.task.encode(examples, processor, held.model.max_length)
         folds = rowcache.folds_of(examples)
         # Not what was read while the file changed, under the digest of what it was before.
         if self.kept_rows and self.rows_digest() == source:
@@ -278,7 +280,8 @@ class Client:
 
     def _rows_key(self, held: Held, source: str) -> str:
         """Names encoded rows by everything they depend on."""
+        task = held.model.task
         return rowcache.key_of(
-            source, held.reader, held.model.labels, held.model.max_length, held.model.kind,
+            source, held.reader, task.labels, held.model.max_length, task.name,
             version("transformers"), version("tokenizers"), version("pillow"),
         )  # fmt: skip

@@ -11,11 +11,13 @@ from client_app.client import Client
 from client_app.rowcache import RowCache, content_of_file, folds_of, held_out, key_of
 from client_app.store import Store
 from fedpft_core import config as configs
+from fedpft_core.data.examples import Examples
 from fedpft_core.data.partition import partition
-from fedpft_core.data.tasks import Examples, Task, load_examples, load_task
+from fedpft_core.data.rows import Columns
 from fedpft_core.errors import UserError
 from fedpft_core.model.device import pick_device
 from fedpft_core.seeds import derive
+from fedpft_core.task import Task, TaskData, kind_of, load_task, make
 
 _MOST_HELD_OUT = 0.9
 
@@ -71,16 +73,20 @@ def checked(node_config: Mapping[str, Any]) -> dict[str, Any]:
     return node
 
 
-def own_rows(node: Mapping[str, Any], labels: tuple[str, ...] | None) -> Examples:
-    """The rows of a node's own data file; `labels` None where the names are not known yet."""
-    return load_examples(
-        Path(node["data-path"]),
-        label_names=labels,
-        text_column=node["text-column"],
-        text_pair_column=node["text-pair-column"],
-        image_column=node["image-column"],
-        label_column=node["label-column"],
-    )
+def columns_of(node: Mapping[str, Any]) -> Columns:
+    """Which columns a node's own data file has."""
+    names = ("text-column", "text-pair-column", "image-column", "label-column")
+    return Columns(*(node[name] for name in names))
+
+
+def own_task(node: Mapping[str, Any]) -> Task:
+    """The kind of task a node's rows are for, as its columns tell; labels are not known yet."""
+    return make(kind_of(columns_of(node)))
+
+
+def own_rows(node: Mapping[str, Any], task: Task) -> Examples:
+    """The rows of a node's own data file, as the task reads them."""
+    return task.read(Path(node["data-path"]), columns_of(node))
 
 
 def cache_root(node: Mapping[str, Any]) -> Path:
@@ -101,11 +107,11 @@ def _edge_client(node: Mapping[str, Any]) -> Client:
     path = Path(node["data-path"])
     share = node["validation-share"]
 
-    def load_rows(labels: tuple[str, ...]) -> Examples:
-        return own_rows(node, labels)
+    def load_rows(task: Task) -> Examples:
+        return own_rows(node, task)
 
     def count_rows() -> tuple[int, int]:
-        return split_sizes(own_rows(node, None), share)
+        return split_sizes(own_rows(node, own_task(node)), share)
 
     def rows_digest() -> str:
         if node["image-column"]:
@@ -141,7 +147,7 @@ def _file_id(path: Path) -> tuple[object, ...]:
 
 
 @lru_cache(maxsize=2)
-def _task(data: configs.DataConfig, seed: int) -> Task:
+def _task(data: configs.DataConfig, seed: int) -> TaskData:
     return load_task(data, seed)
 
 
@@ -149,9 +155,9 @@ def _task(data: configs.DataConfig, seed: int) -> Task:
 def _partitions(
     data: configs.DataConfig, federation: configs.FederationConfig, seed: int, count: int
 ) -> list[Any]:
-    labels = _task(data, seed).train.labels
+    found = _task(data, seed)
     return partition(
-        labels,
+        found.task.strata(found.train),
         count,
         federation.partition,
         federation.dirichlet_alpha,
@@ -170,11 +176,11 @@ def partition_rows(config: configs.Config, index: int, count: int) -> Examples:
 def _simulated_client(node: Mapping[str, Any], config: configs.Config) -> Client:
     index, count = node["partition-id"], node["num-partitions"]
 
-    def load_rows(labels: tuple[str, ...]) -> Examples:
+    def load_rows(task: Task) -> Examples:
         rows = partition_rows(config, index, count)
-        names = _task(config.data, config.run.seed).label_names
-        if names != labels:
-            raise UserError(f"client {index} has labels {names}, the server {labels}.")
+        own = _task(config.data, config.run.seed).task
+        if own.labels != task.labels:
+            raise UserError(f"client {index} has labels {own.labels}, the server {task.labels}.")
         return rows
 
     share = node["validation-share"]

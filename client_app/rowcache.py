@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedpft_core.data.batches import Encoded
-from fedpft_core.data.tasks import Examples, Input
+from fedpft_core.data.examples import Examples, Input
 
 if TYPE_CHECKING:
     import torch

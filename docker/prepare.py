@@ -214,8 +214,8 @@ def data(state: Path) -> None:
     from fedpft_core.config import DataConfig
     from fedpft_core.data import builtin
     from fedpft_core.data.partition import partition
-    from fedpft_core.data.tasks import load_task
     from fedpft_core.model.load import minilm_folder
+    from fedpft_core.task import load_task
 
     server = state / "server"
     server.mkdir(parents=True, exist_ok=True)
@@ -226,14 +226,15 @@ def data(state: Path) -> None:
         return
     say("cutting the demo's data from the docstrings of installed packages (about a minute)")
     cache = state / "cache"
-    task = load_task(DataConfig(), 0, cache)
-    shares = partition(task.train.labels, len(NODES), "dirichlet", 1.0, 0)
+    rows_of = load_task(DataConfig(), 0, cache)
+    task = rows_of.task
+    shares = partition(task.strata(rows_of.train), len(NODES), "dirichlet", 1.0, 0)
     for file, rows in zip(files, shares, strict=True):
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_rows(file, task.train.select(rows), task.label_names)
+            write_rows(file, rows_of.train.select(rows), task.labels)
     if not tests.exists():
-        write_rows(tests, task.test, task.label_names)
+        write_rows(tests, rows_of.test, task.labels)
     if not public.exists():
         part = server / ".public.part"
         lines = (" ".join(p.split()) for p in builtin.public_paragraphs(cache))

@@ -38,6 +38,7 @@ from fedpft_core.model.device import Batch
 from fedpft_core.model.families import FAMILIES, Family, base_model, family_of
 from fedpft_core.model.plan import Plan
 from fedpft_core.proxy import build, choose
+from fedpft_core.task import Task, make
 from fedpft_core.train import agreement
 from fedpft_core.train.tune import LocalSettings, TrainResult, train_on
 
@@ -302,7 +303,8 @@ def tune(
         train.head_lr_scale,
     )  # fmt: skip
     rows = _Rows(batches, labelled="tune", longest=steps)
-    return train_on(model, rows.take(steps) if steps else rows.epochs(epochs), settings, seed)
+    served = rows.take(steps) if steps else rows.epochs(epochs)
+    return train_on(model, _task(model), served, settings, seed)
 
 
 def plug_in(
@@ -357,7 +359,7 @@ def plug_in(
         ridge = _settings("plug", ridge=ridge).plug.ridge
         rows = _Rows(batches)
         judge = (lambda: iter(())) if rows.all_labelled() else None
-        plug.refit_head(fm, proxy, rows.once, ridge, judge)
+        plug.refit_head(fm, proxy, _task(fm), rows.once, ridge, judge)
     return fm
 
 
@@ -397,7 +399,7 @@ def gradient_agreement(
     _expect(fm, plan, "fm", "gradient_agreement")
     _expect(proxy, plan, "proxy", "gradient_agreement")
     rows = list(_Rows(batches, labelled="gradient_agreement").once())
-    return agreement.compare_gradients(fm, proxy, plan, rows, b_only=False)
+    return agreement.compare_gradients(fm, proxy, plan, _task(fm), rows, b_only=False)
 
 
 class _Rows:
@@ -467,6 +469,12 @@ def _family(model: nn.Module) -> Family:
                 "such as AutoModelForSequenceClassification gives."
             ) from None
     return family
+
+
+def _task(model: nn.Module) -> Task:
+    """The task that a model with its task head is for."""
+    labels: Mapping[int, str] = getattr(base_model(model).config, "id2label", {})
+    return make(_family(model).kind, labels.values())
 
 
 def _bare(model: nn.Module, what: str) -> Family:

@@ -25,7 +25,7 @@ from server_app.phases.undistilled import undistilled
 from server_app.run import proxycache
 from server_app.run import schema as ev
 from server_app.run.checkpoint import Checkpoints
-from server_app.run.events import EventLog, accuracy
+from server_app.run.events import EventLog
 from server_app.run.folder import RunFolder
 from server_app.state import State, fresh_state
 from server_app.strategy import Strategy
@@ -111,12 +111,12 @@ def _before_round_1(bench: Bench, transport: Transport, events: EventLog) -> Sta
     """What a run does once: reference points, distillation, the scores it starts from."""
     config, models = bench.config, bench.models
     (Path(config.run.dir) / "plan.json").write_text(models.plan.to_json(), encoding="utf-8")
-    if config.run.baselines and len(bench.rows.task.train):
+    if config.run.baselines and len(bench.rows.data.train):
         with phase(events, "baselines"):
-            found = baselines.score(models.fm, bench.rows.processor, bench.rows.task, config)
-            for name, share in found.items():
-                fields = accuracy(share, len(bench.rows.scored))
-                events.emit(ev.Baseline(name=name, split=config.run.eval_split, **fields))
+            found = baselines.score(models.fm, bench.rows.processor, bench.rows.data, config)
+            for name, value in found.items():
+                split = config.run.eval_split
+                events.emit(ev.Baseline(name=name, split=split, **value.fields()))
     if config.run.undistilled:
         undistilled(bench, transport, events)
     proxycache.distil(bench)
@@ -140,10 +140,10 @@ def one_round(strategy: Strategy, bench: Bench, state: State, round: int) -> Non
     state.adapter, state.round = outcome.adapter, round
     bench.models.plug(state.adapter)
     events.emit(ev.Adapter(round=round, norm=adapters.norm(state.adapter)))
-    scored, accuracies = 0.0, None
+    scored, values = 0.0, None
     if round % config.run.evaluate_every == 0 or round == config.federation.rounds:
         proxy, trained, scored = score.score_all(bench, round)
-        accuracies = (proxy.accuracy, trained.accuracy)
+        values = (proxy.value, trained.value)
     seconds = time.perf_counter() - start
     events.emit(ev.RoundFinished(
         round=round, seconds=seconds,
@@ -153,7 +153,7 @@ def one_round(strategy: Strategy, bench: Bench, state: State, round: int) -> Non
         examples=outcome.examples, good=outcome.good, bad=outcome.bad,
     ))  # fmt: skip
     if due and align.disagrees(bench, state, round):
-        align.align(bench, state, round, outcome.counts, accuracies)
+        align.align(bench, state, round, outcome.counts, values)
 
 
 def _export(bench: Bench, state: State) -> None:

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 
 from fedpft_core.config import Config
-from fedpft_core.data.batches import Encoded, encode, public_batches
-from fedpft_core.data.tasks import Task
+from fedpft_core.data.batches import Encoded, public_batches
+from fedpft_core.data.examples import Examples
+from fedpft_core.model.batch import Position
+from fedpft_core.model.families import family_of
 from fedpft_core.proxy.package import make_package
 from fedpft_core.seeds import derive
+from fedpft_core.task import Task, TaskData
 from fedpft_core.wire.package import Package
 from server_app.models import Models
 from server_app.state import Events
@@ -22,21 +25,30 @@ from server_app.state import Events
 
 @dataclass
 class Rows:
-    """The server's rows: the task, the public corpus, and what of the task is already encoded."""
+    """The server's rows: those of the task, the public corpus, and what of the task is already encoded."""
 
     config: Config
-    task: Task
+    data: TaskData
     public: list[Any]
     processor: Any
     scored: Encoded  # the rows of run.eval-split
     gradient: Encoded  # the validation rows that gradient agreement is measured on
+
+    @property
+    def task(self) -> Task:
+        """What is learned."""
+        return self.data.task
 
     @cached_property
     def validation(self) -> Encoded:
         """The server's validation rows as model inputs."""
         if self.config.run.eval_split == "validation":
             return self.scored
-        return encode(self.task.validation, self.processor, self.config.data.max_length)
+        return self.encode(self.data.validation)
+
+    def encode(self, examples: Examples) -> Encoded:
+        """Rows as model inputs."""
+        return self.task.encode(examples, self.processor, self.config.data.max_length)
 
     def public_batches(self, steps: int, *purpose: str | int) -> Iterator[Any]:
         """`steps` public batches, always the same for the same purpose."""
@@ -58,11 +70,16 @@ class Bench:
     rows: Rows
     device: torch.device
 
+    @property
+    def head_reads(self) -> Position:
+        """Which positions of the last block's output the task's head reads."""
+        return self.rows.task.position(family_of(self.models.plan.model_type))
+
     def package(self) -> Package:
         """The proxy as clients get it, with its present weights."""
         m, rows = self.models, self.rows
         return make_package(
-            m.proxy, m.plan, m.spec, rows.processor, rows.task.kind, rows.task.label_names,
+            m.proxy, m.plan, m.spec, rows.processor, rows.task.name, rows.task.labels,
             self.config.data.max_length,
         )  # fmt: skip
 

@@ -9,13 +9,14 @@ from functools import partial
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.config import Config
 from fedpft_core.data.batches import Encoded
-from fedpft_core.train.evaluate import Score, evaluate
+from fedpft_core.task import Score, mean_score
+from fedpft_core.train.evaluate import evaluate
 from server_app.bench import Bench
 from server_app.phases.plug import refit
 from server_app.phases.reporting import phase, progress
 from server_app.rounds.nodes import Node
 from server_app.run import schema as ev
-from server_app.run.events import EventLog, accuracy
+from server_app.run.events import EventLog
 from server_app.state import Events, State
 from server_app.strategy import Strategy
 from server_app.transport import Transport
@@ -50,7 +51,7 @@ def local_only(
     split = config.run.eval_split
     evaluation = partial(ev.Evaluation, round=rounds, split=split)
     sets: list[tuple[Callable[..., ev.Event], Encoded]] = [(evaluation, bench.rows.scored)]
-    if split != "validation" and len(bench.rows.task.validation):
+    if split != "validation" and len(bench.rows.data.validation):
         sets.append((partial(ev.Validation, round=rounds), bench.rows.validation))
     scores: dict[tuple[Callable[..., ev.Event], str], list[Score]] = {}
     norms = []
@@ -69,11 +70,10 @@ def local_only(
             norms.append(adapters.norm(mine.adapter))
             for event, rows in sets:
                 for which, model in (("proxy", bench.models.proxy), ("fm", bench.models.fm)):
-                    score = evaluate(model, rows, config.run.eval_batch_size)
+                    score = evaluate(model, bench.rows.task, rows, config.run.eval_batch_size)
                     scores.setdefault((event, which), []).append(score)
     n = len(chosen)
     events.emit(ev.Adapter(round=rounds, norm=sum(norms) / n))
     for (event, which), found in scores.items():
-        mean, loss = sum(s.accuracy for s in found) / n, sum(s.loss for s in found) / n
-        seconds = sum(s.seconds for s in found)
-        events.emit(event(model=which, seconds=seconds, **accuracy(mean, found[0].rows, loss)))
+        mean = mean_score(found)
+        events.emit(event(model=which, seconds=mean.seconds, **mean.fields()))

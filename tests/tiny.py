@@ -24,17 +24,19 @@ from client_app.node import client_for
 from fedpft_core import config
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.data.batches import Encoded, batches, encode
-from fedpft_core.data.tasks import Examples
+from fedpft_core.data.examples import Examples
 from fedpft_core.model.families import Family, family_of
 from fedpft_core.model.plan import Plan
 from fedpft_core.proxy.build import build
 from fedpft_core.proxy.choose import make_plan
+from fedpft_core.task import Task, make
 from fedpft_core.wire.envelope import Envelope, open_envelope
 from server_app.run.events import EventLog, read_events
 
 FAMILIES = ("bert", "roberta", "distilbert", "electra", "vit", "deit")
 TEXT_FAMILIES = ("bert", "roberta", "distilbert", "electra")
 LABELS = ("animal", "number", "place")
+TASK = make("text", LABELS)
 WORDS = {
     "animal": ["cat", "dog", "horse", "cow", "sheep", "goat", "bird", "fish", "wolf", "bear"],
     "number": ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"],
@@ -194,6 +196,11 @@ def folder(family: str, path: Path, **shape: Any) -> Path:
     body.save_pretrained(path)
     processor(family).save_pretrained(path)
     return path
+
+
+def task_of(family: str, labels: tuple[str, ...] = LABELS) -> Task:
+    """The classification task of what the family reads."""
+    return make("text" if family in TEXT_FAMILIES else "image", labels)
 
 
 def processor(family: str) -> Any:

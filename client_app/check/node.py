@@ -16,15 +16,14 @@ from client_app.check import probes as nodecheck
 from client_app.check.probes import FAIL, PASS, SKIPPED, Finding, guarded
 from client_app.startup import collector_paused
 from client_app.store import Store
-from fedpft_core.data import files
-from fedpft_core.data.batches import encode
-from fedpft_core.data.tasks import Examples
+from fedpft_core.data.examples import Examples
 from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.model.families import Shape
 from fedpft_core.model.processor import from_files
 from fedpft_core.proxy import size as plansize
 from fedpft_core.proxy.package import ClientModel, rebuild
 from fedpft_core.proxy.size import PlanSize
+from fedpft_core.task import make
 from fedpft_core.wire.meta import PackageMeta
 
 # Flower's own pattern: what it does not match, Flower leaves out without a word.
@@ -138,10 +137,9 @@ def _data(
     node: dict[str, Any], options: Options, plan: PlanSize | None, held: _Held
 ) -> list[Finding]:
     def readable() -> str:
-        rows = nodes.own_rows(node, None)
-        column = node["label-column"]
-        cells = files.read_columns(node["data-path"], [column])[column]
-        count = Counter(str(cell).strip() for cell in cells).most_common()
+        task = nodes.own_task(node).learn(Path(node["data-path"]), nodes.columns_of(node))
+        rows = nodes.own_rows(node, task)
+        count = Counter(task.histogram(rows)).most_common()
         shown = ", ".join(f"{label} {n}" for label, n in count[:_SHOWN])
         more = f" and {len(count) - _SHOWN} more labels" if len(count) > _SHOWN else ""
         train, out = nodes.split_sizes(rows, node["validation-share"])
@@ -154,8 +152,9 @@ def _data(
     found = [guarded("data", readable)]
 
     def known() -> str:
-        held.rows = nodes.own_rows(node, names)
-        missing = [n for i, n in enumerate(names) if not (held.rows.labels == i).any()]
+        task = make(nodes.own_task(node).name, names)
+        held.rows = nodes.own_rows(node, task)
+        missing = [name for name, n in task.histogram(held.rows).items() if not n]
         lacking = f"; no row has {', '.join(missing[:_SHOWN])}" if missing else ""
         return f"every label is one of the {len(names)} known{lacking}."
 
@@ -165,7 +164,7 @@ def _data(
     elif plan and plan.labels:
         names = plan.labels
     elif held.model:
-        names = held.model.labels
+        names = held.model.task.labels
     if found[0].status == FAIL:
         found.append(Finding("labels", SKIPPED, "the data cannot be read."))
     elif not names:
@@ -230,16 +229,17 @@ def _step(node: dict[str, Any], plan: PlanSize | None, held: _Held, batch: int) 
     if plan:
         with collector_paused():
             model = plan.client_model()
-        rows = nodecheck.full_rows(held.shape, held.max_length, batch)
+        rows = nodecheck.full_rows(model.task, held.shape, held.max_length, batch)
         what = "a random model of the plan's shape, rows of full length"
     else:
         assert held.model is not None and held.rows is not None
         model = held.model
         some = held.rows.select(range(min(len(held.rows), 4 * batch)))
-        rows = encode(some, from_files(held.files, model.kind), model.max_length)
+        processor = from_files(held.files, model.task.reads)
+        rows = model.task.encode(some, processor, model.max_length)
         what = "the sub-FM in the store, own rows"
     model.model.to(nodes.pick_device(node["device"], "node config: device"))
-    seconds = nodecheck.step_seconds(model.model, rows, min(batch, len(rows)), threads)
+    seconds = nodecheck.step_seconds(model.model, model.task, rows, min(batch, len(rows)), threads)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak *= 1 if sys.platform == "darwin" else 1024
     return (

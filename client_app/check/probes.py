@@ -24,6 +24,7 @@ from typing import Any
 
 from fedpft_core.errors import UserError
 from fedpft_core.model.families import Shape
+from fedpft_core.task import Task
 
 PASS, FAIL, SKIPPED = "pass", "fail", "skipped"
 # What a node's process takes before it holds a model: Python, torch, transformers, Flower.
@@ -347,7 +348,9 @@ def _mb(count: float) -> str:
 # --- one step -----------------------------------------------------------------------------
 
 
-def step_seconds(model: Any, rows: Any, batch_size: int, threads: int, repeats: int = 5) -> float:
+def step_seconds(
+    model: Any, task: Task, rows: Any, batch_size: int, threads: int, repeats: int = 5
+) -> float:
     """Median seconds of a training step on these rows, after one that is not counted."""
     import torch
 
@@ -358,20 +361,20 @@ def step_seconds(model: Any, rows: Any, batch_size: int, threads: int, repeats: 
     try:
         one = LocalSettings(1e-4, batch_size, 1, 1, 0.0, 1.0, threads)
         return statistics.median(
-            [fine_tune(model, rows, one, i).seconds for i in range(repeats + 1)][1:]
+            [fine_tune(model, task, rows, one, i).seconds for i in range(repeats + 1)][1:]
         )
     finally:
         torch.set_num_threads(before)
 
 
-def full_rows(shape: Shape, max_length: int, batch_size: int) -> Any:
+def full_rows(task: Task, shape: Shape, max_length: int, batch_size: int) -> Any:
     """Rows of the greatest length, or images of noise, for a model of which only the shape is
     known."""
     import torch
 
     from fedpft_core.data.batches import Encoded
 
-    labels = torch.zeros(batch_size, dtype=torch.int64)
+    labels = task.any_labels(batch_size)
     if shape.image_tokens:
         size = (batch_size, shape.channels, shape.height, shape.width)
         return Encoded(labels=labels, pixels=torch.rand(size))

@@ -61,9 +61,23 @@ class AdapterSpec:
         )  # fmt: skip
 
 
-def make_spec(family: Family, plan: Plan, fresh: tuple[str, ...], cfg: LoraSettings) -> AdapterSpec:
-    """The adapter of a run: LoRA in every block the proxy has, head and `fresh` modules whole."""
-    modules = tuple(dict.fromkeys((*family.head, *fresh)))
+def make_spec(
+    family: Family,
+    plan: Plan,
+    fresh: tuple[str, ...],
+    cfg: LoraSettings,
+    head: tuple[str, ...] | None = None,
+) -> AdapterSpec:
+    """The adapter of a run: LoRA in every block the proxy has, and modules trained whole.
+
+    Args:
+        family: where a model keeps its parts.
+        plan: which blocks the proxy has.
+        fresh: paths of modules without trained weights.
+        cfg: LoRA's rank, alpha and dropout.
+        head: paths of the task's head; None for the family's classification head.
+    """
+    modules = tuple(dict.fromkeys((*(family.head if head is None else head), *fresh)))
     return AdapterSpec(cfg.rank, cfg.alpha, cfg.dropout, family.lora_targets(plan.present), modules)
 
 

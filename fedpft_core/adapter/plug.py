@@ -22,6 +22,7 @@ from fedpft_core.model.batch import inputs_of
 from fedpft_core.model.device import Batch, device_of, to_device
 from fedpft_core.model.families import base_model, family_of_model
 from fedpft_core.model.taps import keep
+from fedpft_core.task import Task
 
 
 def last_linear(model: nn.Module) -> nn.Linear:
@@ -103,8 +104,8 @@ def turned(head: nn.Linear, found: Map) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Refit:
-    """What refitting came to: the map, how many of the labelled rows the head as trained and the
-    refitted one label right (None without such rows), and whether the refitted one was taken."""
+    """What refitting came to: the map, the task's merit (rows right) of the head as trained and of
+    the refitted one on labelled rows (None without such rows), and whether the latter was taken."""
 
     map: Map
     right_before: int | None
@@ -116,6 +117,7 @@ class Refit:
 def refit_head(
     fm: nn.Module,
     proxy: nn.Module,
+    task: Task,
     rows: Callable[[], Iterable[Batch]],
     ridge: float,
     judge: Callable[[], Iterable[Batch]] | None = None,
@@ -126,11 +128,12 @@ def refit_head(
 
     Args:
         fm, proxy: with the same adapter plugged in.
+        task: says how good a head's outputs are; one with `refits`.
         rows: gives the same rows, at least one, each time it is called. The fit does not look at
             labels.
         ridge: see :func:`fit`.
         judge: likewise gives rows, or none, that are not fitted to. With it, all rows carry labels,
-            and the refitted head is taken only if it labels more of them right than the head as
+            and the refitted head is taken only if the task finds it better on them than the head as
             trained; those fitted to are judged by a head refitted to the other half of them.
     """
     f_S = features(proxy, rows())
@@ -142,12 +145,12 @@ def refit_head(
     before = after = None
     if judge is not None:
         labels = torch.cat([batch["labels"] for batch in chain(rows(), judge())])
-        before = _right(f_T, labels, head.weight, head.bias)
-        after = _right(f_T[n:], labels[n:], weight, bias)
+        before = task.merit(_outputs(f_T, head.weight, head.bias), labels)
+        after = task.merit(_outputs(f_T[n:], weight, bias), labels[n:])
         # No row is judged by a map that was fitted to it. Rows come by length: halves alternate.
         for fitted, unseen in ((slice(0, n, 2), slice(1, n, 2)), (slice(1, n, 2), slice(0, n, 2))):
             other = turned(head, fit(f_T[fitted], f_S[fitted], ridge)) if n > 1 else (weight, bias)
-            after += _right(f_T[unseen], labels[unseen], *other)
+            after += task.merit(_outputs(f_T[unseen], *other), labels[unseen])
     taken = before is None or after is None or after > before
     if taken:
         head.weight.copy_(weight)
@@ -155,6 +158,5 @@ def refit_head(
     return Refit(found, before, after, taken)
 
 
-def _right(read: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> int:
-    scores = read @ weight.to(read).T + bias.to(read)
-    return int((scores.argmax(-1) == labels.to(scores.device)).sum())
+def _outputs(read: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return read @ weight.to(read).T + bias.to(read)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedpft_core.data.tasks import Examples
+from fedpft_core.data.examples import Examples
 from fedpft_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Encoded:
     """
 
     labels: torch.Tensor | None
-    """int64 (rows,), or None for unlabelled rows."""
+    """What the task has to learn of each row, first axis rows; None for unlabelled rows."""
     ids: torch.Tensor | None = None
     """int32 (all tokens,): the rows' token ids one after the other; None for images."""
     offsets: torch.Tensor | None = None
@@ -135,8 +135,8 @@ def batches(
     Yields:
         For texts ``input_ids``, ``attention_mask`` and, where the tokenizer has them,
         ``token_type_ids``, each int64 (B, L), padded on the right to the batch's own longest row;
-        for images ``pixel_values`` float32 (B, channels, height, width). Further ``labels`` int64
-        (B,) unless the rows have none, and ``index`` int64 (B,): the row numbers in ``encoded``.
+        for images ``pixel_values`` float32 (B, channels, height, width). Further ``labels``
+        (B, …) unless the rows have none, and ``index`` int64 (B,): the row numbers in ``encoded``.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}")
@@ -206,7 +206,7 @@ def _encode(
 ) -> Encoded:
     import torch
 
-    targets = None if labels is None else torch.from_numpy(np.array(labels, dtype=np.int64))
+    targets = None if labels is None else torch.from_numpy(np.array(labels))
     if len(inputs) and isinstance(inputs[0], bytes):
         return _encode_images(inputs, targets, processor)
     if len(inputs) and isinstance(inputs[0], tuple):

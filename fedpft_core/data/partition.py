@@ -21,12 +21,12 @@ _DRAWS = 50  # times a partitioner is asked, eleven draws each
 
 
 def partition(
-    labels: np.ndarray, num_partitions: int, scheme: str, alpha: float, seed: int
+    strata: np.ndarray, num_partitions: int, scheme: str, alpha: float, seed: int
 ) -> list[np.ndarray]:
     """Assign every row to exactly one client.
 
     Args:
-        labels: shape (rows,), integer class of each row.
+        strata: shape (rows,), integers: the group of each row that the task says (its class).
         num_partitions: number of clients.
         scheme: "iid" (shuffled, equal sizes up to one row), "dirichlet" (each class is divided in
             proportions drawn from a symmetric Dirichlet distribution; client sizes differ), or
@@ -43,34 +43,34 @@ def partition(
         UserError: an unknown scheme, alpha not above 0, fewer rows than clients, or proportions so
             uneven that some client stays empty; names the ``federation.`` key.
     """
-    labels = np.asarray(labels)
-    if labels.ndim != 1:
-        raise ValueError(f"labels have shape {labels.shape}, one number per row is needed")
+    strata = np.asarray(strata)
+    if strata.ndim != 1:
+        raise ValueError(f"strata have shape {strata.shape}, one number per row is needed")
     if scheme not in SCHEMES:
         raise UserError(f"federation.partition is {scheme!r}; use one of {', '.join(SCHEMES)}.")
     if num_partitions < 1:
         raise UserError(f"federation.clients is {num_partitions}; at least 1 is needed.")
-    if num_partitions > len(labels):
+    if num_partitions > len(strata):
         raise UserError(
-            f"federation.clients is {num_partitions}, but there are only {len(labels)} training "
+            f"federation.clients is {num_partitions}, but there are only {len(strata)} training "
             "rows, so some client would have none."
         )
     if scheme == "dirichlet" and not (np.isfinite(alpha) and alpha > 0):
         raise UserError(f"federation.dirichlet-alpha is {alpha:g}; it must be above 0.")
-    if scheme == "shards" and _SHARDS_PER_CLIENT * num_partitions > len(labels):
+    if scheme == "shards" and _SHARDS_PER_CLIENT * num_partitions > len(strata):
         raise UserError(
             f"federation.clients is {num_partitions}: federation.partition 'shards' needs "
-            f"{_SHARDS_PER_CLIENT} rows per client, and there are only {len(labels)}."
+            f"{_SHARDS_PER_CLIENT} rows per client, and there are only {len(strata)}."
         )
     if num_partitions == 1:
-        return [np.arange(len(labels), dtype=np.int64)]
-    rows = _partition_rows(labels, num_partitions, scheme, float(alpha), seed)
-    _check(rows, len(labels))
+        return [np.arange(len(strata), dtype=np.int64)]
+    rows = _partition_rows(strata, num_partitions, scheme, float(alpha), seed)
+    _check(rows, len(strata))
     return rows
 
 
 def _partition_rows(
-    labels: np.ndarray, num_partitions: int, scheme: str, alpha: float, seed: int
+    strata: np.ndarray, num_partitions: int, scheme: str, alpha: float, seed: int
 ) -> list[np.ndarray]:
     from datasets import Dataset
     from flwr_datasets.partitioner import (
@@ -83,7 +83,7 @@ def _partition_rows(
     # a client in the order of the file (which is often an order by source). The row number travels
     # as a column, because partitions are data sets.
     rng = np.random.default_rng([zlib.crc32(b"partition"), seed])
-    row = rng.permutation(np.arange(len(labels), dtype=np.int64))
+    row = rng.permutation(np.arange(len(strata), dtype=np.int64))
     partitioner: Partitioner
     if scheme == "iid":
         partitioner = IidPartitioner(num_partitions)
@@ -92,7 +92,7 @@ def _partition_rows(
             num_partitions,
             partition_by="label",
             alpha=alpha,
-            min_partition_size=_smallest_share(len(labels), num_partitions),
+            min_partition_size=_smallest_share(len(strata), num_partitions),
             self_balancing=False,
             shuffle=True,
             seed=seed,
@@ -105,8 +105,8 @@ def _partition_rows(
             shuffle=True,
             seed=seed,
         )
-    partitioner.dataset = Dataset.from_dict({"label": labels[row].tolist(), "row": row.tolist()})
-    _draw(partitioner, _infeasible(scheme, num_partitions, alpha, len(labels)))
+    partitioner.dataset = Dataset.from_dict({"label": strata[row].tolist(), "row": row.tolist()})
+    _draw(partitioner, _infeasible(scheme, num_partitions, alpha, len(strata)))
     partitions = [
         np.asarray(partitioner.load_partition(i)["row"], dtype=np.int64)
         for i in range(num_partitions)

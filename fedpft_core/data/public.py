@@ -11,7 +11,8 @@ from typing import TypeVar
 import numpy as np
 
 from fedpft_core.data import files, prose
-from fedpft_core.data.tasks import Examples, image_bytes
+from fedpft_core.data.examples import Examples
+from fedpft_core.data.rows import image_bytes
 from fedpft_core.errors import UserError
 
 BUILTIN_PUBLIC = "builtin:public"

@@ -1,16 +1,25 @@
-"""What of a batch a model reads, and which of its positions are real."""
+"""What of a batch a model reads, and which of its positions are real or read by a head."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Position = Literal["first", "last", "every"]
+"""Which positions of a row a head reads: the first, the last real one, or every real one."""
 
 
 def inputs_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What of a batch a model reads."""
     return {k: v for k, v in batch.items() if k not in ("labels", "index")}
+
+
+def rows_of(batch: Mapping[str, Tensor]) -> int:
+    """Rows of a batch, B."""
+    return len(next(iter(batch.values())))
 
 
 def real_positions(batch: Mapping[str, Tensor], length: int) -> Tensor:
@@ -20,3 +29,24 @@ def real_positions(batch: Mapping[str, Tensor], length: int) -> Tensor:
         first = next(iter(batch.values()))
         return torch.ones(len(first), length, dtype=torch.bool, device=first.device)
     return mask.bool()
+
+
+def read_at(h_BLD: Tensor, batch: Mapping[str, Tensor], position: Position) -> Tensor:
+    """What a head reads of the last block's output.
+
+    Args:
+        h_BLD: output of a block [B, L, D].
+        batch: the batch it is of.
+        position: which positions the head reads.
+
+    Returns:
+        [N, D] in row order: N = B rows, or all their real positions with `every`.
+    """
+    if position == "first":
+        return h_BLD[:, 0]
+    real_BL = real_positions(batch, h_BLD.shape[1])
+    if position == "every":
+        return h_BLD[real_BL]
+    places = torch.arange(h_BLD.shape[1], device=h_BLD.device)
+    last_B = (real_BL * places).argmax(1)
+    return h_BLD[torch.arange(len(h_BLD), device=h_BLD.device), last_B]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpft_core.errors import UserError
+from fedpft_core.model.batch import Position
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Family:
     attention: tuple[str, ...]  # LoRA targets: q, k, v, attention output
     head: tuple[str, ...]  # modules of the library's classification head
     after_padding: bool = False  # positions count from pad_token_id + 1 (RoBERTa)
-    summary: str = "first"  # the position that head reads: the `first` or the `last` real one
+    summary: Position = "first"  # the position that this head reads
     special_tokens: int = 0  # positions of an image that are no patch
     names: ConfigNames = field(default_factory=ConfigNames)
 

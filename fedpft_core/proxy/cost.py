@@ -18,6 +18,7 @@ from fedpft_core.model import load as models
 from fedpft_core.model.families import Family, base_model
 from fedpft_core.proxy.build import build
 from fedpft_core.proxy.choose import make_plan
+from fedpft_core.task import make
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ def _attention_width(family: Family, model: nn.Module) -> int:
 def inspect(config: Config) -> dict[str, Any]:
     """The table of `fedpft inspect`: one row per FM block, FM against proxy, and totals."""
     # No data are needed: the model says what it reads, and two classes stand for its head.
-    kind = models.kind_of(config.model)
-    loaded = models.load(config.model, ("a", "b"), kind, config.run.seed)
+    task = make(models.kind_of(config.model), ("a", "b"))
+    loaded = models.load(config.model, task.model(), config.run.seed)
     # Costs depend on how many neurons are kept, not on which: no public rows are read for it.
     settings = replace(config.plan, saliency="weight-norm")
     plan = make_plan(loaded.model, settings, config.run.seed)

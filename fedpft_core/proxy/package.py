@@ -15,13 +15,15 @@ from torch.overrides import TorchFunctionMode
 
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.adapter.lora import AdapterSpec
-from fedpft_core.errors import ReplyError
+from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.model import names
 from fedpft_core.model.families import base_model
+from fedpft_core.model.load import task_class
 from fedpft_core.model.normalise import normalise
 from fedpft_core.model.plan import Plan
 from fedpft_core.model.processor import PRIVATE, files_of
 from fedpft_core.proxy.build import skeleton
+from fedpft_core.task import Task, make
 from fedpft_core.wire.meta import PackageMeta
 from fedpft_core.wire.package import Package
 
@@ -66,8 +68,7 @@ class ClientModel:
     model: PeftModel
     plan: Plan
     spec: AdapterSpec
-    kind: str
-    labels: tuple[str, ...]
+    task: Task
     max_length: int
 
 
@@ -116,11 +117,8 @@ def _made(meta: PackageMeta, weights: Mapping[str, Tensor] | None) -> ClientMode
         plan, spec = meta.plan, meta.adapter
         config = transformers.AutoConfig.for_model(**meta.model_config)
         config.architectures = [meta.architecture]
-        auto: Any = (
-            transformers.AutoModelForImageClassification
-            if meta.kind == "image"
-            else transformers.AutoModelForSequenceClassification
-        )
+        task = make(meta.kind, meta.labels)
+        auto = task_class(task.model())
         fill = contextlib.nullcontext() if weights is None else _NoRandomFill()
         with torch.random.fork_rng(devices=[]), fill:
             model = normalise(auto.from_config(config, trust_remote_code=False))
@@ -131,11 +129,10 @@ def _made(meta: PackageMeta, weights: Mapping[str, Tensor] | None) -> ClientMode
             adapters.attach(model.float().eval(), spec, plan),
             plan,
             spec,
-            meta.kind,
-            meta.labels,
+            task,
             meta.max_length,
         )
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+    except (KeyError, ValueError, TypeError, RuntimeError, UserError) as error:
         raise ReplyError(f"the package is malformed ({error})") from error
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.config import Config
-from fedpft_core.data.tasks import label_names
 from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.model import load as models
 from fedpft_core.model.families import Shape, family_of
@@ -20,6 +19,8 @@ from fedpft_core.model.plan import Plan
 from fedpft_core.proxy.build import build
 from fedpft_core.proxy.choose import make_plan
 from fedpft_core.proxy.package import ClientModel, blank, make_package
+from fedpft_core.task import make
+from fedpft_core.task.classify import label_names
 from fedpft_core.wire.meta import PackageMeta
 
 FORMAT = "fedpft plan size 2"
@@ -88,16 +89,18 @@ def shape_of(meta: PackageMeta) -> Shape:
 
 def describe(config: Config) -> PlanSize:
     """The sizes of a run's sub-FM. Loads the FM; raises UserError where a run would."""
-    kind = models.kind_of(config.model)
-    labels = _labels(config.data.labels)
-    loaded = models.load(config.model, labels or ("a", "b"), kind, config.run.seed)
+    labels = label_names(config.data.labels) if config.data.labels else ()
+    task = make(models.kind_of(config.model), labels or ("a", "b"))
+    loaded = models.load(config.model, task.model(), config.run.seed)
     # Sizes depend on how many neurons are kept, not on which: no public rows are read for it.
     settings = replace(config.plan, saliency="weight-norm")
     plan = make_plan(loaded.model, settings, config.run.seed)
     proxy = build(loaded.model, plan)
-    spec = adapters.make_spec(loaded.family, plan, loaded.fresh, config.lora)
+    spec = adapters.make_spec(
+        loaded.family, plan, loaded.fresh, config.lora, task.head(loaded.family)
+    )
     package = make_package(
-        proxy, plan, spec, loaded.processor, kind, labels or ("a", "b"), config.data.max_length
+        proxy, plan, spec, loaded.processor, task.name, task.labels, config.data.max_length
     )
     size = models.size(proxy)[1]
     adapter = adapters.read(adapters.attach(proxy, spec, plan), plan)
@@ -118,13 +121,6 @@ def _counts_only(plan: Plan) -> Plan:
     """The plan with as many neurons, but the first of each block instead of those kept."""
     blocks = tuple(replace(b, kept=tuple(range(len(b.kept)))) for b in plan.blocks)
     return replace(plan, blocks=blocks)
-
-
-def _labels(setting: str) -> tuple[str, ...]:
-    """Label names where the configuration lists them; a file of names is read as a run would."""
-    if not setting:
-        return ()
-    return label_names(setting)
 
 
 __all__ = ["PlanSize", "describe", "read", "shape_of"]

@@ -13,6 +13,7 @@ from fedpft_core.data.batches import Encoded, batches
 from fedpft_core.model.device import Batch
 from fedpft_core.model.families import family_of
 from fedpft_core.model.plan import Plan
+from fedpft_core.task import Task
 from fedpft_core.train.gradient import adapter_gradient
 
 
@@ -40,17 +41,29 @@ def agreement(fm: Mapping[str, Tensor], proxy: Mapping[str, Tensor]) -> Agreemen
 
 
 def gradient_agreement(
-    fm: nn.Module, proxy: nn.Module, plan: Plan, data: Encoded, batch_size: int, b_only: bool
+    fm: nn.Module,
+    proxy: nn.Module,
+    plan: Plan,
+    task: Task,
+    data: Encoded,
+    batch_size: int,
+    b_only: bool,
 ) -> dict[str, Any]:
     """Compare the adapter gradients of FM and proxy on encoded rows, in batches of `batch_size`.
 
     See :func:`compare_gradients`.
     """
-    return compare_gradients(fm, proxy, plan, list(batches(data, batch_size, None)), b_only)
+    rows = list(batches(data, batch_size, None))
+    return compare_gradients(fm, proxy, plan, task, rows, b_only)
 
 
 def compare_gradients(
-    fm: nn.Module, proxy: nn.Module, plan: Plan, rows: Sequence[Batch], b_only: bool
+    fm: nn.Module,
+    proxy: nn.Module,
+    plan: Plan,
+    task: Task,
+    rows: Sequence[Batch],
+    b_only: bool,
 ) -> dict[str, Any]:
     """Compare the adapter gradients of FM and proxy on the same labelled batches, dropout off.
 
@@ -60,15 +73,16 @@ def compare_gradients(
         fm: the FM with the adapter.
         proxy: the proxy with the adapter.
         plan: the plan that relates their names.
-        rows: batches with `labels` [B].
+        task: whose loss is differentiated.
+        rows: labelled batches.
         b_only: take LoRA's B alone: at the start B = 0 makes the gradient of A exactly 0.
 
     Returns:
         `cosine` and `relative_l2` over LoRA's factors, `head_cosine` and `head_relative_l2`, and
         `blocks`, one entry for each block of the proxy.
     """
-    g_fm = adapter_gradient(fm, rows)
-    g_proxy = adapter_gradient(proxy, rows, plan)
+    g_fm = adapter_gradient(fm, task, rows)
+    g_proxy = adapter_gradient(proxy, task, rows, plan)
     suffix = ".lora_B.weight" if b_only else ".weight"
     lora = {k: g for k, g in g_proxy.items() if ".lora_" in k and k.endswith(suffix)}
     head = {k: g for k, g in g_proxy.items() if ".lora_" not in k}

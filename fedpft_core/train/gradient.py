@@ -6,30 +6,39 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.model.device import Batch, device_of, to_device
 from fedpft_core.model.plan import Plan
-from fedpft_core.train.evaluate import logits
+from fedpft_core.task import Task
 
 
 def adapter_gradient(
-    model: nn.Module, data: Iterable[Batch], plan: Plan | None = None
+    model: nn.Module, task: Task, data: Iterable[Batch], plan: Plan | None = None
 ) -> dict[str, Tensor]:
-    """Gradient of the mean loss over the batches for every adapter parameter, dropout off."""
+    """Gradient of the mean loss over the batches for every adapter parameter, dropout off.
+
+    Args:
+        model: the FM or a proxy with the adapter on.
+        task: whose loss.
+        data: labelled batches.
+        plan: the proxy's; None for the FM.
+
+    Returns:
+        By the parameter's FM name, float64 on the CPU, shaped as the parameter.
+    """
     model.eval()
     device = device_of(model)
     live = adapters.parameters(model, plan)
-    rows = 0
+    count = 0
     total = {
         name: torch.zeros_like(p, device="cpu", dtype=torch.float64) for name, p in live.items()
     }
     for batch in data:
         batch = to_device(batch, device)
-        loss = F.cross_entropy(logits(model, batch), batch["labels"], reduction="sum")
+        loss = task.loss(model, batch, "sum")
         grads = torch.autograd.grad(loss, list(live.values()))
         for name, g in zip(live, grads, strict=True):
             total[name] += g.double().cpu()
-        rows += len(batch["labels"])
-    return {name: g / max(rows, 1) for name, g in total.items()}
+        count += task.count(batch)
+    return {name: g / max(count, 1) for name, g in total.items()}

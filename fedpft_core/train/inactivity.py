@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fedpft_core.data.batches import Encoded, batches
-from fedpft_core.model.batch import real_positions
+from fedpft_core.model.batch import inputs_of, real_positions
 from fedpft_core.model.device import device_of, to_device
 from fedpft_core.model.plan import Plan, pruned_ffns
 from fedpft_core.model.taps import watch
-from fedpft_core.train.evaluate import logits
 
 
 def is_inactive(activation: Tensor, rule: str) -> Tensor:
@@ -70,5 +69,5 @@ def count_inactive(
     with watch({block: ffn.activation for block, ffn in ffns.items()}, count):
         for batch in batches(data, batch_size, None):
             batch = to_device(batch, device)
-            logits(model, batch)
+            model(**inputs_of(batch))
     return Counts(inactive, tokens)

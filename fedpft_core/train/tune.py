@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fedpft_core.data.batches import Encoded, batches
+from fedpft_core.model.batch import rows_of
 from fedpft_core.model.device import Batch, device_of, to_device
 from fedpft_core.seeds import derive
-from fedpft_core.train.evaluate import logits
+from fedpft_core.task import Task
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class LocalSettings:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What local training did: mean loss per row, optimiser steps, rows seen, seconds."""
+    """What local training did: mean loss (per row, or whatever the task counts), optimiser steps,
+    rows seen, seconds."""
 
     loss: float
     steps: int
@@ -65,17 +66,19 @@ def local_batches(data: Encoded, settings: LocalSettings, seed: int) -> Iterator
         epoch += 1
 
 
-def fine_tune(model: nn.Module, data: Encoded, settings: LocalSettings, seed: int) -> TrainResult:
+def fine_tune(
+    model: nn.Module, task: Task, data: Encoded, settings: LocalSettings, seed: int
+) -> TrainResult:
     """Train the adapter on local rows: :func:`train_on` over :func:`local_batches`.
 
     The result depends on the seed, the rows, the thread count and the weights, and on nothing
     that ran before in this process.
     """
-    return train_on(model, local_batches(data, settings, seed), settings, seed)
+    return train_on(model, task, local_batches(data, settings, seed), settings, seed)
 
 
 def train_on(
-    model: nn.Module, rows: Iterable[Batch], settings: LocalSettings, seed: int
+    model: nn.Module, task: Task, rows: Iterable[Batch], settings: LocalSettings, seed: int
 ) -> TrainResult:
     """Train the adapter with AdamW at a constant rate (paper section 4.2).
 
@@ -83,13 +86,14 @@ def train_on(
 
     Args:
         model: a model with an adapter, changed in place.
-        rows: batches with `labels` [B], one optimiser step each.
+        task: whose loss is minimised.
+        rows: labelled batches, one optimiser step each.
         settings: rates, weight decay and clipping; its batch size, epochs and steps are not
             looked at.
         seed: seed of the dropout.
 
     Returns:
-        Mean loss per row (NaN without a batch), steps, rows and seconds.
+        Mean loss (NaN without a batch), steps, rows and seconds.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     lora: list[nn.Parameter] = []
@@ -107,20 +111,21 @@ def train_on(
     device = device_of(model)
     # Losses stay tensors until the end: reading each one would stall an accelerator.
     losses: list[Tensor] = []
-    count = 0
+    count = seen = 0
     start = time.perf_counter()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derive(seed, "dropout"))
         with training_mode(model):
             for batch in rows:
                 batch = to_device(batch, device)
-                loss = F.cross_entropy(logits(model, batch), batch["labels"])
+                loss = task.loss(model, batch)
                 loss.backward()
                 if settings.clip:
                     nn.utils.clip_grad_norm_(trainable, settings.clip)
                 optimiser.step()
                 optimiser.zero_grad(set_to_none=True)
-                losses.append(loss.detach() * len(batch["labels"]))
-                count += len(batch["labels"])
+                losses.append(loss.detach() * task.count(batch))
+                count += task.count(batch)
+                seen += rows_of(batch)
     total = float(torch.stack(losses).double().sum()) if losses else math.nan
-    return TrainResult(total / max(count, 1), len(losses), count, time.perf_counter() - start)
+    return TrainResult(total / max(count, 1), len(losses), seen, time.perf_counter() - start)

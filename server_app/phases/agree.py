@@ -19,5 +19,7 @@ def record(bench: Bench, round: int, when: str, start: bool = False) -> None:
 
 def agreement(bench: Bench, b_only: bool) -> dict[str, Any]:
     """The figures of `gradient_agreement` on the bench's gradient rows."""
-    m, rows, size = bench.models, bench.rows.gradient, bench.config.train.batch_size
-    return measure.gradient_agreement(m.fm, m.proxy, m.plan, rows, size, b_only)
+    m, rows, size = bench.models, bench.rows, bench.config.train.batch_size
+    return measure.gradient_agreement(
+        m.fm, m.proxy, m.plan, rows.task, rows.gradient, size, b_only
+    )  # fmt: skip

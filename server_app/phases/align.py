@@ -68,7 +68,7 @@ def align(
     state: State,
     round: int,
     counts: Counts | None,
-    accuracies: tuple[float, float] | None = None,
+    values: tuple[float, float] | None = None,
 ) -> None:
     """Align the proxy at the current adapter; extends `state` by a patch.
 
@@ -79,8 +79,8 @@ def align(
         state: the run's state after the round.
         round: the round just done.
         counts: the clients' inactivity counts, where the selection looks at them.
-        accuracies: those of proxy and FM at this adapter; with them the plug-in gap is recorded
-            before and after (the FM's accuracy stays).
+        values: the metric's, of proxy and FM at this adapter; with them the plug-in gap is recorded
+            before and after (the FM's value stays).
 
     Raises:
         RunError: when the alignment diverges.
@@ -100,7 +100,7 @@ def align(
             lambda n: bench.rows.public_batches(n, "align", round),
             replace(d, adapter_noise=noise),
             steps=a.steps, lr=a.lr, chosen=chosen,
-            seed=derive(config.run.seed, "align", round),
+            seed=derive(config.run.seed, "align", round), head_reads=bench.head_reads,
             on_step=progress(bench.events, "align", "steps", round=round),
         )  # fmt: skip
         first, last, _ = alignment.run(a.method, job, "align.method")
@@ -113,11 +113,11 @@ def align(
         state.patches.append(patch)
         agree.record(bench, round, "after-align")
         gap_before = gap_after = None
-        if accuracies is not None:
-            proxy, fm = accuracies
+        if values is not None:
+            proxy, fm = values
             size = config.run.eval_batch_size
             gap_before = proxy - fm
-            gap_after = evaluate(models.proxy, bench.rows.scored, size).accuracy - fm
+            gap_after = evaluate(models.proxy, bench.rows.task, bench.rows.scored, size).value - fm
         bench.events.emit(ev.Alignment(
             round=round, neurons=sum(len(i) for i in chosen.values()),
             gap_before=gap_before, gap_after=gap_after, share=a.proportion,

@@ -35,7 +35,7 @@ def distil(bench: Bench) -> None:
             models.fm, models.proxy, models.plan,
             lambda n: bench.rows.public_batches(n, "distil"), d,
             steps=d.steps, lr=d.lr, alpha=d.alpha,
-            seed=derive(bench.config.run.seed, "distil"),
+            seed=derive(bench.config.run.seed, "distil"), head_reads=bench.head_reads,
             on_step=progress(bench.events, "distil", "steps"),
         )  # fmt: skip
         first, last, seconds = alignment.run(d.method, job)

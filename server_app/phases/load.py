@@ -9,9 +9,8 @@ from torch import nn
 
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.config import Config
-from fedpft_core.data.batches import encode, tokenise_public
+from fedpft_core.data.batches import tokenise_public
 from fedpft_core.data.public import load_public
-from fedpft_core.data.tasks import load_task
 from fedpft_core.errors import UserError
 from fedpft_core.model import load as models
 from fedpft_core.model.device import pick_device
@@ -20,12 +19,12 @@ from fedpft_core.proxy import cost as inspect
 from fedpft_core.proxy.build import build
 from fedpft_core.proxy.choose import make_plan
 from fedpft_core.seeds import derive, numpy_stream
+from fedpft_core.task import load_task
 from server_app.bench import Bench, Rows, public_stream
 from server_app.models import Models
 from server_app.phases.plug import refits
 from server_app.phases.reporting import phase
 from server_app.run import schema as ev
-from server_app.run.events import ACCURACY
 from server_app.state import Events
 
 
@@ -55,39 +54,40 @@ def load(config: Config, events: Events) -> Bench:
 
 def _read(config: Config, events: Events) -> tuple[models.Loaded, Rows]:
     """The FM, and the server's rows encoded with its processor."""
-    task = load_task(config.data, config.run.seed)
-    kind = task.kind
-    loaded = models.load(config.model, task.label_names, kind, config.run.seed)
+    data = load_task(config.data, config.run.seed)
+    task = data.task
+    loaded = models.load(config.model, task.model(), config.run.seed)
     public: list[Any] = load_public(
         config.data.public,
         config.data.image_column or config.data.text_column,
-        kind,
-        (task.train, task.validation, task.test),
+        task.name,
+        (data.train, data.validation, data.test),
         config.data.max_public_rows,
         derive(config.run.seed, "public") % 2**31,
     )
-    length = config.data.max_length
     _check_lengths(config, loaded)
-    if kind != "image":
+    if task.reads == "text":
         public = tokenise_public(public, loaded.processor)
-    if config.run.eval_split == "validation" and not len(task.validation):
+    if config.run.eval_split == "validation" and not len(data.validation):
         raise UserError(
             "run.eval-split = validation, but there are no validation rows: set "
             "data.validation or data.validation-share."
         )
-    scored = encode(
-        task.test if config.run.eval_split == "test" else task.validation, loaded.processor, length
-    )
+    length = config.data.max_length
+    scored = data.test if config.run.eval_split == "test" else data.validation
     # A fixed random part: the first rows of a file may all be of one kind.
     stream = numpy_stream(config.run.seed, "gradient-rows")
-    drawn = stream.permutation(len(task.validation))[: config.run.gradient_rows]
-    gradient = encode(task.validation.select(drawn), loaded.processor, length)
+    drawn = stream.permutation(len(data.validation))[: config.run.gradient_rows]
     events.emit(ev.Task(
-        name=task.name, kind=kind, train=len(task.train),
-        validation=len(task.validation), test=len(task.test),
-        labels=list(task.label_names), public=len(public), **ACCURACY,
+        name=data.name, kind=task.name, train=len(data.train),
+        validation=len(data.validation), test=len(data.test),
+        labels=list(task.labels), public=len(public), **task.metric.fields(),
     ))  # fmt: skip
-    return loaded, Rows(config, task, public, loaded.processor, scored, gradient)
+    encoded = [
+        task.encode(rows, loaded.processor, length)
+        for rows in (scored, data.validation.select(drawn))
+    ]
+    return loaded, Rows(config, data, public, loaded.processor, *encoded)
 
 
 def _build(
@@ -101,6 +101,7 @@ def _build(
         lambda: public_stream(
             config, rows.public, loaded.processor, config.plan.saliency_batches, "saliency"
         ),
+        rows.task.position(loaded.family),
     )
     if plan.is_full and config.plan.proxy != "full":
         events.emit(
@@ -110,7 +111,8 @@ def _build(
             )
         )
     bare = build(loaded.model, plan)
-    spec = adapters.make_spec(loaded.family, plan, loaded.fresh, config.lora)
+    head = rows.task.head(loaded.family)
+    spec = adapters.make_spec(loaded.family, plan, loaded.fresh, config.lora, head)
     _emit_model(events, loaded, bare, plan, config.lora.rank)
     fm = adapters.attach(loaded.model, spec)
     proxy = adapters.attach(bare, spec, plan)

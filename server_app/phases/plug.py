@@ -18,9 +18,13 @@ from server_app.state import Events
 def refits(bench: Bench) -> bool:
     """Whether the head is refitted when the adapter is plugged in."""
     source = bench.config.plug.refit
-    return not bench.models.plan.is_full and (
-        source == "public"
-        or (source in ("better", "validation") and len(bench.rows.task.validation) > 0)
+    return (
+        bench.rows.task.refits
+        and not bench.models.plan.is_full
+        and (
+            source == "public"
+            or (source in ("better", "validation") and len(bench.rows.data.validation) > 0)
+        )
     )
 
 
@@ -35,7 +39,9 @@ def refit(bench: Bench, round: int, events: Events | None = None) -> bool:
     start, p = time.perf_counter(), bench.config.plug
     judge = (lambda: _rows(bench, others=True)) if p.refit == "better" else None
     models = bench.models
-    result = plug.refit_head(models.fm, models.proxy, lambda: _rows(bench), p.ridge, judge)
+    result = plug.refit_head(
+        models.fm, models.proxy, bench.rows.task, lambda: _rows(bench), p.ridge, judge
+    )
     (events or bench.events).emit(ev.Refit(
         round=round, source=p.refit, error_before=result.map.error_before,
         error_after=result.map.error_after, score_before=result.right_before,
@@ -51,6 +57,6 @@ def _rows(bench: Bench, others: bool = False) -> Iterable[Any]:
     if config.plug.refit == "public":
         return bench.rows.public_batches(math.ceil(n / config.distill.batch_size), "refit")
     stream = numpy_stream(config.run.seed, "refit-rows")
-    order = stream.permutation(len(bench.rows.task.validation))
+    order = stream.permutation(len(bench.rows.data.validation))
     rows = bench.rows.validation.select(order[n:] if others else order[:n])
     return batches(rows, config.run.eval_batch_size, None)

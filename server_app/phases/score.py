@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from fedpft_core.train.evaluate import Score, evaluate
+from fedpft_core.task import Score
+from fedpft_core.train.evaluate import evaluate
 from server_app.bench import Bench
 from server_app.phases.plug import refit, refits
 from server_app.phases.reporting import progress
 from server_app.run import schema as ev
-from server_app.run.events import accuracy
 
 
 def score(bench: Bench, round: int, which: str) -> Score:
@@ -21,7 +21,10 @@ def score(bench: Bench, round: int, which: str) -> Score:
     model = bench.models.proxy if which == "proxy" else bench.models.fm
     rows = bench.rows.scored
     report = progress(bench.events, "evaluate", "rows", round=round, model=which)
-    result = evaluate(model, rows, bench.config.run.eval_batch_size, lambda n: report(n, len(rows)))
+    result = evaluate(
+        model, bench.rows.task, rows, bench.config.run.eval_batch_size,
+        lambda n: report(n, len(rows)),
+    )  # fmt: skip
     _emit(bench, round, which, result)
     return result
 
@@ -29,7 +32,7 @@ def score(bench: Bench, round: int, which: str) -> Score:
 def _emit(bench: Bench, round: int, which: str, result: Score) -> None:
     bench.events.emit(ev.Evaluation(
         round=round, model=which, split=bench.config.run.eval_split,
-        **accuracy(result.accuracy, result.rows, result.loss), seconds=result.seconds,
+        **result.fields(), seconds=result.seconds,
     ))  # fmt: skip
 
 
@@ -56,12 +59,12 @@ def score_all(bench: Bench, round: int) -> tuple[Score, Score, float]:
 
 def score_validation(bench: Bench, round: int) -> None:
     """Score proxy and product on the server's validation rows, on which settings are chosen."""
-    if bench.config.run.eval_split == "validation" or not len(bench.rows.task.validation):
+    if bench.config.run.eval_split == "validation" or not len(bench.rows.data.validation):
         return
     for which, model in (("proxy", bench.models.proxy), ("fm", bench.models.fm)):
-        result = evaluate(model, bench.rows.validation, bench.config.run.eval_batch_size)
+        size = bench.config.run.eval_batch_size
+        result = evaluate(model, bench.rows.task, bench.rows.validation, size)
         bench.events.emit(ev.Validation(
             round=round, model=which,
-            **accuracy(result.accuracy, result.rows, result.loss),
-            seconds=result.seconds,
+            **result.fields(), seconds=result.seconds,
         ))  # fmt: skip

@@ -8,7 +8,7 @@ from server_app.phases import distil
 from server_app.phases.plug import refit
 from server_app.phases.reporting import phase
 from server_app.run import schema as ev
-from server_app.run.events import EventLog, accuracy
+from server_app.run.events import EventLog
 from server_app.state import fresh_state
 from server_app.strategy import Strategy
 from server_app.transport import Transport
@@ -37,10 +37,9 @@ def undistilled(bench: Bench, transport: Transport, events: EventLog) -> None:
             ))  # fmt: skip
         models.plug(state.adapter)
         refit(bench, state.round, arm)
-        score = evaluate(models.fm, bench.rows.scored, config.run.eval_batch_size)
-        events.emit(ev.Baseline(
-            name="undistilled", **accuracy(score.accuracy, score.rows, score.loss),
-            split=config.run.eval_split,
-        ))  # fmt: skip
+        rows = bench.rows
+        score = evaluate(models.fm, rows.task, rows.scored, config.run.eval_batch_size)
+        split = config.run.eval_split
+        events.emit(ev.Baseline(name="undistilled", split=split, **score.fields()))
         # The main run starts from the adapter this one started from, not where it ended.
         models.plug(models.start)

@@ -16,7 +16,7 @@ from fedpft_core.adapter.lora import AdapterSpec
 from fedpft_core.config import LoraConfig
 from fedpft_core.model.families import family_of
 from fedpft_core.proxy.build import build
-from fedpft_core.train.evaluate import logits
+from fedpft_core.task.classify import logits
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 

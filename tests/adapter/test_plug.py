@@ -9,7 +9,7 @@ from torch import nn
 
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.adapter import plug
-from fedpft_core.train.evaluate import logits
+from fedpft_core.task.classify import logits
 
 
 def stream(seed: int = 0) -> torch.Generator:
@@ -82,7 +82,7 @@ def test_the_head_that_labels_more_rows_right_is_taken() -> None:
         first, rest = (
             {k: t[rows] for k, t in full.items()} for rows in (slice(half), slice(half, n))
         )
-        return plug.refit_head(fm, proxy, lambda: [first], 1e-3, lambda: [rest])
+        return plug.refit_head(fm, proxy, tiny.TASK, lambda: [first], 1e-3, lambda: [rest])
 
     head = plug.last_linear(fm)
     with torch.no_grad():
@@ -126,7 +126,7 @@ def test_every_family(family: str) -> None:
         # What it reads is what the scores are made of.
         torch.testing.assert_close(head(f_T.float()), logits(fm, batch))
         weight, bias = head.weight.double(), head.bias.double()
-        found = plug.refit_head(fm, proxy, rows, 1.0).map
+        found = plug.refit_head(fm, proxy, tiny.TASK, rows, 1.0).map
         mapped = (f_T - found.mean_T) @ found.turn + found.mean_S
         torch.testing.assert_close(
             logits(fm, batch).double(), mapped @ weight.T + bias, rtol=1e-4, atol=1e-4

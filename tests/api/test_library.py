@@ -211,7 +211,7 @@ def test_tuning_is_a_clients_tuning(family: str, epochs: int, steps: int) -> Non
     twin = copy.deepcopy(proxy)
     data = tiny.encoded(family, 24)
     settings = LocalSettings(1e-2, 8, epochs, steps, 0.01, 1.0, 1, 10.0)
-    want = fine_tune(twin, data, settings, seed=4)
+    want = fine_tune(twin, tiny.TASK, data, settings, seed=4)
     drawn = list(local_batches(data, settings, 4))
     got = fp.tune(proxy, drawn, epochs=1, steps=steps, lr=1e-2, weight_decay=0.01, clip=1.0, seed=4)
     assert tiny.same_bits(lora.read(proxy, plan), lora.read(twin, plan))
@@ -296,7 +296,7 @@ def test_agreement_is_a_runs_agreement(family: str) -> None:
     rows = list(batches(data, 5, None))
     fp.tune(proxy, rows)
     fp.plug_in(proxy, fm, plan)
-    want = agreement.gradient_agreement(fm, proxy, plan, data, 5, b_only=False)
+    want = agreement.gradient_agreement(fm, proxy, plan, tiny.TASK, data, 5, b_only=False)
     assert fp.gradient_agreement(fm, proxy, plan, iter(rows)) == want
     assert abs(want["cosine"]) < 1
 

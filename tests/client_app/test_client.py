@@ -116,7 +116,7 @@ def make(tmp_path: Path) -> Make:
     return lambda: Client(
         "edge-1",
         lambda: (10, 0),
-        lambda labels: rows,
+        lambda task: rows,
         Store(tmp_path / "store"),
         cache=ProcessCache(),
     )
@@ -169,8 +169,8 @@ def test_messages_no_client_can_answer_are_refused(make: Make) -> None:
 def test_a_user_error_comes_back_as_one_sentence(server: Server, make: Make) -> None:
     node = make()
 
-    def no_rows(labels: tuple[str, ...]) -> Any:
-        raise UserError(f"train.csv: row 3: label 'x' is none of {labels}" + "." * 5000)
+    def no_rows(task: Any) -> Any:
+        raise UserError(f"train.csv: row 3: label 'x' is none of {task.labels}" + "." * 5000)
 
     node.load_rows = no_rows
     reply = ask(node, server.whole(0))
@@ -487,7 +487,7 @@ def test_a_new_process_finds_its_rows_encoded(
     assert tokenised == [60]
     node = edge()
     monkeypatch.setattr(client, "from_files", lambda *_: pytest.fail("tokenizer loaded"))
-    node.load_rows = lambda labels: pytest.fail("data file parsed")
+    node.load_rows = lambda task: pytest.fail("data file parsed")
     assert same(trained(node, server.request(0)), first)
     assert tokenised == [60]
     # Another version of the sub-FM reads the same rows in the same way.
@@ -570,10 +570,10 @@ def test_rows_read_while_the_file_changes_are_not_kept(
     node = edge()
     load = node.load_rows
 
-    def changing(labels: tuple[str, ...]) -> Any:
+    def changing(task: Any) -> Any:
         with open(tmp_path / "rows.csv", "a") as file:
             file.write("the cat,animal\n")
-        return load(labels)
+        return load(task)
 
     node.load_rows = changing
     assert trained(node, server.whole(0)).examples == 61
@@ -602,13 +602,13 @@ def test_a_share_of_the_rows_is_validated_on_and_never_trained_on(
     seen: dict[str, Any] = {}
     fine_tune, evaluate = chain.fine_tune, chain.evaluate
 
-    def tuned(model: Any, rows: Any, *more: Any) -> Any:
+    def tuned(model: Any, task: Any, rows: Any, *more: Any) -> Any:
         seen["train"] = rows
-        return fine_tune(model, rows, *more)
+        return fine_tune(model, task, rows, *more)
 
-    def scored(model: Any, rows: Any, *more: Any) -> Any:
+    def scored(model: Any, task: Any, rows: Any, *more: Any) -> Any:
         seen["validation"], seen["adapter"] = rows, adapters.read(model)
-        return evaluate(model, rows, *more)
+        return evaluate(model, task, rows, *more)
 
     monkeypatch.setattr(chain, "fine_tune", tuned)
     monkeypatch.setattr(chain, "evaluate", scored)
@@ -673,7 +673,7 @@ def test_a_share_that_leaves_nothing_to_train_on_is_refused(
 
 
 def client_rows(node: Client) -> Any:
-    return node.load_rows(tiny.LABELS)
+    return node.load_rows(tiny.TASK)
 
 
 @pytest.mark.parametrize("share", [-0.1, 0.95, 1.0, float("nan")])

@@ -14,7 +14,7 @@ import torch
 
 from client_app.rowcache import RowCache, content_of, content_of_file, folds_of, key_of
 from fedpft_core.data.batches import Encoded, encode
-from fedpft_core.data.tasks import Examples
+from fedpft_core.data.examples import Examples
 
 KEY = "0" * 64
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpft_core.data.batches import Encoded, batches, encode, public_batches
-from fedpft_core.data.tasks import Examples
+from fedpft_core.data.examples import Examples
 from fedpft_core.errors import UserError
 
 WORDS = (

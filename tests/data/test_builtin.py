@@ -16,8 +16,8 @@ import pytest
 from fedpft_core.data import builtin, prose
 from fedpft_core.data.builtin import LIBRARIES, ROWS_PER_CLASS, DocstringRows
 from fedpft_core.data.public import load_public
-from fedpft_core.data.tasks import load_task
 from fedpft_core.errors import UserError
+from fedpft_core.task import load_task
 
 
 @dataclass(frozen=True)
@@ -268,8 +268,8 @@ def test_poor_class_shrinks_all_alike(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_task_uses_the_splits(rows: DocstringRows, cache: Path) -> None:
     data = Data(max_test_rows=80)
     task = load_task(data, 0, cache)
-    assert task.kind == "text"
-    assert task.label_names == LIBRARIES
+    assert task.task.name == "text"
+    assert task.task.labels == LIBRARIES
     want = [t for t, s in zip(rows.text, rows.split, strict=True) if s == "train"]
     assert list(task.train.inputs) == want
     assert len(task.validation) == ROWS_PER_CLASS["validation"] * len(LIBRARIES)

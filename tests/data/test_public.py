@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedpft_core.data.examples import Examples
 from fedpft_core.data.public import load_public
-from fedpft_core.data.tasks import Examples
 from fedpft_core.errors import UserError
 
 

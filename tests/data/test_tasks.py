@@ -13,14 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpft_core.data.tasks import (
-    Examples,
-    label_index,
-    load_examples,
-    load_task,
-    stratified_subset,
-)
+from fedpft_core.data.examples import Examples
+from fedpft_core.data.rows import Columns
+from fedpft_core.data.splits import stratified_subset
 from fedpft_core.errors import UserError
+from fedpft_core.task import load_task, make
+from fedpft_core.task.classify import label_index
 
 
 @dataclass(frozen=True)
@@ -65,11 +63,11 @@ def fault(data: Data, seed: int = 0) -> str:
 def test_label_names_are_sorted_and_integers_numerically(tmp_path: Path) -> None:
     train = write_jsonl(tmp_path / "a.jsonl", rows_of([10, 2, "2", 9.0, " 10 "]))
     task = load_task(Data(train=train, test=train), 0)
-    assert task.label_names == ("2", "9", "10")
+    assert task.task.labels == ("2", "9", "10")
     assert task.train.labels.tolist() == [2, 0, 0, 1, 2]
     names = write_jsonl(tmp_path / "b.jsonl", rows_of(["pear", "apple", "pear"]))
     task = load_task(Data(train=names, test=names), 0)
-    assert task.label_names == ("apple", "pear")
+    assert task.task.labels == ("apple", "pear")
     assert task.test.labels.tolist() == [1, 0, 1]
 
 
@@ -81,7 +79,7 @@ def test_declared_labels_take_names_integers_and_numerals(tmp_path: Path, as_fil
         (tmp_path / "names.json").write_text('["low", "mid", "high"]')
         labels = str(tmp_path / "names.json")
     task = load_task(Data(train=train, test=train, labels=labels), 0)
-    assert task.label_names == ("low", "mid", "high")
+    assert task.task.labels == ("low", "mid", "high")
     assert task.train.labels.tolist() == [0, 2, 1, 0, 2]
 
 
@@ -114,8 +112,8 @@ def test_csv_and_jsonl_give_the_same_examples(tmp_path: Path) -> None:
     lines = write_jsonl(
         tmp_path / "a.jsonl", [{"text": "x", "label": 1}, {"text": "y", "label": 0}]
     )
-    a = load_examples(tmp_path / "a.csv", label_names=("n", "p"))
-    b = load_examples(lines, label_names=("n", "p"))
+    a = make("text", ("n", "p")).read(tmp_path / "a.csv", Columns())
+    b = make("text", ("n", "p")).read(lines, Columns())
     assert a.inputs == b.inputs == ("x", "y")
     assert a.labels.tolist() == b.labels.tolist() == [1, 0]
 
@@ -123,7 +121,7 @@ def test_csv_and_jsonl_give_the_same_examples(tmp_path: Path) -> None:
 def test_unknown_label_names_file_row_and_label(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", rows_of(["cat", "dog", "bird"]))
     with pytest.raises(UserError) as caught:
-        load_examples(path, label_names=("cat", "dog"), key="data-path")
+        make("text", ("cat", "dog")).read(path, Columns(), "data-path")
     assert str(caught.value) == (
         f"data-path: {path}: row 3 has the unknown label 'bird'; known are 'cat', 'dog'."
     )
@@ -143,14 +141,14 @@ def test_unknown_label_names_file_row_and_label(tmp_path: Path) -> None:
 def test_bad_row(tmp_path: Path, row: dict[str, Any], words: str) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x", "label": 0}, row])
     with pytest.raises(UserError, match=words):
-        load_examples(path, label_names=("a", "b"))
+        make("text", ("a", "b")).read(path, Columns())
 
 
 def test_pairs(tmp_path: Path) -> None:
     rows = [{"text": "a", "other": "b", "label": 0}, {"text": "c", "other": "d", "label": 1}]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     task = load_task(Data(train=path, test=path, text_pair_column="other"), 0)
-    assert task.kind == "pair"
+    assert task.task.name == "pair"
     assert task.train.inputs == (("a", "b"), ("c", "d"))
     rows[1]["other"] = ""
     write_jsonl(tmp_path / "a.jsonl", rows)
@@ -172,7 +170,7 @@ def test_images_as_bytes_dictionaries_and_paths(tmp_path: Path) -> None:
     for name, colours in want.items():
         path = str(tmp_path / name)
         task = load_task(Data(train=path, test=path, image_column="image"), 0)
-        assert task.kind == "image"
+        assert task.task.name == "image"
         assert task.train.inputs == tuple(map(png, colours))
 
 
@@ -190,7 +188,7 @@ def test_bad_images_name_the_row(tmp_path: Path) -> None:
         assert words in fault(Data(train=str(path), test=str(path), image_column="image"))
     (tmp_path / "a.csv").write_text("image,label\nnone.png,0\n")
     with pytest.raises(UserError, match=r"row 1: the image file .*none\.png cannot be read"):
-        load_examples(tmp_path / "a.csv", label_names=("a", "b"), image_column="image")
+        make("image", ("a", "b")).read(tmp_path / "a.csv", Columns(image="image"))
 
 
 def test_validation_is_cut_from_train_and_stratified(tmp_path: Path) -> None:
@@ -207,7 +205,7 @@ def test_validation_is_cut_from_train_and_stratified(tmp_path: Path) -> None:
         (task.validation.inputs, task.validation.labels),
     ):
         assert [labels[int(str(text)[1:])] for text in inputs] == [
-            task.label_names[c] for c in numbers
+            task.task.labels[c] for c in numbers
         ]
     again = load_task(Data(train=train, test=test, validation_share=0.2), 5)
     other = load_task(Data(train=train, test=test, validation_share=0.2), 6)

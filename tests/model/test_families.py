@@ -12,7 +12,7 @@ from fedpft_core.adapter import lora as adapters
 from fedpft_core.config import LoraConfig
 from fedpft_core.errors import UserError
 from fedpft_core.model.families import FAMILIES, FFN, family_of
-from fedpft_core.train.evaluate import logits
+from fedpft_core.task.classify import logits
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 text_families = pytest.mark.parametrize("family", tiny.TEXT_FAMILIES)

@@ -16,13 +16,14 @@ from fedpft_core.adapter import lora as adapters
 from fedpft_core.config import ModelConfig
 from fedpft_core.errors import UserError
 from fedpft_core.model import load as models
-from fedpft_core.train.evaluate import logits
+from fedpft_core.task import make
+from fedpft_core.task.classify import logits
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 
 
 def load(folder: Path, kind: str = "text", seed: int = 0) -> models.Loaded:
-    return models.load(ModelConfig(name=str(folder)), tiny.LABELS, kind, seed)
+    return models.load(ModelConfig(name=str(folder)), make(kind, tiny.LABELS).model(), seed)
 
 
 def kind_of(family: str) -> str:
@@ -50,14 +51,15 @@ def test_body_is_the_checkpoints_and_the_head_the_seeds(family: str, tmp_path: P
     other = load(folder, kind_of(family), seed=4)
     a, b, c = (tiny.weights(m.model) for m in (first, again, other))
     assert tiny.same_bits(a, b)
-    heads = [n for n in a if n.startswith("classifier.") and n.endswith("weight")]
+    inside = tuple(f"{h}." for h in tiny.family(family).head)
+    heads = [n for n in a if n.startswith(inside) and n.endswith("weight")]
     assert heads
     for name in a:
         assert torch.equal(a[name], c[name]) == (name not in heads), name
     task = tiny.model(family)
     if family in tiny.TEXT_FAMILIES:
         tiny.give_meaning(task, family)
-    body = {k: v for k, v in tiny.weights(task).items() if not k.startswith("classifier.")}
+    body = {k: v for k, v in tiny.weights(task).items() if not k.startswith(inside)}
     assert all(torch.equal(a[k], v) for k, v in body.items())
     assert first.fresh == ()
     assert not first.model.training
@@ -93,7 +95,7 @@ def test_a_head_for_other_labels_is_replaced(tmp_path: Path) -> None:
     task = tiny.model("bert")
     task.save_pretrained(tmp_path)
     tiny.tokenizer("bert").save_pretrained(tmp_path)
-    loaded = models.load(ModelConfig(name=str(tmp_path)), ("a", "b", "c", "d", "e"), "text", 0)
+    loaded = models.load(ModelConfig(name=str(tmp_path)), make("text", "abcde").model(), 0)
     assert loaded.model.classifier.out_features == 5
     assert loaded.fresh == ()
 
@@ -103,7 +105,7 @@ def test_an_unsupported_family_names_the_supported_ones(tmp_path: Path) -> None:
 
     shape = {"vocab_size": 50, "n_embd": 16, "n_layer": 1, "n_head": 2}
     transformers.GPT2Model(transformers.GPT2Config(**shape)).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"'gpt2'.*bert, roberta, vit, deit"):
+    with pytest.raises(UserError, match=r"'gpt2'.*bert, roberta, distilbert, electra, vit, deit"):
         load(tmp_path)
 
 
@@ -205,9 +207,9 @@ def test_a_missing_minilm_package_names_it(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_an_image_processor_of_another_size_is_named(tmp_path: Path) -> None:
     folder = tiny.folder("vit", tmp_path)
-    assert models.load(ModelConfig(name=str(folder)), tiny.LABELS, "image", 0).processor
+    assert load(folder, "image").processor
     path = folder / "preprocessor_config.json"
     raw = json.loads(path.read_text())
     path.write_text(json.dumps(raw | {"size": {"height": 24, "width": 20}}))
     with pytest.raises(UserError, match=r"makes images of 3 x 24 x 20 .* takes 3 x 16 x 16"):
-        models.load(ModelConfig(name=str(folder)), tiny.LABELS, "image", 0)
+        load(folder, "image")

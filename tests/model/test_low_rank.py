@@ -25,7 +25,7 @@ from fedpft_core.proxy import cost as inspect
 from fedpft_core.proxy import package as proxy
 from fedpft_core.proxy.build import build
 from fedpft_core.proxy.choose import make_plan
-from fedpft_core.train.evaluate import logits
+from fedpft_core.task.classify import logits
 from fedpft_core.train.tune import LocalSettings, fine_tune
 from fedpft_core.wire.package import Package
 
@@ -88,7 +88,7 @@ def test_lora_goes_on_under_the_fms_names_and_learns(family: str) -> None:
     assert all(isinstance(p, LoraLinear) for p in _projections(small, family, 1))
     frozen = {n: p.detach().clone() for n, p in small.named_parameters() if not p.requires_grad}
     settings = LocalSettings(1e-2, 4, 1, 3, 0.0, 1.0, 1)
-    fine_tune(small, tiny.encoded(family, 12), settings, 0)
+    fine_tune(small, tiny.TASK, tiny.encoded(family, 12), settings, 0)
     learned = adapters.read(small, plan)
     moved = [k for k in learned if "lora_B" in k and learned[k].any()]
     assert len(moved) == len([k for k in learned if "lora_B" in k]) == 16
@@ -150,8 +150,7 @@ def test_a_whole_run(family: str, tmp_path: Path) -> None:
     assert {e["status"] for e in tiny.main_run(events, "reply")} == {"ok"}
     assert len(tiny.main_run(events, "alignment")) == 2
     cfg = config.from_flat(flat)
-    kind = "text" if family in tiny.TEXT_FAMILIES else "image"
-    fm = models.load(cfg.model, tiny.LABELS, kind, 0).model
+    fm = models.load(cfg.model, tiny.task_of(family).model(), 0).model
     PeftModel.from_pretrained(fm, str(tmp_path / "run" / "adapter"))
     cost = inspect.inspect(cfg)
     plain = inspect.inspect(config.from_flat(flat | {"plan.qk-rank": 0}))

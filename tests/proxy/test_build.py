@@ -28,7 +28,7 @@ from fedpft_core.proxy import package as proxy
 from fedpft_core.proxy.build import build
 from fedpft_core.proxy.choose import evenly_spaced, keep_most_salient, make_plan, parse_layers
 from fedpft_core.proxy.saliency.weight_norm import weight_norm
-from fedpft_core.train.evaluate import logits
+from fedpft_core.task.classify import logits
 from fedpft_core.wire.package import Package
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)

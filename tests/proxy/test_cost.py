@@ -18,7 +18,7 @@ from fedpft_core.model.plan import Plan
 from fedpft_core.proxy import cost as inspect
 from fedpft_core.proxy.build import build
 from fedpft_core.proxy.choose import make_plan
-from fedpft_core.train.evaluate import logits
+from fedpft_core.task.classify import logits
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 RANK = 2
@@ -91,7 +91,7 @@ def test_the_table_states_the_models(family: str, keys: dict[str, object], tmp_p
     cfg = config.from_flat(flat)
     found = inspect.inspect(cfg)
     image = family not in tiny.TEXT_FAMILIES
-    loaded = models.load(cfg.model, ("a", "b"), "image" if image else "text", 0)
+    loaded = models.load(cfg.model, tiny.task_of(family, ("a", "b")).model(), 0)
     plan = make_plan(loaded.model, cfg.plan, 0)
     small = build(loaded.model, plan)
     cells = dict(zip(found["columns"], found["rows"][-1], strict=True))

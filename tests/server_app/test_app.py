@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 from fedpft_core import config
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.data.batches import encode
-from fedpft_core.data.tasks import load_task
 from fedpft_core.errors import RunError, UserError
 from fedpft_core.model import load as models
 from fedpft_core.model.plan import Plan
-from fedpft_core.train.evaluate import evaluate, logits
+from fedpft_core.task import load_task, make
+from fedpft_core.task.classify import logits
+from fedpft_core.train.evaluate import evaluate
 from fedpft_core.wire.envelope import open_envelope, seal
 from fedpft_core.wire.messages import RefusalReply
 from server_app.run.events import event_of, line_of
@@ -133,7 +134,7 @@ def test_the_exported_adapter_makes_the_untouched_fm_the_plugged_in_fm(done: Don
     untouched = auto.from_pretrained(cfg.model.name, num_labels=3)
     product = PeftModel.from_pretrained(untouched, str(done.folder / "adapter")).eval()
 
-    loaded = models.load(cfg.model, tiny.LABELS, kind_of(done), cfg.run.seed)
+    loaded = models.load(cfg.model, make(kind_of(done), tiny.LABELS).model(), cfg.run.seed)
     plan = Plan.from_json((done.folder / "plan.json").read_text())
     spec = adapters.make_spec(loaded.family, plan, loaded.fresh, cfg.lora)
     plugged_in = adapters.attach(loaded.model, spec)
@@ -145,9 +146,9 @@ def test_the_exported_adapter_makes_the_untouched_fm_the_plugged_in_fm(done: Don
 
     task = load_task(cfg.data, cfg.run.seed)
     rows = encode(task.test, loaded.processor, cfg.data.max_length)
-    score = evaluate(product, rows, cfg.run.eval_batch_size)
+    score = evaluate(product, task.task, rows, cfg.run.eval_batch_size)
     last = [e for e in done.of("evaluation") if e["model"] == "fm" and e["split"] == "test"][-1]
-    assert (score.accuracy, score.loss) == (last["value"], last["loss"])
+    assert (score.value, score.loss) == (last["value"], last["loss"])
 
 
 def test_only_the_head_of_the_exported_adapter_is_not_the_last_rounds_average(
@@ -433,11 +434,11 @@ def test_layer_drop_run(text: dict[str, Any], tmp_path: Path) -> None:
     blocks = {m[1] for k in stored if (m := re.search(r"layer\.(\d+)\.", k))}
     assert blocks == {"0", "3"}
     cfg = config.from_flat(done.flat)
-    untouched = models.load(cfg.model, tiny.LABELS, "text", 9)
+    untouched = models.load(cfg.model, tiny.TASK.model(), 9)
     product = PeftModel.from_pretrained(untouched.model, str(tmp_path / "adapter")).eval()
     rows = encode(load_task(cfg.data, 0).test, untouched.processor, cfg.data.max_length)
     last = [e for e in done.of("evaluation") if e["model"] == "fm" and e["split"] == "test"][-1]
-    assert evaluate(product, rows, cfg.run.eval_batch_size).loss == last["loss"]
+    assert evaluate(product, tiny.TASK, rows, cfg.run.eval_batch_size).loss == last["loss"]
 
 
 def test_clients_that_hold_the_fm(text: dict[str, Any], tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ families = pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_the_fm_agrees_with_itself(family: str) -> None:
     plan = tiny.plan_for(tiny.model(family), proxy="full")
     fm, twin, _, _ = tiny.pair(family, plan)
-    found = measure.gradient_agreement(fm, twin, plan, tiny.encoded(family, 12), 5, b_only=False)
+    found = measure.gradient_agreement(
+        fm, twin, plan, tiny.TASK, tiny.encoded(family, 12), 5, b_only=False
+    )
     rows = [found, {"cosine": found["head_cosine"], "relative_l2": found["head_relative_l2"]}]
     for row in [*rows, *found["blocks"]]:
         assert row["cosine"] == pytest.approx(1.0, abs=1e-12)
@@ -35,8 +37,9 @@ def test_agreement_equals_the_oracle(family: str, b_only: bool) -> None:
     fm, small, plan, _ = tiny.pair(family)
     data = tiny.encoded(family, 12)
     rows = list(batches(data, 5, None))
-    g_fm, g_small = adapter_gradient(fm, rows), adapter_gradient(small, rows, plan)
-    found = measure.gradient_agreement(fm, small, plan, data, 5, b_only)
+    g_fm = adapter_gradient(fm, tiny.TASK, rows)
+    g_small = adapter_gradient(small, tiny.TASK, rows, plan)
+    found = measure.gradient_agreement(fm, small, plan, tiny.TASK, data, 5, b_only)
 
     def flat(part: str) -> tuple[list[float], list[float]]:
         names = [
@@ -64,9 +67,9 @@ def test_at_the_start_the_gradient_of_a_is_zero_and_b_only_measures() -> None:
     start = adapters.initial(fm, spec, 0)
     adapters.load(fm, start), adapters.load(small, start, plan)
     data = tiny.encoded("bert", 12)
-    gradient = adapter_gradient(fm, batches(data, 5, None))
+    gradient = adapter_gradient(fm, tiny.TASK, batches(data, 5, None))
     assert not any(g.any() for n, g in gradient.items() if ".lora_A" in n)
-    found = measure.gradient_agreement(fm, small, plan, data, 5, b_only=True)
+    found = measure.gradient_agreement(fm, small, plan, tiny.TASK, data, 5, b_only=True)
     assert -1 <= found["cosine"] <= 1 and found["relative_l2"] > 0
 
 
@@ -83,6 +86,8 @@ def test_agreement_of_plain_vectors() -> None:
 def test_layer_drop_is_measured_over_the_blocks_it_has(family: str) -> None:
     plan = tiny.plan_for(tiny.model(family), proxy="layer-drop", drop_to=2)
     fm, small, _, _ = tiny.pair(family, plan)
-    found = measure.gradient_agreement(fm, small, plan, tiny.encoded(family, 8), 8, b_only=False)
+    found = measure.gradient_agreement(
+        fm, small, plan, tiny.TASK, tiny.encoded(family, 8), 8, b_only=False
+    )
     assert [b["block"] for b in found["blocks"]] == [0, 3]
     assert all(math.isfinite(b["cosine"]) for b in found["blocks"])

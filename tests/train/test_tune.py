@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.data.batches import batches
 from fedpft_core.model.plan import Plan, pruned_ffns
+from fedpft_core.task.classify import logits
 from fedpft_core.train import baselines
-from fedpft_core.train.evaluate import evaluate, logits
+from fedpft_core.train.evaluate import evaluate
 from fedpft_core.train.gradient import adapter_gradient
 from fedpft_core.train.inactivity import count_inactive, is_inactive
 from fedpft_core.train.tune import LocalSettings, fine_tune, local_batches
@@ -110,7 +111,7 @@ def test_frozen_parameters_get_no_gradient_and_no_optimizer_state(
     _, small, plan, _ = tiny.pair(family, dropout=0.1)
     monkeypatch.setattr(torch.optim, "AdamW", Spy)
     before = tiny.weights(small)
-    fine_tune(small, tiny.encoded(family, 24), SETTINGS, seed=1)
+    fine_tune(small, tiny.TASK, tiny.encoded(family, 24), SETTINGS, seed=1)
     live = adapters.parameters(small, plan)
     adapter = {id(p) for p in live.values()}
     (optimizer,) = made
@@ -136,10 +137,10 @@ def test_fine_tuning_is_a_function_of_the_seed(family: str) -> None:
         torch.manual_seed(before)
         np.random.seed(before)
         for other in range(before):
-            fine_tune(small, tiny.encoded(family, 9, seed=7), SETTINGS, seed=other)
+            fine_tune(small, tiny.TASK, tiny.encoded(family, 9, seed=7), SETTINGS, seed=other)
         adapters.load(small, start, plan)
         state = torch.get_rng_state()
-        fine_tune(small, data, SETTINGS, seed)
+        fine_tune(small, tiny.TASK, data, SETTINGS, seed)
         assert torch.equal(torch.get_rng_state(), state), "the global stream moved"
         return adapters.read(small, plan)
 
@@ -160,10 +161,10 @@ def test_dropout_is_on_in_training_and_off_in_evaluation() -> None:
     for module in drops:
         module.register_forward_hook(spy)
     data = tiny.encoded("bert", 8)
-    fine_tune(small, data, SETTINGS, seed=1)
+    fine_tune(small, tiny.TASK, data, SETTINGS, seed=1)
     assert seen and all(seen)
     seen.clear()
-    evaluate(small, data, 8)
+    evaluate(small, tiny.TASK, data, 8)
     assert seen and not any(seen)
 
 
@@ -179,7 +180,7 @@ def test_steps_or_epochs(epochs: int, steps: int, want: int) -> None:
     if want >= 3:
         assert sorted(rows) == list(range(20))
     _, small, _, _ = tiny.pair("bert")
-    assert fine_tune(small, data, settings, seed=3).steps == want
+    assert fine_tune(small, tiny.TASK, data, settings, seed=3).steps == want
 
 
 def test_epochs_differ_in_their_order() -> None:
@@ -194,12 +195,14 @@ def test_the_loss_reported_is_the_mean_over_rows() -> None:
     """At a rate too small to matter it is the loss before training."""
     _, small, _, _ = tiny.pair("bert")
     data = tiny.encoded("bert", 20)
-    want = evaluate(small, data, 20).loss
+    want = evaluate(small, tiny.TASK, data, 20).loss
     # The tiny model's own dropout would blur the comparison.
     for module in small.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    result = fine_tune(small, data, replace(SETTINGS, lr=1e-12, weight_decay=0.0), seed=1)
+    result = fine_tune(
+        small, tiny.TASK, data, replace(SETTINGS, lr=1e-12, weight_decay=0.0), seed=1
+    )
     assert result.loss == pytest.approx(want, rel=1e-3)
     assert (result.rows, result.steps) == (20, 3)
 
@@ -208,9 +211,9 @@ def test_the_loss_reported_is_the_mean_over_rows() -> None:
 def test_training_lowers_the_loss(family: str) -> None:
     _, small, _, _ = tiny.pair(family)
     data = tiny.encoded(family, 48)
-    before = evaluate(small, data, 16).loss
-    fine_tune(small, data, replace(SETTINGS, epochs=10), seed=1)
-    assert evaluate(small, data, 16).loss < 0.9 * before
+    before = evaluate(small, tiny.TASK, data, 16).loss
+    fine_tune(small, tiny.TASK, data, replace(SETTINGS, epochs=10), seed=1)
+    assert evaluate(small, tiny.TASK, data, 16).loss < 0.9 * before
 
 
 def test_clipping_bounds_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +228,7 @@ def test_clipping_bounds_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.optim, "AdamW", Spy)
     for clip in (0.01, 0.0):
-        fine_tune(small, tiny.encoded("bert", 16), replace(SETTINGS, clip=clip), seed=1)
+        fine_tune(small, tiny.TASK, tiny.encoded("bert", 16), replace(SETTINGS, clip=clip), seed=1)
     assert norms[:2] == pytest.approx([0.01, 0.01], rel=1e-3)
     assert min(norms[2:]) > 0.01
 
@@ -238,14 +241,14 @@ def test_evaluation_equals_scoring_row_by_row(family: str) -> None:
     fm, _, _, _ = tiny.pair(family)
     data = tiny.encoded(family, 23)
     seen: list[int] = []
-    score = evaluate(fm, data, 7, seen.append)
+    score = evaluate(fm, tiny.TASK, data, 7, seen.append)
     right, loss = 0, 0.0
     with torch.no_grad():
         for row in oracles.rows_alone(data):
             scores = logits(fm, row)[0]
             right += int(scores.argmax()) == int(row["labels"])
             loss -= float(scores.log_softmax(-1)[int(row["labels"])])
-    assert score.accuracy == right / 23
+    assert score.value == right / 23
     assert score.loss == pytest.approx(loss / 23, rel=1e-5)
     assert score.rows == 23
     assert seen == [7, 14, 21, 23]
@@ -261,7 +264,7 @@ def test_adapter_gradient_equals_a_plain_backward(family: str) -> None:
     for model, of in ((fm, None), (small, plan)):
         model.double()
         rows = [tiny.double(b) for b in batches(data, 7, None)]
-        found = adapter_gradient(model, rows, of)
+        found = adapter_gradient(model, tiny.TASK, rows, of)
         (whole,) = batches(data, 23, None)
         loss = F.cross_entropy(logits(model, tiny.double(whole)), whole["labels"])
         loss.backward()
@@ -275,7 +278,7 @@ def test_adapter_gradient_leaves_no_gradient_and_no_dropout() -> None:
     _, small, plan, _ = tiny.pair("bert", dropout=0.5)
     rows = list(batches(tiny.encoded("bert", 8), 8, None))
     small.train()
-    first, second = (adapter_gradient(small, rows, plan) for _ in range(2))
+    first, second = (adapter_gradient(small, tiny.TASK, rows, plan) for _ in range(2))
     assert tiny.same_bits(first, second)
     assert all(p.grad is None for p in small.parameters())
 

@@ -30,7 +30,7 @@ from flwr.common.config import parse_config_args
 
 from client_app.node import NODE_KEYS, client_for
 from fedpft_core import config as configs
-from fedpft_core.data.tasks import Examples
+from fedpft_core.data.examples import Examples
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -266,7 +266,7 @@ class Without(PathFinder):
             return PathFinder.find_spec(name, path, target)
 sys.meta_path[sys.meta_path.index(PathFinder)] = Without
 import client_app.app, client_app.client, fedpft_core.train.tune, fedpft_core.proxy.package
-import fedpft_core.data.tasks, fedpft_core.data.files, fedpft_core.data.batches
+import fedpft_core.task, fedpft_core.data.files, fedpft_core.data.batches
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False

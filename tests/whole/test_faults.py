@@ -605,7 +605,7 @@ def _draws(flat: dict[str, Any]) -> dict[str, Callable[[int], Any]]:
 
     def head(seed: int) -> Any:
         cfg = _with_seed(flat, seed)
-        return models.load(cfg.model, tiny.LABELS, "text", seed).model.classifier.weight.tolist()
+        return models.load(cfg.model, tiny.TASK.model(), seed).model.classifier.weight.tolist()
 
     def clients(seed: int) -> Any:
         chosen: Any = Strategy(_with_seed(flat, seed), SimpleNamespace(), SimpleNamespace())  # type: ignore[arg-type]
@@ -613,7 +613,7 @@ def _draws(flat: dict[str, Any]) -> dict[str, Callable[[int], Any]]:
 
     def local_training(seed: int) -> Any:
         adapters.load(small, start, plan)
-        training.fine_tune(small, tiny.encoded("bert", 16), settings, seed)
+        training.fine_tune(small, tiny.TASK, tiny.encoded("bert", 16), settings, seed)
         return {k: v.tolist() for k, v in adapters.read(small, plan).items()}
 
     def public(seed: int) -> Any:
@@ -694,8 +694,8 @@ def test_8_best_checkpoint_chosen_on_test_data(
         result = score(bench, round, which)
         if round == 0 and which == "proxy":
             best.clear()
-        if which != "proxy" and result.accuracy > best.get("accuracy", -1.0):
-            best.update(accuracy=result.accuracy, adapter=adapters.read(bench.models.fm))
+        if which != "proxy" and result.value > best.get("value", -1.0):
+            best.update(value=result.value, adapter=adapters.read(bench.models.fm))
         return result
 
     def export_the_best(fm: Any, *args: Any) -> Any:
@@ -722,9 +722,9 @@ def test_9_family_guessed_from_the_path(tmp_path: Path, fails: Any) -> None:
     def real(folder: Path) -> str:
         cfg = config.ModelConfig(name=str(folder))
         try:
-            loaded = models.load(cfg, tiny.LABELS, "text", 0)
+            loaded = models.load(cfg, tiny.TASK.model(), 0)
         except models.UserError:
-            loaded = models.load(cfg, tiny.LABELS, "image", 0)
+            loaded = models.load(cfg, tiny.task_of("vit").model(), 0)
         return loaded.family.model_type
 
     def guessed(folder: Path) -> str:
@@ -799,10 +799,10 @@ def check_image_size_is_the_models(load: Callable[..., models.Loaded], folder: P
         cls = type(tiny.processor("vit"))
         shape = {"height": size, "width": size}
         cls(size=shape, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(where)
-        loaded = load(config.ModelConfig(name=str(where)), tiny.LABELS, "image", 0)
+        loaded = load(config.ModelConfig(name=str(where)), tiny.task_of("vit").model(), 0)
         data = encode(tiny.examples("vit", 3), loaded.processor, 16)
         assert tuple(data.pixels.shape[-2:]) == (size, size)
-        evaluate(loaded.model, data, 3)
+        evaluate(loaded.model, tiny.TASK, data, 3)
 
 
 def test_9_hard_coded_image_size(tmp_path: Path, fails: Any) -> None:

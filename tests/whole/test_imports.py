@@ -20,6 +20,7 @@ FLOORS: list[set[str]] = [
     {"fedpft_core.data"},
     {"fedpft_core.config"},
     {"fedpft_core.model"},
+    {"fedpft_core.task"},
     {"fedpft_core.adapter"},
     {"fedpft_core.train"},
     {"fedpft_core.aggregation", "fedpft_core.wire"},
@@ -113,7 +114,7 @@ from fedpft_core.wire import validate
 fm, proxy, plan, spec = tiny.pair("bert")
 data = tiny.encoded("bert", 12)
 settings = training.LocalSettings(1e-3, 4, 1, 0, 0.0, 1.0, 1)
-assert training.fine_tune(proxy, data, settings, 0).steps == 3
+assert training.fine_tune(proxy, tiny.TASK, data, settings, 0).steps == 3
 print("ran")
 """
     done = subprocess.run(

@@ -19,7 +19,9 @@ from fedpft_core import registry
 from fedpft_core.align.distill import Progress, targets
 from fedpft_core.config import DistillConfig
 from fedpft_core.errors import UserError
+from fedpft_core.model.batch import Position
 from fedpft_core.model.device import Batch
+from fedpft_core.model.families import family_of
 from fedpft_core.model.plan import Plan
 
 
@@ -38,6 +40,12 @@ class Job:
     chosen: Mapping[int, Tensor] | None = None  # neurons that move, per pruned block; None = all
     seed: int = 0
     on_step: Progress | None = None
+    head_reads: Position | None = None  # None = where the family's classification head does
+
+    @property
+    def position(self) -> Position:
+        """Which positions of the last block's output the head reads."""
+        return self.head_reads or family_of(self.plan.model_type).summary
 
 
 def parts(name: str) -> list[str]:

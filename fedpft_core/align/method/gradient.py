@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.align.distill import hidden_errors, outputs, targets
 from fedpft_core.align.method import Job, sgd
-from fedpft_core.model.batch import real_positions
+from fedpft_core.model.batch import Position, real_positions
 from fedpft_core.model.device import Batch
 from fedpft_core.model.plan import Plan
 from fedpft_core.proxy.saliency import functional
@@ -19,7 +19,9 @@ LAYER_DROP = True
 
 
 def align(job: Job) -> tuple[float, float]:
-    objective = Objective(job.teacher, job.student, job.plan, job.cfg.gradient_weight, job.seed)
+    objective = Objective(
+        job.teacher, job.student, job.plan, job.cfg.gradient_weight, job.seed, job.position
+    )
     return sgd.align(job, objective)
 
 
@@ -27,16 +29,23 @@ class Objective:
     """Hidden-state error (paper eq. 3) + w · ‖g_S − g_T‖² / ‖g_T‖².
 
     g is the gradient for LoRA's factors of a loss public rows have: a random linear functional of
-    the last block's output at the first position, where the head reads, drawn anew for each step
+    the last block's output where the head reads, drawn anew for each step
     and the same for both models. Its expectation over draws compares the Jacobians of that output
     in the adapter, so agreement does not hang on one task's labels (in the spirit of GradOT,
     arXiv:2507.04455, which matches gradients too, but by choosing what to drop).
     """
 
     def __init__(
-        self, teacher: nn.Module, student: nn.Module, plan: Plan, weight: float, seed: int
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        plan: Plan,
+        weight: float,
+        seed: int,
+        position: Position,
     ) -> None:
         self.teacher, self.student, self.plan, self.weight = teacher, student, plan, weight
+        self.position = position
         self.stream = torch_stream(seed, "gradient-matching")
         theirs, mine = adapters.parameters(teacher), adapters.parameters(student, plan)
         names = [n for n in mine if ".lora_" in n]
@@ -52,10 +61,10 @@ class Objective:
             h_T = outputs(self.teacher, self.plan, batch, False, {*pairs.values(), last_T})
             h_S = outputs(self.student, self.plan, batch, True, {*pairs, last_S})
         state = self.stream.get_state()
-        g_T = torch.autograd.grad(functional(h_T[last_T], self.stream), self.theirs)
+        g_T = torch.autograd.grad(self._functional(h_T[last_T], batch), self.theirs)
         self.stream.set_state(state)
         g_S = torch.autograd.grad(
-            functional(h_S[last_S], self.stream), self.mine, create_graph=True
+            self._functional(h_S[last_S], batch), self.mine, create_graph=True
         )
         for p in self.mine:
             p.requires_grad_(False)
@@ -65,3 +74,6 @@ class Objective:
         real = real_positions(batch, h_S[last_S].shape[1])
         errors = hidden_errors(wanted, {b: h_S[b] for b in pairs}, real)
         return torch.stack(list(errors.values())).mean() + self.weight * apart / size
+
+    def _functional(self, h_BLD: Tensor, batch: Batch) -> Tensor:
+        return functional(h_BLD, batch, self.position, self.stream)

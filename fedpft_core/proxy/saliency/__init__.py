@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedpft_core import registry
 from fedpft_core.errors import UserError
-from fedpft_core.model.batch import inputs_of, real_positions
+from fedpft_core.model.batch import Position, inputs_of, read_at, real_positions
 from fedpft_core.model.families import FFN, family_of_model
 
 Batch = dict[str, Tensor]
@@ -23,11 +23,25 @@ Public = Callable[[], Iterable[Batch]]
 
 @dataclass(frozen=True)
 class Probe:
-    """What a saliency may look at: the FM without adapter, public batches, the run's seed."""
+    """What a saliency may look at.
+
+    Attributes:
+        fm: the FM without adapter.
+        seed: the run's.
+        public: gives public batches; None where there are none.
+        head_reads: which positions the task's head reads; None for where the family's
+            classification head does.
+    """
 
     fm: nn.Module
     seed: int
     public: Public | None = None
+    head_reads: Position | None = None
+
+    @property
+    def position(self) -> Position:
+        """Which positions the head reads."""
+        return self.head_reads or family_of_model(self.fm).summary
 
     @property
     def ffns(self) -> list[FFN]:
@@ -50,14 +64,24 @@ def last_block(model: nn.Module) -> nn.Module:
     return family_of_model(model).block_list(model)[-1]
 
 
-def functional(h_BLD: Tensor, stream: torch.Generator) -> Tensor:
-    """A loss without labels: ⟨v, h⟩ at the first position, where the head reads, summed over rows.
+def functional(h_BLD: Tensor, batch: Batch, position: Position, stream: torch.Generator) -> Tensor:
+    """A loss without labels: ⟨v, h⟩ where the head reads, summed over rows.
 
-    v is drawn for every row from a standard normal, so that over many rows no direction of the
-    output is preferred. Returns a scalar.
+    v is drawn for every row (or position, where the head reads every one) from a standard normal,
+    so that over many rows no direction of the output is preferred.
+
+    Args:
+        h_BLD: the last block's output [B, L, D].
+        batch: the batch it is of.
+        position: which positions the head reads.
+        stream: what v is drawn from.
+
+    Returns:
+        A scalar.
     """
-    v_BD = torch.randn(h_BLD[:, 0].shape, generator=stream).to(h_BLD)
-    return (v_BD * h_BLD[:, 0]).sum()
+    h_ND = read_at(h_BLD, batch, position)
+    v_ND = torch.randn(h_ND.shape, generator=stream).to(h_ND)
+    return (v_ND * h_ND).sum()
 
 
 __all__ = [

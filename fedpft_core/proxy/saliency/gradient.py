@@ -13,7 +13,7 @@ from fedpft_core.seeds import torch_stream
 def score(probe: Probe) -> list[Tensor]:
     """s_j = sqrt(mean over rows of (Σ_t a_tj · ∂L/∂a_tj)²), a the activations, t the tokens.
 
-    L is a random linear functional of the last block's output at the first position
+    L is a random linear functional of the last block's output where the head reads
     (`functional`): no labels are needed, and the mean over rows is the diagonal of a
     Gauss-Newton matrix of that output in the neurons' scales.
     """
@@ -36,7 +36,9 @@ def score(probe: Probe) -> list[Tensor]:
         for batch in probe.batches():
             probe.fm(**inputs_of(batch))
             h = seen["last"]
-            grads = torch.autograd.grad(functional(h, stream), list(leaves.values()))
+            grads = torch.autograd.grad(
+                functional(h, batch, probe.position, stream), list(leaves.values())
+            )
             for i, g in zip(leaves, grads, strict=True):
                 change = (acts[i].double() * g.double()).sum(1)
                 squares[i] += change.square().sum(0).cpu()

@@ -1,0 +1,40 @@
+"""Rows in memory: inputs, and what is to be learned of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+Input = str | tuple[str, str] | bytes
+"""One example's input: a text, a pair of texts, or an encoded image file."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Inputs with their labels; row i of one belongs to row i of the other."""
+
+    inputs: tuple[Input, ...]
+    """Texts, pairs of texts, or encoded images (all of one kind)."""
+    labels: np.ndarray
+    """What the task has made of the rows' label cells, first axis rows: whole numbers as int64,
+    others as float32."""
+
+    def __post_init__(self) -> None:
+        # A read-only copy: examples are shared between clients of one simulation.
+        labels = np.asarray(self.labels)
+        labels = np.array(labels, dtype=np.float32 if labels.dtype.kind == "f" else np.int64)
+        if labels.shape[:1] != (len(self.inputs),):
+            raise ValueError(f"{len(self.inputs)} inputs but labels of shape {labels.shape}")
+        labels.flags.writeable = False
+        object.__setattr__(self, "inputs", tuple(self.inputs))
+        object.__setattr__(self, "labels", labels)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def select(self, indices: Iterable[int] | np.ndarray) -> Examples:
+        """The rows with these numbers, in this order."""
+        chosen = np.fromiter(indices, dtype=np.int64)
+        return Examples(tuple(self.inputs[i] for i in chosen), self.labels[chosen])

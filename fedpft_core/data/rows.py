@@ -1,0 +1,178 @@
+"""Reading rows: the columns of a file, or built-in data, as inputs and label cells.
+
+What a label cell means is the task's business; here it only has to be there.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedpft_core.data import files
+from fedpft_core.data.examples import Input
+from fedpft_core.errors import UserError
+
+BUILTIN_DOCSTRINGS = "builtin:docstrings"
+"""Name of the embedded text-classification data; see :mod:`fedpft_core.data.builtin`."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a file hold what."""
+
+    text: str = "text"
+    """The text; unused for images."""
+    text_pair: str = ""
+    """The second text of a pair; "" for none."""
+    image: str = ""
+    """Images: bytes, ``{"bytes": …}`` or a path relative to the data file's folder; "" for text."""
+    label: str = "label"
+    """What is to be learned."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows as read: label cells not yet looked at."""
+
+    inputs: tuple[Input, ...]
+    cells: tuple[Any, ...]
+    """One label cell a row, never empty."""
+    where: str
+    """Key and file, put in front of messages."""
+    names: tuple[str, ...] = ()
+    """Label names in their order where the source knows them; empty for files."""
+
+
+def read_table(path: str | Path, columns: Columns, key: str = "") -> Table:
+    """All rows of one file, in file order.
+
+    Args:
+        path: .csv, .tsv, .json, .jsonl or .parquet file.
+        columns: which of its columns to read.
+        key: configuration key to name in messages; "" for none.
+
+    Raises:
+        UserError: missing file or column, no rows, empty cell, or malformed content; names the
+            file and, where there is one, the row (from 1).
+    """
+    where = f"{key}: {path}" if key else str(path)
+    texts = [columns.text, columns.text_pair] if columns.text_pair else [columns.text]
+    names = [columns.image] if columns.image else texts
+    found = files.read_columns(path, [*names, columns.label], key)
+    cells = found[columns.label]
+    for row, value in enumerate(cells, start=1):
+        if value is None or not cell_text(value) or value != value:
+            raise UserError(f"{where}: row {row} has no label in column {columns.label!r}.")
+    inputs: list[Input]
+    if columns.image:
+        folder = Path(path).parent
+        inputs = [
+            image_bytes(value, folder, f"{where}: row {row}")
+            for row, value in enumerate(found[columns.image], start=1)
+        ]
+    else:
+        parts = [_texts(found[name], name, where) for name in names]
+        inputs = list(zip(*parts, strict=True)) if columns.text_pair else list(parts[0])
+    return Table(tuple(inputs), tuple(cells), where)
+
+
+def read_split(source: str, split: str, columns: Columns, cache_dir: Path | None) -> Table:
+    """The rows of one split of a task.
+
+    Args:
+        source: a file, or the name of built-in data.
+        split: "train", "validation" or "test".
+        columns: which columns of a file to read.
+        cache_dir: where built-in data is cached; None for the default folder.
+
+    Raises:
+        UserError: see :func:`read_table`; or there is no such built-in data.
+    """
+    key = f"data.{split}"
+    if source == BUILTIN_DOCSTRINGS:
+        from fedpft_core.data import builtin
+
+        rows = builtin.docstring_rows(cache_dir)
+        chosen = [i for i, name in enumerate(rows.split) if name == split]
+        return Table(
+            tuple(rows.text[i] for i in chosen),
+            tuple(rows.label[i] for i in chosen),
+            f"{key}: {source}",
+            builtin.LIBRARIES,
+        )
+    if source.startswith("builtin:"):
+        raise UserError(f"{key} is {source!r}; the only built-in data is {BUILTIN_DOCSTRINGS!r}.")
+    return read_table(source, columns, key)
+
+
+def cell_text(value: Any) -> str:
+    """A cell as text without surrounding blanks; a whole number without its decimal point."""
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        return str(int(value))
+    return str(value).strip()
+
+
+def _texts(values: Sequence[Any], column: str, where: str) -> list[str]:
+    for row, value in enumerate(values, start=1):
+        if value is None or (isinstance(value, str) and not value.strip()):
+            raise UserError(f"{where}: row {row} has no text in column {column!r}.")
+        if not isinstance(value, str):
+            raise UserError(
+                f"{where}: row {row} holds {type(value).__name__} instead of text in column "
+                f"{column!r}."
+            )
+    return list(values)
+
+
+def image_bytes(value: Any, folder: Path, where: str) -> bytes:
+    """The encoded image in a cell: bytes, ``{"bytes": …, "path": …}``, or a path.
+
+    Args:
+        value: the cell.
+        folder: what relative paths are relative to.
+        where: file and row, put in front of messages.
+
+    Raises:
+        UserError: the cell is empty or of another type, the image file cannot be read, or the
+            bytes do not begin like an image (the whole is decoded only when it is used).
+    """
+    from PIL import Image
+
+    content = _image_content(value, folder, where)
+
+    try:
+        with Image.open(io.BytesIO(content)):
+            return content
+    except Exception as error:  # damaged headers make PIL raise a dozen kinds
+        raise UserError(
+            f"{where}: the {len(content)} bytes are not a known image format."
+        ) from error
+
+
+def _image_content(value: Any, folder: Path, where: str) -> bytes:
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes | bytearray) and value:
+        return bytes(value)
+    if isinstance(value, str) and value.strip():
+        path = folder / value.strip()
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"{where}: the image file {path} cannot be read ({error.strerror or error})."
+            ) from error
+        if content:
+            return content
+        raise UserError(f"{where}: the image file {path} is empty.")
+    if value is None or not value:
+        raise UserError(f"{where}: there is no image.")
+    raise UserError(
+        f"{where}: an image is bytes, a dictionary with bytes, or a path, not "
+        f"{type(value).__name__}."
+    )

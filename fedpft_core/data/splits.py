@@ -1,0 +1,170 @@
+"""Training, validation and test rows of a run: what is cut from what, and how many stay."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from fedpft_core.data.examples import Examples
+from fedpft_core.data.rows import BUILTIN_DOCSTRINGS, Columns
+from fedpft_core.errors import UserError
+
+
+class DataSettings(Protocol):
+    """The configuration attributes that a task's rows depend on (all under the key ``data.``)."""
+
+    @property
+    def train(self) -> str: ...
+    @property
+    def validation(self) -> str: ...
+    @property
+    def test(self) -> str: ...
+    @property
+    def text_column(self) -> str: ...
+    @property
+    def text_pair_column(self) -> str: ...
+    @property
+    def image_column(self) -> str: ...
+    @property
+    def label_column(self) -> str: ...
+    @property
+    def labels(self) -> str: ...
+    @property
+    def validation_share(self) -> float: ...
+    @property
+    def max_train_rows(self) -> int: ...
+    @property
+    def max_test_rows(self) -> int: ...
+
+
+def columns_of(data: DataSettings) -> Columns:
+    """Which columns the files of a run's configuration have."""
+    return Columns(data.text_column, data.text_pair_column, data.image_column, data.label_column)
+
+
+def check_settings(data: DataSettings) -> None:
+    """Raise UserError, naming the key, for settings that no rows can come of."""
+    if not data.train and not data.test:
+        raise UserError(
+            f"data.train and data.test are empty; name files or {BUILTIN_DOCSTRINGS!r}."
+        )
+    share = float(data.validation_share)
+    if not 0.0 <= share < 0.5:
+        raise UserError(f"data.validation-share is {share:g}; it must be in [0, 0.5).")
+    for limit_key, limit in (
+        ("data.max-train-rows", data.max_train_rows),
+        ("data.max-test-rows", data.max_test_rows),
+    ):
+        if limit < 0:
+            raise UserError(f"{limit_key} is {limit}; it must be 0 (all rows) or more.")
+    if data.image_column and data.text_pair_column:
+        raise UserError("data.image-column and data.text-pair-column cannot both be set.")
+    if BUILTIN_DOCSTRINGS in (data.train, data.validation, data.test):
+        for key, value in (
+            ("data.image-column", data.image_column),
+            ("data.text-pair-column", data.text_pair_column),
+        ):
+            if value:
+                raise UserError(f"{key} is {value!r}, but {BUILTIN_DOCSTRINGS} has single texts.")
+    if not data.test and data.train != BUILTIN_DOCSTRINGS:
+        raise UserError("data.test is empty; name a file with test rows.")
+
+
+def owned_split(data: DataSettings) -> tuple[str, str]:
+    """(source, split) of the rows that tell the label names.
+
+    Without training rows (they lie with the clients) those are the test rows.
+    """
+    return (data.train, "train") if data.train else (data.test, "test")
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Three disjoint sets of examples."""
+
+    train: Examples
+    """Rows shared out among the clients."""
+    validation: Examples
+    """Rows the server may use for choices; empty if none were asked for."""
+    test: Examples
+    """Rows for reporting only."""
+
+
+def split_rows(
+    data: DataSettings,
+    seed: int,
+    read: Callable[[str, str], Examples],
+    strata: Callable[[Examples], np.ndarray],
+) -> Splits:
+    """Read the three splits that the configuration names, and cut off what it asks for.
+
+    ``data.train`` may be "" where the clients alone hold training rows: then there are none here.
+    ``data.test`` may be "" only when ``data.train`` is built in (its own test split is used);
+    the same holds for ``data.validation``, which otherwise is cut from the training rows
+    (``data.validation-share`` of each stratum, chosen by ``seed``). The subsets for
+    ``data.max-train-rows`` and ``data.max-test-rows`` keep the strata's shares; the former is taken
+    after validation has been cut off, so it does not change which rows validate.
+
+    Args:
+        data: settings that :func:`check_settings` has passed.
+        seed: run seed, used for the validation split and the subsets, each independently.
+        read: called with (source, split), gives that source's rows of that split.
+        strata: the stratum of each row, integers of shape (rows,).
+
+    Raises:
+        UserError: whatever `read` raises.
+    """
+    train = read(*owned_split(data))
+    if not data.train:
+        train = train.select([])
+    test = read(data.test or data.train, "test")
+    if data.validation or data.train == BUILTIN_DOCSTRINGS:
+        validation = read(data.validation or data.train, "validation")
+    else:
+        share = float(data.validation_share)
+        count = round(share * len(train))
+        if share > 0 and len(train) > 1:
+            count = max(count, 1)
+        held_out = stratified_subset(strata(train), count, _rng(seed, "validation"))
+        validation = train.select(held_out)
+        train = train.select(np.setdiff1d(np.arange(len(train)), held_out))
+    if 0 < data.max_train_rows < len(train):
+        stream = _rng(seed, "train rows")
+        train = train.select(stratified_subset(strata(train), data.max_train_rows, stream))
+    if 0 < data.max_test_rows < len(test):
+        stream = _rng(seed, "test rows")
+        test = test.select(stratified_subset(strata(test), data.max_test_rows, stream))
+    return Splits(train, validation, test)
+
+
+def stratified_subset(strata: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Choose rows so that every stratum keeps its share.
+
+    Each stratum is shuffled and its j-th row (from 0) of n gets the rank (j + ½) / n; the ``count``
+    lowest ranks win, ties decided at random. So shares differ from exact proportion by a row or
+    so, and a larger count extends a smaller one's choice.
+
+    Args:
+        strata: the stratum of each row, integers of shape (rows,).
+        count: how many rows; at most ``len(strata)``.
+        rng: source of randomness.
+
+    Returns:
+        int64, shape (count,): row numbers in ascending order.
+    """
+    strata = np.asarray(strata)
+    rank = np.empty(len(strata), dtype=np.float64)
+    for stratum in np.unique(strata):
+        rows = rng.permutation(np.flatnonzero(strata == stratum))
+        rank[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
+    order = np.lexsort((rng.permutation(len(strata)), rank))
+    return np.sort(order[:count]).astype(np.int64)
+
+
+def _rng(seed: int, purpose: str) -> np.random.Generator:
+    """A generator of its own per purpose, so that one choice never shifts another."""
+    return np.random.default_rng([zlib.crc32(f"data: {purpose}".encode()), seed])

@@ -1,0 +1,247 @@
+"""What a task is: everything that differs between, say, classification and generation.
+
+Nothing outside this folder knows what a label means, which score counts, or where a head reads.
+A task is a small frozen value: packages carry its name and labels, and `fedpft_core.task.make`
+makes it from these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isnan
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor, nn
+
+from fedpft_core.data.batches import Encoded
+from fedpft_core.data.examples import Examples
+from fedpft_core.data.rows import Columns
+from fedpft_core.data.splits import Splits
+from fedpft_core.model.batch import Position
+from fedpft_core.model.device import Batch
+from fedpft_core.model.families import Family
+from fedpft_core.model.load import TaskModel
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The score a task is judged by.
+
+    Attributes:
+        name: as reports and events call it.
+        higher_is_better: direction.
+        share: whether its values lie in [0, 1], so that they are shown as per cent.
+    """
+
+    name: str
+    higher_is_better: bool
+    share: bool
+
+    def fields(self) -> dict[str, Any]:
+        """What the `task` event says of it."""
+        return {
+            "metric": self.name,
+            "higher_is_better": self.higher_is_better,
+            "share": self.share,
+        }
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model came to on some rows.
+
+    Attributes:
+        metric: what `value` is.
+        value: the metric's value.
+        error: standard error of `value`, by chance of which rows they were.
+        loss: mean loss over what the task counts (rows here); NaN where there is none.
+        rows: rows scored.
+        seconds: time it took.
+        more: further metrics, by name.
+        sums: what the score was made from; see `Task.sums`.
+    """
+
+    metric: Metric
+    value: float
+    error: float
+    loss: float
+    rows: int
+    seconds: float = 0.0
+    more: Mapping[str, float] = field(default_factory=dict)
+    sums: Mapping[str, float] = field(default_factory=dict)
+
+    def fields(self) -> dict[str, Any]:
+        """What an event says of it; the seconds, which not every event has, are left out."""
+        return {
+            "metric": self.metric.name,
+            "value": self.value,
+            "error": self.error,
+            "loss": None if isnan(self.loss) else self.loss,
+            "rows": self.rows,
+            "more": dict(self.more),
+        }
+
+
+def mean_score(scores: Sequence[Score]) -> Score:
+    """The mean over several models scored on the same rows.
+
+    Errors are averaged too: what chance has put into the rows is the same for all.
+
+    Args:
+        scores: at least one, all of one task and over the same rows.
+
+    Returns:
+        Means of value, error, loss and further metrics; the seconds are those of all together.
+    """
+    n, first = len(scores), scores[0]
+    return Score(
+        metric=first.metric,
+        value=sum(s.value for s in scores) / n,
+        error=sum(s.error for s in scores) / n,
+        loss=sum(s.loss for s in scores) / n,
+        rows=first.rows,
+        seconds=sum(s.seconds for s in scores),
+        more={name: sum(s.more[name] for s in scores) / n for name in first.more},
+    )
+
+
+class Task(Protocol):
+    """One kind of task with its labels; `classify.Classify` is one.
+
+    Methods may assume batches and models of this task. A task without something says so (an empty
+    tuple, None) instead of raising.
+    """
+
+    @property
+    def name(self) -> str:
+        """What packages and node configs call this kind of task."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of what the head puts out; empty where they are not known yet, or mean nothing."""
+
+    @property
+    def reads(self) -> str:
+        """What its rows are to a model: `text` or `image`."""
+
+    @property
+    def metric(self) -> Metric:
+        """The metric that decides."""
+
+    # --- the model ---
+
+    def model(self) -> TaskModel:
+        """What of the model library the task is done with."""
+
+    def head(self, family: Family) -> tuple[str, ...]:
+        """Paths of the modules that are the head and are trained whole; none if there is none."""
+
+    def position(self, family: Family) -> Position:
+        """Which positions of the last block's output the head reads."""
+
+    @property
+    def refits(self) -> bool:
+        """Whether the head ends in one linear layer over one feature vector a row."""
+
+    # --- rows ---
+
+    def read(self, path: str | Path, columns: Columns, key: str = "") -> Examples:
+        """All rows of one file, in file order.
+
+        Args:
+            path: .csv, .tsv, .json, .jsonl or .parquet file.
+            columns: which of its columns hold what.
+            key: configuration key to name in messages; "" for none.
+
+        Raises:
+            UserError: anything wrong in the file, naming it and, where there is one, the row.
+        """
+
+    def learn(self, path: str | Path, columns: Columns, key: str = "") -> Task:
+        """The same task with the labels that a file's rows have; raises as `read` does."""
+
+    def strata(self, examples: Examples) -> np.ndarray:
+        """The group of each row, int64 (rows,): subsets and partitions go by it."""
+
+    def histogram(self, examples: Examples) -> dict[str, int]:
+        """How many rows each label has, also those that none has; empty where that means
+        nothing.
+        """
+
+    def encode(self, examples: Examples, processor: Any, max_length: int) -> Encoded:
+        """Rows as model inputs with what the loss needs; arguments as `data.batches.encode`."""
+
+    def any_labels(self, rows: int) -> Tensor:
+        """Labels that so many rows may have, for trying a step on inputs that mean nothing."""
+
+    # --- training and scoring ---
+
+    def loss(self, model: nn.Module, batch: Batch, reduction: str = "mean") -> Tensor:
+        """The loss of a batch, a scalar.
+
+        Args:
+            model: a model of this task.
+            batch: inputs and labels.
+            reduction: `mean` over what the task counts (see `count`), or `sum`.
+        """
+
+    def count(self, batch: Batch) -> int:
+        """How many terms the mean loss of a batch is over (rows here)."""
+
+    def sums(self, model: nn.Module, batch: Batch) -> dict[str, float]:
+        """What a batch adds to the figures scores are made from; `rows` is one of them.
+
+        Figures add up over batches, and over the clients that report them.
+        """
+
+    def score(self, sums: Mapping[str, float], seconds: float = 0.0) -> Score:
+        """The score that such figures come to. No rows give 0."""
+
+    def merit(self, outputs: Tensor, labels: Tensor) -> int:
+        """How good a head's outputs for some rows are; adds up over rows, more is better."""
+
+    # --- reference points ---
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """The reference points that make sense: `linear-probe`, `tf-idf`."""
+
+    def fit_baseline(
+        self, name: str, train: tuple[Any, np.ndarray], test: tuple[Any, np.ndarray], seed: int
+    ) -> Score:
+        """Fit a reference point and score it.
+
+        Args:
+            name: one of `baselines`.
+            train, test: (x, labels), x being features [rows, D] for `linear-probe` and texts for
+                `tf-idf`.
+            seed: of the fit.
+        """
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task with its rows."""
+
+    name: str
+    """The ``data.train`` value it came from, for reports."""
+    task: Task
+    splits: Splits
+
+    @property
+    def train(self) -> Examples:
+        """Rows shared out among the clients."""
+        return self.splits.train
+
+    @property
+    def validation(self) -> Examples:
+        """Rows the server may use for choices; empty if none were asked for."""
+        return self.splits.validation
+
+    @property
+    def test(self) -> Examples:
+        """Rows for reporting only."""
+        return self.splits.test
