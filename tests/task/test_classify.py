@@ -1,0 +1,134 @@
+"""The classification task: its score and error, its fields, and where heads read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from fedpft_core.data.examples import Examples
+from fedpft_core.data.rows import Columns
+from fedpft_core.errors import UserError
+from fedpft_core.model.batch import Position, read_at
+from fedpft_core.model.families import FAMILIES
+from fedpft_core.task import KINDS, kind_of, make
+from fedpft_core.task.classify import logits
+
+families = pytest.mark.parametrize("family", tiny.FAMILIES)
+
+
+def test_looked_up_by_the_name_in_packages() -> None:
+    for name in KINDS:
+        task = make(name, ["a", "b"])
+        assert (task.name, task.labels) == (name, ("a", "b"))
+        assert task == make(name, ("a", "b")) and hash(task) == hash(make(name, ("a", "b")))
+        assert task.reads == ("image" if name == "image" else "text")
+    with pytest.raises(UserError, match="'poem' is no kind of task; there are text, pair, image"):
+        make("poem")
+
+
+def test_columns_tell_the_kind() -> None:
+    assert kind_of(Columns()) == "text"
+    assert kind_of(Columns(text_pair="other")) == "pair"
+    assert kind_of(Columns(image="image")) == "image"
+
+
+def test_score_is_the_share_right_with_its_standard_error() -> None:
+    right = np.random.default_rng(0).random(400) < 0.8
+    score = tiny.TASK.score({"rows": 400, "correct": int(right.sum()), "loss": 100.0}, 2.5)
+    assert score.value == right.mean()
+    # The standard error of a mean of numbers that are 0 or 1.
+    assert score.error == pytest.approx(right.std() / math.sqrt(400))
+    assert (score.loss, score.rows, score.seconds) == (0.25, 400, 2.5)
+    assert score.metric.fields() == {
+        "metric": "accuracy", "higher_is_better": True, "share": True,
+    }  # fmt: skip
+    assert score.fields() == {
+        "metric": "accuracy", "value": score.value, "error": score.error, "loss": 0.25,
+        "rows": 400, "more": {},
+    }  # fmt: skip
+    assert replace(score, loss=math.nan).fields()["loss"] is None
+
+
+def test_no_rows_score_nothing() -> None:
+    score = tiny.TASK.score({})
+    assert (score.value, score.error, score.loss, score.rows) == (0.0, 0.0, 0.0, 0)
+
+
+@families
+def test_sums_of_batches_add_up_to_those_of_all_rows(family: str) -> None:
+    model, task = tiny.model(family).double(), tiny.task_of(family)
+    parts = [tiny.double(tiny.batch_of(family, 5, seed)) for seed in (1, 2)]
+    whole = [task.sums(model, batch) for batch in parts]
+    added = {k: whole[0][k] + whole[1][k] for k in whole[0]}
+    assert added["rows"] == 10
+    right, loss = 0, 0.0
+    for batch in parts:
+        for scores, label in zip(logits(model, batch), batch["labels"].tolist(), strict=True):
+            right += int(scores.argmax()) == label
+            loss += float(scores.logsumexp(0) - scores[label])
+    assert added["correct"] == right
+    assert added["loss"] == pytest.approx(loss)
+    assert task.score(added).value == right / 10
+    mean = task.loss(model, parts[0])
+    assert float(mean.detach()) == pytest.approx(whole[0]["loss"] / task.count(parts[0]))
+
+
+@families
+def test_the_loss_depends_on_what_the_head_reads_and_on_nothing_else(family: str) -> None:
+    """The gradient of the class scores for the last block's output says where the head reads."""
+    model, task = tiny.model(family), tiny.task_of(family)
+    row, batch = FAMILIES[family], tiny.batch_of(family)
+    seen: list[torch.Tensor] = []
+
+    def keep(_m: object, _i: object, out: torch.Tensor | tuple[torch.Tensor]) -> None:
+        seen.append(out[0] if isinstance(out, tuple) else out)
+        seen[0].retain_grad()
+
+    row.block_list(model)[-1].register_forward_hook(keep)
+    task.loss(model, batch).backward()
+    grad = seen[0].grad
+    assert grad is not None
+    read = read_at(grad, batch, task.position(row))
+    assert read.any(1).all()
+    assert float(read.abs().sum()) == pytest.approx(float(grad.abs().sum()))
+
+
+@pytest.mark.parametrize(
+    ("position", "want"),
+    [("first", [0, 3, 6]), ("last", [2, 3, 7]), ("every", [0, 1, 2, 3, 6, 7])],
+)
+def test_positions(position: Position, want: list[int]) -> None:
+    h = torch.arange(9.0).reshape(3, 3, 1)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]])
+    assert read_at(h, {"attention_mask": mask}, position).flatten().tolist() == want
+
+
+def test_histogram_counts_labels_that_no_row_has() -> None:
+    rows = Examples(("x", "y", "z"), np.array([2, 0, 2]))
+    assert tiny.TASK.histogram(rows) == {"animal": 1, "number": 0, "place": 2}
+    assert tiny.TASK.strata(rows).tolist() == [2, 0, 2]
+
+
+def test_labels_that_are_learned_from_rows(tmp_path: object) -> None:
+    path = tiny.write_csv(tmp_path / "a.csv", [("x", "b"), ("y", "a")])  # type: ignore[operator]
+    task = make("text").learn(path, Columns())
+    assert task.labels == ("a", "b")
+    assert task.read(path, Columns()).labels.tolist() == [1, 0]
+
+
+def test_baselines_are_those_that_make_sense() -> None:
+    assert make("image", tiny.LABELS).baselines == ("linear-probe",)
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 3, 90)
+    x = rng.normal(size=(90, 4)) + 3 * labels[:, None]
+    score = tiny.TASK.fit_baseline("linear-probe", (x[:60], labels[:60]), (x[60:], labels[60:]), 0)
+    assert score.value > 0.9 and score.rows == 30 and math.isnan(score.loss)
+    words = [t for t, _ in tiny.sentences(90)]
+    numbers = np.array([tiny.LABELS.index(y) for _, y in tiny.sentences(90)])
+    score = tiny.TASK.fit_baseline("tf-idf", (words, numbers), (words, numbers), 0)
+    assert score.value > 0.9 and score.rows == 90
