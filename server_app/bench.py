@@ -25,7 +25,7 @@ from server_app.state import Events
 
 @dataclass
 class Rows:
-    """The server's rows: those of the task, the public corpus, and what of the task is already encoded."""
+    """The server's rows: the task's, the public corpus, and what of the former is encoded."""
 
     config: Config
     data: TaskData

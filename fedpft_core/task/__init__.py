@@ -26,6 +26,9 @@ def make(name: str, labels: Iterable[str] = ()) -> Task:
         name: one of `KINDS`.
         labels: names of what the head puts out; empty where they are not known yet.
 
+    Returns:
+        A frozen value, equal to another made from the same.
+
     Raises:
         UserError: there is no such kind.
     """
@@ -46,6 +49,9 @@ def load_task(data: DataSettings, seed: int, cache_dir: Path | None = None) -> T
         data: settings; see :class:`DataSettings` and :func:`split_rows`.
         seed: run seed, for the validation split and the subsets.
         cache_dir: where built-in data is cached; None for the default folder.
+
+    Returns:
+        The task, its training, validation and test rows, and the name they came by.
 
     Raises:
         UserError: anything wrong in a file or setting, naming the key, file and row.

@@ -167,9 +167,7 @@ class Task(Protocol):
         """The group of each row, int64 (rows,): subsets and partitions go by it."""
 
     def histogram(self, examples: Examples) -> dict[str, int]:
-        """How many rows each label has, also those that none has; empty where that means
-        nothing.
-        """
+        """How many rows each label has, 0 included; empty where that means nothing."""
 
     def encode(self, examples: Examples, processor: Any, max_length: int) -> Encoded:
         """Rows as model inputs with what the loss needs; arguments as `data.batches.encode`."""
@@ -216,8 +214,9 @@ class Task(Protocol):
 
         Args:
             name: one of `baselines`.
-            train, test: (x, labels), x being features [rows, D] for `linear-probe` and texts for
-                `tf-idf`.
+            train: (x, labels) to fit to, x being features [rows, D] for `linear-probe` and texts
+                for `tf-idf`.
+            test: the same, to score.
             seed: of the fit.
         """
 

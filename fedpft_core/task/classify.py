@@ -59,6 +59,9 @@ class Classify:
 
         Labels are those that ``data.labels`` lists, or else those of the rows.
 
+        Returns:
+            The task with its labels, and a function that gives the rows of a source's split.
+
         Raises:
             UserError: the rows cannot be read, or have fewer than two labels.
         """
@@ -206,6 +209,13 @@ def label_index(value: Any, names: Sequence[str]) -> int | None:
     A cell is first compared with the names, as text without surrounding blanks (``3``, ``3.0`` and
     ``" 3 "`` are all the text "3"). An integer that is no name is an index into ``names``, unless
     all names are integers themselves, where it would be a label nobody has declared.
+
+    Args:
+        value: the cell.
+        names: the task's labels in order.
+
+    Returns:
+        Its position in `names`.
     """
     return _LabelTable(names).index(value)
 
@@ -257,9 +267,16 @@ def _examples(table: Table, names: Sequence[str]) -> Examples:
 
 
 def label_names(setting: str) -> tuple[str, ...]:
-    """``data.labels``: a path to a JSON list of names, or names separated by commas.
+    """The label names that ``data.labels`` lists.
 
-    Raises UserError when it names fewer than two, one twice, or an unreadable file.
+    Args:
+        setting: a path to a JSON list of names, or names separated by commas.
+
+    Returns:
+        The names in order.
+
+    Raises:
+        UserError: it names fewer than two, one twice, or an unreadable file.
     """
     if setting.lower().endswith(".json"):
         text = files.read_text(setting, "data.labels")
