@@ -34,7 +34,7 @@ from fedpft_core.model.plan import pruned_ffns
 from fedpft_core.proxy import cost as inspect
 from fedpft_core.proxy.build import build
 from fedpft_core.proxy.choose import make_plan
-from fedpft_core.task import load_task
+from fedpft_core.task import load_task, make
 from fedpft_core.train import tune as training
 from fedpft_core.wire import messages as exchange
 from fedpft_core.wire.envelope import open_envelope, seal
@@ -188,7 +188,7 @@ def bench_average() -> list[str]:
         )
         for i in range(10)
     ]  # fmt: skip
-    want = Expected(1, "0" * 64, "fp32", sent, 1e6, {})
+    want = Expected(1, "0" * 64, "fp32", sent, 1e6, {}, make("text", ("a", "b")))
     opened = [open_envelope(p) for p in packed]
 
     def ours() -> None:

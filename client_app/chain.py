@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -45,7 +45,8 @@ class Work:
     held_out: Encoded
     sent: Tensors
     residuals: Residuals
-    right: int = 0  # rows of `held_out` that the sub-FM with `sent` labels right
+    # What the sub-FM with `sent` came to on `held_out`; see `Task.sums`.
+    sums: Mapping[str, float] = field(default_factory=dict)
     steps: int = 0
     loss: float = 0.0
     seconds: float = 0.0
@@ -74,7 +75,7 @@ def validate(work: Work) -> Work:
     score = evaluate(
         work.model.model, work.model.task, work.held_out, 2 * work.request.settings.batch_size
     )
-    return replace(work, right=int(score.sums["correct"]))
+    return replace(work, sums=score.sums)
 
 
 def tune(work: Work) -> Work:

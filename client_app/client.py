@@ -171,7 +171,7 @@ class Client:
             counts=work.counts,
             timings=work.timings,
             validation_rows=len(work.held_out),
-            validation_correct=work.right,
+            validation_sums=dict(work.sums),
         )
 
     def _held(self, request: TrainRequest) -> Held | None:

@@ -7,6 +7,7 @@ order, none of which that class's `start` has room for.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from fedpft_core.aggregation import Replies
 from fedpft_core.config import Config
 from fedpft_core.errors import RunError
 from fedpft_core.seeds import numpy_stream
+from fedpft_core.task import Task
 from fedpft_core.tensors import Tensors
 from fedpft_core.wire import codec
 from server_app.rounds import ledger
@@ -24,7 +26,6 @@ from server_app.rounds.nodes import Node, Nodes
 from server_app.rounds.outcome import Good, Outcome, outcome
 from server_app.rounds.requests import Request, expected, learning_rate, requests
 from server_app.run import schema as ev
-from server_app.run.events import accuracy
 from server_app.state import Events, State
 from server_app.transport import Transport
 
@@ -69,7 +70,7 @@ class Strategy:
                 got = Collection(asked, nodes, state, round, self.events)
                 self._exchange(got, self._requests(state, round, sent, count_rule))
                 if len(got.good) >= f.min_clients:
-                    self._report_validation(round, got.good.values())
+                    self._report_validation(want.task, round, got.good.values())
                     return outcome(f.aggregate, replies, got.good, got.counts, len(got.bad), start)
             out = {f"node {i}": why for i, why in self.nodes.left_out.items()}
             why = "; ".join(f"{name}: {reason}" for name, reason in sorted((out | got.bad).items()))
@@ -120,14 +121,12 @@ class Strategy:
             got.serving_again = True
             send(got.again, time.monotonic() + timeout)
 
-    def _report_validation(self, round: int, replies: Iterable[Good]) -> None:
+    def _report_validation(self, task: Task, round: int, replies: Iterable[Good]) -> None:
         """What clients found on rows they keep from training: of the adapter the round began with,
         so of the round before."""
-        having = [r for r in replies if r.validation_rows]
-        correct, rows = (
-            sum(r.validation_correct for r in having), sum(r.validation_rows for r in having),
-        )  # fmt: skip
-        if rows:
-            self.events.emit(ev.ClientValidation(
-                round=round - 1, **accuracy(correct / rows, rows), clients=len(having),
-            ))  # fmt: skip
+        having = [r.validation_sums for r in replies if r.validation_rows]
+        if having:
+            # Exact, so that the order in which replies came in cannot change the last bit.
+            total = {name: math.fsum(sums[name] for sums in having) for name in having[0]}
+            fields = task.score(total).fields()
+            self.events.emit(ev.ClientValidation(round=round - 1, clients=len(having), **fields))

@@ -263,7 +263,7 @@ def is_good(
 def _good(envelope: Envelope, want: Expected, name: str, announced: int, held_out: int) -> bool:
     head = json.loads(envelope.head)
     exact = {
-        "protocol": 2,
+        "protocol": 3,
         "name": name,
         "round": want.round,
         "digest": want.digest,
@@ -273,13 +273,18 @@ def _good(envelope: Envelope, want: Expected, name: str, announced: int, held_ou
     }
     if any(type(head[k]) is not type(v) or head[k] != v for k, v in exact.items()):
         return False
-    if set(head) != {*exact, "steps", "loss", "seconds", "timings", "validation_correct"}:
+    if set(head) != {*exact, "steps", "loss", "seconds", "timings", "validation_sums"}:
         return False
     if type(head["steps"]) is not int or head["steps"] < 1:
         return False
-    correct = head["validation_correct"]
-    if type(correct) is not int or correct not in range(held_out + 1):
-        return False
+    sums = head["validation_sums"]
+    if sums or held_out:
+        if set(sums) != {"rows", "correct", "loss"} or sums["rows"] != held_out:
+            return False
+        if type(sums["correct"]) is not int or sums["correct"] not in range(held_out + 1):
+            return False
+        if not 0 <= sums["loss"] < math.inf:
+            return False
     numbers = [head["loss"], head["seconds"], *head["timings"].values()]
     if not all(type(n) in (int, float) and 0 <= n < math.inf for n in numbers):
         return False

@@ -26,6 +26,7 @@ from fedpft_core.model.names import PatchedWeights
 from fedpft_core.model.plan import BlockPlan, Plan
 from fedpft_core.proxy.patch import apply_patch
 from fedpft_core.seeds import torch_stream
+from fedpft_core.task import make
 from fedpft_core.tensors import Tensors
 from fedpft_core.wire import codec
 from fedpft_core.wire.envelope import Envelope, open_envelope, seal
@@ -47,6 +48,7 @@ from server_app.state import State
 from server_app.transport import OnReply
 
 WIDTH, CLASSES, MAX_LENGTH = 4, 3, 8
+TASK = make("text", ("x", "y", "z"))
 PLAN = Plan(
     "bert",
     6,
@@ -89,7 +91,7 @@ def package(seed: int = 0) -> Package:
             weights[names.name(block, part)] = _noise(shape, "weights", seed, block, part)
     config = {"model_type": PLAN.model_type, "seed": seed}
     spec = AdapterSpec(2, 4.0, 0.0, ("bert.encoder.layer.0.attention.self.query",), ("classifier",))
-    meta = PackageMeta(PLAN, spec, config, "Made", "text", ("x", "y", "z"), MAX_LENGTH)
+    meta = PackageMeta(PLAN, spec, config, "Made", TASK.name, TASK.labels, MAX_LENGTH)
     return Package(meta, {"vocab.txt": b"a\nb\n"}, weights)
 
 
@@ -177,7 +179,12 @@ def expected(round: int = 1, fmt: str = "fp32", counted: bool = True) -> Expecte
     """What the server waits for in round `round` of a fresh state."""
     current = state()
     blocks = {b: len(PLAN.blocks[b].kept) for b in PLAN.pruned} if counted else {}
-    return Expected(round, current.digest, fmt, current.adapter, 100.0, blocks, MAX_LENGTH)
+    return Expected(round, current.digest, fmt, current.adapter, 100.0, blocks, TASK, MAX_LENGTH)
+
+
+def sums(right: int, rows: int) -> dict[str, float]:
+    """What a client says of its held-out rows."""
+    return {"rows": rows, "correct": right, "loss": 0.7 * rows} if rows or right else {}
 
 
 def reply(
@@ -198,8 +205,8 @@ def reply(
         fmt=want.fmt,
         counts=counts(name, want.round, 7 * examples) if want.count_blocks else {},
         timings={"train": 1.0},
-        validation_correct=validation[0],
         validation_rows=validation[1],
+        validation_sums=sums(*validation),
     )
 
 
@@ -265,8 +272,8 @@ class Node:
             counts=(
                 counts(self.name, request.round, 3 * self.examples) if request.count_rule else {}
             ),
-            validation_correct=self.validation[0],
             validation_rows=self.validation[1],
+            validation_sums=sums(*self.validation),
         )
         return self.spoil(made) if self.spoil else made
 

@@ -23,7 +23,7 @@ from fedpft_core.model.normalise import normalise
 from fedpft_core.model.plan import Plan
 from fedpft_core.model.processor import PRIVATE, files_of
 from fedpft_core.proxy.build import skeleton
-from fedpft_core.task import Task, make
+from fedpft_core.task import Task
 from fedpft_core.wire.meta import PackageMeta
 from fedpft_core.wire.package import Package
 
@@ -117,8 +117,7 @@ def _made(meta: PackageMeta, weights: Mapping[str, Tensor] | None) -> ClientMode
         plan, spec = meta.plan, meta.adapter
         config = transformers.AutoConfig.for_model(**meta.model_config)
         config.architectures = [meta.architecture]
-        task = make(meta.kind, meta.labels)
-        auto = task_class(task.model())
+        auto = task_class(meta.task.model())
         fill = contextlib.nullcontext() if weights is None else _NoRandomFill()
         with torch.random.fork_rng(devices=[]), fill:
             model = normalise(auto.from_config(config, trust_remote_code=False))
@@ -129,7 +128,7 @@ def _made(meta: PackageMeta, weights: Mapping[str, Tensor] | None) -> ClientMode
             adapters.attach(model.float().eval(), spec, plan),
             plan,
             spec,
-            task,
+            meta.task,
             meta.max_length,
         )
     except (KeyError, ValueError, TypeError, RuntimeError, UserError) as error:

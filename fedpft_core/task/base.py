@@ -198,6 +198,13 @@ class Task(Protocol):
     def score(self, sums: Mapping[str, float], seconds: float = 0.0) -> Score:
         """The score that such figures come to. No rows give 0."""
 
+    def check_sums(self, sums: Mapping[str, float], rows: int) -> None:
+        """Refuse figures that so many rows cannot have; where there are no rows, none may be.
+
+        Raises:
+            ValueError: saying what is wrong.
+        """
+
     def merit(self, outputs: Tensor, labels: Tensor) -> int:
         """How good a head's outputs for some rows are; adds up over rows, more is better."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import nan, sqrt
+from math import inf, nan, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,20 @@ class Classify:
         value, loss = sums.get("correct", 0) / n, sums.get("loss", 0.0) / n
         error = sqrt(value * (1 - value) / n)
         return Score(ACCURACY, value, error, loss, rows, seconds, {}, dict(sums))
+
+    def check_sums(self, sums: Mapping[str, float], rows: int) -> None:
+        """Right rows are whole and within the rows; the loss is a sum of what is never below 0."""
+        if not sums and not rows:
+            return
+        if sums.keys() != {"rows", "correct", "loss"}:
+            raise ValueError(f"the figures of validation rows are {', '.join(sorted(sums))[:100]}")
+        correct = sums["correct"]
+        if sums["rows"] != rows:
+            raise ValueError(f"validation row count {sums['rows']} is not the {rows} announced")
+        if type(correct) is not int or not 0 <= correct <= rows:
+            raise ValueError(f"{correct} of {rows} validation rows cannot be right")
+        if not 0 <= sums["loss"] < inf:
+            raise ValueError("the loss of the validation rows is no finite number of at least 0")
 
     def merit(self, outputs: Tensor, labels: Tensor) -> int:
         """Rows whose highest score is their label's."""

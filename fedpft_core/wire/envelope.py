@@ -23,7 +23,7 @@ from fedpft_core.wire.messages import (
 )
 from fedpft_core.wire.package import Patch
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 
 _MAX_HEAD = 2**20  # characters; real heads have well under a thousand per patch
@@ -189,7 +189,7 @@ def _is_patch(value: Any) -> bool:
     return _is_list(value, _is_text, 3) and len(value) == 3
 
 
-def _is_timings(value: Any) -> bool:
+def _is_numbers(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and len(value) <= 32
@@ -211,12 +211,12 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "examples": ("a whole number", _is_int),
     "validation": ("a whole number", _is_int),
     "validation_rows": ("a whole number", _is_int),
-    "validation_correct": ("a whole number", _is_int),
+    "validation_sums": ("numbers by name", _is_numbers),
     "steps": ("a whole number", _is_int),
     "seed": ("a whole number", _is_int),
     "loss": ("a number", _is_float),
     "seconds": ("a number", _is_float),
-    "timings": ("numbers by name", _is_timings),
+    "timings": ("numbers by name", _is_numbers),
     "fmt": ("a short text", _is_text),
     "reply_fmt": ("a short text", _is_text),
     "count_rule": ("a short text", _is_text),

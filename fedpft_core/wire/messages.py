@@ -69,8 +69,9 @@ class TrainReply:
     fmt: str
     counts: Tensors = field(default_factory=dict)  # `{block}` int64 [K], `{block}/tokens` [1]
     timings: dict[str, float] = field(default_factory=dict)
-    validation_rows: int = 0  # rows kept from training …
-    validation_correct: int = 0  # … that the sub-FM with the adapter *received* labels right
+    validation_rows: int = 0  # rows kept from training
+    # What the sub-FM with the adapter *received* came to on them; see `Task.sums`.
+    validation_sums: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

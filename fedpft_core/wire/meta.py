@@ -11,6 +11,7 @@ from typing import Any
 from fedpft_core.adapter.lora import AdapterSpec
 from fedpft_core.errors import ReplyError
 from fedpft_core.model.plan import Plan
+from fedpft_core.task import Task, make
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class PackageMeta:
         adapter: what the adapter is made of.
         model_config: the Hugging Face config of the FM, as JSON values.
         architecture: the class name of the task model.
-        kind: what the rows are, `text` or `image`.
+        kind: the task's name: what the rows are, `text`, `pair` or `image`.
         labels: label names, in the order of their numbers.
         max_length: the most tokens of a row.
     """
@@ -34,6 +35,11 @@ class PackageMeta:
     kind: str
     labels: tuple[str, ...]
     max_length: int
+
+    @cached_property
+    def task(self) -> Task:
+        """What is learned. Raises UserError for a kind of task that is not known here."""
+        return make(self.kind, self.labels)
 
     def as_raw(self) -> dict[str, Any]:
         """The metadata as JSON values."""

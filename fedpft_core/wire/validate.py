@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedpft_core.errors import ReplyError
+from fedpft_core.task import Task
 from fedpft_core.tensors import Tensors
 from fedpft_core.train.inactivity import Counts
 from fedpft_core.wire import codec
@@ -30,6 +31,7 @@ class Expected:
     adapter: Mapping[str, Tensor]  # float32, as the clients decoded it
     max_update_norm: float
     count_blocks: Mapping[int, int]  # pruned block → neurons K; empty when no counts are asked
+    task: Task  # says what figures of held-out rows are possible
     tokens_per_row: int = 2**16  # the most real tokens one example can have
 
     @cached_property
@@ -81,10 +83,10 @@ def validate(
         raise ReplyError(
             f"validation row count {reply.validation_rows} is not the {held_out} announced"
         )
-    if not 0 <= reply.validation_correct <= reply.validation_rows:
-        raise ReplyError(
-            f"{reply.validation_correct} of {reply.validation_rows} validation rows cannot be right"
-        )
+    try:
+        want.task.check_sums(reply.validation_sums, held_out)
+    except ValueError as error:
+        raise ReplyError(str(error)) from error
     if reply.steps < 1:
         raise ReplyError(f"step count {reply.steps} is not positive")
     if not _at_least(reply.loss, 0) or not _at_least(reply.seconds, 0):

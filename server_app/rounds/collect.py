@@ -74,7 +74,7 @@ class Collection:
         self.good[node.name] = Good(
             message.examples, message.loss, message.seconds,
             time.perf_counter() - self._started,
-            message.validation_rows, message.validation_correct,
+            message.validation_rows, message.validation_sums,
         )  # fmt: skip
         if counts is not None:
             self.counts = sum_counts([self.counts, counts] if self.counts else [counts])
@@ -82,7 +82,7 @@ class Collection:
         rows = message.validation_rows
         held_out = {
             "validation_rows": rows,
-            "validation_value": message.validation_correct / max(rows, 1),
+            "validation_value": self.asked.want.task.score(message.validation_sums).value,
         }
         return "ok", {
             "examples": message.examples, "loss": message.loss, "steps": message.steps,

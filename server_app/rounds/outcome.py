@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from fedpft_core.aggregation import Replies, aggregate
 from fedpft_core.tensors import Tensors
@@ -23,7 +23,7 @@ class Good:
     seconds: float
     arrived: float
     validation_rows: int = 0
-    validation_correct: int = 0
+    validation_sums: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -87,5 +87,6 @@ def expected(config: Config, state: State, round: int, sent: Tensors, count_rule
         adapter=sent,
         max_update_norm=config.wire.max_update_norm,
         count_blocks={b: len(plan.blocks[b].kept) for b in plan.pruned} if count_rule else {},
-        tokens_per_row=meta.max_length if meta.kind != "image" else _MOST_PATCHES,
+        task=meta.task,
+        tokens_per_row=meta.max_length if meta.task.reads == "text" else _MOST_PATCHES,
     )

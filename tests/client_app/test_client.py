@@ -622,7 +622,8 @@ def test_a_share_of_the_rows_is_validated_on_and_never_trained_on(
     texts = {part: rows_of(seen[part]) for part in ("train", "validation")}
     assert not texts["train"] & texts["validation"]
     assert texts["train"] | texts["validation"] == rows_of(tiny.encoded("bert", 60))
-    assert 0 <= reply.validation_correct <= reply.validation_rows
+    assert 0 <= reply.validation_sums["correct"] <= reply.validation_rows
+    assert reply.validation_sums["rows"] == reply.validation_rows
     # By hand: right answers of the model with that adapter.
     held = edge(**share)._held(server.request(0))
     assert held is not None
@@ -633,10 +634,10 @@ def test_a_share_of_the_rows_is_validated_on_and_never_trained_on(
         ids = rows.ids[rows.offsets[i] : rows.offsets[i + 1]].long()[None]
         with torch.no_grad():
             right += int(held.model.model(input_ids=ids).logits.argmax() == rows.labels[i])
-    assert right == reply.validation_correct
+    assert right == reply.validation_sums["correct"]
     # Nothing said of them where there are none.
     plain = trained(edge(), server.request(0))
-    assert (plain.validation_rows, plain.validation_correct, plain.examples) == (0, 0, 60)
+    assert (plain.validation_rows, plain.validation_sums, plain.examples) == (0, {}, 60)
 
 
 def rows_of(encoded: Any) -> set[tuple[int, ...]]:

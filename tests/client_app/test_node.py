@@ -43,7 +43,7 @@ def test_each_round_reports_what_clients_keep_back(tmp_path: Path) -> None:
         kept = [m for m in replies[round] if m.validation_rows]
         assert event["clients"] == len(kept) == 2
         assert event["rows"] == sum(m.validation_rows for m in kept) > 5
-        assert event["correct"] == sum(m.validation_correct for m in kept)
+        assert event["value"] == sum(m.validation_sums["correct"] for m in kept) / event["rows"]
     # No row is in both parts, and none is lost: the training file has 240 less those of the server.
     total = sum(m.examples + m.validation_rows for m in replies[1])
     (task,) = tiny.main_run(events, "task")

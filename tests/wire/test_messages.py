@@ -320,7 +320,7 @@ def test_damage_to_any_message_is_noticed(message: Any) -> None:
 
 def test_another_protocol_is_named() -> None:
     sealed = seal(Hello())
-    for version in (1, 3, 0, "2", True, 2.0, None, [2]):
+    for version in (1, 2, 4, 0, "3", True, 3.0, None, [3]):
         head = json.dumps({"protocol": version})
         with pytest.raises(ReplyError, match="version mismatch"):
             open_envelope(corrupt.reseal(sealed, head=head))
@@ -397,8 +397,14 @@ BAD: dict[str, tuple[TrainReply, str]] = {
     "negative examples": (bad(examples=-5), "example count -5 is not positive"),
     "more examples": (bad(examples=6), "not the 5 announced"),
     "validation not announced": (bad(validation_rows=1), "count 1 is not the 0 announced"),
-    "right without rows": (bad(validation_correct=1), "1 of 0 validation rows cannot be right"),
-    "negative rows": (bad(validation_rows=-1, validation_correct=-1), "not the 0 announced"),
+    "right without rows": (
+        bad(validation_sums=fabricate.sums(1, 0)),
+        "1 of 0 validation rows cannot be right",
+    ),
+    "negative rows": (
+        bad(validation_rows=-1, validation_sums=fabricate.sums(-1, -1)),
+        "not the 0 announced",
+    ),
     "no steps": (bad(steps=0), "step count"),
     "loss not a number": (bad(loss=math.nan), "loss or seconds"),
     "loss infinite": (bad(loss=math.inf), "loss or seconds"),
@@ -436,7 +442,7 @@ def test_validation_counts_are_within_what_was_announced() -> None:
     want = fabricate.expected()
     for right in (0, 3, 4):
         reply, *_ = accept(seal(fabricate.reply(want, validation=(right, 4))), want, held_out=4)
-        assert (reply.validation_correct, reply.validation_rows) == (right, 4)
+        assert (reply.validation_sums["correct"], reply.validation_rows) == (right, 4)
     for right, rows in ((5, 4), (-1, 4), (0, 3), (3, 5), (0, 0), (2**62, 4)):
         with pytest.raises(ReplyError, match="validation row"):
             accept(seal(fabricate.reply(want, validation=(right, rows))), want, held_out=4)
