@@ -386,7 +386,7 @@ def with_count(name: str, value: list[int] | Tensor) -> TrainReply:
     return replace(good, counts=good.counts | {name: torch.as_tensor(value)})
 
 
-HEAD = "classifier.weight"
+HEAD, sums = "classifier.weight", fabricate.sums
 OF_HEAD = (fabricate.CLASSES, fabricate.WIDTH)
 # What is wrong → what the server says.
 BAD: dict[str, tuple[TrainReply, str]] = {
@@ -398,13 +398,12 @@ BAD: dict[str, tuple[TrainReply, str]] = {
     "more examples": (bad(examples=6), "not the 5 announced"),
     "validation not announced": (bad(validation_rows=1), "count 1 is not the 0 announced"),
     "right without rows": (
-        bad(validation_sums=fabricate.sums(1, 0)),
+        bad(validation_sums=sums(1, 0)),
         "1 of 0 validation rows cannot be right",
     ),
-    "negative rows": (
-        bad(validation_rows=-1, validation_sums=fabricate.sums(-1, -1)),
-        "not the 0 announced",
-    ),
+    "negative rows": (bad(validation_rows=-1, validation_sums=sums(-1, -1)), "not the 0 announced"),
+    "other sums": (bad(validation_sums={"wrong": 1}), "the figures of validation rows are wrong"),
+    "odd loss": (bad(validation_sums=sums(1, 0) | {"correct": 0, "loss": math.nan}), "the loss of"),
     "no steps": (bad(steps=0), "step count"),
     "loss not a number": (bad(loss=math.nan), "loss or seconds"),
     "loss infinite": (bad(loss=math.inf), "loss or seconds"),
