@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fedpft_core.data import files
+from fedpft_core.disk import plain
 from fedpft_core.errors import UserError
 
 BUILTIN_DOCSTRINGS = "builtin:docstrings"
@@ -266,7 +267,8 @@ def _as_integer(value: Any) -> int | None:
     if text.endswith(".0"):
         text = text[:-2]
     digits = text[1:] if text[:1] in "+-" else text
-    return int(text) if digits.isascii() and digits.isdigit() else None
+    # No label is a number of so many digits that Python would refuse to read it.
+    return int(text) if digits.isascii() and digits.isdigit() and len(digits) < 1000 else None
 
 
 @dataclass(frozen=True)
@@ -402,7 +404,7 @@ def _image_content(value: Any, folder: Path, where: str) -> bytes:
     if isinstance(value, str) and value.strip():
         path = folder / value.strip()
         try:
-            content = path.read_bytes()
+            content = plain.read(path)
         except OSError as error:
             raise UserError(
                 f"{where}: the image file {path} cannot be read ({error.strerror or error})."
