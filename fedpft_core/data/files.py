@@ -154,9 +154,9 @@ def _read_json(path: Path, wanted: Sequence[str], where: str, lines: bool) -> Co
         except (ValueError, RecursionError) as error:
             # Many ".json" files on dataset hubs are JSON lines.
             if not isinstance(error, json.JSONDecodeError) or error.msg != "Extra data":
-                line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
+                at = error.lineno if isinstance(error, json.JSONDecodeError) else 1
                 raise UserError(
-                    f"{where}: line {line} is not valid JSON ({json_fault(error)})."
+                    f"{where}: line {at} is not valid JSON ({json_fault(error)})."
                 ) from error
             lines = True
         else:
