@@ -20,6 +20,7 @@ from client_app.store import Residuals, Store
 from fedpft_core import __version__
 from fedpft_core.data.batches import Encoded
 from fedpft_core.data.examples import Examples
+from fedpft_core.disk import evict
 from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.model.processor import from_files
 from fedpft_core.proxy.package import ClientModel, rebuild
@@ -71,14 +72,10 @@ class ProcessCache:
         self.max_clients = max_clients
 
     def keep_model(self, digest: str, model: Held) -> None:
-        while len(self.models) >= self.max_models:
-            self.models.pop(next(iter(self.models)))
-        self.models[digest] = model
+        evict.put(self.models, digest, model, self.max_models)
 
     def keep_rows(self, key: Any, rows: Rows) -> None:
-        while len(self.rows) >= self.max_clients:
-            self.rows.pop(next(iter(self.rows)))
-        self.rows[key] = rows
+        evict.put(self.rows, key, rows, self.max_clients)
 
 
 PROCESS_CACHE = ProcessCache()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -59,7 +60,7 @@ def checked(node_config: Mapping[str, Any]) -> dict[str, Any]:
         if key not in NODE_KEYS:
             raise UserError(f"node config: no such key {key!r} (known: {', '.join(NODE_KEYS)}).")
         want = NODE_KEYS[key][0]
-        if want is float and type(value) is int:
+        if want is float and type(value) is int and abs(value) < 2**53:
             value = float(value)
         if not isinstance(value, want) or isinstance(value, bool):
             raise UserError(f"node config: {key} expects {want.__name__}, got {value!r}.")
@@ -69,6 +70,18 @@ def checked(node_config: Mapping[str, Any]) -> dict[str, Any]:
             f"node config: validation-share = {node['validation-share']:g} is not between 0 and "
             f"{_MOST_HELD_OUT:g}."
         )
+    if node["max-threads"] < 0:
+        raise UserError(
+            f"node config: max-threads = {node['max-threads']} is below 0, which is no limit."
+        )
+    for key in ("name", "data-path", "cache-dir"):
+        try:
+            possible = b"\0" not in os.fsencode(node[key])
+        except UnicodeEncodeError:
+            possible = False
+        if not possible:
+            raise UserError(f"node config: {key} = {node[key]!r} is a name that no file can have.")
+    cache_root(node)
     pick_device(node["device"], "node config: device")
     return node
 
@@ -90,9 +103,12 @@ def own_rows(node: Mapping[str, Any], task: Task) -> Examples:
 
 
 def cache_root(node: Mapping[str, Any]) -> Path:
-    """The folder a node keeps everything in."""
+    """The folder a node keeps everything in. Raises UserError for a home that nobody has."""
     given = node["cache-dir"]
-    return Path(given).expanduser() if given else configs.home() / node["name"]
+    try:
+        return Path(given).expanduser() if given else configs.home() / node["name"]
+    except RuntimeError as error:
+        raise UserError(f"node config: cache-dir = {given!r}: {error}") from error
 
 
 def split_sizes(rows: Examples, share: float) -> tuple[int, int]:

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ import numpy as np
 
 from fedpft_core.data.batches import Encoded
 from fedpft_core.data.examples import Examples, Input
+from fedpft_core.disk import evict, whole
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 FORMAT = "fedpft rows 1"
 """To be changed with anything that changes what a file holds."""
 _FOLDS = "//folds"
-_STALE_SECONDS = 3600.0
 _PARTS = frozenset(
     ("labels", "ids", "offsets", "token_types", "pixels", "scale", "shift", _FOLDS)
 )  # fmt: skip
@@ -144,32 +143,20 @@ class RowCache:
         }
         meta["check"] = _check(meta, tensors)
         self.root.mkdir(parents=True, exist_ok=True)
-        temp = self.root / f".new-{os.getpid()}-{time.monotonic_ns()}"
-        try:
+        with whole.file(self.path(key)) as temporary:
             try:
-                save_file(tensors, temp, metadata=meta)
+                save_file(tensors, temporary, metadata=meta)
             except SafetensorError as error:
                 # How safetensors reports a full disk or any other failure to write.
                 raise OSError(str(error)) from error
-            os.replace(temp, self.path(key))
-        finally:
-            temp.unlink(missing_ok=True)
-        self._evict(spare=key)
-
-    def _evict(self, spare: str) -> None:
-        entries = []
-        for path in self.root.iterdir():
-            with contextlib.suppress(OSError):
-                stat = path.stat()
-                if path.suffix == ".safetensors":
-                    entries.append((path.stem == spare, stat.st_mtime, stat.st_size, path))
-                elif path.name.startswith(".new-") and time.time() - stat.st_mtime > _STALE_SECONDS:
-                    path.unlink()  # a killed process left it
-        total = 0
-        for i, (_, _, size, path) in enumerate(sorted(entries, reverse=True)):
-            total += size
-            if i >= self.keep or (i and total > self.keep_bytes):
-                path.unlink(missing_ok=True)
+        whole.sweep(self.root)
+        for path in evict.least_recently_used(
+            self.root.glob("*.safetensors"),
+            self.keep,
+            spare=self.path(key),
+            keep_bytes=self.keep_bytes,
+        ):
+            path.unlink(missing_ok=True)
 
 
 def _check(meta: dict[str, str], tensors: dict[str, torch.Tensor]) -> str:

@@ -12,13 +12,12 @@ import errno
 import hashlib
 import os
 import shutil
-import tempfile
-import time
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from fedpft_core.disk import evict, whole
 from fedpft_core.errors import ReplyError
 from fedpft_core.tensors import Tensors
 from fedpft_core.wire import codec
@@ -27,7 +26,6 @@ from fedpft_core.wire.meta import PackageMeta
 from fedpft_core.wire.package import Package
 
 _HEX = frozenset("0123456789abcdef")
-_STALE_SECONDS = 3600.0
 
 
 class Store:
@@ -97,9 +95,10 @@ class Store:
         if self.touch(digest):
             return
         self.root.mkdir(parents=True, exist_ok=True)
-        self._sweep()
-        temp = Path(tempfile.mkdtemp(prefix=".new-", dir=self.root))
-        try:
+        whole.sweep(self.root)
+        # Another process may write the same content first: equal digests, equal bytes. It may be
+        # gone again by the end; whoever misses it asks for it.
+        with whole.folder(folder, replace=False, mode=0o700) as temp:
             (temp / "files").mkdir()
             for name, data in package.files.items():
                 (temp / "files" / name).write_bytes(data)
@@ -110,41 +109,14 @@ class Store:
             except SafetensorError as error:
                 # How safetensors reports a full disk or any other failure to write.
                 raise OSError(errno.EIO, str(error)) from error
-            try:
-                os.rename(temp, folder)
-            except OSError as error:
-                # Another process wrote the same content first: equal digests, equal bytes. It
-                # may be gone again by now; whoever misses it asks for it.
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-        finally:
-            shutil.rmtree(temp, ignore_errors=True)
-        self._evict(spare=digest)
+        for path in evict.least_recently_used(
+            map(self.folder, self.digests()), self.keep, spare=folder
+        ):
+            whole.remove(path)
 
     def remove(self, digest: str) -> None:
-        """Drop a package if it is here. Renamed first, so that no reader sees half of it."""
-        gone = self.root / f".gone-{digest[:16]}-{os.getpid()}-{time.monotonic_ns()}"
-        with contextlib.suppress(OSError):
-            os.rename(self.folder(digest), gone)
-        shutil.rmtree(gone, ignore_errors=True)
-
-    def _evict(self, spare: str) -> None:
-        def age(digest: str) -> float:
-            try:
-                return self.folder(digest).stat().st_mtime
-            except OSError:
-                return 0.0
-
-        others = sorted((d for d in self.digests() if d != spare), key=age, reverse=True)
-        for digest in others[max(0, self.keep - 1) :]:
-            self.remove(digest)
-
-    def _sweep(self) -> None:
-        """Remove what killed processes left half written."""
-        for path in self.root.glob(".*-*"):
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                    shutil.rmtree(path, ignore_errors=True)
+        """Drop a package if it is here."""
+        whole.remove(self.folder(digest))
 
 
 class Residuals:
@@ -166,14 +138,9 @@ class Residuals:
             raise ValueError(f"not a run: {run[:80]!r}")
         return self.root / run / hashlib.sha256(client.encode()).hexdigest()[:32]
 
-    def _rounds(self, folder: Path) -> dict[int, Path]:
-        found = folder.glob("round-*") if folder.is_dir() else ()
-        numbered = {p.name.removeprefix("round-"): p for p in found}
-        return {int(n): p for n, p in sorted(numbered.items()) if n.isdecimal()}
-
     def get(self, run: str, client: str, round: int) -> Tensors:
         """The residual to start round `round` from; empty when there is none or it is corrupt."""
-        rounds = self._rounds(self._folder(run, client))
+        rounds = evict.rounds(self._folder(run, client))
         before = [n for n in rounds if n < round]
         if not before:
             return {}
@@ -194,28 +161,12 @@ class Residuals:
         folder = self._folder(run, client)
         folder.mkdir(parents=True, exist_ok=True)
         data = codec.pack(tensors)
-        temp = folder / f".new-{os.getpid()}-{time.monotonic_ns()}"
-        try:
-            temp.write_bytes(hashlib.sha256(data).hexdigest().encode() + b"\n" + data)
-            os.replace(temp, folder / f"round-{round:06d}")
-        finally:
-            temp.unlink(missing_ok=True)
-        rounds = self._rounds(folder)
-        kept = sorted(n for n in rounds if n <= round)[-self.keep_rounds :]
-        for number, path in rounds.items():
-            if number not in kept:
-                path.unlink(missing_ok=True)
-        self._forget_runs(spare=run)
-
-    def _forget_runs(self, spare: str) -> None:
-        def age(path: Path) -> float:
-            try:
-                return path.stat().st_mtime
-            except OSError:
-                return 0.0
-
+        content = hashlib.sha256(data).hexdigest().encode() + b"\n" + data
+        whole.write(folder / f"round-{round:06d}", content)
+        for path in evict.superseded(folder, round, self.keep_rounds):
+            path.unlink(missing_ok=True)
+        mine = self.root / run
         with contextlib.suppress(OSError):
-            os.utime(self.root / spare)
-        others = sorted((p for p in self.root.iterdir() if p.name != spare), key=age, reverse=True)
-        for old in others[self.keep_runs - 1 :]:
+            os.utime(mine)
+        for old in evict.least_recently_used(self.root.iterdir(), self.keep_runs, spare=mine):
             shutil.rmtree(old, ignore_errors=True)

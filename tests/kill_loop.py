@@ -92,7 +92,8 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 def wait_for_writing(folder: Path, pid: int, seconds: float) -> None:
     """Until a checkpoint is half written, the process has ended, or the time is up."""
     until = time.monotonic() + seconds
-    while time.monotonic() < until and not (folder / "checkpoints" / ".new").exists():
+    saved = folder / "checkpoints"
+    while time.monotonic() < until and not any(saved.glob(".new-*")):
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             return
 

@@ -13,11 +13,13 @@ from typing import Any
 
 from client_app import node as nodes
 from client_app.check import probes as nodecheck
+from client_app.check.extent import refuse_giants
 from client_app.check.probes import FAIL, PASS, SKIPPED, Finding, guarded
 from client_app.startup import collector_paused
 from client_app.store import Store
 from fedpft_core.data.examples import Examples
-from fedpft_core.errors import ReplyError, UserError
+from fedpft_core.disk import plain
+from fedpft_core.errors import UserError
 from fedpft_core.model.families import Shape
 from fedpft_core.model.processor import from_files
 from fedpft_core.proxy import size as plansize
@@ -45,6 +47,13 @@ class Options:
     sub_fm_mb: float = 0.0
     labels: str = ""
     timeout: float = 10.0
+
+    def __post_init__(self) -> None:
+        """Raises UserError for numbers that mean nothing."""
+        if not 0.0 <= self.sub_fm_mb < 1e12:
+            raise UserError(f"--sub-fm-mb {self.sub_fm_mb:g}: expected a number of megabytes.")
+        if not 0.0 < self.timeout < 1e6:
+            raise UserError(f"--timeout {self.timeout:g}: expected a number of seconds above 0.")
 
 
 def check(options: Options) -> list[Finding]:
@@ -86,19 +95,22 @@ def parse(text: str) -> dict[str, Any]:
     """A node config as Flower reads it. Raises UserError for what Flower would drop or refuse."""
     try:
         if text.endswith(".toml"):
-            return dict(tomllib.loads(Path(text).expanduser().read_text(encoding="utf-8")))
+            return dict(tomllib.loads(plain.read(Path(text).expanduser()).decode("utf-8")))
         left = _PAIR.sub("", text).split()
         if left:
             raise UserError(
                 f"node config: {left[0]!r} is no KEY=VALUE, and Flower would leave it out."
             )
         return dict(tomllib.loads("\n".join(f"{k} = {v}" for k, v in _PAIR.findall(text))))
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(
-            f"node config: {error}; texts are quoted, as in 'name=\"a\" max-threads=2'."
+            f"node config: {why}; texts are quoted, as in 'name=\"a\" max-threads=2'."
         ) from None
     except OSError as error:
         raise UserError(f"node config {text}: cannot be read ({error.strerror}).") from None
+    except RuntimeError as error:  # ~nobody
+        raise UserError(f"node config {text}: {error}") from None
 
 
 class _Held:
@@ -116,14 +128,16 @@ class _Held:
             self.bytes = plan.sub_fm_bytes
             return
         store = Store(nodes.cache_root(node) / "store")
-        newest = sorted(store.digests(), key=lambda d: store.folder(d).stat().st_mtime)
-        package = store.get(newest[-1]) if newest else None
-        if package is None:
-            return
         try:
+            newest = sorted(store.digests(), key=lambda d: store.folder(d).stat().st_mtime)
+            package = store.get(newest[-1]) if newest else None
+            if package is None:
+                return
             with collector_paused():
                 self.model = rebuild(package)
-        except ReplyError:
+        except Exception:
+            # Whatever lies there is no sub-FM: the server sends one, and the room for it is
+            # looked at by a check of its own.
             return
         self._describe(package.meta)
         self.files = package.files
@@ -228,6 +242,7 @@ def _step(node: dict[str, Any], plan: PlanSize | None, held: _Held, batch: int) 
     assert held.shape is not None
     if plan:
         with collector_paused():
+            refuse_giants(plan, nodecheck.available_memory())
             model = plan.client_model()
         rows = nodecheck.full_rows(model.task, held.shape, held.max_length, batch)
         what = "a random model of the plan's shape, rows of full length"
@@ -239,7 +254,13 @@ def _step(node: dict[str, Any], plan: PlanSize | None, held: _Held, batch: int) 
         rows = model.task.encode(some, processor, model.max_length)
         what = "the sub-FM in the store, own rows"
     model.model.to(nodes.pick_device(node["device"], "node config: device"))
-    seconds = nodecheck.step_seconds(model.model, model.task, rows, min(batch, len(rows)), threads)
+    try:
+        seconds = nodecheck.step_seconds(
+            model.model, model.task, rows, min(batch, len(rows)), threads
+        )
+    except Exception as error:
+        # Settings may make a model that no row fits, and what torch raises then is its secret.
+        raise UserError(f"{what}: a step fails ({nodecheck.fault(error)}).") from error
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak *= 1 if sys.platform == "darwin" else 1024
     return (

@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fedpft_core.disk import plain
 from fedpft_core.errors import UserError
 from fedpft_core.model.families import Shape
 from fedpft_core.task import Task
@@ -32,6 +33,7 @@ BASE_BYTES = 450_000_000
 # Sub-FMs that may lie in a node's store while one more is being written.
 STORED = 4
 _SOON_DAYS = 14
+_LONGEST = 600  # characters of a finding
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,40 @@ class Finding:
     text: str
 
 
+UNFORESEEN = "this cannot be checked"
+
+
 def guarded(name: str, check: Callable[[], str]) -> Finding:
-    """Run a check that returns what is good, or raises UserError or OSError for what is not."""
+    """Run a check, whatever becomes of it.
+
+    Args:
+        name: the name of the finding.
+        check: returns what is good in one sentence; raises UserError or OSError for what is not.
+
+    Returns:
+        The finding. Any other exception makes one that begins with `UNFORESEEN`: whatever a node
+        is given, its check ends in a table.
+    """
     try:
-        return Finding(name, PASS, check())
+        return Finding(name, PASS, printable(check()))
     except UserError as error:
-        return Finding(name, FAIL, str(error))
+        return Finding(name, FAIL, printable(str(error)))
     except OSError as error:
-        return Finding(name, FAIL, f"{_because(error)}.")
+        return Finding(name, FAIL, printable(f"{_because(error)}."))
+    except Exception as error:
+        return Finding(name, FAIL, printable(f"{UNFORESEEN}: {fault(error)}."))
+
+
+def fault(error: Exception) -> str:
+    """The first line of an exception that a library raised, with its kind."""
+    first = next(iter(str(error).splitlines()), "").rstrip(".")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def printable(text: str) -> str:
+    """One line that any terminal can show: what a file holds may be neither."""
+    shown = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)
 
 
 def _because(error: OSError) -> str:
@@ -77,7 +105,7 @@ def address(text: str) -> Address:
     host, colon, port = text.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
     host = host[1:-1] if bracketed else host
-    good = bool(colon and host and port.isdecimal() and 0 < int(port) < 2**16)
+    good = bool(colon and host and port.isdecimal() and len(port) < 6 and 0 < int(port) < 2**16)
     if not good or (":" in host and not bracketed) or "/" in host:
         raise UserError(f"--superlink {text}: expected HOST:PORT without http://.")
     return Address(host, int(port))
@@ -106,6 +134,8 @@ def _connected(at: Address, timeout: float) -> socket.socket:
         ) from None
     except OSError as error:
         raise UserError(f"{at} cannot be reached ({error.strerror or error}).") from None
+    except ValueError:
+        raise UserError(f"{at.host!r} is a name that no host can have.") from None
 
 
 _REQUEST = b"GET / HTTP/1.1\r\nHost: superlink\r\nConnection: close\r\n\r\n"
@@ -168,7 +198,7 @@ def _context(roots: Path | None) -> ssl.SSLContext:
     if roots is None:
         return ssl.create_default_context()
     try:
-        roots.read_bytes()
+        plain.read(roots)
         return ssl.create_default_context(cafile=str(roots))
     except ssl.SSLError:
         raise UserError(f"--root-certificates {roots}: holds no certificate in PEM form.") from None
@@ -256,7 +286,7 @@ def private_key(path: Path) -> str:
     where = f"--auth-supernode-private-key {path}"
     make = "make one with `ssh-keygen -t ecdsa -b 384 -N '' -f KEY`"
     try:
-        data = path.read_bytes()
+        data = plain.read(path)
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror or error}).") from None
     if data.startswith((b"ecdsa-sha2", b"ssh-")):
@@ -267,7 +297,7 @@ def private_key(path: Path) -> str:
         raise UserError(
             f"{where}: is locked with a passphrase, which no SuperNode can type."
         ) from (None)
-    except (ValueError, UnsupportedAlgorithm):
+    except (ValueError, IndexError, OverflowError, UnsupportedAlgorithm):
         raise UserError(f"{where}: is no private key in OpenSSH form; {make}.") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         kind = type(key).__name__.removeprefix("_").removesuffix("PrivateKey")

@@ -13,7 +13,7 @@ from typing import Any
 
 from fedpft_core import config
 from fedpft_core.config import Scalar
-from fedpft_core.disk.lock import held
+from fedpft_core.disk import lock
 from fedpft_core.errors import UserError
 
 CONFIG_FILE = "config.yaml"
@@ -99,4 +99,4 @@ def save_config(folder: Path, flat: Mapping[str, Scalar]) -> None:
 
 def locked(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Hold the run folder, so that two commands never write the same run."""
-    return held(folder / ".lock", f"the run folder {folder} is in use by another run.")
+    return lock.run_folder(folder, "command", f"the run folder {folder} is in use by another run.")

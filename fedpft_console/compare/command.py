@@ -12,6 +12,7 @@ from fedpft_console.compare.cell import Point
 from fedpft_console.compare.experiment import Experiment
 from fedpft_console.compare.parse import read
 from fedpft_console.compare.results import CELLS, Results
+from fedpft_core.disk import whole
 from fedpft_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -124,9 +125,7 @@ def _write(experiment: Experiment, results: Results) -> None:
     try:
         results.folder.mkdir(parents=True, exist_ok=True)
         for name, data in made.items():
-            part = results.folder / f".{name}.part"
-            part.write_bytes(data)
-            part.replace(results.folder / name)
+            whole.write(results.folder / name, data)
     except OSError as error:
         raise UserError(f"{results.folder}: cannot be written ({error.strerror}).") from error
     print(f"{results.folder}: {', '.join(made)}")

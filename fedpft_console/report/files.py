@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from fedpft_console.report.plots import plot_png
 from fedpft_console.report.show import bad_replies, markdown
 from fedpft_console.report.tables import kinds
+from fedpft_core.disk import whole
 from fedpft_core.errors import UserError
 from server_app.run import schema as ev
 from server_app.run.events import line_of, read_events
@@ -65,17 +65,8 @@ def write(folder: Path) -> Record:
     if picture is not None:
         content["plot"] = picture
     for name, data in content.items():
-        _put(folder / names[name], data)
+        whole.write(folder / names[name], data)
     return record
-
-
-def _put(path: Path, data: bytes) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- figures of rounds

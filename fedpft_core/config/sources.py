@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpft_core.config.values import flatten, to_tree
+from fedpft_core.disk import whole
 from fedpft_core.errors import UserError
 
 # A piece of `-c`: quoted parts may hold blanks; a quote that never closes stands for itself.
@@ -32,11 +33,8 @@ def write_yaml(path: Path, flat: Mapping[str, Any]) -> None:
     """
     import yaml
 
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(
-        yaml.safe_dump(to_tree(flat), sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
-    part.replace(path)
+    text = yaml.safe_dump(to_tree(flat), sort_keys=False, allow_unicode=True)
+    whole.write(path, text.encode())
 
 
 def read_file(path: Path) -> dict[str, Any]:

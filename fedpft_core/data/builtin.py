@@ -18,7 +18,6 @@ import os
 import re
 import sys
 import sysconfig
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpft_core.data import prose
+from fedpft_core.disk import whole
 from fedpft_core.errors import UserError
 
 RECIPE = 3
@@ -415,16 +415,11 @@ def _cached(
         _log.warning("%s: unreadable cache file is built anew (%s)", path, error)
 
     built = build()
-    temporary: str | None = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{name}-", suffix=".tmp", dir=folder)
-        with os.fdopen(handle, "wb") as stream:
+        with whole.file(path) as temporary, open(temporary, "wb") as stream:
             pq.write_table(pa.table({c: built[c] for c in columns}), stream)
-        os.replace(temporary, path)
     except OSError as error:
         # Only time is lost: the next use builds the rows again.
         _log.warning("%s: built-in data is not cached (%s)", folder, error.strerror or error)
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
     return built

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedpft_core.disk import plain
 from fedpft_core.errors import UserError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
@@ -46,12 +47,13 @@ def read_columns(path: str | Path, columns: Sequence[str], key: str = "") -> Col
             f"{where}: unsupported file type {path.suffix or '(none)'!r}; use one of "
             f"{', '.join(SUFFIXES)}."
         )
-    if not path.exists():
-        raise UserError(f"{where}: there is no such file.")
-    if not path.is_file():
-        raise UserError(f"{where}: this is a folder, a file is needed.")
     wanted = list(dict.fromkeys(columns))
     try:
+        if not path.exists():
+            raise UserError(f"{where}: there is no such file.")
+        if not path.is_file():
+            what = "folder" if path.is_dir() else "pipe or a device"
+            raise UserError(f"{where}: this is a {what}, a file is needed.")
         if suffix == ".parquet":
             result = _read_parquet(path, wanted, where)
         elif suffix in (".csv", ".tsv"):
@@ -80,7 +82,7 @@ def read_text(path: str | Path, key: str = "") -> str:
     where = f"{key}: {path}" if key else str(path)
     try:
         # Decoded in one piece, so that the offset in a message is the offset in the file.
-        return path.read_bytes().decode("utf-8-sig")
+        return plain.read(path).decode("utf-8-sig")
     except FileNotFoundError as error:
         raise UserError(f"{where}: there is no such file.") from error
     except UnicodeDecodeError as error:
@@ -149,11 +151,12 @@ def _read_json(path: Path, wanted: Sequence[str], where: str, lines: bool) -> Co
     if not lines:
         try:
             value = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             # Many ".json" files on dataset hubs are JSON lines.
-            if error.msg != "Extra data":
+            if not isinstance(error, json.JSONDecodeError) or error.msg != "Extra data":
+                at = error.lineno if isinstance(error, json.JSONDecodeError) else 1
                 raise UserError(
-                    f"{where}: line {error.lineno} is not valid JSON ({error.msg})."
+                    f"{where}: line {at} is not valid JSON ({json_fault(error)})."
                 ) from error
             lines = True
         else:
@@ -167,11 +170,20 @@ def _read_json(path: Path, wanted: Sequence[str], where: str, lines: bool) -> Co
         if line.strip():
             try:
                 rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(
-                    f"{where}: line {number} is not valid JSON ({error.msg})."
+                    f"{where}: line {number} is not valid JSON ({json_fault(error)})."
                 ) from error
     return _columns_of_objects(rows, wanted, where)
+
+
+def json_fault(error: ValueError | RecursionError) -> str:
+    """Say in words why a text could not be read as JSON, without the place."""
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return "a number has too many digits"
 
 
 def _columns_of_objects(rows: Sequence[Any], wanted: Sequence[str], where: str) -> Columns:
@@ -195,6 +207,9 @@ def _read_parquet(path: Path, wanted: Sequence[str], where: str) -> Columns:
             _check_columns(wanted, file.schema_arrow.names, where)
             table = file.read(columns=list(wanted))
             return {name: table.column(name).to_pylist() for name in wanted}
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+    except UnicodeDecodeError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
+        # The last three: dates that Python does not have, and columns of one name.
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(f"{where}: not a readable Parquet file ({reason}).") from error

@@ -15,6 +15,7 @@ import numpy as np
 
 from fedpft_core.data import files
 from fedpft_core.data.examples import Input
+from fedpft_core.disk import plain
 from fedpft_core.errors import UserError
 
 BUILTIN_DOCSTRINGS = "builtin:docstrings"
@@ -162,7 +163,7 @@ def _image_content(value: Any, folder: Path, where: str) -> bytes:
     if isinstance(value, str) and value.strip():
         path = folder / value.strip()
         try:
-            content = path.read_bytes()
+            content = plain.read(path)
         except OSError as error:
             raise UserError(
                 f"{where}: the image file {path} cannot be read ({error.strerror or error})."

@@ -29,7 +29,7 @@ def pick_device(wanted: str, key: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(wanted)
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         raise UserError(f"{key}: expected auto, cpu, cuda or cuda:N, got {wanted!r}.") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"{key} = {wanted}: no CUDA device is available here.")

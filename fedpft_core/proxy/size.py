@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.config import Config
+from fedpft_core.disk import plain
 from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.model import load as models
 from fedpft_core.model.families import Shape, family_of
@@ -24,6 +25,10 @@ from fedpft_core.task.classify import label_names
 from fedpft_core.wire.meta import PackageMeta
 
 FORMAT = "fedpft plan size 2"
+# The numbers of a description, and the largest that a machine of our time could mean.
+_MOST = dict.fromkeys(("package_bytes", "sub_fm_bytes", "adapter_bytes"), 10**15) | {
+    "max_length": 10**7, "batch_size": 10**7, "threads": 1024,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,20 +56,35 @@ class PlanSize:
             return blank(self.meta)
         except ReplyError as error:
             raise UserError(f"the plan's description makes no model ({error}).") from error
+        except UserError:
+            raise
+        except Exception as error:
+            # What the libraries raise for settings that fit no model is their secret.
+            what = f"{type(error).__name__}: {error}"
+            raise UserError(f"the plan's description makes no model ({what}).") from error
 
 
 def read(path: Path) -> PlanSize:
-    """Raises UserError when the file is missing or no such description."""
+    """Read a description that `fedpft inspect --json` has written.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The description, every number of it above 0 and none larger than a machine has.
+
+    Raises:
+        UserError: the file is missing or no such description.
+    """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(plain.read(path).decode("utf-8"))
     except OSError as error:
         raise UserError(f"--plan {path}: cannot be read ({error.strerror or error}).") from error
     except ValueError as error:
         raise UserError(f"--plan {path}: is not JSON ({error}).") from error
-    kinds = {"model": str, "meta": dict, "labels": list} | dict.fromkeys(
-        ("package_bytes", "sub_fm_bytes", "adapter_bytes", "max_length", "batch_size", "threads"),
-        int,
-    )
+    except RecursionError as error:
+        raise UserError(f"--plan {path}: is nested too deeply.") from error
+    kinds = {"model": str, "meta": dict, "labels": list} | dict.fromkeys(_MOST, int)
     if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
         raise UserError(f"--plan {path}: was not made by `fedpft inspect --json`.")
     if raw.keys() != kinds.keys() or not all(type(raw[k]) is t for k, t in kinds.items()):
@@ -76,6 +96,9 @@ def read(path: Path) -> PlanSize:
         raise UserError(
             f"--plan {path}: was made by another version of `fedpft inspect --json` ({error})."
         ) from error
+    for name, most in _MOST.items():
+        if not 0 < raw[name] <= most:
+            raise UserError(f"--plan {path}: {name} is {raw[name]}, not between 1 and {most}.")
     return PlanSize(**raw | {"meta": meta, "labels": tuple(map(str, raw["labels"]))})
 
 

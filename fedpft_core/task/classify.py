@@ -261,7 +261,8 @@ def _as_integer(value: Any) -> int | None:
     if text.endswith(".0"):
         text = text[:-2]
     digits = text[1:] if text[:1] in "+-" else text
-    return int(text) if digits.isascii() and digits.isdigit() else None
+    # No label is a number of so many digits that Python would refuse to read it.
+    return int(text) if digits.isascii() and digits.isdigit() and len(digits) < 1000 else None
 
 
 def _examples(table: Table, names: Sequence[str]) -> Examples:

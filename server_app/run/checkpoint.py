@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedpft_core.disk import evict, whole
 from fedpft_core.errors import ReplyError, RunError
 from fedpft_core.tensors import Tensors
 from fedpft_core.wire import codec
@@ -87,34 +87,18 @@ class Checkpoints:
             {"state": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
         ).encode()
         self.root.mkdir(parents=True, exist_ok=True)
-        temp = self.root / ".new"
-        shutil.rmtree(temp, ignore_errors=True)
-        temp.mkdir()
-        for name, data in blobs.items():
-            with open(temp / name, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        _sync(temp)
+        whole.sweep(self.root, 0.0)  # nobody else writes here: the run folder is locked
         final = self.root / f"round-{state.round:04d}"
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(temp, final)
-        _sync(self.root)
+        with whole.folder(final, replace=True, sync=True) as temp:
+            for name, data in blobs.items():
+                (temp / name).write_bytes(data)
         # Later ones can only be those that were corrupt when the run was resumed.
-        rounds = self._rounds()
-        kept = [n for n in rounds if n <= state.round][-self.keep :]
-        for number, folder in rounds.items():
-            if number not in kept:
-                shutil.rmtree(folder, ignore_errors=True)
-
-    def _rounds(self) -> dict[int, Path]:
-        found = self.root.glob("round-*") if self.root.is_dir() else ()
-        numbered = {p.name.removeprefix("round-"): p for p in found}
-        return dict(sorted((int(n), p) for n, p in numbered.items() if n.isdecimal()))
+        for folder in evict.superseded(self.root, state.round, self.keep):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def all(self) -> list[Path]:
         """The folders there are, oldest round first."""
-        return list(self._rounds().values())
+        return list(evict.rounds(self.root).values())
 
     def latest(self) -> Saved | None:
         """The newest checkpoint that reads back whole; None when there is none at all.
@@ -156,11 +140,3 @@ def _read(folder: Path) -> Saved:
         have={k: tuple(v) for k, v in meta["have"].items()},
         run=meta["run"],
     )
-
-
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

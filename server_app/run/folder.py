@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedpft_core import config as configs
 from fedpft_core.config import Config, RunConfig
-from fedpft_core.disk.lock import held
+from fedpft_core.disk import lock
 from fedpft_core.errors import UserError
 from server_app.run.events import EventLog
 
@@ -40,7 +40,7 @@ class RunFolder:
             try:
                 path.mkdir(parents=True, exist_ok=True)
                 refusal = f"run.dir = {path}: another server is running in this folder."
-                stack.enter_context(held(path / "lock", refusal))
+                stack.enter_context(lock.run_folder(path, "server", refusal))
                 events = stack.enter_context(contextlib.closing(_begin(config, path, run)))
             except OSError as error:
                 raise UserError(

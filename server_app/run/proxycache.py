@@ -10,11 +10,9 @@ one without; its `distilled` event, with the seconds of the run that did the wor
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -29,6 +27,7 @@ from safetensors.torch import save_file
 
 import fedpft_core
 from fedpft_core import config as configs
+from fedpft_core.disk import whole
 from fedpft_core.tensors import Tensors
 from fedpft_core.wire.identity import tensor_digest
 from server_app.bench import Bench
@@ -175,13 +174,9 @@ def _write(path: Path, tensors: Tensors, events: list[Distilled]) -> None:
     """Whole or not at all; of two runs that write the same, either may win."""
     text = json.dumps([line_of(event) for event in events])
     kept = {k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(kept, part, metadata={"events": text, "content": _content(kept, text)})
-        part.replace(path)
+        with whole.file(path) as part:
+            save_file(kept, part, metadata={"events": text, "content": _content(kept, text)})
     except (OSError, SafetensorError) as error:
         log.warning("run.proxy-cache: %s could not be written (%s)", path, error)
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()

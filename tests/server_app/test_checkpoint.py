@@ -19,7 +19,6 @@ import torch
 from fedpft_core.errors import RunError, UserError
 from fedpft_core.model.names import PatchedWeights
 from fedpft_core.wire import codec
-from server_app.run import checkpoint as checkpoint_module
 from server_app.run import schema as ev
 from server_app.run.checkpoint import Checkpoints
 from server_app.run.events import EventLog, read_events
@@ -177,7 +176,7 @@ def test_a_full_disk_keeps_the_older_ones(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_module.os, call, full)
+    monkeypatch.setattr(os, call, full)
     with pytest.raises(OSError, match="No space left"):
         checkpoints.save(advanced(state, 1), Bench(), 0)  # type: ignore[arg-type]
     monkeypatch.undo()
