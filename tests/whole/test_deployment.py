@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import time
+import weakref
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -294,6 +295,44 @@ def test_replies_are_matched_by_the_message_they_answer(monkeypatch: pytest.Monk
         16: Failure("no reply within 0.3 s"),
     }
     assert sorted(told) == [11, 12, 13, 14, 15, 16]
+
+
+def test_replies_are_handed_on_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many are there, only a few are asked for at once, and those before are gone."""
+    for name, value in (("_run_id", 2**63), ("_node_id", 1), ("_task_id", 2**62)):
+        monkeypatch.setattr(TaskIdentity, name, value, raising=False)
+
+    class Reply:
+        def __init__(self, question: str) -> None:
+            made = answer_to(question, text="x")
+            self.metadata, self.content = made.metadata, made.content
+
+        def has_error(self) -> bool:
+            return False
+
+    class Full:
+        def __init__(self) -> None:
+            self.sent = 0
+            self.given: list[weakref.ref[Reply]] = []
+            self.most = 0
+
+        def push_messages(self, messages: Any) -> list[str]:
+            self.sent += 1
+            return [f"question-{self.sent}"]
+
+        def pull_messages(self, ids: list[str]) -> list[Reply]:
+            made = [Reply(question) for question in ids]
+            self.given += [weakref.ref(reply) for reply in made]
+            self.most = max(self.most, sum(r() is not None for r in self.given))
+            return made
+
+    grid, told = Full(), []
+    messages = dict.fromkeys(range(1, 101), seal(Hello()))
+    FlowerTransport(grid, 0.01).exchange(  # type: ignore[arg-type]
+        messages, 1, 30.0, lambda node, reply: told.append((node, type(reply)))
+    )
+    assert sorted(told) == [(node, Envelope) for node in messages]
+    assert len(grid.given) == 100 and grid.most <= 5
 
 
 # ---------------------------------------------------------------- the server's side
