@@ -32,6 +32,7 @@ from fedpft_core.wire.meta import PackageMeta
 _PAIR = re.compile(r"(\S+?)=(\'[^\']*\'|\"[^\"]*\"|\S+)")
 _BATCH = 16  # where no plan says how large a batch is
 _SHOWN = 12  # labels in the table
+_ADAPTER = 10**9  # bytes beside the weights of a package: no adapter is larger
 
 
 @dataclass(frozen=True)
@@ -133,15 +134,16 @@ class _Held:
             package = store.get(newest[-1]) if newest else None
             if package is None:
                 return
+            size = sum(t.numel() * t.element_size() for t in package.weights.values())
             with collector_paused():
+                refuse_giants(package.meta, size + _ADAPTER, nodecheck.available_memory())
                 self.model = rebuild(package)
         except Exception:
             # Whatever lies there is no sub-FM: the server sends one, and the room for it is
             # looked at by a check of its own.
             return
         self._describe(package.meta)
-        self.files = package.files
-        self.bytes = sum(t.numel() * t.element_size() for t in package.weights.values())
+        self.files, self.bytes = package.files, size
 
     def _describe(self, meta: PackageMeta) -> None:
         self.shape, self.max_length = plansize.shape_of(meta), meta.max_length
@@ -240,9 +242,15 @@ def _step(node: dict[str, Any], plan: PlanSize | None, held: _Held, batch: int) 
     if node["max-threads"]:
         threads = min(threads, node["max-threads"])
     assert held.shape is not None
+    free = nodecheck.available_memory()
     if plan:
         with collector_paused():
-            refuse_giants(plan, nodecheck.available_memory())
+            try:
+                refuse_giants(plan.meta, plan.sub_fm_bytes + plan.adapter_bytes, free)
+            except UserError:
+                raise
+            except Exception:
+                pass  # what makes no model is named next
             model = plan.client_model()
         rows = nodecheck.full_rows(model.task, held.shape, held.max_length, batch)
         what = "a random model of the plan's shape, rows of full length"
