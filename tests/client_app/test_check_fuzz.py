@@ -8,7 +8,6 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from fedpft_console import cli
 from fedpft_core import config
 from fedpft_core.errors import UserError
 from fedpft_core.proxy import size as plansize
+from fedpft_core.wire.identity import combine_digest, tensor_digest
 
 JUNK = np.random.default_rng(0).integers(0, 256, 4000, np.uint8).tobytes()
 DEEP = b"[" * 100_000 + b"]" * 100_000
@@ -138,9 +138,8 @@ def test_odd_files_of_a_node_config(data: bytes, tmp_path: Path) -> None:
 
 def with_meta(good: str, change: Callable[[dict[str, Any]], None]) -> bytes:
     plan = json.loads(good)
-    meta = json.loads(plan["meta"])
-    change(meta)
-    return json.dumps(plan | {"meta": json.dumps(meta)}).encode()
+    change(plan["meta"])
+    return json.dumps(plan).encode()
 
 
 def broken_plan(good: str, rng: random.Random) -> bytes:
@@ -177,9 +176,8 @@ def broken_plan(good: str, rng: random.Random) -> bytes:
 
         def inner(meta: dict[str, Any]) -> None:
             name = rng.choice(["plan", "adapter"])
-            tree = json.loads(meta[name])
+            tree = meta[name]
             put(tree["blocks"][1] if name == "plan" and rng.random() < 0.5 else tree)
-            meta[name] = json.dumps(tree)
 
         return with_meta(good, inner)
     return json.dumps(plan).encode()
@@ -355,11 +353,15 @@ def test_odd_sub_fms_in_the_store(seed: int, good: str, tmp_path: Path) -> None:
     """Packages of any content, with the digest of that content."""
     tiny.write_csv(tmp_path / "rows.csv", tiny.sentences(12))
     try:
-        meta = json.loads(broken_plan(good, random.Random(seed)))["meta"]
+        meta = json.dumps(json.loads(broken_plan(good, random.Random(seed)))["meta"])
     except (ValueError, LookupError, TypeError, RecursionError):
         meta = "null"
-    package = replace(fabricate.package(seed), meta=meta if isinstance(meta, str) else "[")
-    Store(tmp_path / "cache" / "store").put(package.digest(), package)
+    package = fabricate.package(seed)
+    digests = {k: tensor_digest(tensor) for k, tensor in package.weights.items()}
+    digest = combine_digest(meta, package.files, digests)
+    store = Store(tmp_path / "cache" / "store")
+    store.put(digest, package)
+    (store.folder(digest) / "meta.json").write_text(meta)
     found = look(node_config(tmp_path))
     assert found["data"].status == PASS
 
