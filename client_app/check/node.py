@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from client_app import node as nodes
-from client_app.check import probes as nodecheck
+from client_app.check import connection, room, step
 from client_app.check.extent import refuse_giants
-from client_app.check.probes import FAIL, PASS, SKIPPED, Finding, guarded
+from client_app.check.findings import FAIL, PASS, SKIPPED, Finding, fault, guarded
 from client_app.startup import collector_paused
 from client_app.store import Store
 from fedpft_core.data.examples import Examples
@@ -136,14 +136,14 @@ class _Held:
                 return
             size = sum(t.numel() * t.element_size() for t in package.weights.values())
             with collector_paused():
-                refuse_giants(package.meta, size + _ADAPTER, nodecheck.available_memory())
-                self.model = rebuild(package)
+                refuse_giants(package.meta, size + _ADAPTER, room.available_memory())
+                model = rebuild(package)
+            self._describe(package.meta)
         except Exception:
             # Whatever lies there is no sub-FM: the server sends one, and the room for it is
             # looked at by a check of its own.
             return
-        self._describe(package.meta)
-        self.files, self.bytes = package.files, size
+        self.model, self.files, self.bytes = model, package.files, size
 
     def _describe(self, meta: PackageMeta) -> None:
         self.shape, self.max_length = plansize.shape_of(meta), meta.max_length
@@ -203,15 +203,15 @@ def _room(
     batch = plan.batch_size if plan else _BATCH
     tokens = held.shape.length(held.max_length) if held.shape else 0
     root = nodes.cache_root(node)
-    stored = nodecheck.STORED * (plan.package_bytes if plan else size)
+    stored = room.STORED * (plan.package_bytes if plan else size)
     if size and held.rows is not None:
         stored += _row_bytes(held) * len(held.rows)
-    out = [guarded("cache-dir", lambda: nodecheck.folder(root, stored))]
+    out = [guarded("cache-dir", lambda: room.folder(root, stored))]
     if not size:
         why = "give --plan (from `fedpft inspect --json`) or --sub-fm-mb to have this checked."
         return [*out, Finding("memory", SKIPPED, why), Finding("training step", SKIPPED, why)]
-    needed = nodecheck.memory_needed(size, held.shape, batch, tokens)
-    out.append(guarded("memory", lambda: nodecheck.memory(needed)))
+    needed = room.memory_needed(size, held.shape, batch, tokens)
+    out.append(guarded("memory", lambda: room.memory(needed)))
     if out[-1].status == FAIL:
         why = "there is not enough memory to try one."
     elif held.shape is None:
@@ -242,7 +242,7 @@ def _step(node: dict[str, Any], plan: PlanSize | None, held: _Held, batch: int) 
     if node["max-threads"]:
         threads = min(threads, node["max-threads"])
     assert held.shape is not None
-    free = nodecheck.available_memory()
+    free = room.available_memory()
     if plan:
         with collector_paused():
             try:
@@ -252,7 +252,7 @@ def _step(node: dict[str, Any], plan: PlanSize | None, held: _Held, batch: int) 
             except Exception:
                 pass  # what makes no model is named next
             model = plan.client_model()
-        rows = nodecheck.full_rows(model.task, held.shape, held.max_length, batch)
+        rows = step.full_rows(model.task, held.shape, held.max_length, batch)
         what = "a random model of the plan's shape, rows of full length"
     else:
         assert held.model is not None and held.rows is not None
@@ -263,12 +263,10 @@ def _step(node: dict[str, Any], plan: PlanSize | None, held: _Held, batch: int) 
         what = "the sub-FM in the store, own rows"
     model.model.to(nodes.pick_device(node["device"], "node config: device"))
     try:
-        seconds = nodecheck.step_seconds(
-            model.model, model.task, rows, min(batch, len(rows)), threads
-        )
+        seconds = step.step_seconds(model.model, model.task, rows, min(batch, len(rows)), threads)
     except Exception as error:
         # Settings may make a model that no row fits, and what torch raises then is its secret.
-        raise UserError(f"{what}: a step fails ({nodecheck.fault(error)}).") from error
+        raise UserError(f"{what}: a step fails ({fault(error)}).") from error
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak *= 1 if sys.platform == "darwin" else 1024
     return (
@@ -279,13 +277,13 @@ def _step(node: dict[str, Any], plan: PlanSize | None, held: _Held, batch: int) 
 
 def _network(options: Options) -> list[Finding]:
     out: list[Finding] = []
-    reached: nodecheck.Address | None = None
+    reached: connection.Address | None = None
     if options.superlink:
 
         def reach() -> str:
             nonlocal reached
-            at = nodecheck.address(options.superlink)
-            text = nodecheck.reach(at, options.timeout)
+            at = connection.address(options.superlink)
+            text = connection.reach(at, options.timeout)
             reached = at
             return text
 
@@ -296,11 +294,11 @@ def _network(options: Options) -> list[Finding]:
         out.append(Finding("certificate", SKIPPED, "there is no connection to a SuperLink."))
     elif options.insecure:
         at = reached
-        out.append(guarded("certificate", lambda: nodecheck.speak_plainly(at, options.timeout)))
+        out.append(guarded("certificate", lambda: connection.speak_plainly(at, options.timeout)))
     else:
         at, roots = reached, options.root_certificates
         out.append(
-            guarded("certificate", lambda: nodecheck.certificate(at, roots, options.timeout))
+            guarded("certificate", lambda: connection.certificate(at, roots, options.timeout))
         )
     if options.key is None:
         out.append(Finding("node key", SKIPPED, "no --auth-supernode-private-key was given."))
@@ -308,7 +306,7 @@ def _network(options: Options) -> list[Finding]:
         out.append(Finding("node key", FAIL, "Flower authenticates nodes over TLS only."))
     else:
         key = options.key
-        out.append(guarded("node key", lambda: nodecheck.private_key(key)))
+        out.append(guarded("node key", lambda: connection.private_key(key)))
     return out
 
 

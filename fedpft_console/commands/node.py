@@ -43,8 +43,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def command(args: argparse.Namespace, console: Console) -> int:
     """Look at everything a node needs; status 1 when something is not as it must be."""
+    from client_app.check import findings
     from client_app.check import node as check
-    from client_app.check import probes as nodecheck
 
     if args.insecure and args.root_certificates:
         raise UserError("--insecure and --root-certificates exclude each other.")
@@ -64,15 +64,15 @@ def command(args: argparse.Namespace, console: Console) -> int:
         )
     )
     if args.json:
-        print(nodecheck.as_json(found))
+        print(findings.as_json(found))
     else:
         from rich import box
         from rich.table import Table
         from rich.text import Text
 
         table = Table("check", "", "", box=box.SIMPLE_HEAD)
-        style = {nodecheck.PASS: "green", nodecheck.FAIL: "bold red", nodecheck.SKIPPED: "dim"}
+        style = {findings.PASS: "green", findings.FAIL: "bold red", findings.SKIPPED: "dim"}
         for f in found:
             table.add_row(f.name, Text(f.status, style=style[f.status]), Text(f.text))
         console.print(table)
-    return 1 if any(f.status == nodecheck.FAIL for f in found) else 0
+    return 1 if any(f.status == findings.FAIL for f in found) else 0

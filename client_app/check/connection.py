@@ -1,22 +1,15 @@
-"""Checks of a machine before it joins: connection, certificate, key, room, time of a step.
+"""The way to a SuperLink: connection, certificate, and the key a node signs with.
 
-Each check returns one `Finding` with one sentence and never raises for what it looks at. Nothing
-here needs Flower: a SuperLink is reached as any HTTP server is.
+Nothing here needs Flower: a SuperLink is reached as any HTTP server is.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
-import math
 import os
-import shutil
 import socket
 import ssl
-import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,69 +17,8 @@ from typing import Any
 
 from fedpft_core.disk import plain
 from fedpft_core.errors import UserError
-from fedpft_core.model.families import Shape
-from fedpft_core.task import Task
 
-PASS, FAIL, SKIPPED = "pass", "fail", "skipped"
-# What a node's process takes before it holds a model: Python, torch, transformers, Flower.
-BASE_BYTES = 450_000_000
-# Sub-FMs that may lie in a node's store while one more is being written.
-STORED = 4
 _SOON_DAYS = 14
-_LONGEST = 600  # characters of a finding
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the table: pass, fail or skipped, and why in one sentence."""
-
-    name: str
-    status: str
-    text: str
-
-
-UNFORESEEN = "this cannot be checked"
-
-
-def guarded(name: str, check: Callable[[], str]) -> Finding:
-    """Run a check, whatever becomes of it.
-
-    Args:
-        name: the name of the finding.
-        check: returns what is good in one sentence; raises UserError or OSError for what is not.
-
-    Returns:
-        The finding. Any other exception makes one that begins with `UNFORESEEN`: whatever a node
-        is given, its check ends in a table.
-    """
-    try:
-        return Finding(name, PASS, printable(check()))
-    except UserError as error:
-        return Finding(name, FAIL, printable(str(error)))
-    except OSError as error:
-        return Finding(name, FAIL, printable(f"{_because(error)}."))
-    except Exception as error:
-        return Finding(name, FAIL, printable(f"{UNFORESEEN}: {fault(error)}."))
-
-
-def fault(error: Exception) -> str:
-    """The first line of an exception that a library raised, with its kind."""
-    first = next(iter(str(error).splitlines()), "").rstrip(".")
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
-
-
-def printable(text: str) -> str:
-    """One line that any terminal can show: what a file holds may be neither."""
-    shown = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)
-
-
-def _because(error: OSError) -> str:
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or error}"
-
-
-# --- the SuperLink ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -274,9 +206,6 @@ def _names(shown: Any) -> list[str]:
     return [str(name.value) for name in found][:8]
 
 
-# --- the key ------------------------------------------------------------------------------
-
-
 def private_key(path: Path) -> str:
     """Whether Flower can sign with this key. Raises UserError saying why not."""
     from cryptography.exceptions import UnsupportedAlgorithm
@@ -305,127 +234,3 @@ def private_key(path: Path) -> str:
     loose = os.name == "posix" and path.stat().st_mode & 0o077
     open_to_others = " Others on this machine can read it: chmod 600." if loose else ""
     return f"an ECDSA key on the curve {key.curve.name}.{open_to_others}"
-
-
-# --- room ---------------------------------------------------------------------------------
-
-
-def folder(path: Path, needed: int) -> str:
-    """Whether a folder can be made and written to and has `needed` bytes free."""
-    probe = path / f".probe-{os.getpid()}"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"x" * 4096)
-    except OSError as error:
-        what = "is full" if error.errno == errno.ENOSPC else "cannot be written to"
-        raise UserError(f"cache-dir {path} {what} ({error.strerror or error}).") from None
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink()
-    free = shutil.disk_usage(path).free
-    if free < needed:
-        raise UserError(
-            f"cache-dir {path} has {_mb(free)} free, but {STORED} sub-FMs and the encoded rows "
-            f"need {_mb(needed)}."
-        )
-    wanted = f"; at most {_mb(needed)} are needed" if needed else ""
-    return f"{path} is writable and has {_mb(free)} free{wanted}."
-
-
-def memory(needed: int) -> str:
-    """Whether so many bytes of memory are free now. Raises UserError when they are not."""
-    free = available_memory()
-    if free < needed:
-        raise UserError(f"{_mb(free)} of memory are free, but a message needs about {_mb(needed)}.")
-    return f"{_mb(free)} of memory are free; a message needs about {_mb(needed)}."
-
-
-def available_memory() -> int:
-    """Free bytes of memory: of the machine, or of the container's limit if that is less."""
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError, ValueError):
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        free = min(free, max(0, limit - used))
-    return free
-
-
-def memory_needed(sub_fm_bytes: int, shape: Shape | None, batch: int, tokens: int) -> int:
-    """Bytes a message takes at most, roughly: libraries, sub-FM as read and as built, one step.
-
-    A step keeps about 12 values of the hidden width, 3 of the FFN's and 3 of each attention map
-    for each token and block.
-
-    Args:
-        sub_fm_bytes: size of the sub-FM's weights.
-        shape: the FM's sizes; None where they are not known, then no step is reckoned.
-        batch: rows of a step.
-        tokens: positions of a row.
-    """
-    step = 0
-    if shape is not None:
-        token = 12 * shape.hidden + 3 * shape.ffn + 3 * shape.heads * tokens
-        step = 4 * batch * tokens * token * shape.blocks
-    return BASE_BYTES + 3 * sub_fm_bytes + step
-
-
-def _mb(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{math.ceil(count / 1e6)} MB"
-
-
-# --- one step -----------------------------------------------------------------------------
-
-
-def step_seconds(
-    model: Any, task: Task, rows: Any, batch_size: int, threads: int, repeats: int = 5
-) -> float:
-    """Median seconds of a training step on these rows, after one that is not counted."""
-    import torch
-
-    from fedpft_core.train.tune import LocalSettings, fine_tune
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        one = LocalSettings(1e-4, batch_size, 1, 1, 0.0, 1.0, threads)
-        return statistics.median(
-            [fine_tune(model, task, rows, one, i).seconds for i in range(repeats + 1)][1:]
-        )
-    finally:
-        torch.set_num_threads(before)
-
-
-def full_rows(task: Task, shape: Shape, max_length: int, batch_size: int) -> Any:
-    """Rows of the greatest length, or images of noise, for a model of which only the shape is
-    known."""
-    import torch
-
-    from fedpft_core.data.batches import Encoded
-
-    labels = task.any_labels(batch_size)
-    if shape.image_tokens:
-        size = (batch_size, shape.channels, shape.height, shape.width)
-        return Encoded(labels=labels, pixels=torch.rand(size))
-    # Ids below 5 are special tokens in many vocabularies.
-    first = min(5, shape.vocabulary - 1)
-    count = batch_size * max_length
-    return Encoded(
-        labels=labels,
-        ids=torch.randint(first, shape.vocabulary, (count,), dtype=torch.int32),
-        offsets=torch.arange(batch_size + 1) * max_length,
-    )
-
-
-def as_json(findings: list[Finding]) -> str:
-    """The findings for programs."""
-    checks = [f.__dict__ for f in findings]
-    return json.dumps({"ok": all(f.status != FAIL for f in findings), "checks": checks}, indent=1)
-
-
-__all__ = [
-    "FAIL", "PASS", "SKIPPED", "Address", "Finding", "address", "as_json", "certificate", "folder",
-    "full_rows", "guarded", "memory", "memory_needed", "private_key", "reach", "speak_plainly",
-    "step_seconds",
-]  # fmt: skip

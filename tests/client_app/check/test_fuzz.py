@@ -19,8 +19,8 @@ import pytest
 import tiny
 from corrupt import ODD, RAW
 
+from client_app.check.findings import FAIL, PASS, SKIPPED, UNFORESEEN, Finding
 from client_app.check.node import Options, check
-from client_app.check.probes import FAIL, PASS, SKIPPED, UNFORESEEN, Finding
 from client_app.store import Store
 from fedpft_console import cli
 from fedpft_core import config
@@ -409,6 +409,7 @@ def test_a_fault_that_nobody_foresaw_is_a_finding_too(
     def fail(*_: Any) -> None:
         raise ZeroDivisionError("first line\nsecond")
 
+    tiny.write_csv(tmp_path / "rows.csv", tiny.sentences(12))
     monkeypatch.setattr("client_app.check.node.nodes.own_rows", fail)
     (found,) = (f for f in check(Options(node_config(tmp_path))) if f.name == "data")
     assert found == Finding("data", FAIL, f"{UNFORESEEN}: ZeroDivisionError: first line.")
