@@ -12,7 +12,6 @@ as a Parquet file named by a digest of those versions and of the recipe.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -21,13 +20,19 @@ import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from fedpft_core.data import prose
+from fedpft_core.data.installed import (
+    digest_of,
+    folder_of_module,
+    read,
+    readme,
+    readme_packages,
+    source_files,
+    version_of_module,
+)
 from fedpft_core.disk import whole
 from fedpft_core.errors import UserError
 
@@ -75,35 +80,6 @@ _NAMES = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 
-# Folders and files that hold no documentation of the library itself.
-_SKIPPED_FOLDERS = frozenset(
-    {
-        *("tests", "test", "testing", "_testing", "__pycache__", "node_modules"),
-        *("_vendor", "vendor", "vendored", "_vendored", "thirdparty_files"),
-        *("site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo"),
-    }
-)
-_SKIPPED_FILE = re.compile(r"^(?:test_.*|.*_tests?|conftest|.*_pb2(?:_grpc)?)\.py$")
-
-# What `builtin:public` takes READMEs from: this project's direct dependencies and, through their
-# metadata, everything those need; so that an unrelated package beside them changes no row.
-_README_ROOTS: tuple[str, ...] = (
-    "flwr",
-    "flwr-datasets",
-    "datasets",
-    "torch",
-    "transformers",
-    "peft",
-    "safetensors",
-    "ray",
-    "PyYAML",
-    "numpy",
-    "pyarrow",
-    "pillow",
-    "scikit-learn",
-    "matplotlib",
-    "rich",
-)
 _LANGUAGE_REFERENCE = "pydoc_data/topics.py"
 """The standard library's copy of the language reference, as a dictionary of strings."""
 
@@ -151,7 +127,7 @@ def docstring_rows(cache_dir: Path | None = None) -> DocstringRows:
     Raises:
         UserError: one of the eight packages is not installed or has no readable sources.
     """
-    versions = [f"{name}=={_version_of_module(name)}" for name in LIBRARIES]
+    versions = [f"{name}=={version_of_module(name)}" for name in LIBRARIES]
     columns = _cached(
         "docstrings", versions, ("text", "label", "split", "source"), _build_docstrings, cache_dir
     )
@@ -168,8 +144,8 @@ def public_paragraphs(cache_dir: Path | None = None) -> tuple[str, ...]:
     """
     versions = [
         "python==" + ".".join(map(str, sys.version_info[:3])),
-        *(f"{name}=={_version_of_module(name)}" for name in LIBRARIES),
-        *(f"{name}=={metadata.version(name)}" for name in _readme_packages()),
+        *(f"{name}=={version_of_module(name)}" for name in LIBRARIES),
+        *(f"{name}=={metadata.version(name)}" for name in readme_packages(LIBRARIES)),
     ]
 
     def build() -> dict[str, list[str]]:
@@ -218,10 +194,10 @@ def _build_docstrings() -> dict[str, list[str]]:
 
 def _library_rows(name: str, quota: dict[str, int]) -> dict[str, tuple[str, str, str]]:
     """Sentences of one library until every split has its quota: key → (text, split, source)."""
-    root = _folder_of_module(name)
+    root = folder_of_module(name)
     rows: dict[str, tuple[str, str, str]] = {}
     filled = dict.fromkeys(quota, 0)
-    for relative in _source_files(root):
+    for relative in source_files(root):
         if all(filled[split] >= quota[split] for split in quota):
             break
         source = f"{name}/{relative}"
@@ -235,7 +211,7 @@ def _library_rows(name: str, quota: dict[str, int]) -> dict[str, tuple[str, str,
                 fresh.setdefault(row_key, text)
         # The whole file goes to the split that is furthest from its quota.
         split = min(quota, key=lambda s: filled[s] / quota[s])
-        chosen = sorted(fresh, key=_digest)[:ROWS_PER_FILE]
+        chosen = sorted(fresh, key=digest_of)[:ROWS_PER_FILE]
         for row_key in chosen:
             rows[row_key] = (fresh[row_key], split, source)
         filled[split] += len(chosen)
@@ -270,8 +246,8 @@ def _build_public(taken: set[str]) -> dict[str, list[str]]:
                 texts.append(piece)
 
     stdlib = Path(sysconfig.get_path("stdlib"))
-    for relative in _source_files(stdlib):
-        source = _read(stdlib / relative)
+    for relative in source_files(stdlib):
+        source = read(stdlib / relative)
         texts_of_file = (
             prose.string_values(source)
             if relative == _LANGUAGE_REFERENCE
@@ -280,45 +256,14 @@ def _build_public(taken: set[str]) -> dict[str, list[str]]:
         for text in texts_of_file:
             for paragraph in prose.paragraphs(text, indented=True):
                 add(paragraph)
-    for name in _readme_packages():
-        for paragraph in prose.paragraphs(_readme(name), indented=True):
+    for name in readme_packages(LIBRARIES):
+        for paragraph in prose.paragraphs(readme(name), indented=True):
             add(paragraph)
     return {"text": texts}
 
 
-@cache
-def _readme_packages() -> tuple[str, ...]:
-    """Installed packages that this project needs, directly or not, without the eight libraries."""
-    seen: set[str] = set()
-    queue = list(_README_ROOTS)
-    while queue:
-        name = _canonical(queue.pop())
-        if name in seen:
-            continue
-        try:
-            requirements = metadata.requires(name) or []
-        except metadata.PackageNotFoundError:
-            continue
-        seen.add(name)
-        for requirement in requirements:
-            # What only an extra needs is not followed: whether it is there is chance.
-            if "extra ==" not in requirement and (found := re.match(r"[\w.-]+", requirement)):
-                queue.append(found.group())
-    return tuple(sorted(seen - {_canonical(name) for name in LIBRARIES}))
-
-
-def _readme(name: str) -> str:
-    message: Any = metadata.metadata(name)  # its protocol type leaves out get() and the body
-    # Old metadata has the text as a field, newer as the body.
-    return str(message.get("Description") or "") or str(message.get_payload() or "")
-
-
-def _canonical(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
 def _texts_of_file(path: Path) -> Iterator[str]:
-    for docstring in prose.docstrings(_read(path)):
+    for docstring in prose.docstrings(read(path)):
         every = (s for p in prose.paragraphs(docstring) for s in prose.sentences(p))
         yield from _runs(every, prose.is_prose, MAX_ROW_WORDS)
 
@@ -342,49 +287,6 @@ def _runs(
         yield " ".join(run)
 
 
-def _source_files(root: Path) -> list[str]:
-    """Python files under a folder, relative with "/", in the order of their names' digest."""
-    found: list[str] = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
-        inside = Path(folder).relative_to(root)
-        found += [
-            (inside / name).as_posix()
-            for name in names
-            if name.endswith(".py") and not _SKIPPED_FILE.match(name)
-        ]
-    return sorted(found, key=_digest)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return ""  # a few sources are in other encodings on purpose
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _folder_of_module(name: str) -> Path:
-    spec = find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"builtin:docstrings needs the package {name!r}, which is not installed.")
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
-def _version_of_module(name: str) -> str:
-    _folder_of_module(name)
-    try:
-        # The eight are distributed under the names they are imported by.
-        return metadata.version(name)
-    except metadata.PackageNotFoundError as error:
-        raise UserError(
-            f"builtin:docstrings needs the package {name!r}, which is not installed."
-        ) from error
-
-
 def _cached(
     name: str,
     versions: Iterable[str],
@@ -400,7 +302,7 @@ def _cached(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    digest = _digest("\n".join([f"recipe=={RECIPE}", *versions]))[:16]
+    digest = digest_of("\n".join([f"recipe=={RECIPE}", *versions]))[:16]
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
     path = folder / f"{name}-{digest}.parquet"
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpft_core.data import builtin, prose
+from fedpft_core.data import builtin, installed, prose
 from fedpft_core.data.builtin import LIBRARIES, ROWS_PER_CLASS, DocstringRows
 from fedpft_core.data.public import load_public
 from fedpft_core.errors import UserError
@@ -150,7 +150,7 @@ def test_another_process_builds_the_same_and_imports_nothing(
 def test_importing_the_package_loads_nothing_heavy() -> None:
     code = (
         "import sys; from fedpft_core.data import batches, builtin, files, partition, prose, "
-        "public, tasks;"
+        "public, examples, rows, splits;"
         "print([n for n in ('torch', 'pyarrow', 'pandas', 'datasets', 'flwr_datasets', 'flwr', "
         "'sklearn', 'PIL', 'transformers') if n in sys.modules])"
     )
@@ -308,15 +308,15 @@ def test_public_is_disjoint_from_the_task(rows: DocstringRows, public: tuple[str
 
 def test_task_sentences_are_kept_out_of_public(monkeypatch: pytest.MonkeyPatch) -> None:
     readme = "Ray does one thing here today. It is a second sentence of the same paragraph."
-    monkeypatch.setattr(builtin, "_source_files", lambda root: [])
-    monkeypatch.setattr(builtin, "_readme_packages", lambda: ("x",))
-    monkeypatch.setattr(builtin, "_readme", lambda name: readme)
+    monkeypatch.setattr(builtin, "source_files", lambda root: [])
+    monkeypatch.setattr(builtin, "readme_packages", lambda without: ("x",))
+    monkeypatch.setattr(builtin, "readme", lambda name: readme)
     assert builtin._build_public(set()) == {"text": [readme]}
     assert builtin._build_public({prose.key("library does one thing here today")}) == {"text": []}
 
 
 def test_public_readmes_leave_out_the_eight() -> None:
-    packages = builtin._readme_packages()
+    packages = installed.readme_packages(builtin.LIBRARIES)
     assert not set(packages) & {
         "torch",
         "transformers",
