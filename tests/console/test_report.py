@@ -135,20 +135,6 @@ def test_write_makes_all_files_whole_and_none_else(tmp_path: Path) -> None:
     assert (tmp_path / "rounds.csv").read_bytes() == before
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None:
-    target = tmp_path / "report.md"
-    target.write_text("old")
-
-    def full(self: Path, data: bytes) -> int:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError):
-        report.files._put(target, b"new")
-    assert [p.name for p in tmp_path.iterdir()] == ["report.md"]
-    assert target.read_text() == "old"
-
-
 def test_no_plot_before_a_round_was_scored(tmp_path: Path) -> None:
     put(tmp_path, whole_run()[:6])
     report.write(tmp_path)

@@ -121,3 +121,19 @@ def test_removing_what_is_not_there_is_no_error(tmp_path: Path) -> None:
     whole.remove(tmp_path / "a")
     whole.remove(tmp_path / "a")
     assert names(tmp_path) == set()
+
+
+def test_a_write_that_fails_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "report.md"
+    target.write_text("old")
+
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError):
+        whole.write(target, b"new")
+    assert [p.name for p in tmp_path.iterdir()] == ["report.md"]
+    assert target.read_text() == "old"
