@@ -59,7 +59,7 @@ class PackageMeta:
 
     @cached_property
     def _text(self) -> str:
-        return json.dumps(self.as_raw(), sort_keys=True)
+        return json.dumps(self.as_raw(), sort_keys=True, separators=(",", ":"))
 
     @staticmethod
     def from_json(text: str) -> PackageMeta:

@@ -176,7 +176,7 @@ def test_memory_does_not_grow_with_the_replies() -> None:
                 sys.executable, "benchmarks/aggregation.py", "--one", "median", str(count),
                 "--parameters", "200000",
             ],
-            cwd=ROOT, capture_output=True, text=True, timeout=300, check=True,
+            cwd=ROOT, capture_output=True, text=True, timeout=1200, check=True,
         )  # fmt: skip
         peaks[count] = int(done.stdout)
     # Held in memory, 60 replies of 0.8 MB and their wire forms would be over 90 MB.
