@@ -291,7 +291,9 @@ def test_gradient_objective_is_output_error_plus_squared_relative_distance(
 ) -> None:
     job = _job(family, double=True)
     (batch,) = job.batches(1)
-    objective = gradient.Objective(job.teacher, job.student, job.plan, weight, seed=4)
+    objective = gradient.Objective(
+        job.teacher, job.student, job.plan, weight, seed=4, position=job.position
+    )
     with distill.only_trained(job.student, distill.moving_parts(job.student, job.plan).values()):
         found = float(objective(batch).detach())
     v = torch.randn(
@@ -319,11 +321,15 @@ def test_gradient_of_the_gradient_objective_equals_finite_differences(family: st
 
     def loss() -> torch.Tensor:
         # Made anew, so that each call draws the same functional.
-        objective = gradient.Objective(job.teacher, job.student, job.plan, 5.0, seed=4)
+        objective = gradient.Objective(
+            job.teacher, job.student, job.plan, 5.0, seed=4, position=job.position
+        )
         with distill.only_trained(job.student, parts.values()):
             return objective(batch)
 
-    objective = gradient.Objective(job.teacher, job.student, job.plan, 5.0, seed=4)
+    objective = gradient.Objective(
+        job.teacher, job.student, job.plan, 5.0, seed=4, position=job.position
+    )
     with distill.only_trained(job.student, parts.values()):
         grads = torch.autograd.grad(objective(batch), list(parts.values()))
     step = 1e-6

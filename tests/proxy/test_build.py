@@ -258,8 +258,8 @@ def test_reload_gives_identical_logits(family: str) -> None:
         batch = tiny.batch_of(family)
         with torch.no_grad():
             assert torch.equal(logits(client.model, batch), logits(mine, batch))
-        assert (client.plan, client.spec, client.kind) == (plan, spec, kind)
-        assert (client.labels, client.max_length) == (tiny.LABELS, 16)
+        assert (client.plan, client.spec, client.task.name) == (plan, spec, kind)
+        assert (client.task.labels, client.max_length) == (tiny.LABELS, 16)
 
 
 @families

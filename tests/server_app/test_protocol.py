@@ -15,7 +15,6 @@ import corrupt
 import pytest
 import tiny
 import torch
-from fedpft_core.proxy.plan import FFN
 from flwr.app import Message, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from client_app.store import Store
 from fedpft_core.config import from_flat
-from fedpft_core.model.families import family_of
+from fedpft_core.model.families import FFN, family_of
 from fedpft_core.model.names import PatchedWeights
 from fedpft_core.model.plan import Plan
 from fedpft_core.wire import codec

@@ -222,7 +222,7 @@ def test_training_lowers_the_loss(family: str) -> None:
     _, small, _, _ = tiny.pair(family)
     data = tiny.encoded(family, 48)
     before = evaluate(small, tiny.TASK, data, 16).loss
-    fine_tune(small, tiny.TASK, data, replace(SETTINGS, epochs=10), seed=1)
+    fine_tune(small, tiny.TASK, data, replace(SETTINGS, epochs=30), seed=1)
     assert evaluate(small, tiny.TASK, data, 16).loss < 0.9 * before
 
 
