@@ -47,6 +47,12 @@ def load_processor(source: str, kind: str, options: Mapping[str, Any] | None = N
 
 def files_of(processor: Any) -> dict[str, bytes]:
     """The files a processor is saved as, by name, without what says where it came from."""
+    # A tokenizer remembers how it last truncated and padded, and would save that as well: the same
+    # tokenizer, used or not, must give the same bytes. Every use says anew how it is to be done.
+    backend = getattr(processor, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
     with tempfile.TemporaryDirectory() as folder:
         processor.save_pretrained(folder)
         files = {}

@@ -16,6 +16,7 @@ from fedpft_core.adapter import lora as adapters
 from fedpft_core.config import ModelConfig
 from fedpft_core.errors import UserError
 from fedpft_core.model import load as models
+from fedpft_core.model.processor import files_of
 from fedpft_core.task import make
 from fedpft_core.task.classify import logits
 
@@ -213,3 +214,10 @@ def test_an_image_processor_of_another_size_is_named(tmp_path: Path) -> None:
     path.write_text(json.dumps(raw | {"size": {"height": 24, "width": 20}}))
     with pytest.raises(UserError, match=r"makes images of 3 x 24 x 20 .* takes 3 x 16 x 16"):
         load(folder, "image")
+
+
+def test_files_of_a_tokenizer_do_not_depend_on_its_use() -> None:
+    tokenizer = tiny.tokenizer("bert")
+    before = files_of(tokenizer)
+    tokenizer(["a cat", "the big dog is in paris"], truncation=True, max_length=4, padding=True)
+    assert files_of(tokenizer) == before
