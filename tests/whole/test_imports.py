@@ -22,6 +22,7 @@ FLOORS: list[set[str]] = [
     {"fedpft_core.model"},
     {"fedpft_core.task"},
     {"fedpft_core.adapter"},
+    {"fedpft_core.head"},
     {"fedpft_core.train"},
     {"fedpft_core.aggregation", "fedpft_core.wire"},
     {"fedpft_core.proxy"},
