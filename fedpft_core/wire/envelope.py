@@ -18,6 +18,8 @@ from fedpft_core.wire.messages import (
     Message,
     NeedReply,
     RefusalReply,
+    StatisticsReply,
+    StatisticsRequest,
     TrainReply,
     TrainRequest,
 )
@@ -43,7 +45,7 @@ class Envelope:
     check: str = ""
 
     def sizes(self) -> dict[str, int]:
-        """Bytes by ledger kind: package, patch, adapter, counts, control."""
+        """Bytes by ledger kind: package, patch, adapter, counts, statistics, control."""
         out = {"control": len(_bytes(self.head)) + len(_bytes(self.check))}
         for name, data in self.parts.items():
             kind = name.partition(".")[0]
@@ -53,7 +55,7 @@ class Envelope:
         return out
 
 
-_PART_KINDS = ("package", "patch", "adapter", "counts")
+_PART_KINDS = ("package", "patch", "adapter", "counts", "statistics")
 
 
 def _bytes(text: str) -> bytes:
@@ -74,6 +76,8 @@ _KINDS: dict[str, type] = {
     "hello-reply": HelloReply,
     "train": TrainRequest,
     "train-reply": TrainReply,
+    "statistics": StatisticsRequest,
+    "statistics-reply": StatisticsReply,
     "need": NeedReply,
     "refusal": RefusalReply,
 }
@@ -84,27 +88,26 @@ _KIND_OF = {cls: kind for kind, cls in _KINDS.items()}
 
 def seal(message: Message) -> Envelope:
     """Message → envelope."""
-    parts: dict[str, bytes] = {}
-    head: dict[str, Any] = {"protocol": PROTOCOL}
+    values = dict(message.__dict__)
+    head = {k: v for k, v in values.items() if k not in _IN_PARTS}
+    parts = {k: codec.pack(values[k]) for k in _TENSORS if values.get(k) or k in _always(message)}
+    if values.get("package"):
+        parts["package"] = values["package"]
     if isinstance(message, TrainRequest):
-        parts["adapter"] = codec.pack(message.adapter)
-        if message.package:
-            parts["package"] = message.package
+        head["settings"] = asdict(message.settings)
+    if isinstance(message, TrainRequest | StatisticsRequest):
         for i, patch in enumerate(message.patches):
             parts[f"patch.{i}"] = patch.to_bytes()
-        head |= {k: v for k, v in message.__dict__.items() if k not in _IN_PARTS}
-        head["settings"] = asdict(message.settings)
         head["patches"] = [[p.source, p.target, p.fmt] for p in message.patches]
-    elif isinstance(message, TrainReply):
-        parts["adapter"] = codec.pack(message.adapter)
-        if message.counts:
-            parts["counts"] = codec.pack(message.counts)
-        head |= {k: v for k, v in message.__dict__.items() if k not in _IN_PARTS}
-    else:
-        head |= asdict(message)
-    text = json.dumps(head, separators=(",", ":"))
+    text = json.dumps({"protocol": PROTOCOL} | head, separators=(",", ":"))
     kind = _KIND_OF[type(message)]
     return Envelope(kind, text, parts, checksum(kind, text, parts))
+
+
+def _always(message: Message | type) -> tuple[str, ...]:
+    """Parts that a message of this kind has even where they are empty."""
+    cls = message if isinstance(message, type) else type(message)
+    return tuple(f.name for f in fields(cls) if f.name in _TENSORS and f.name != "counts")
 
 
 def open_envelope(envelope: Envelope) -> Message:
@@ -127,21 +130,20 @@ def open_envelope(envelope: Envelope) -> Message:
             f"this side {PROTOCOL}"
         )
     _check_fields(cls, head)
+    needed = list(_always(cls))
     if cls is TrainRequest:
         head["settings"] = _settings(head["settings"])
+    if cls in (TrainRequest, StatisticsRequest):
         names = [f"patch.{i}" for i in range(len(head["patches"]))]
-        _check_parts(parts, ["adapter", *names], optional="package")
+        _check_parts(parts, [*needed, *names], optional="package")
         head["patches"] = tuple(
             Patch(source, target, fmt, codec.unpack(parts[name]))
             for (source, target, fmt), name in zip(head["patches"], names, strict=True)
         )
-        package = parts.get("package", b"")
-        return TrainRequest(adapter=codec.unpack(parts["adapter"]), package=package, **head)
-    if cls is TrainReply:
-        _check_parts(parts, ["adapter"], optional="counts")
-        counts = codec.unpack(parts["counts"]) if "counts" in parts else {}
-        return TrainReply(adapter=codec.unpack(parts["adapter"]), counts=counts, **head)
-    _check_parts(parts, [])
+        head["package"] = parts.get("package", b"")
+    else:
+        _check_parts(parts, needed, optional="counts" if cls is TrainReply else "")
+    head |= {name: codec.unpack(parts[name]) for name in _TENSORS if name in parts}
     if "have" in head:
         head["have"] = tuple(head["have"])
     message: Message = cls(**head)
@@ -198,7 +200,8 @@ def _is_numbers(value: Any) -> bool:
 
 
 # What the head says of each field, by its name; fields that travel as parts are not in it.
-_IN_PARTS = ("adapter", "counts", "package")
+_TENSORS = ("adapter", "counts", "statistics")
+_IN_PARTS = (*_TENSORS, "package")
 
 
 _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -214,6 +217,9 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "validation_sums": ("numbers by name", _is_numbers),
     "steps": ("a whole number", _is_int),
     "seed": ("a whole number", _is_int),
+    "width": ("a whole number", _is_int),
+    "batch_size": ("a whole number", _is_int),
+    "threads": ("a whole number", _is_int),
     "loss": ("a number", _is_float),
     "seconds": ("a number", _is_float),
     "timings": ("numbers by name", _is_numbers),

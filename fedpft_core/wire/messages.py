@@ -1,7 +1,7 @@
-"""What crosses the network, as plain values; how replies are validated and averaged.
+"""What crosses the network, as plain values.
 
 Every message is a small JSON `head` and named byte parts (`package`, `patch.N`, `adapter`,
-`counts`), each one safetensors blob: its length is exactly what the byte ledger counts.
+`counts`, `statistics`), each one safetensors blob: its length is exactly what the byte ledger counts.
 """
 
 from __future__ import annotations
@@ -11,11 +11,6 @@ from dataclasses import dataclass, field
 from fedpft_core.tensors import Tensors
 from fedpft_core.train.tune import LocalSettings
 from fedpft_core.wire.package import Patch
-
-# --- identity of a package ----------------------------------------------------------------
-
-
-# --- messages -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -75,6 +70,37 @@ class TrainReply:
 
 
 @dataclass(frozen=True)
+class StatisticsRequest:
+    """Class statistics are wanted, of the features that the sub-FM has with this adapter.
+
+    `package` or `patches` bring the client to `digest` if it is not there.
+    """
+
+    round: int  # after which the statistics are taken; 0 = before the first
+    digest: str
+    adapter: Tensors  # in wire format `fmt`
+    fmt: str
+    seed: int
+    width: int  # features kept at most; wider ones are projected, by a map drawn from the seed
+    batch_size: int  # rows at once
+    threads: int
+    package: bytes = b""
+    patches: tuple[Patch, ...] = ()
+
+
+@dataclass(frozen=True)
+class StatisticsReply:
+    """Sums over a client's rows; see `fedpft_core.head.statistics`."""
+
+    name: str
+    round: int
+    digest: str
+    examples: int
+    seconds: float
+    statistics: Tensors
+
+
+@dataclass(frozen=True)
 class NeedReply:
     """The client lacks the sub-FM it should train on; `have` is what it could start from."""
 
@@ -98,10 +124,7 @@ class Failure:
     reason: str
 
 
-Message = Hello | HelloReply | TrainRequest | TrainReply | NeedReply | RefusalReply
-
-
-# --- validation ---------------------------------------------------------------------------
-
-
-# --- aggregation --------------------------------------------------------------------------
+Message = (
+    Hello | HelloReply | TrainRequest | TrainReply | StatisticsRequest | StatisticsReply
+    | NeedReply | RefusalReply
+)  # fmt: skip
