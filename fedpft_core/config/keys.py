@@ -218,6 +218,39 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class HeadConfig:
+    """The head in closed form, from sums over the clients' rows by class (docs/heads.md)."""
+
+    start: str = _key(
+        "statistics",
+        "the head before round 1: `statistics` (the shrunken linear discriminant of the class "
+        "statistics that every client sends once) or `zero` (as the model is loaded)",
+        choices=("statistics", "zero"),
+    )
+    end: str = _key(
+        "better",
+        "the head after the last round: `statistics` (the same again, of the tuned features), "
+        "`better` (whichever of that and the tuned head the server's validation rows prefer) or "
+        "`trained` (the tuned head)",
+        choices=("statistics", "better", "trained"),
+    )
+    interval: int = _key(
+        0, "rounds between further exchanges of statistics, each of which resets the head; 0 = none",
+        low=0,
+    )  # fmt: skip
+    shrinkage: float = _key(
+        0.0,
+        "share of the identity in the discriminant's covariance; 0 = computed from the statistics, "
+        "or the best on the server's validation rows where there are any",
+        low=0.0,
+        high=1.0,
+    )
+    max_features: int = _key(
+        1024, "features a client sums over; wider ones are projected at random", low=8
+    )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Local fine-tuning at the clients."""
 
@@ -272,11 +305,20 @@ class FederationConfig:
 
 @dataclass(frozen=True)
 class PlugConfig:
-    """How the tuned adapter becomes the product: the FM's head fitted to the FM's features.
+    """How the tuned adapter becomes the product (docs/heads.md)."""
 
-    Without labels, by least squares from the FM's features to the sub-FM's. LoRA's factors, and
-    what clients get, stay as they are.
-    """
+    method: str = _key(
+        "best",
+        "`best` (of the candidates that follow, the one that labels most of the validation rows "
+        "kept for it right), `as-trained` (the paper's: the adapter as it is), `refit` (the head "
+        "fitted to the FM's features, by plug.refit), `mapped` (the clients' class statistics "
+        "taken to the FM's features) or `distil` (the FM tuned towards the sub-FM's outputs)",
+        choices=("best", "as-trained", "refit", "mapped", "distil"),
+    )
+    distil_steps: int = _key(150, "optimiser steps of `distil`", low=1)
+    distil_batch_size: int = _key(16, "rows per step of `distil`", low=1)
+    distil_lr: float = _key(1e-3, "AdamW learning rate of LoRA in `distil`", above=0.0)
+    distil_head_lr: float = _key(2e-3, "AdamW learning rate of the head in `distil`", above=0.0)
 
     refit: str = _key(
         "better",
@@ -371,6 +413,7 @@ class Config:
     distill: DistillConfig = DistillConfig()
     align: AlignConfig = AlignConfig()
     lora: LoraConfig = LoraConfig()
+    head: HeadConfig = HeadConfig()
     train: TrainConfig = TrainConfig()
     federation: FederationConfig = FederationConfig()
     plug: PlugConfig = PlugConfig()
