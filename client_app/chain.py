@@ -61,11 +61,20 @@ def plug(work: Work) -> Work:
     Raises:
         ReplyError: when it does not fit.
     """
+    put(work.model, work.sent)
+    return work
+
+
+def put(model: ClientModel, adapter: Tensors) -> None:
+    """Put an adapter that was received on a sub-FM.
+
+    Raises:
+        ReplyError: when it does not fit.
+    """
     try:
-        adapters.load(work.model.model, work.sent, work.model.plan)
+        adapters.load(model.model, adapter, model.plan)
     except ValueError as error:
         raise ReplyError(f"the adapter received does not fit the sub-FM ({error})") from error
-    return work
 
 
 def validate(work: Work) -> Work:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from client_app import rowcache
-from client_app.chain import Work, work_through
+from client_app.chain import Work, put, work_through
 from client_app.rowcache import RowCache
 from client_app.startup import collector_paused
 from client_app.store import Residuals, Store
@@ -22,6 +22,7 @@ from fedpft_core.data.batches import Encoded
 from fedpft_core.data.examples import Examples
 from fedpft_core.disk import evict
 from fedpft_core.errors import ReplyError, UserError
+from fedpft_core.head.refit import of_rows
 from fedpft_core.model.processor import from_files
 from fedpft_core.proxy.package import ClientModel, rebuild
 from fedpft_core.proxy.patch import apply_patch
@@ -35,6 +36,8 @@ from fedpft_core.wire.messages import (
     Message,
     NeedReply,
     RefusalReply,
+    StatisticsReply,
+    StatisticsRequest,
     TrainReply,
     TrainRequest,
 )
@@ -128,20 +131,16 @@ class Client:
             return HelloReply(self.name, examples, have, __version__, validation)
         if isinstance(message, TrainRequest):
             return self._train(message)
+        if isinstance(message, StatisticsRequest):
+            return self._statistics(message)
         raise ReplyError(f"a client cannot answer a {type(message).__name__}")
 
     def _train(self, request: TrainRequest) -> Message:
         start = time.perf_counter()
-        threads = request.settings.threads
-        if self.max_threads:
-            threads = min(threads, self.max_threads)
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)
+        self._use(request.settings.threads)
         held = self._held(request)
         if held is None:
-            # Not what was asked for, even if a damaged copy of it cannot be removed.
-            have = tuple(d for d in self.store.digests() if d != request.digest)
-            return NeedReply(self.name, request.digest, have)
+            return self._need(request.digest)
         rows = self._rows(held)
         work = work_through(
             Work(
@@ -171,7 +170,42 @@ class Client:
             validation_sums=dict(work.sums),
         )
 
-    def _held(self, request: TrainRequest) -> Held | None:
+    def _statistics(self, request: StatisticsRequest) -> Message:
+        start = time.perf_counter()
+        self._use(request.threads)
+        held = self._held(request)
+        if held is None:
+            return self._need(request.digest)
+        if request.width < 1 or request.batch_size < 1:
+            raise ReplyError("the request cannot be used (no features, or no rows at once)")
+        model, rows = held.model, self._rows(held).train
+        put(model, codec.decode(request.adapter, request.fmt))
+        found = of_rows(
+            model.model, rows, len(model.task.labels), request.batch_size, request.width,
+            request.seed,
+        )  # fmt: skip
+        return StatisticsReply(
+            name=self.name,
+            round=request.round,
+            digest=request.digest,
+            examples=len(rows),
+            seconds=time.perf_counter() - start,
+            statistics=found.tensors(),
+        )
+
+    def _use(self, threads: int) -> None:
+        """Pin torch to so many threads, or to what the node allows."""
+        if self.max_threads:
+            threads = min(threads, self.max_threads)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+
+    def _need(self, digest: str) -> NeedReply:
+        # Not what was asked for, even if a damaged copy of it cannot be removed.
+        have = tuple(d for d in self.store.digests() if d != digest)
+        return NeedReply(self.name, digest, have)
+
+    def _held(self, request: TrainRequest | StatisticsRequest) -> Held | None:
         """The model with the digest asked for: from memory, disk, or what the message brings."""
         cached = self.cache.models.get(request.digest)
         if cached is not None:
@@ -191,7 +225,7 @@ class Client:
         self.cache.keep_model(request.digest, held)
         return held
 
-    def _package(self, request: TrainRequest) -> Package | None:
+    def _package(self, request: TrainRequest | StatisticsRequest) -> Package | None:
         if request.package:
             package = Package.from_bytes(request.package)
             if package.digest() != request.digest:

@@ -29,11 +29,12 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor, nn
 
-from fedpft_core.adapter import lora, plug
+from fedpft_core.adapter import lora
 from fedpft_core.align import method as alignment
 from fedpft_core.align.distill import Progress
 from fedpft_core.config import Config, from_flat
 from fedpft_core.errors import UserError
+from fedpft_core.head import refit as plug
 from fedpft_core.model.device import Batch
 from fedpft_core.model.families import FAMILIES, Family, base_model, family_of
 from fedpft_core.model.plan import Plan

@@ -19,7 +19,7 @@ from fedpft_core.errors import RunError, UserError
 from fedpft_core.train import baselines
 from server_app.bench import Bench
 from server_app.local import local_only
-from server_app.phases import agree, align, load, plug, score
+from server_app.phases import agree, align, heads, load, plug, score
 from server_app.phases.reporting import peak_rss_bytes, phase
 from server_app.phases.undistilled import undistilled
 from server_app.run import proxycache
@@ -86,15 +86,15 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
     ))  # fmt: skip
 
     bench = load.load(config, events)
+    strategy = Strategy(config, transport, events)
     if saved is not None:
         state = saved.restore(bench.models, bench.package())
     else:
-        state = _before_round_1(bench, transport, events)
+        state = _before_round_1(bench, strategy, transport, events)
     if f.aggregate == "none":
         local_only(config, transport, events, bench, state)
         events.emit(ev.Files(paths={"plan": f"{config.run.dir}/plan.json"}))
         return
-    strategy = Strategy(config, transport, events)
     strategy.nodes.wait()
     last = min(f.rounds, config.run.stop_after or f.rounds)
     for round in range(state.round + 1, last + 1):
@@ -104,10 +104,12 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
         checkpoints.save(state, bench.models, events.offset())
     if last < f.rounds:
         raise RunError(f"stopped after round {last} as run.stop-after asks; resume to go on")
-    _export(bench, state)
+    _export(bench, strategy, state)
 
 
-def _before_round_1(bench: Bench, transport: Transport, events: EventLog) -> State:
+def _before_round_1(
+    bench: Bench, strategy: Strategy, transport: Transport, events: EventLog
+) -> State:
     """What a run does once: reference points, distillation, the scores it starts from."""
     config, models = bench.config, bench.models
     (Path(config.run.dir) / "plan.json").write_text(models.plan.to_json(), encoding="utf-8")
@@ -122,6 +124,9 @@ def _before_round_1(bench: Bench, transport: Transport, events: EventLog) -> Sta
     proxycache.distil(bench)
     state = fresh_state(models.start, bench.package())
     models.plug(state.adapter)
+    if config.federation.aggregate != "none" and heads.asked(bench):
+        with phase(events, "statistics"):
+            heads.start(bench, strategy, state, events)
     agree.record(bench, 0, "start", start=True)
     if config.run.evaluate_every <= config.federation.rounds:
         score.score(bench, 0, "proxy")
@@ -141,7 +146,9 @@ def one_round(strategy: Strategy, bench: Bench, state: State, round: int) -> Non
     bench.models.plug(state.adapter)
     events.emit(ev.Adapter(round=round, norm=adapters.norm(state.adapter)))
     scored, values = 0.0, None
-    if round % config.run.evaluate_every == 0 or round == config.federation.rounds:
+    last = round == config.federation.rounds
+    # Where the plug-in settles the product, the last round is scored once, after it.
+    if (round % config.run.evaluate_every == 0 or last) and not (last and plug.settles(bench)):
         proxy, trained, scored = score.score_all(bench, round)
         values = (proxy.value, trained.value)
     seconds = time.perf_counter() - start
@@ -154,15 +161,20 @@ def one_round(strategy: Strategy, bench: Bench, state: State, round: int) -> Non
     ))  # fmt: skip
     if due and align.disagrees(bench, state, round):
         align.align(bench, state, round, outcome.counts, values)
+    every = config.head.interval
+    if every and round % every == 0 and not last:
+        heads.again(bench, strategy, state, events)
 
 
-def _export(bench: Bench, state: State) -> None:
-    """Plug the final adapter in, refit the head, write the product."""
+def _export(bench: Bench, strategy: Strategy, state: State) -> None:
+    """Settle the head, plug the final adapter into the FM, write the product."""
     config, events = bench.config, bench.events
     with phase(events, "export"):
         bench.models.plug(state.adapter)
         agree.record(bench, state.round, "end")
-        plug.refit(bench, state.round)
+        plug.finish(bench, strategy, state, events)
+        if plug.settles(bench):
+            score.score_final(bench, state)
         score.score_validation(bench, state.round)
         folder = Path(config.run.dir) / "adapter"
         adapters.export(bench.models.fm, folder, bench.models.source)

@@ -54,6 +54,21 @@ class Rows:
         """`steps` public batches, always the same for the same purpose."""
         return public_stream(self.config, self.public, self.processor, steps, *purpose)
 
+    def public_rows(self, count: int, *purpose: str | int) -> Encoded:
+        """About so many public rows without labels, always the same for the same purpose."""
+        steps = math.ceil(count / self.config.distill.batch_size)
+        served = list(self.public_batches(steps, *purpose))
+        if "pixel_values" in served[0]:
+            return Encoded(labels=None, pixels=torch.cat([b["pixel_values"] for b in served]))
+        ids = torch.cat([b["input_ids"] for b in served])
+        types = [b["token_type_ids"] for b in served if "token_type_ids" in b]
+        return Encoded(
+            labels=None,
+            ids=ids.reshape(-1).to(torch.int32),
+            offsets=torch.arange(len(ids) + 1) * ids.shape[1],
+            token_types=torch.cat(types).reshape(-1).to(torch.uint8) if types else None,
+        )
+
     def probe(self) -> Iterator[Any]:
         """Public batches, at least 32 rows, on which output error is measured: always the same."""
         rows = self.config.distill.batch_size

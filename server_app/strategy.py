@@ -15,16 +15,19 @@ from pathlib import Path
 from fedpft_core.aggregation import Replies
 from fedpft_core.config import Config
 from fedpft_core.errors import RunError
+from fedpft_core.head.statistics import Statistics
 from fedpft_core.seeds import numpy_stream
 from fedpft_core.task import Task
 from fedpft_core.tensors import Tensors
 from fedpft_core.wire import codec
+from fedpft_core.wire.validate import ExpectedStatistics
 from server_app.rounds import ledger
 from server_app.rounds.chain import Asked
 from server_app.rounds.collect import Collection
 from server_app.rounds.nodes import Node, Nodes
 from server_app.rounds.outcome import Good, Outcome, outcome
 from server_app.rounds.requests import Request, expected, learning_rate, requests
+from server_app.rounds.statistics import Sums, statistics_requests, why_not
 from server_app.run import schema as ev
 from server_app.state import Events, State
 from server_app.transport import Transport
@@ -81,6 +84,38 @@ class Strategy:
             self.events.emit(ev.Warned(text=f"{text}; attempt {attempt} of {f.attempts}"))
         raise RunError(text)
 
+    def gather(self, state: State, want: ExpectedStatistics) -> Statistics:
+        """Ask every connected client for its class statistics.
+
+        Args:
+            state: where the run stands; what clients now have is noted in it.
+            want: what a good reply looks like.
+
+        Returns:
+            The sum over all good replies; who did not send any is named in a warning.
+
+        Raises:
+            RunError: fewer than federation.min-clients sent any, after federation.attempts tries.
+        """
+        f = self.config.federation
+        for attempt in range(1, f.attempts + 1):
+            if len(self.transport.nodes()) < f.min_clients:
+                self.nodes.wait()
+            got = Sums(want, self.nodes.meet(state, want.round), state, self.events)
+            sent = codec.encode(state.adapter, self.config.wire.adapter)
+            self._exchange(got, statistics_requests(self.config, state, self._blob(state), sent))
+            why = why_not(self.nodes.left_out, got.bad)
+            if len(got.good) >= f.min_clients:
+                if got.bad:
+                    self.events.emit(ev.Warned(text=f"class statistics without {why}"))
+                return got.total()
+            text = (
+                f"class statistics: {len(got.good)} good replies of the federation.min-clients = "
+                f"{f.min_clients} needed ({why or 'no other clients are connected'})"
+            )
+            self.events.emit(ev.Warned(text=f"{text}; attempt {attempt} of {f.attempts}"))
+        raise RunError(text)
+
     def sample(self, nodes: list[Node], round: int, attempt: int) -> list[Node]:
         """The clients of a round, drawn from those connected, in the order of their names."""
         f = self.config.federation
@@ -95,13 +130,15 @@ class Strategy:
         return Path(self.config.run.dir) if self.config.run.dir else None
 
     def _requests(self, state: State, round: int, adapter: Tensors, count_rule: str) -> Request:
+        return requests(self.config, state, self._blob(state), round, adapter, count_rule)
+
+    def _blob(self, state: State) -> bytes:
         # Packing is the same work every round until an alignment.
         if self._package_bytes[0] != state.digest:
             self._package_bytes = (state.digest, state.package.to_bytes())
-        blob = self._package_bytes[1]
-        return requests(self.config, state, blob, round, adapter, count_rule)
+        return self._package_bytes[1]
 
-    def _exchange(self, got: Collection, request: Request) -> None:
+    def _exchange(self, got: Collection | Sums, request: Request) -> None:
         """Send a round's requests and collect the replies."""
         timeout = self.config.federation.round_timeout
 

@@ -10,6 +10,7 @@ from fedpft_core.config.keys import (
     DataConfig,
     DistillConfig,
     FederationConfig,
+    HeadConfig,
     LoraConfig,
     ModelConfig,
     PlanConfig,
@@ -24,8 +25,8 @@ from fedpft_core.config.sources import home, parse_overrides, read_file, write_y
 from fedpft_core.config.values import KeyInfo, flatten, from_flat, keys, to_flat, to_tree
 
 __all__ = [
-    "AlignConfig", "Config", "DataConfig", "DistillConfig", "FederationConfig", "KeyInfo",
-    "LoraConfig", "ModelConfig", "PlanConfig", "PlugConfig", "RunConfig", "Scalar", "TrainConfig",
-    "WireConfig", "flatten", "from_flat", "home", "keys", "method_name", "parse_overrides",
-    "read_file", "to_flat", "to_tree", "write_yaml",
+    "AlignConfig", "Config", "DataConfig", "DistillConfig", "FederationConfig", "HeadConfig",
+    "KeyInfo", "LoraConfig", "ModelConfig", "PlanConfig", "PlugConfig", "RunConfig", "Scalar",
+    "TrainConfig", "WireConfig", "flatten", "from_flat", "home", "keys", "method_name",
+    "parse_overrides", "read_file", "to_flat", "to_tree", "write_yaml",
 ]  # fmt: skip

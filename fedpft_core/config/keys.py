@@ -222,22 +222,23 @@ class HeadConfig:
     """The head in closed form, from sums over the clients' rows by class (docs/heads.md)."""
 
     start: str = _key(
-        "statistics",
+        "zero",
         "the head before round 1: `statistics` (the shrunken linear discriminant of the class "
         "statistics that every client sends once) or `zero` (as the model is loaded)",
         choices=("statistics", "zero"),
     )
     end: str = _key(
-        "better",
+        "trained",
         "the head after the last round: `statistics` (the same again, of the tuned features), "
         "`better` (whichever of that and the tuned head the server's validation rows prefer) or "
         "`trained` (the tuned head)",
         choices=("statistics", "better", "trained"),
     )
     interval: int = _key(
-        0, "rounds between further exchanges of statistics, each of which resets the head; 0 = none",
+        0,
+        "rounds between further exchanges of statistics, each of which may set the head; 0 = none",
         low=0,
-    )  # fmt: skip
+    )
     shrinkage: float = _key(
         0.0,
         "share of the identity in the discriminant's covariance; 0 = computed from the statistics, "
@@ -308,7 +309,7 @@ class PlugConfig:
     """How the tuned adapter becomes the product (docs/heads.md)."""
 
     method: str = _key(
-        "best",
+        "refit",
         "`best` (of the candidates that follow, the one that labels most of the validation rows "
         "kept for it right), `as-trained` (the paper's: the adapter as it is), `refit` (the head "
         "fitted to the FM's features, by plug.refit), `mapped` (the clients' class statistics "

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -133,9 +132,7 @@ def imitate(
     return Imitated(before, after, best_step, time.perf_counter() - start)
 
 
-def _steps(
-    fm: nn.Module, task: Task, rows: Encoded, target: Tensor, settings: Settings, seed: int
-):  # type: ignore[no-untyped-def]
+def _steps(fm: nn.Module, task: Task, rows: Encoded, target: Tensor, settings: Settings, seed: int):  # type: ignore[no-untyped-def]
     """Take the optimiser steps one by one."""
     device = device_of(fm)
     named = [(name, p) for name, p in fm.named_parameters() if p.requires_grad]

@@ -165,8 +165,8 @@ def check(found: Statistics, announced: int, longest: float) -> None:
     total = float(found.outer.diagonal().sum())
     if total > announced * longest**2:
         raise ReplyError(
-            f"the features' mean square, {total / announced:.3g}, is more than the {longest**2:.3g} "
-            "that the sub-FM's features can have"
+            f"the features' mean square, {total / announced:.3g}, is more than the "
+            f"{longest**2:.3g} that the sub-FM's features can have"
         )
     # Each class's scatter sum_i (phi_i - mu)(phi_i - mu)^T has no negative direction; what
     # rounding leaves is a share of the largest entries, however many rows there are.

@@ -205,6 +205,12 @@ class Task(Protocol):
             ValueError: saying what is wrong.
         """
 
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What the head puts out for a batch, [B, ...]."""
+
+    def divergence(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """How far a head's outputs are from others for the same rows, a scalar of at least 0."""
+
     def merit(self, outputs: Tensor, labels: Tensor) -> int:
         """How good a head's outputs for some rows are; adds up over rows, more is better."""
 

@@ -183,6 +183,17 @@ class Classify:
         if not 0 <= sums["loss"] < inf:
             raise ValueError("the loss of the validation rows is no finite number of at least 0")
 
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Class scores [B, classes]."""
+        return logits(model, batch)
+
+    def divergence(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """Mean Kullback-Leibler divergence of the outputs' class shares from the target's."""
+        return F.kl_div(
+            F.log_softmax(outputs, -1), F.log_softmax(target, -1), reduction="batchmean",
+            log_target=True,
+        )  # fmt: skip
+
     def merit(self, outputs: Tensor, labels: Tensor) -> int:
         """Rows whose highest score is their label's."""
         return int((outputs.argmax(-1) == labels.to(outputs.device)).sum())

@@ -1,7 +1,8 @@
 """What crosses the network, as plain values.
 
 Every message is a small JSON `head` and named byte parts (`package`, `patch.N`, `adapter`,
-`counts`, `statistics`), each one safetensors blob: its length is exactly what the byte ledger counts.
+`counts`, `statistics`), each one safetensors blob: its length is exactly what the byte ledger
+counts.
 """
 
 from __future__ import annotations

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from fedpft_core.errors import ReplyError
+from fedpft_core.head.statistics import Statistics
+from fedpft_core.head.statistics import check as check_sums
 from fedpft_core.task import Task
 from fedpft_core.tensors import Tensors
 from fedpft_core.train.inactivity import Counts
 from fedpft_core.wire import codec
 from fedpft_core.wire.envelope import Envelope
-from fedpft_core.wire.messages import TrainReply
+from fedpft_core.wire.messages import StatisticsReply, TrainReply
 
 _SLACK = 2**16  # bytes a reply may have beyond its tensors: head, safetensors headers
 
@@ -140,3 +142,60 @@ def _validated_counts(reply: TrainReply, want: Expected) -> Counts | None:
             raise ReplyError(f"inactivity counts of block {block} are not within its token total")
         inactive[block], tokens[block] = c, total
     return Counts(inactive, tokens)
+
+
+@dataclass(frozen=True)
+class ExpectedStatistics:
+    """What good class statistics look like.
+
+    Attributes:
+        round: the round asked for.
+        digest: the sub-FM asked for.
+        classes: C.
+        width: features D that are summed over.
+        longest: largest L2 norm that a feature vector can have.
+    """
+
+    round: int
+    digest: str
+    classes: int
+    width: int
+    longest: float
+
+    @property
+    def max_bytes(self) -> int:
+        """The largest reply that can be good."""
+        d = self.width
+        return 8 * (d * (d + 1) // 2 + self.classes * d + self.classes) + _SLACK
+
+
+def validate_statistics(
+    reply: StatisticsReply, want: ExpectedStatistics, name: str, announced: int
+) -> Statistics:
+    """Check class statistics from the node `name`, which announced so many training rows.
+
+    Args:
+        reply: what came.
+        want: what was asked for.
+        name: the node it came from.
+        announced: rows it said it trains on.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        ReplyError: with the first check failed.
+    """
+    if reply.name != name:
+        raise ReplyError(f"the reply is signed {reply.name[:40]!r}, not {name!r}")
+    if reply.round != want.round:
+        raise ReplyError(f"the reply is for round {reply.round}, not {want.round}")
+    if reply.digest != want.digest:
+        raise ReplyError("the statistics are of another sub-FM than the one asked for")
+    if reply.examples != announced:
+        raise ReplyError(f"example count {reply.examples} is not the {announced} announced")
+    if not _at_least(reply.seconds, 0):
+        raise ReplyError("seconds is not a finite number of at least 0")
+    found = Statistics.from_tensors(reply.statistics, want.classes, want.width)
+    check_sums(found, announced, want.longest)
+    return found

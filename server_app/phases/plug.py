@@ -1,4 +1,4 @@
-"""Plugging in: the FM's head is refitted to the features that the FM has."""
+"""Plugging in: how the tuned adapter becomes the product (plug.method)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,23 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from fedpft_core.adapter import plug
-from fedpft_core.data.batches import batches
-from fedpft_core.seeds import numpy_stream
+import torch
+
+from fedpft_core.adapter import lora as adapters
+from fedpft_core.data.batches import Encoded, batches
+from fedpft_core.head import refit as plug
+from fedpft_core.head.imitate import Settings, imitate
+from fedpft_core.head.mapped import fit as mapped_to
+from fedpft_core.head.mapped import taken as taken_over
+from fedpft_core.head.statistics import Statistics
+from fedpft_core.seeds import derive, numpy_stream
+from fedpft_core.tensors import Tensors
 from server_app.bench import Bench
+from server_app.phases import heads
+from server_app.phases.reporting import progress
 from server_app.run import schema as ev
-from server_app.state import Events
+from server_app.state import Events, State
+from server_app.strategy import Strategy
 
 
 def refits(bench: Bench) -> bool:
@@ -60,3 +71,105 @@ def _rows(bench: Bench, others: bool = False) -> Iterable[Any]:
     order = stream.permutation(len(bench.rows.data.validation))
     rows = bench.rows.validation.select(order[n:] if others else order[:n])
     return batches(rows, config.run.eval_batch_size, None)
+
+
+def settles(bench: Bench) -> bool:
+    """Whether the product is settled once, after the last round, and not refitted at each score."""
+    config = bench.config
+    late = config.head.end != "trained" or config.plug.method != "refit"
+    return late and heads.wanted(bench) and config.federation.aggregate != "none"
+
+
+def finish(bench: Bench, strategy: Strategy, state: State, events: Events) -> None:
+    """After the last round: the head once more in closed form, then the best way into the FM.
+
+    The adapter of `state` gets the head; the FM is the product afterwards.
+
+    Args:
+        bench: models and rows.
+        strategy: the clients, who are asked for statistics.
+        state: after the last round.
+        events: where what came of it is noted.
+    """
+    method, models = bench.config.plug.method, bench.models
+    models.plug(state.adapter)
+    if not settles(bench):
+        refit(bench, state.round, events)
+        return
+    mapped = method in ("best", "mapped", "distil") and not models.plan.is_full
+    sums = heads.again(bench, strategy, state, events, force=mapped)
+    models.plug(state.adapter)
+    if models.plan.is_full or method == "as-trained":
+        return
+    if method == "refit":
+        refit(bench, state.round, events)
+        return
+    start = time.perf_counter()
+    fit_rows, judge = heads.split(bench)
+    if not len(fit_rows):
+        fit_rows = bench.rows.public_rows(bench.config.plug.rows, "plug")
+        events.emit(ev.Warned(
+            text="the server has no validation rows: the adapter is fitted to the FM on public "
+            "rows, and no candidate can be compared with another"
+        ))  # fmt: skip
+    made = _candidates(bench, state, sums, fit_rows, events)
+    taken, right = (next(reversed(made)) if method == "best" else method), dict[str, int]()
+    if len(judge):
+        for name, adapter in made.items():
+            adapters.load(models.fm, adapter)
+            right[name] = heads.merit(bench, models.fm, judge)
+        if method == "best":
+            # Of equals the first, which changes least.
+            taken = max(right, key=lambda name: right[name])
+    elif method == "best":
+        taken = "mapped" if "mapped" in made else "refit"
+    adapters.load(models.fm, made[taken])
+    events.emit(ev.Plugged(
+        round=state.round, method=taken, right=right, rows=len(judge), fitted=len(fit_rows),
+        seconds=time.perf_counter() - start,
+    ))  # fmt: skip
+
+
+def _candidates(
+    bench: Bench, state: State, sums: Statistics | None, rows: Encoded, events: Events
+) -> dict[str, Tensors]:
+    """What the FM's adapter may become, by plug.method; those that are not asked for are left out.
+
+    Args:
+        bench: the adapter of `state` is plugged into both models; the proxy stays as it is.
+        state: after the last round.
+        sums: the clients' statistics of the sub-FM's tuned features.
+        rows: rows both models read; labels serve for shrinkage and scale alone, where there are
+            any.
+        events: where progress is noted.
+    """
+    p, models = bench.config.plug, bench.models
+    made = {"as-trained": adapters.read(models.fm)}
+    served = list(batches(rows, bench.config.run.eval_batch_size, None))
+    f_S, f_T = plug.features(models.proxy, served), plug.features(models.fm, served)
+    if p.method in ("best", "refit"):
+        weight, bias = plug.turned(plug.last_linear(models.fm), mapped_to(f_T, f_S, p.ridge))
+        layer = plug.last_linear(models.fm)
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+            layer.bias.copy_(bias)
+        made["refit"] = adapters.read(models.fm)
+    turn = heads.projected(bench, f_S.shape[1])
+    if sums is not None:
+        x, y = (f_S, f_T) if turn is None else (f_S @ turn, f_T @ turn)
+        there = taken_over(sums, mapped_to(x, y, p.ridge), x, y)
+        labels = [batch["labels"] for batch in served if "labels" in batch]
+        head = heads.fit(bench, there, y, torch.cat(labels) if labels else None)
+        heads.write(bench, head, models.fm)
+        made["mapped"] = adapters.read(models.fm)
+    if p.method in ("best", "distil"):
+        # From the mapped head where there is one: it is nearest to what will be imitated.
+        adapters.load(models.fm, made[next(reversed(made))])
+        settings = Settings(p.distil_steps, p.distil_batch_size, p.distil_lr, p.distil_head_lr)
+        report = progress(events, "plug", "steps")
+        imitate(
+            models.fm, models.proxy, bench.rows.task, rows, settings,
+            derive(bench.config.run.seed, "imitate"), report,
+        )  # fmt: skip
+        made["distil"] = adapters.read(models.fm)
+    return made

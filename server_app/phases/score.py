@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+from fedpft_core.adapter import lora as adapters
 from fedpft_core.task import Score
 from fedpft_core.train.evaluate import evaluate
 from server_app.bench import Bench
 from server_app.phases.plug import refit, refits
 from server_app.phases.reporting import progress
 from server_app.run import schema as ev
+from server_app.state import State
 
 
 def score(bench: Bench, round: int, which: str) -> Score:
@@ -68,3 +70,18 @@ def score_validation(bench: Bench, round: int) -> None:
             round=round, model=which,
             **result.fields(), seconds=result.seconds,
         ))  # fmt: skip
+
+
+def score_final(bench: Bench, state: State) -> None:
+    """Evaluate the proxy, the FM with the adapter as clients left it, and the product.
+
+    The product is what the FM is now; it is that again afterwards.
+    """
+    models = bench.models
+    product = adapters.read(models.fm)
+    models.plug(state.adapter)
+    score(bench, state.round, "proxy")
+    if not models.plan.is_full:
+        score(bench, state.round, "fm-as-trained")
+    adapters.load(models.fm, product)
+    score(bench, state.round, "fm")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from fedpft_core.train.evaluate import evaluate
 from server_app.bench import Bench
-from server_app.phases import distil
-from server_app.phases.plug import refit
+from server_app.phases import distil, heads, plug
 from server_app.phases.reporting import phase
 from server_app.run import schema as ev
 from server_app.run.events import EventLog
@@ -28,6 +27,8 @@ def undistilled(bench: Bench, transport: Transport, events: EventLog) -> None:
         strategy.nodes.wait()
         models.plug(models.start)
         state = fresh_state(models.start, bench.package())
+        if heads.asked(bench):
+            heads.start(bench, strategy, state, arm)
         for round in range(1, config.federation.rounds + 1):
             outcome = strategy.run_round(state, round, "")
             state.adapter, state.round = outcome.adapter, round
@@ -36,7 +37,7 @@ def undistilled(bench: Bench, transport: Transport, events: EventLog) -> None:
                 unit="rounds", loss=outcome.loss,
             ))  # fmt: skip
         models.plug(state.adapter)
-        refit(bench, state.round, arm)
+        plug.finish(bench, strategy, state, arm)
         rows = bench.rows
         score = evaluate(models.fm, rows.task, rows.scored, config.run.eval_batch_size)
         split = config.run.eval_split

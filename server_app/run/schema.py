@@ -288,6 +288,34 @@ class ClientValidation(Scored, name="client_validation"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeadSet(Event, name="head"):
+    """The head has been computed from the clients' class statistics."""
+
+    round: int  # rounds done
+    rows: int  # rows summed over, at the clients
+    classes: int  # classes that any of them has
+    shrinkage: float  # share of the identity in the covariance
+    scale: float  # factor of the scores
+    loss: float | None  # cross-entropy on the server's rows that shrinkage and scale were chosen by
+    right_before: int | None  # of the rows that judge, those the tuned head labels right
+    right_after: int | None  # the same, of the head computed
+    taken: bool  # whether the computed head is used
+    seconds: float  # the exchange and the computation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plugged(Event, name="plugged"):
+    """The adapter has become the product's."""
+
+    round: int  # rounds done
+    method: str  # the candidate that was taken
+    right: dict[str, int]  # rows that judge and that each candidate labels right; empty without any
+    rows: int  # rows that judge
+    fitted: int  # rows that candidates were fitted with
+    seconds: float  # all candidates together
+
+
+@dataclass(frozen=True, kw_only=True)
 class Refit(Event, name="refit"):
     """The FM's head has been refitted to its own features."""
 

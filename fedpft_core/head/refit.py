@@ -18,6 +18,9 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from fedpft_core.data.batches import Encoded, batches
+from fedpft_core.head.mapped import Map, fit
+from fedpft_core.head.statistics import Statistics, projection
 from fedpft_core.model.batch import inputs_of
 from fedpft_core.model.device import Batch, device_of, to_device
 from fedpft_core.model.families import base_model, family_of_model
@@ -28,7 +31,14 @@ from fedpft_core.task import Task
 def last_linear(model: nn.Module) -> nn.Linear:
     """The layer that gives the class scores: the last linear one of the trained head.
 
-    Raises ValueError when the head has none.
+    Args:
+        model: FM or proxy, bare or with the adapter.
+
+    Returns:
+        The layer that is trained.
+
+    Raises:
+        ValueError: the head has none.
     """
     family = family_of_model(model)
     bare = base_model(model)
@@ -56,56 +66,57 @@ def features(model: nn.Module, data: Iterable[Batch]) -> Tensor:
     return torch.cat(seen)
 
 
-@dataclass(frozen=True)
-class Map:
-    """f_S ~ (f_T - mean_T) turn + mean_S; `error_before` and `error_after` are the mean squared
-    distance of f_T, as it is and mapped, from f_S over the variance of f_S."""
-
-    turn: Tensor  # [D, D]
-    mean_T: Tensor  # [D]
-    mean_S: Tensor  # [D]
-    error_before: float
-    error_after: float
-
-
-def fit(f_T: Tensor, f_S: Tensor, ridge: float) -> Map:
-    """Least squares with a pull towards the identity: with few rows little is turned.
+def of_rows(
+    model: nn.Module, rows: Encoded, classes: int, batch_size: int, width: int, seed: int
+) -> Statistics:
+    """The class statistics of labelled rows, one evaluation pass, dropout off.
 
     Args:
-        f_T: the FM's features [N, D].
-        f_S: the sub-FM's features of the same rows [N, D].
-        ridge: weight of |M - I|^2 as a share of the mean squared norm of a feature, > 0.
+        model: with the adapter whose features are wanted.
+        rows: labelled rows.
+        classes: C.
+        batch_size: rows at once.
+        width: features kept at most; wider ones are projected.
+        seed: the run's, which the projection is drawn from.
+
+    Returns:
+        The statistics.
     """
-    mean_T, mean_S = f_T.mean(0), f_S.mean(0)
-    a, b = f_T - mean_T, f_S - mean_S
-    gram = a.T @ a
-    one = torch.eye(len(gram), dtype=gram.dtype)
-    # A feature that never moves has no say; were they all such, the identity would be the answer.
-    pull = ridge * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny) * one
-    turn = torch.linalg.solve(gram + pull, a.T @ b + pull)
-    spread = b.square().sum().clamp_min(torch.finfo(gram.dtype).tiny)
-    before = float((f_T - f_S).square().sum() / spread)
-    after = float((a @ turn - b).square().sum() / spread)
-    return Map(turn, mean_T, mean_S, before, after)
+    served = list(batches(rows, batch_size, None))
+    found = features(model, served)
+    turn = projection(found.shape[1], width, seed)
+    labels = torch.cat([batch["labels"] for batch in served])
+    return Statistics.of(found if turn is None else found @ turn, labels, classes)
 
 
 def turned(head: nn.Linear, found: Map) -> tuple[Tensor, Tensor]:
     """Weight and bias of a linear layer that reads f_S, for reading f_T instead.
 
-    Raises ValueError when it has no bias to take the shift.
+    Args:
+        head: the layer.
+        found: the map from f_T to f_S.
+
+    Returns:
+        Weight and bias.
+
+    Raises:
+        ValueError: it has no bias to take the shift.
     """
     if head.bias is None:
         raise ValueError("the head's last linear layer has no bias")
     old = head.weight.detach().to("cpu", torch.float64)
     weight = old @ found.turn.T
-    shift = old @ found.mean_S - weight @ found.mean_T
+    shift = old @ found.mean_y - weight @ found.mean_x
     return weight.to(head.weight), head.bias.detach() + shift.to(head.bias)
 
 
 @dataclass(frozen=True)
 class Refit:
-    """What refitting came to: the map, the task's merit (rows right) of the head as trained and of
-    the refitted one on labelled rows (None without such rows), and whether the latter was taken."""
+    """What refitting came to.
+
+    The map, the task's merit (rows right) of the head as trained and of the refitted one on
+    labelled rows (None without such rows), and whether the latter was taken.
+    """
 
     map: Map
     right_before: int | None
@@ -127,7 +138,8 @@ def refit_head(
     The proxy stays as it is.
 
     Args:
-        fm, proxy: with the same adapter plugged in.
+        fm: with the adapter plugged in.
+        proxy: with the same adapter.
         task: says how good a head's outputs are; one with `refits`.
         rows: gives the same rows, at least one, each time it is called. The fit does not look at
             labels.
@@ -135,6 +147,9 @@ def refit_head(
         judge: likewise gives rows, or none, that are not fitted to. With it, all rows carry labels,
             and the refitted head is taken only if the task finds it better on them than the head as
             trained; those fitted to are judged by a head refitted to the other half of them.
+
+    Returns:
+        What it came to.
     """
     f_S = features(proxy, rows())
     # One pass over all rows serves the fit and both heads.

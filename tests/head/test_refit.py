@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fedpft_core.adapter import lora as adapters
-from fedpft_core.adapter import plug
+from fedpft_core.head import refit as plug
 from fedpft_core.task.classify import logits
 
 

@@ -1,0 +1,208 @@
+"""The head in closed form, before round 1 and after the last: from class statistics of all rows."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpft_core.adapter import lora as adapters
+from fedpft_core.data.batches import Encoded, batches
+from fedpft_core.head.discriminant import SHARES, Head, fitted, solve
+from fedpft_core.head.refit import features, last_linear
+from fedpft_core.head.statistics import Statistics, projection
+from fedpft_core.seeds import numpy_stream
+from fedpft_core.tensors import Tensors
+from fedpft_core.wire.validate import ExpectedStatistics
+from server_app.bench import Bench
+from server_app.run import schema as ev
+from server_app.state import Events, State
+from server_app.strategy import Strategy
+
+_ROOM = 4.0  # a client's features may be so many times longer than any of the server's own rows
+
+
+def wanted(bench: Bench) -> bool:
+    """Whether the task's head can be had in closed form."""
+    return bench.rows.task.refits and len(bench.rows.task.labels) > 1
+
+
+def asked(bench: Bench) -> bool:
+    """Whether the head before round 1 is to be computed."""
+    return bench.config.head.start == "statistics" and wanted(bench)
+
+
+def split(bench: Bench) -> tuple[Encoded, Encoded]:
+    """The server's validation rows in two: those that heads are fitted with, and those that no
+    candidate has seen, which judge. Both may be empty."""
+    rows, limit = bench.rows.validation, bench.config.plug.rows
+    order = numpy_stream(bench.config.run.seed, "plug-rows").permutation(len(rows))
+    count = min(limit, (len(rows) + 1) // 2)
+    return rows.select(order[:count]), rows.select(order[count:])
+
+
+def read(bench: Bench, model: torch.nn.Module, rows: Encoded) -> tuple[Tensor, Tensor]:
+    """Features [N, D] float64 of some rows, projected as the clients' are, and their labels [N]."""
+    if not len(rows):
+        return torch.zeros(0, 1, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
+    served = list(batches(rows, bench.config.run.eval_batch_size, None))
+    found = features(model, served)
+    turn = projected(bench, found.shape[1])
+    labels = torch.cat([batch["labels"] for batch in served])
+    return (found if turn is None else found @ turn), labels
+
+
+def projected(bench: Bench, width: int) -> Tensor | None:
+    config = bench.config
+    return projection(width, config.head.max_features, config.run.seed)
+
+
+def gather(bench: Bench, strategy: Strategy, state: State) -> Statistics:
+    """The class statistics of all connected clients' rows, at the adapter of `state`."""
+    models, config = bench.models, bench.config
+    models.plug(state.adapter)
+    width = last_linear(models.proxy).in_features
+    # Unlabelled rows of the server say how long a feature vector of this sub-FM can be.
+    own = bench.rows.validation if len(bench.rows.data.validation) else None
+    served = (
+        batches(own, config.run.eval_batch_size, None) if own is not None else bench.rows.probe()
+    )
+    longest = _ROOM * float(features(models.proxy, served).norm(dim=1).max())
+    want = ExpectedStatistics(
+        round=state.round,
+        digest=state.digest,
+        classes=len(bench.rows.task.labels),
+        width=min(width, config.head.max_features),
+        longest=longest,
+    )
+    return strategy.gather(state, want)
+
+
+def best(bench: Bench, found: Statistics, model: torch.nn.Module) -> Head:
+    """The head that some statistics give, shrunk and scaled to suit the server's labelled rows.
+
+    Args:
+        bench: its validation rows kept for fitting decide, where there are any.
+        found: statistics of the features of `model`.
+        model: FM or proxy.
+
+    Returns:
+        The head over the features as clients sum them.
+    """
+    read_rows, labels = read(bench, model, split(bench)[0])
+    return fit(bench, found, read_rows, labels)
+
+
+def fit(bench: Bench, found: Statistics, rows: Tensor, labels: Tensor | None) -> Head:
+    """The head of some statistics, judged by features [N, D] of rows with labels [N], if any."""
+    fixed = bench.config.head.shrinkage
+    if labels is None or not len(labels):
+        return solve(found, fixed or None)
+    return fitted(found, rows, labels, shares=(fixed,) if fixed else SHARES)
+
+
+@torch.no_grad()
+def write(bench: Bench, head: Head, model: torch.nn.Module) -> None:
+    """Put a head on a model, in place."""
+    layer = last_linear(model)
+    turn = projected(bench, layer.in_features)
+    weight = head.weight if turn is None else head.weight @ turn.T
+    layer.weight.copy_(weight.to(layer.weight))
+    if layer.bias is not None:
+        layer.bias.copy_(head.bias.to(layer.bias))
+
+
+def start(bench: Bench, strategy: Strategy, state: State, events: Events) -> None:
+    """Set the head before round 1 from the clients' statistics."""
+    began = time.perf_counter()
+    found = gather(bench, strategy, state)
+    head = best(bench, found, bench.models.proxy)
+    state.adapter = _with(bench, head, state.adapter)
+    _emit(events, state.round, found, head, None, True, began)
+
+
+def again(
+    bench: Bench, strategy: Strategy, state: State, events: Events, force: bool = False
+) -> Statistics | None:
+    """Take the statistics once more, of the tuned features; the head they give is used where the
+    server's unseen rows prefer it.
+
+    Args:
+        bench: models and rows.
+        strategy: who is asked.
+        state: its adapter gets the head.
+        events: where what came of it is noted.
+        force: gather them also where only the plug-in needs them.
+
+    Returns:
+        The statistics, at the adapter without regard to its head; None where nobody wants them.
+    """
+    mode = bench.config.head.end
+    if not wanted(bench) or (mode == "trained" and not force):
+        return None
+    began = time.perf_counter()
+    found = gather(bench, strategy, state)
+    if mode == "trained":
+        return found
+    head = best(bench, found, bench.models.proxy)
+    merits = None
+    taken = True
+    if mode == "better":
+        judge = split(bench)[1]
+        if not len(judge):
+            return found
+        tuned = merit(bench, bench.models.proxy, judge)
+        other = _with(bench, head, state.adapter)
+        bench.models.plug(other)
+        merits = (tuned, merit(bench, bench.models.proxy, judge))
+        taken = merits[1] > merits[0]
+    if taken:
+        state.adapter = _with(bench, head, state.adapter)
+    bench.models.plug(state.adapter)
+    _emit(events, state.round, found, head, merits, taken, began)
+    return found
+
+
+def merit(bench: Bench, model: torch.nn.Module, rows: Encoded) -> int:
+    """The task's merit of a model on labelled rows (rows right)."""
+    read_rows, labels = _plain(bench, model, rows)
+    layer = last_linear(model)
+    scores = read_rows @ layer.weight.detach().to(read_rows).T
+    if layer.bias is not None:
+        scores = scores + layer.bias.detach().to(read_rows)
+    return bench.rows.task.merit(scores, labels)
+
+
+def _plain(bench: Bench, model: torch.nn.Module, rows: Encoded) -> tuple[Tensor, Tensor]:
+    served = list(batches(rows, bench.config.run.eval_batch_size, None))
+    return features(model, served), torch.cat([batch["labels"] for batch in served])
+
+
+def _with(bench: Bench, head: Head, adapter: Tensors) -> Tensors:
+    """An adapter with this head; it stays plugged in."""
+    models = bench.models
+    models.plug(adapter)
+    write(bench, head, models.proxy)
+    made = adapters.read(models.proxy, models.plan)
+    models.plug(made)
+    return made
+
+
+def _emit(
+    events: Events,
+    round: int,
+    found: Statistics,
+    head: Head,
+    merits: tuple[int, int] | None,
+    taken: bool,
+    began: float,
+) -> None:
+    before, after = merits if merits else (None, None)
+    events.emit(ev.HeadSet(
+        round=round, rows=found.rows, classes=int(np.count_nonzero(found.counts.numpy())),
+        shrinkage=head.shrinkage, scale=head.scale, loss=head.loss,
+        right_before=before, right_after=after, taken=taken,
+        seconds=time.perf_counter() - began,
+    ))  # fmt: skip

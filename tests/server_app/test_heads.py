@@ -1,0 +1,157 @@
+"""Class statistics through the whole protocol, and the ways of plugging in that build on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from client_app.client import Client
+from fedpft_core.errors import ReplyError, RunError
+from fedpft_core.head.discriminant import solve
+from fedpft_core.head.statistics import Statistics
+from fedpft_core.wire import codec
+from fedpft_core.wire.envelope import Envelope, open_envelope, seal
+from fedpft_core.wire.messages import StatisticsReply, StatisticsRequest
+from fedpft_core.wire.validate import ExpectedStatistics, validate_statistics
+
+SHORT = {"federation.rounds": 2, "distill.steps": 4, "align.steps": 2, "train.local-epochs": 1}
+HEAD = "base_model.model.classifier."
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return tiny.write_task("bert", tmp_path_factory.mktemp("task"), rows=120) | SHORT
+
+
+def of(events: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    return [e for e in events if e["event"] == name]
+
+
+def start_head(run: Path) -> dict[str, torch.Tensor]:
+    """The head with which round 1 began, from a run that was not to train."""
+    stored = load_file(run / "adapter" / "adapter_model.safetensors")
+    return {k.removeprefix(HEAD): t for k, t in stored.items() if k.startswith(HEAD)}
+
+
+def test_the_partition_does_not_change_the_start(job: dict[str, Any], tmp_path: Path) -> None:
+    """IID or one class a client: the same head, and far better than chance before round 1."""
+    heads, scores = [], []
+    for scheme in ("iid", "shards"):
+        flat = job | {"federation.partition": scheme, "head.start": "statistics"}
+        # A rate at which nothing moves: what is exported is what round 1 began with.
+        flat |= {"train.lr": 1e-30, "wire.adapter": "fp32", "plug.refit": "none"}
+        flat |= {"align.interval": 0, "lora.dropout": 0.0}
+        events = tiny.run(flat, tmp_path / scheme)
+        (head,) = of(events, "head")
+        assert head["rows"] == of(events, "task")[0]["train"] and head["classes"] == 3
+        heads.append(start_head(tmp_path / scheme))
+        scores.append(of(events, "evaluation")[0]["value"])
+    for name, t in heads[0].items():
+        torch.testing.assert_close(t, heads[1][name], rtol=1e-4, atol=1e-5)
+    assert min(scores) > 0.6
+
+
+def test_zero_asks_nobody(job: dict[str, Any], tmp_path: Path) -> None:
+    events = tiny.run(job, tmp_path / "run")
+    assert not of(events, "head") and not of(events, "plugged")
+    assert "statistics" not in {e["kind"] for e in of(events, "bytes")}
+
+
+def test_best_names_every_candidate_and_takes_the_best(job: dict[str, Any], tmp_path: Path) -> None:
+    flat = job | {"head.start": "statistics", "head.end": "better", "plug.method": "best"}
+    events = tiny.run(flat | {"plug.distil-steps": 6}, tmp_path / "run")
+    assert [e["round"] for e in of(events, "head")] == [0, 2]
+    (plugged,) = of(events, "plugged")
+    assert set(plugged["right"]) == {"as-trained", "refit", "mapped", "distil"}
+    assert plugged["right"][plugged["method"]] == max(plugged["right"].values())
+    assert plugged["rows"] + plugged["fitted"] == of(events, "task")[0]["validation"]
+    last = [e["model"] for e in of(events, "evaluation") if e["round"] == 2]
+    assert last == ["proxy", "fm-as-trained", "fm"]
+    counted = [e for e in of(events, "bytes") if e["kind"] == "statistics"]
+    assert len(counted) == 2 * flat["federation.clients"]
+
+
+@pytest.mark.parametrize("method", ["as-trained", "mapped", "distil"])
+def test_each_method_can_be_asked_for(job: dict[str, Any], tmp_path: Path, method: str) -> None:
+    flat = job | {"plug.method": method, "plug.distil-steps": 4}
+    events = tiny.run(flat, tmp_path / "run")
+    taken = [e["method"] for e in of(events, "plugged")]
+    assert taken == ([] if method == "as-trained" else [method])
+
+
+def test_a_resumed_run_has_the_same_bits(job: dict[str, Any], tmp_path: Path) -> None:
+    flat = job | {"head.start": "statistics", "head.end": "statistics", "plug.method": "mapped"}
+    flat |= {"head.interval": 1}
+    tiny.run(flat, tmp_path / "whole")
+    with pytest.raises(RunError):
+        tiny.run(flat | {"run.stop-after": 1}, tmp_path / "parts")
+    tiny.run(flat | {"run.resume": True}, tmp_path / "parts")
+    whole, parts = (
+        load_file(tmp_path / n / "adapter" / "adapter_model.safetensors")
+        for n in ("whole", "parts")
+    )
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(t, parts[k]) for k, t in whole.items())
+
+
+def test_a_liar_is_named_and_left_out(job: dict[str, Any], tmp_path: Path) -> None:
+    flat = job | {"head.start": "statistics"}
+    federation = tiny.Federation(flat)
+    honest = Client.handle
+
+    def lie(self: Client, envelope: Envelope) -> Envelope:
+        reply = honest(self, envelope)
+        message = open_envelope(reply)
+        if self.name == "1" and isinstance(message, StatisticsReply):
+            worse = dict(message.statistics)
+            worse["outer"] = -worse["outer"]
+            return seal(StatisticsReply(**message.__dict__ | {"statistics": worse}))
+        return reply
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Client, "handle", lie)
+        events = tiny.run(flat, tmp_path / "run", federation)
+    (head,) = of(events, "head")
+    assert head["rows"] < of(events, "task")[0]["train"]
+    assert any("class statistics without 1: " in e["text"] for e in of(events, "warning"))
+
+
+def test_messages_open_as_they_were_sealed() -> None:
+    f = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).double()
+    sums = Statistics.of(f, torch.arange(9) % 3, 3)
+    reply = StatisticsReply("a", 0, "0" * 64, 9, 0.5, sums.tensors())
+    back = open_envelope(seal(reply))
+    assert isinstance(back, StatisticsReply) and back.examples == 9
+    assert torch.equal(back.statistics["outer"], reply.statistics["outer"])
+    assert seal(reply).sizes()["statistics"] == len(codec.pack(sums.tensors()))
+    request = StatisticsRequest(0, "0" * 64, {"a": torch.ones(2)}, "fp32", 1, 8, 4, 1)
+    again = open_envelope(seal(request))
+    assert isinstance(again, StatisticsRequest) and again.width == 8 and again.package == b""
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"name": "b"}, "signed"),
+        ({"round": 3}, "round"),
+        ({"digest": "1" * 64}, "another sub-FM"),
+        ({"examples": 8}, "announced"),
+        ({"seconds": float("nan")}, "seconds"),
+    ],
+)
+def test_a_reply_to_something_else_is_refused(change: dict[str, Any], reason: str) -> None:
+    f = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).double()
+    sums = Statistics.of(f, torch.arange(9) % 3, 3)
+    want = ExpectedStatistics(0, "0" * 64, 3, 4, float(f.norm(dim=1).max()))
+    good = {"name": "a", "round": 0, "digest": "0" * 64, "examples": 9, "seconds": 0.1}
+    found = validate_statistics(StatisticsReply(**good, statistics=sums.tensors()), want, "a", 9)
+    assert torch.equal(solve(found).weight, solve(sums).weight)
+    with pytest.raises(ReplyError, match=reason):
+        validate_statistics(
+            StatisticsReply(**good | change, statistics=sums.tensors()), want, "a", 9
+        )
