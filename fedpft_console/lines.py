@@ -184,3 +184,21 @@ def seconds_left(record: Record) -> float | None:
         # From one round's end to the next, so that evaluation and alignment are included.
         return todo * (times[-1] - times[0]) / (len(times) - 1)
     return todo * last.finished.seconds if last.finished else None
+
+
+@lines_for.register
+def _(event: ev.HeadSet, record: Record) -> list[str]:
+    kept = "" if event.taken else "; the tuned head labels more rows right and stays"
+    return [
+        f"head from the class statistics of {human_count(event.rows)} rows, {event.classes} "
+        f"classes, in {human_seconds(event.seconds)}{kept}"
+    ]
+
+
+@lines_for.register
+def _(event: ev.Plugged, record: Record) -> list[str]:
+    shares = (
+        [f"{name} {n / event.rows:.1%}" for name, n in event.right.items()] if event.rows else []
+    )
+    judged = f" (of {event.rows} unseen rows right: {', '.join(shares)})" if shares else ""
+    return [f"plugged in by {event.method}{judged}, {human_seconds(event.seconds)}"]
