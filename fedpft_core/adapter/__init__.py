@@ -1,1 +1,1 @@
-"""The adapter, LoRA and the task head, and how it plugs into the FM."""
+"""The adapter: LoRA and the task head."""
