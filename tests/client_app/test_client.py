@@ -532,7 +532,7 @@ def replace_model(server: Server, package: Package) -> Any:
     meta = package.meta
 
     class Model:
-        labels, max_length, kind = meta.labels, meta.max_length, "text"
+        task, max_length = meta.task, meta.max_length
 
     return client.Held(Model(), package.files, client.combine_digest("", package.files, {}))  # type: ignore[arg-type]
 
