@@ -127,7 +127,7 @@ def test_every_family(family: str) -> None:
         torch.testing.assert_close(head(f_T.float()), logits(fm, batch))
         weight, bias = head.weight.double(), head.bias.double()
         found = plug.refit_head(fm, proxy, tiny.TASK, rows, 1.0).map
-        mapped = (f_T - found.mean_T) @ found.turn + found.mean_S
+        mapped = (f_T - found.mean_x) @ found.turn + found.mean_y
         torch.testing.assert_close(
             logits(fm, batch).double(), mapped @ weight.T + bias, rtol=1e-4, atol=1e-4
         )

@@ -415,14 +415,17 @@ def test_a_kept_certificate_that_will_not_do_is_refused(
 
 def fake_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A small task, corpus and model in place of the built-in ones."""
-    from fedpft_core.data import builtin, tasks
+    from fedpft_core import task as tasks
+    from fedpft_core.data import builtin
+    from fedpft_core.data.splits import Splits
     from fedpft_core.model import load as models
 
     def rows(count: int, start: int) -> Examples:
         labels = np.arange(count) % 4
         return Examples(tuple(f"text {start + i}, with a comma" for i in range(count)), labels)
 
-    task = tasks.Task("fake", "text", ("w", "x", "y", "z"), rows(90, 0), rows(0, 0), rows(20, 1000))
+    splits = Splits(rows(90, 0), rows(0, 0), rows(20, 1000))
+    task = tasks.TaskData("fake", tasks.make("text", ("w", "x", "y", "z")), splits)
     monkeypatch.setattr(tasks, "load_task", lambda *a: task)
     monkeypatch.setattr(builtin, "public_paragraphs", lambda *a: ("one\nparagraph", "two"))
     (tmp_path / "fm").mkdir(exist_ok=True)
