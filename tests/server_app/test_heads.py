@@ -102,12 +102,12 @@ def test_a_resumed_run_has_the_same_bits(job: dict[str, Any], tmp_path: Path) ->
 def test_a_liar_is_named_and_left_out(job: dict[str, Any], tmp_path: Path) -> None:
     flat = job | {"head.start": "statistics"}
     federation = tiny.Federation(flat)
-    honest = Client.handle
+    honest, liar = Client.handle, federation.client(1).name
 
     def lie(self: Client, envelope: Envelope) -> Envelope:
         reply = honest(self, envelope)
         message = open_envelope(reply)
-        if self.name == "1" and isinstance(message, StatisticsReply):
+        if self.name == liar and isinstance(message, StatisticsReply):
             worse = dict(message.statistics)
             worse["outer"] = -worse["outer"]
             return seal(StatisticsReply(**message.__dict__ | {"statistics": worse}))
@@ -118,7 +118,7 @@ def test_a_liar_is_named_and_left_out(job: dict[str, Any], tmp_path: Path) -> No
         events = tiny.run(flat, tmp_path / "run", federation)
     (head,) = of(events, "head")
     assert head["rows"] < of(events, "task")[0]["train"]
-    assert any("class statistics without 1: " in e["text"] for e in of(events, "warning"))
+    assert any(f"class statistics without {liar}: " in e["text"] for e in of(events, "warning"))
 
 
 def test_messages_open_as_they_were_sealed() -> None:
