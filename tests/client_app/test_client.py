@@ -516,6 +516,8 @@ def test_rows_are_encoded_anew_when_anything_they_depend_on_changes(
     assert len(tokenised) == 2  # as at first, and that is still here
     good = server.packages[0]
     meta = good.meta
+    known = edge()._rows_key(replace_model(server, good), edge().rows_digest())
+    assert edge().kept_rows.path(known).exists()
     for change in (
         replace(meta, max_length=6), replace(meta, labels=(*meta.labels, "more")),
     ):  # fmt: skip
