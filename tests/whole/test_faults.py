@@ -32,6 +32,7 @@ from fedpft_core.model import load as models
 from fedpft_core.model.families import family_of
 from fedpft_core.model.plan import BlockPlan, Plan, pruned_ffns
 from fedpft_core.proxy.choose import make_plan
+from fedpft_core.train import inactivity
 from fedpft_core.train import tune as training
 from fedpft_core.train.evaluate import evaluate
 from fedpft_core.train.inactivity import Counts, count_inactive
@@ -183,12 +184,14 @@ def test_3_apoz_counted_wrongly(monkeypatch: Patch, fails: Any) -> None:
     with fails():
         check_counts(totals_of_the_first_block)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "is_inactive", lambda activation, _rule: activation == 0)
+        patch.setattr(inactivity, "is_inactive", lambda activation, _rule: activation == 0)
         with fails():
             check_counts(count_inactive)
     with monkeypatch.context() as patch:
         patch.setattr(
-            training, "real_positions", lambda batch, n: torch.ones(len(batch["labels"]), n).bool()
+            inactivity,
+            "real_positions",
+            lambda batch, n: torch.ones(len(batch["labels"]), n).bool(),
         )
         with fails():
             check_counts(count_inactive)
@@ -835,7 +838,7 @@ def test_10_only_the_fm_evaluated(
 
     def fm_only(bench: Bench, round: int, which: str) -> Any:
         if which == "proxy":
-            return SimpleNamespace(seconds=0.0, accuracy=0.0)
+            return SimpleNamespace(seconds=0.0, value=0.0)
         return score(bench, round, which)
 
     monkeypatch.setattr(score_phase, "score", fm_only)
