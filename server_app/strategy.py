@@ -27,7 +27,7 @@ from server_app.rounds.collect import Collection
 from server_app.rounds.nodes import Node, Nodes
 from server_app.rounds.outcome import Good, Outcome, outcome
 from server_app.rounds.requests import Request, expected, learning_rate, requests
-from server_app.rounds.statistics import Sums, statistics_requests, why_not
+from server_app.rounds.statistics import Sums, statistics_requests
 from server_app.run import schema as ev
 from server_app.state import Events, State
 from server_app.transport import Transport
@@ -75,8 +75,7 @@ class Strategy:
                 if len(got.good) >= f.min_clients:
                     self._report_validation(want.task, round, got.good.values())
                     return outcome(f.aggregate, replies, got.good, got.counts, len(got.bad), start)
-            out = {f"node {i}": why for i, why in self.nodes.left_out.items()}
-            why = "; ".join(f"{name}: {reason}" for name, reason in sorted((out | got.bad).items()))
+            why = self._why(got.bad)
             text = (
                 f"round {round}: {len(got.good)} good replies of the federation.min-clients = "
                 f"{f.min_clients} needed ({why or 'no other clients are connected'})"
@@ -104,7 +103,7 @@ class Strategy:
             got = Sums(want, self.nodes.meet(state, want.round), state, self.events)
             sent = codec.encode(state.adapter, self.config.wire.adapter)
             self._exchange(got, statistics_requests(self.config, state, self._blob(state), sent))
-            why = why_not(self.nodes.left_out, got.bad)
+            why = self._why(got.bad)
             if len(got.good) >= f.min_clients:
                 if got.bad:
                     self.events.emit(ev.Warned(text=f"class statistics without {why}"))
@@ -124,6 +123,11 @@ class Strategy:
         if not size:
             return []
         return [nodes[i] for i in sorted(stream.choice(len(nodes), size=size, replace=False))]
+
+    def _why(self, bad: Mapping[str, str]) -> str:
+        """Who did not take part, and why, in one line."""
+        out = {f"node {i}": why for i, why in self.nodes.left_out.items()}
+        return "; ".join(f"{name}: {reason}" for name, reason in sorted((out | dict(bad)).items()))
 
     def _folder(self) -> Path | None:
         """Where a round's replies lie until they are aggregated."""

@@ -66,6 +66,12 @@ def features(model: nn.Module, data: Iterable[Batch]) -> Tensor:
     return torch.cat(seen)
 
 
+def labelled_features(model: nn.Module, rows: Encoded, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Features [N, D] as `features` gives them, and labels [N], of at least one labelled row."""
+    served = list(batches(rows, batch_size, None))
+    return features(model, served), torch.cat([batch["labels"] for batch in served])
+
+
 def of_rows(
     model: nn.Module, rows: Encoded, classes: int, batch_size: int, width: int, seed: int
 ) -> Statistics:
@@ -82,10 +88,8 @@ def of_rows(
     Returns:
         The statistics.
     """
-    served = list(batches(rows, batch_size, None))
-    found = features(model, served)
+    found, labels = labelled_features(model, rows, batch_size)
     turn = projection(found.shape[1], width, seed)
-    labels = torch.cat([batch["labels"] for batch in served])
     return Statistics.of(found if turn is None else found @ turn, labels, classes)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.data.batches import Encoded, batches
 from fedpft_core.head.discriminant import SHARES, Head, fitted, solve
-from fedpft_core.head.refit import features, last_linear
+from fedpft_core.head.refit import features, labelled_features, last_linear
 from fedpft_core.head.statistics import Statistics, projection
 from fedpft_core.seeds import numpy_stream
 from fedpft_core.tensors import Tensors
@@ -47,10 +47,8 @@ def read(bench: Bench, model: torch.nn.Module, rows: Encoded) -> tuple[Tensor, T
     """Features [N, D] float64 of some rows, projected as the clients' are, and their labels [N]."""
     if not len(rows):
         return torch.zeros(0, 1, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
-    served = list(batches(rows, bench.config.run.eval_batch_size, None))
-    found = features(model, served)
+    found, labels = labelled_features(model, rows, bench.config.run.eval_batch_size)
     turn = projected(bench, found.shape[1])
-    labels = torch.cat([batch["labels"] for batch in served])
     return (found if turn is None else found @ turn), labels
 
 
@@ -167,17 +165,12 @@ def again(
 
 def merit(bench: Bench, model: torch.nn.Module, rows: Encoded) -> int:
     """The task's merit of a model on labelled rows (rows right)."""
-    read_rows, labels = _plain(bench, model, rows)
+    read_rows, labels = labelled_features(model, rows, bench.config.run.eval_batch_size)
     layer = last_linear(model)
     scores = read_rows @ layer.weight.detach().to(read_rows).T
     if layer.bias is not None:
         scores = scores + layer.bias.detach().to(read_rows)
     return bench.rows.task.merit(scores, labels)
-
-
-def _plain(bench: Bench, model: torch.nn.Module, rows: Encoded) -> tuple[Tensor, Tensor]:
-    served = list(batches(rows, bench.config.run.eval_batch_size, None))
-    return features(model, served), torch.cat([batch["labels"] for batch in served])
 
 
 def _with(bench: Bench, head: Head, adapter: Tensors) -> Tensors:

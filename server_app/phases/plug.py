@@ -112,8 +112,8 @@ def finish(bench: Bench, strategy: Strategy, state: State, events: Events) -> No
             text="the server has no validation rows: the adapter is fitted to the FM on public "
             "rows, and no candidate can be compared with another"
         ))  # fmt: skip
-    made = _candidates(bench, state, sums, fit_rows, events)
-    taken, right = (next(reversed(made)) if method == "best" else method), dict[str, int]()
+    made = _candidates(bench, sums, fit_rows, events)
+    taken, right = method, dict[str, int]()
     if len(judge):
         for name, adapter in made.items():
             adapters.load(models.fm, adapter)
@@ -131,13 +131,12 @@ def finish(bench: Bench, strategy: Strategy, state: State, events: Events) -> No
 
 
 def _candidates(
-    bench: Bench, state: State, sums: Statistics | None, rows: Encoded, events: Events
+    bench: Bench, sums: Statistics | None, rows: Encoded, events: Events
 ) -> dict[str, Tensors]:
     """What the FM's adapter may become, by plug.method; those that are not asked for are left out.
 
     Args:
-        bench: the adapter of `state` is plugged into both models; the proxy stays as it is.
-        state: after the last round.
+        bench: the tuned adapter is plugged into both models; the proxy stays as it is.
         sums: the clients' statistics of the sub-FM's tuned features.
         rows: rows both models read; labels serve for shrinkage and scale alone, where there are
             any.

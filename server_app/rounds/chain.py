@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from fedpft_core.adapter.lora import clip_change
 from fedpft_core.aggregation import Replies
@@ -16,9 +17,11 @@ from fedpft_core.errors import ReplyError
 from fedpft_core.tensors import Tensors
 from fedpft_core.train.inactivity import Counts
 from fedpft_core.wire.envelope import Envelope, open_envelope
-from fedpft_core.wire.messages import NeedReply, RefusalReply, TrainReply
+from fedpft_core.wire.messages import Message, NeedReply, RefusalReply, TrainReply
 from fedpft_core.wire.validate import Expected, check_size, validate
 from server_app.rounds.nodes import Node
+
+Reply = TypeVar("Reply", bound=Message)
 
 
 @dataclass(frozen=True)
@@ -52,17 +55,36 @@ class Lacking(ReplyError):
         self.have = have
 
 
-def decode(hand: InHand, asked: Asked) -> InHand:
-    """Open the envelope, after its size and before anything else is looked at."""
-    assert hand.envelope is not None
-    check_size(hand.envelope, asked.want.max_bytes)
-    message = open_envelope(hand.envelope)
+def opened(envelope: Envelope, most: int, kind: type[Reply]) -> Reply:
+    """The message of a reply, which must be of one kind.
+
+    Args:
+        envelope: what came.
+        most: bytes that a good reply can have.
+        kind: the class of a good reply.
+
+    Returns:
+        The message.
+
+    Raises:
+        Lacking: when the client has to be served again.
+        ReplyError: when it refuses, or the reply is too large, damaged or of another kind.
+    """
+    check_size(envelope, most)
+    message = open_envelope(envelope)
     if isinstance(message, NeedReply):
         raise Lacking(message.have)
     if isinstance(message, RefusalReply):
         raise ReplyError(message.reason)
-    if not isinstance(message, TrainReply):
+    if not isinstance(message, kind):
         raise ReplyError(f"unexpected {type(message).__name__}")
+    return message
+
+
+def decode(hand: InHand, asked: Asked) -> InHand:
+    """Open the envelope, after its size and before anything else is looked at."""
+    assert hand.envelope is not None
+    message = opened(hand.envelope, asked.want.max_bytes, TrainReply)
     return replace(hand, envelope=None, message=message)
 
 

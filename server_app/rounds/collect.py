@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedpft_core.errors import ReplyError
@@ -19,27 +19,27 @@ from server_app.run import schema as ev
 from server_app.state import Events, State
 
 
-class Collection:
-    """The replies to one round's requests: figures of the good ones, reasons of the bad ones.
+class Awaited:
+    """The nodes that were asked for something, and what has become of each.
 
     Of several replies of one node only the first that settles it counts, whatever order they come
-    in. No reply is kept: its adapter goes down the chain, its counts into one running sum.
+    in. A subclass judges a reply, and keeps what is good of it in `good`, by client name.
     """
 
-    def __init__(
-        self, asked: Asked, nodes: Sequence[Node], state: State, round: int, events: Events
-    ) -> None:
-        self.asked = asked
+    good: Mapping[str, object]
+
+    def __init__(self, nodes: Sequence[Node], state: State, round: int, events: Events) -> None:
         self.nodes = {n.id: n for n in nodes}
         self.state = state
         self.round = round
         self.events = events
-        self.good: dict[str, Good] = {}  # by client name, as is `bad`
-        self.bad: dict[str, str] = {}
+        self.bad: dict[str, str] = {}  # reasons, by client name
         self.again: dict[int, tuple[str, ...]] = {}  # who has to be served again, and has what
-        self.counts: Counts | None = None
         self.serving_again = False
-        self._started = time.perf_counter()
+
+    def judge(self, node: Node, reply: Envelope | Failure) -> None:
+        """Take a reply of a node that is not settled."""
+        raise NotImplementedError
 
     def on_reply(self, node_id: int, reply: Envelope | Failure) -> None:
         """Book a reply and, unless its node is settled, judge it."""
@@ -51,6 +51,39 @@ class Collection:
         settled = node.name in self.good or node.name in self.bad
         if settled or (node_id in self.again and not self.serving_again):
             return
+        self.judge(node, reply)
+
+    def refused(self, node: Node, error: ReplyError) -> bool:
+        """Note why a reply is not used.
+
+        Returns:
+            Whether the node only lacks the sub-FM and will be served again.
+        """
+        if isinstance(error, Lacking) and not self.serving_again:
+            self.again[node.id] = error.have
+            self.state.have.pop(node.name, None)
+            return True
+        self.bad[node.name] = printable(error)
+        return False
+
+
+class Collection(Awaited):
+    """The replies to one round's requests: figures of the good ones, reasons of the bad ones.
+
+    No reply is kept: its adapter goes down the chain, its counts into one running sum.
+    """
+
+    def __init__(
+        self, asked: Asked, nodes: Sequence[Node], state: State, round: int, events: Events
+    ) -> None:
+        super().__init__(nodes, state, round, events)
+        self.asked = asked
+        self.good: dict[str, Good] = {}  # by client name
+        self.counts: Counts | None = None
+        self._started = time.perf_counter()
+
+    def judge(self, node: Node, reply: Envelope | Failure) -> None:
+        """Take a reply through the chain, and say what became of it."""
         seconds = time.perf_counter() - self._started
         status, fields = self._judge(node, reply)
         self.events.emit(
@@ -65,12 +98,9 @@ class Collection:
         try:
             message, counts = receive(node, reply, self.asked)
         except ReplyError as error:
-            if isinstance(error, Lacking) and not self.serving_again:
-                self.again[node.id] = error.have
-                self.state.have.pop(node.name, None)
+            if self.refused(node, error):
                 return "need", {}
-            self.bad[node.name] = reason = printable(error)
-            return "refused", {"reason": reason}
+            return "refused", {"reason": self.bad[node.name]}
         self.good[node.name] = Good(
             message.examples, message.loss, message.seconds,
             time.perf_counter() - self._started,

@@ -8,7 +8,8 @@ from fedpft_core.config import Config
 from fedpft_core.tensors import Tensors
 from fedpft_core.train.tune import LocalSettings
 from fedpft_core.wire.envelope import Envelope, seal
-from fedpft_core.wire.messages import TrainRequest
+from fedpft_core.wire.messages import Message, TrainRequest
+from fedpft_core.wire.package import Patch
 from fedpft_core.wire.validate import Expected
 from server_app.delivery import delivery, useful
 from server_app.state import State
@@ -45,32 +46,52 @@ def requests(
         count_rule: how clients are to count inactive neurons; empty = not at all.
     """
     t, wire = config.train, config.wire
-    state.patches = useful(state.patches, len(package))
     settings = LocalSettings(
         learning_rate(t.lr, round, config.federation.rounds), t.batch_size, t.local_epochs,
         t.local_steps, t.weight_decay, t.clip, t.threads, t.head_lr_scale,
     )  # fmt: skip
+
+    def make(package: bytes, patches: tuple[Patch, ...]) -> TrainRequest:
+        return TrainRequest(
+            round=round,
+            digest=state.digest,
+            adapter=adapter,
+            fmt=wire.adapter,
+            settings=settings,
+            seed=config.run.seed,
+            count_rule=count_rule,
+            package=package,
+            patches=patches,
+            reply_fmt=reply_format(config),
+            run=state.run,
+        )
+
+    return by_need(state, package, make)
+
+
+def by_need(
+    state: State, package: bytes, make: Callable[[bytes, tuple[Patch, ...]], Message]
+) -> Request:
+    """A function from what a client has to the message that also brings what it lacks.
+
+    Clients that need the same things get the same message: one copy in memory serves all.
+
+    Args:
+        state: where the run stands; patches too old to be of use are dropped from it.
+        package: the state's package as bytes.
+        make: the message, from the package (or nothing) and the patches that it carries.
+
+    Returns:
+        The function.
+    """
+    state.patches = useful(state.patches, len(package))
     made: dict[tuple[bool, int], Envelope] = {}
 
     def request(have: Iterable[str]) -> Envelope:
         whole, chain = delivery(tuple(have), state.digest, len(package), state.patches)
         key = (whole, len(chain))
         if key not in made:
-            made[key] = seal(
-                TrainRequest(
-                    round=round,
-                    digest=state.digest,
-                    adapter=adapter,
-                    fmt=wire.adapter,
-                    settings=settings,
-                    seed=config.run.seed,
-                    count_rule=count_rule,
-                    package=package if whole else b"",
-                    patches=chain,
-                    reply_fmt=reply_format(config),
-                    run=state.run,
-                )
-            )
+            made[key] = seal(make(package if whole else b"", chain))
         return made[key]
 
     return request
