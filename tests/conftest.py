@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+# Helpers are found by their names; so are test modules, by the processes that tests start.
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 # Tiny models run fastest on one thread, and two would fight with the processes tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -42,3 +43,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for text in _UNEXPECTED:
         terminalreporter.write_line(f"SKIPPED BUT NOT IN tests/allowed_skips.txt: {text}", red=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs take longer than the limit that the other tests have."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(1800))

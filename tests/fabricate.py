@@ -321,7 +321,7 @@ def processes() -> Any:
     """A way to start processes that is safe whatever threads this one has by now."""
     context = multiprocessing.get_context("forkserver")
     # Imported once instead of in each process. The server finds modules by PYTHONPATH only.
-    context.set_forkserver_preload(["test_store", "test_checkpoint"])
+    context.set_forkserver_preload(["fedpft_core", "tiny"])
     with pytest.MonkeyPatch.context() as patch:
         here = Path(__file__).parent
         patch.setenv("PYTHONPATH", os.pathsep.join([str(here), str(here.parent)]))

@@ -112,7 +112,7 @@ def work(root: Path, seed: int) -> int:
 
 def test_many_processes_at_once(tmp_path: Path) -> None:
     with fabricate.processes().Pool(3) as pool:
-        hits = pool.starmap(work, [(tmp_path, s) for s in range(3)])
+        hits = pool.starmap_async(work, [(tmp_path, s) for s in range(3)]).get(120)
     assert sum(hits) > 20
     assert len(list(tmp_path.glob("*.safetensors"))) <= 4
 
