@@ -14,5 +14,12 @@ class ReplyError(ValueError):
 
 
 def first_line(error: Exception) -> str:
-    """What a foreign library's error says, in one line without its full stop."""
+    """What a foreign library's error says, in one line without its full stop.
+
+    Args:
+        error: any exception.
+
+    Returns:
+        The first line of its message, or the name of its type where it has no message.
+    """
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -21,12 +21,26 @@ _ROOMS = {
 
 
 def names(folder: str) -> tuple[str, ...]:
-    """The choices of a folder, sorted."""
+    """The choices of a folder, sorted.
+
+    Args:
+        folder: `saliency`, `alignment`, `selection` or `aggregation`.
+
+    Returns:
+        Names as they stand in the configuration, with dashes.
+    """
     return tuple(p.stem.replace("_", "-") for p in _files(folder))
 
 
 def describe(folder: str) -> str:
-    """`name` (what it does), for every choice, from the files' docstrings."""
+    """`name` (what it does), for every choice, from the files' docstrings.
+
+    Args:
+        folder: one that :func:`names` knows.
+
+    Returns:
+        One line, the choices with semicolons between them.
+    """
     parts = []
     for path in _files(folder):
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
@@ -36,7 +50,18 @@ def describe(folder: str) -> str:
 
 
 def load(folder: str, name: str) -> ModuleType:
-    """The module of a choice. Raises KeyError for a name that is none."""
+    """The module of a choice, imported now if it has not been before.
+
+    Args:
+        folder: one that :func:`names` knows.
+        name: one of its choices, with dashes.
+
+    Returns:
+        The module, whose functions the folder's `__init__` describes.
+
+    Raises:
+        KeyError: the folder has no such choice.
+    """
     if name not in names(folder):
         raise KeyError(f"{folder} has no {name!r}")
     return importlib.import_module(

@@ -26,7 +26,15 @@ from fedpft_core.tensors import Tensors
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What the adapter is made of; names are the FM's."""
+    """What the adapter is made of; names are the FM's.
+
+    Attributes:
+        rank: LoRA's rank r.
+        alpha: LoRA's scale; updates are scaled by alpha / rank.
+        dropout: share of LoRA's inputs that training drops.
+        targets: full paths of the attention projections that carry LoRA's factors.
+        modules: paths of the modules trained whole.
+    """
 
     rank: int
     alpha: float
@@ -35,15 +43,26 @@ class AdapterSpec:
     modules: tuple[str, ...]  # trained whole: the head and anything newly initialised
 
     def as_raw(self) -> dict[str, Any]:
-        """The spec as JSON values."""
+        """The spec as JSON values.
+
+        Returns:
+            The fields by name, tuples as lists.
+        """
         return asdict(self) | {"targets": list(self.targets), "modules": list(self.modules)}
 
     @staticmethod
     def from_raw(raw: Any) -> AdapterSpec:
         """A spec from JSON values.
 
+        Args:
+            raw: what :meth:`as_raw` gave, or what somebody sent in its place.
+
+        Returns:
+            The spec.
+
         Raises:
-            ValueError: naming what of it is not valid.
+            ValueError: the fields are not exactly those of a spec, the rank is below 1, alpha or
+                dropout is negative or not finite, or a list holds something else than names.
         """
         if not isinstance(raw, dict) or raw.keys() != {f.name for f in fields(AdapterSpec)}:
             raise ValueError("not an adapter's rank, alpha, dropout, targets and modules")
@@ -76,6 +95,9 @@ def make_spec(
         fresh: paths of modules without trained weights.
         cfg: LoRA's rank, alpha and dropout.
         head: paths of the task's head; None for the family's classification head.
+
+    Returns:
+        The spec, for FM and proxy alike; the head comes before the other modules.
     """
     modules = tuple(dict.fromkeys((*(family.head if head is None else head), *fresh)))
     return AdapterSpec(cfg.rank, cfg.alpha, cfg.dropout, family.lora_targets(plan.present), modules)
@@ -84,7 +106,13 @@ def make_spec(
 def attach(model: nn.Module, spec: AdapterSpec, plan: Plan | None = None) -> PeftModel:
     """Put the adapter on a bare task model (in place) and return the PEFT wrapper.
 
-    `plan` is needed when the model is a proxy. Only adapter parameters require gradients after.
+    Args:
+        model: the FM or a proxy, without adapter.
+        spec: the adapter. Its targets in blocks that the proxy has not are left out.
+        plan: the plan of the proxy where the model is one; None for the FM.
+
+    Returns:
+        The wrapper, in eval mode. Only adapter parameters require gradients.
     """
     targets = [to_proxy_name(t, plan) if plan else t for t in spec.targets]
     config = LoraConfig(
@@ -100,7 +128,16 @@ def attach(model: nn.Module, spec: AdapterSpec, plan: Plan | None = None) -> Pef
 
 
 def parameters(model: nn.Module, plan: Plan | None = None) -> dict[str, nn.Parameter]:
-    """The adapter's live parameters by their FM name, sorted by name."""
+    """The adapter's live parameters by their FM name, sorted by name.
+
+    Args:
+        model: a model that carries the adapter. All its parameters that require gradients are taken
+            for the adapter's.
+        plan: the plan of the proxy where the model is one; None for the FM.
+
+    Returns:
+        The parameters themselves, not copies.
+    """
     out = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -111,7 +148,15 @@ def parameters(model: nn.Module, plan: Plan | None = None) -> dict[str, nn.Param
 
 
 def read(model: nn.Module, plan: Plan | None = None) -> Tensors:
-    """Copies of the adapter's tensors on the CPU."""
+    """Copies of the adapter's tensors on the CPU.
+
+    Args:
+        model: a model that carries the adapter; it may be on any device.
+        plan: the plan of the proxy where the model is one; None for the FM.
+
+    Returns:
+        The copies by FM name, sorted by name.
+    """
     return {k: p.detach().to("cpu", copy=True) for k, p in parameters(model, plan).items()}
 
 
@@ -119,8 +164,15 @@ def read(model: nn.Module, plan: Plan | None = None) -> Tensors:
 def load(model: nn.Module, tensors: Mapping[str, Tensor], plan: Plan | None = None) -> None:
     """Copy tensors into the adapter by name.
 
-    Raises ValueError when names or shapes differ in any way: nothing is ever matched by
-    position or silently left out.
+    Nothing is ever matched by position or silently left out.
+
+    Args:
+        model: a model that carries the adapter, changed in place.
+        tensors: values by FM name.
+        plan: the plan of the proxy where the model is one; None for the FM.
+
+    Raises:
+        ValueError: names or shapes differ in any way. With wrong names nothing has been copied.
     """
     live = parameters(model, plan)
     if set(live) != set(tensors):
@@ -133,7 +185,17 @@ def load(model: nn.Module, tensors: Mapping[str, Tensor], plan: Plan | None = No
 
 
 def initial(model: nn.Module, spec: AdapterSpec, seed: int, plan: Plan | None = None) -> Tensors:
-    """The adapter at the start of a run: A random by name and seed, B zero, head as loaded."""
+    """The adapter at the start of a run: A random by name and seed, B zero, head as loaded.
+
+    Args:
+        model: a model that carries the adapter; it stays as it is.
+        spec: not read, since the tensors' names say what they are.
+        seed: the run's. FM and proxy start equal at equal seeds.
+        plan: the plan of the proxy where the model is one; None for the FM.
+
+    Returns:
+        Tensors by FM name on the CPU, for :func:`load`.
+    """
     out = read(model, plan)
     for name, value in out.items():
         if name.endswith("lora_A.weight"):
@@ -146,7 +208,14 @@ def initial(model: nn.Module, spec: AdapterSpec, seed: int, plan: Plan | None = 
 
 
 def norm(tensors: Mapping[str, Tensor]) -> float:
-    """L2 norm over all tensors."""
+    """L2 norm over all tensors.
+
+    Args:
+        tensors: of any shapes; their order does not matter.
+
+    Returns:
+        The root of the sum of all squares, each tensor's taken in float64; 0 for no tensors.
+    """
     # Exact, so that the order of the names, which no file promises, cannot change the last bit.
     return math.sqrt(math.fsum(float(t.double().square().sum()) for t in tensors.values()))
 
@@ -158,6 +227,14 @@ def clip_change(
 
     The head's change stays as it is: it is no part of what makes the bodies of proxy and FM differ.
     A change no longer than that is left to the bit.
+
+    Args:
+        adapter: what a client has made of `start`, by FM name.
+        start: the adapter that the client was sent.
+        longest: largest norm of the change, over all factors together.
+
+    Returns:
+        A new dictionary. Tensors that did not change are those of `adapter`, not copies.
     """
     change = {k: t - start[k] for k, t in adapter.items() if is_lora(k)}
     size = norm(change)
@@ -170,6 +247,14 @@ def export(fm: PeftModel, folder: Path, base_name: str) -> list[Path]:
     """Write the adapter now on the FM as a PEFT folder.
 
     `PeftModel.from_pretrained(untouched_fm, folder)` gives the same logits.
+
+    Args:
+        fm: the FM with the adapter. Its PEFT configuration is given `base_name`.
+        folder: where PEFT writes its files.
+        base_name: what the adapter's configuration calls the FM.
+
+    Returns:
+        The adapter's files (weights and configuration), sorted.
     """
     fm.peft_config["default"].base_model_name_or_path = base_name
     fm.save_pretrained(str(folder), safe_serialization=True)

@@ -64,6 +64,11 @@ class Replies:
     def add(self, name: str, examples: int, adapter: Mapping[str, Tensor]) -> None:
         """Keep the adapter of client `name`, which was trained on so many examples.
 
+        Args:
+            name: which client; the names set the order in which replies are read.
+            examples: its rows, by which a rule may weigh the reply.
+            adapter: float32 tensors on the CPU, by FM name.
+
         Raises:
             ValueError: when names, shapes or types are not those agreed, or the client is known.
             OSError: when the disk is full.
@@ -134,6 +139,13 @@ def _count(shape: tuple[int, ...]) -> int:
 
 def aggregate(rule: str, replies: Replies) -> Tensors:
     """The next adapter, by the rule of that name (`federation.aggregate`).
+
+    Args:
+        rule: name of a rule, which is a file of this folder.
+        replies: the valid replies of the round.
+
+    Returns:
+        Float32 tensors by FM name.
 
     Raises:
         KeyError: when there is no such rule.

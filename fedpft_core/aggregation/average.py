@@ -13,9 +13,14 @@ from fedpft_core.tensors import Tensors
 
 
 class Average:
-    """W ← Σ |D_i| / |D| · W_i in float64 (paper eq. 2); memory is one adapter, not one a client.
+    """W ← Σ |D_i| / |D| · W_i in float64; memory is one adapter, not one a client.
 
     Floating-point sums depend on their order: add in stable-name order for identical bits.
+
+    Source: FedPFT, eq. (2).
+
+    Attributes:
+        examples: |D|, the examples of all clients added so far.
     """
 
     def __init__(self) -> None:
@@ -23,7 +28,12 @@ class Average:
         self.examples = 0
 
     def add(self, adapter: Mapping[str, Tensor], examples: int) -> None:
-        """Take one client's float32 adapter into the sum."""
+        """Take one client's float32 adapter into the sum.
+
+        Args:
+            adapter: tensors on the CPU by name, the same names for every client.
+            examples: |D_i|, the client's weight.
+        """
         for name, t in adapter.items():
             value = t.numpy().astype(np.float64)
             value *= examples
@@ -36,8 +46,11 @@ class Average:
     def result(self) -> Tensors:
         """The weighted mean as float32.
 
+        Returns:
+            Tensors by name; what was added stays, so that more can be added.
+
         Raises:
-            ValueError: when nothing was added.
+            ValueError: when nothing was added, or only clients without examples.
         """
         if not self.examples:
             raise ValueError("nothing to average")
@@ -48,7 +61,16 @@ class Average:
 
 
 def aggregate(replies: Replies) -> Tensors:
-    """Sum the replies one after the other, in the order of the clients' names."""
+    """Sum the replies one after the other, in the order of the clients' names.
+
+    Source: FedPFT, eq. (2).
+
+    Args:
+        replies: at least one, each weighing as its examples.
+
+    Returns:
+        The weighted mean, float32 tensors by FM name.
+    """
     average = Average()
     for adapter, examples in replies:
         average.add(adapter, examples)

@@ -14,12 +14,28 @@ from fedpft_core.tensors import Tensors
 
 
 def aggregate(replies: Replies) -> Tensors:
-    """The median of each value over the replies."""
+    """The median of each value over the replies.
+
+    Source: Yin et al., arXiv:1803.01498, algorithm 1.
+
+    Args:
+        replies: at least one. Their examples are not looked at.
+
+    Returns:
+        Float32 tensors by FM name.
+    """
     return replies.coordinatewise(median)
 
 
 def median(values: Tensor) -> Tensor:
-    """[replies, n] to [n], float32; the mean of the middle two is taken in float64."""
+    """The median of each column; the mean of the middle two is taken in float64.
+
+    Args:
+        values: float32 [replies, n].
+
+    Returns:
+        float32 [n].
+    """
     ordered = values.sort(dim=0).values
     n = len(ordered)
     return ordered[(n - 1) // 2 : n // 2 + 1].double().mean(0).float()

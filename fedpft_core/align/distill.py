@@ -37,6 +37,16 @@ def targets(plan: Plan) -> dict[int, int]:
     A pruned block stands for its own original. In layer-drop proxies the first and the last block
     stay as they are, as in offsite tuning; each kept block between them is trained to give what
     the next kept block gets in the FM, so it stands for the dropped ones after it too.
+
+    Source: for pruned blocks FedPFT, eq. (3); for layer-drop proxies offsite tuning
+    (arXiv:2302.04870), section 3.
+
+    Args:
+        plan: what the proxy keeps of each block.
+
+    Returns:
+        FM index of the trained block → FM index of the block whose output it should have; empty
+        where the proxy leaves nothing to train.
     """
     if plan.pruned:
         return {b: b for b in plan.pruned}
@@ -47,8 +57,18 @@ def targets(plan: Plan) -> dict[int, int]:
 
 
 def moving_parts(student: nn.Module, plan: Plan) -> dict[tuple[int, str], Tensor]:
-    """What alignment may move, by FM block and part: FFN parts of pruned blocks (`FFN.parts`), or
-    every weight of a layer-drop proxy's trained blocks but the adapter's."""
+    """What alignment may move, by FM block and part.
+
+    These are the FFN parts of pruned blocks (`FFN.parts`), or every weight of a layer-drop proxy's
+    trained blocks but the adapter's.
+
+    Args:
+        student: the proxy, with or without adapter.
+        plan: its plan.
+
+    Returns:
+        The live parameters, by FM block index and the part's name.
+    """
     if plan.pruned:
         ffns = pruned_ffns(student, plan)
         return {(b, part): p for b, ffn in ffns.items() for part, p in ffn.parts().items()}
@@ -69,11 +89,20 @@ def outputs(
     own_index: bool,
     wanted: Collection[int] | None = None,
 ) -> dict[int, Tensor]:
-    """Outputs [B, L, D] of the wanted blocks (default: the pruned ones), by FM block index.
+    """Outputs of the wanted blocks, by FM block index.
 
     Taken at the blocks, because `hidden_states[-1]` of some families is after the final norm;
-    nothing after the last of them is run. `own_index` says that the model has its own numbering
-    (a proxy).
+    nothing after the last of them is run.
+
+    Args:
+        model: FM or proxy, run as it is: in its present mode, with gradients if they are on.
+        plan: the plan that relates the two.
+        batch: what the model reads, on its device.
+        own_index: whether the model numbers its blocks for itself (a proxy) or as the FM does.
+        wanted: FM indices of blocks that the model has; None for the pruned ones.
+
+    Returns:
+        Outputs [B, L, D], by FM block index.
     """
     blocks = family_of(plan.model_type).block_list(model)
     where = {fm: i for i, fm in enumerate(plan.present)} if own_index else None
@@ -95,9 +124,16 @@ def _both(
 
 @dataclass(frozen=True)
 class LocalView:
-    """What one block's FFN works on: its input x [B, L, D], what enters its out-projection
-    a [B, L, F], its output y [B, L, D], the sum with the residual before the output norm (the
-    block's output where there is no such norm), and the block's output."""
+    """What one block's FFN works on in one forward pass.
+
+    Attributes:
+        x: the FFN's input [B, L, D].
+        a: what enters its out-projection, [B, L, F]; [B, L, K] in a pruned block of the proxy.
+        y: its output [B, L, D].
+        total: the sum with the residual before the output norm [B, L, D]; the block's output where
+            there is no such norm.
+        out: the block's output [B, L, D].
+    """
 
     x: Tensor
     a: Tensor
@@ -113,8 +149,20 @@ def local_views(
     own_index: bool = False,
     wanted: Collection[int] | None = None,
 ) -> tuple[dict[int, LocalView], Tensor]:
-    """Views of the wanted blocks (default: the pruned ones) in a forward pass of `model`, by FM
-    block index, and the mask of real positions. Nothing after the last of them is run."""
+    """Views of the wanted blocks in a forward pass, and the mask of real positions.
+
+    Nothing after the last of the blocks is run.
+
+    Args:
+        model: FM or proxy, run as it is.
+        plan: the plan that relates the two.
+        batch: what the model reads, on its device.
+        own_index: whether the model numbers its blocks for itself (a proxy) or as the FM does.
+        wanted: FM indices of blocks that the model has; None for the pruned ones.
+
+    Returns:
+        The views by FM block index, and the mask, bool [B, L], False on padding.
+    """
     wanted = plan.pruned if wanted is None else wanted
     ffns = family_of(plan.model_type).ffns(model)
     position = {fm: i for i, fm in enumerate(plan.present)} if own_index else None
@@ -136,8 +184,18 @@ def local_views(
 def hidden_errors(
     teacher: Mapping[int, Tensor], student: Mapping[int, Tensor], real_BL: Tensor
 ) -> dict[int, Tensor]:
-    """mean[((h_T − h_S) / rms(h_T))²] per block over real positions (paper eq. 3, scaled so that
-    blocks weigh alike)."""
+    """mean[((h_T − h_S) / rms(h_T))²] per block over real positions, so that blocks weigh alike.
+
+    Source: FedPFT, eq. (3), here divided by the teacher's mean square.
+
+    Args:
+        teacher: the outputs wanted, [B, L, D] by FM block index.
+        student: the outputs there are, of the same blocks.
+        real_BL: bool [B, L], True where there is no padding.
+
+    Returns:
+        A scalar for each block, with gradients where the student's outputs have them.
+    """
     out = {}
     for block, h_T in teacher.items():
         t, s = h_T[real_BL], student[block][real_BL]
@@ -146,12 +204,31 @@ def hidden_errors(
 
 
 def products(ffn: FFN) -> list[Tensor]:
-    """W2 W1 [D, D] for every in-projection; biases never enter (paper eq. 4)."""
+    """W2 W1 for every in-projection; biases never enter.
+
+    Source: FedPFT, eq. (4).
+
+    Args:
+        ffn: of FM or proxy.
+
+    Returns:
+        One [D, D] for each in-projection: of a gated FFN two (gate, up), else one.
+    """
     return [ffn.out.weight @ linear.weight for linear in ffn.ins]
 
 
 def weight_error(ffn: FFN, teacher: list[Tensor]) -> Tensor:
-    """mean[(P_T − P_S)²] / mean[P_T²], averaged over the in-projections."""
+    """mean[(P_T − P_S)²] / mean[P_T²], averaged over the in-projections.
+
+    Source: FedPFT, eq. (4), here divided by the teacher's mean square.
+
+    Args:
+        ffn: the student's.
+        teacher: the :func:`products` of the FM's FFN in the same block.
+
+    Returns:
+        A scalar with gradients for the student's weights.
+    """
     terms = [
         (t - s).square().mean() / t.square().mean()
         for t, s in zip(teacher, products(ffn), strict=True)
@@ -160,7 +237,16 @@ def weight_error(ffn: FFN, teacher: list[Tensor]) -> Tensor:
 
 
 def warmup_then_linear(step: int, steps: int, warmup_share: float) -> float:
-    """Rate of step 0..steps−1 as a share of the peak: linear up, then linear down, never 0."""
+    """Rate of step 0..steps−1 as a share of the peak: linear up, then linear down, never 0.
+
+    Args:
+        step: counted from 0.
+        steps: of the whole alignment.
+        warmup_share: share of the steps with rising rate, in [0, 1].
+
+    Returns:
+        A share above 0 and at most 1.
+    """
     warmup = math.ceil(warmup_share * steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -171,7 +257,17 @@ def warmup_then_linear(step: int, steps: int, warmup_share: float) -> float:
 def output_error(
     teacher: nn.Module, student: nn.Module, plan: Plan, data: Iterable[Batch]
 ) -> dict[int, float]:
-    """Hidden-state error per trained block, averaged over batches."""
+    """Hidden-state error per trained block, averaged over batches.
+
+    Args:
+        teacher: the FM.
+        student: the proxy, at the same adapter if the models carry one.
+        plan: its plan.
+        data: batches, which are taken to the student's device.
+
+    Returns:
+        The error by FM block index, as a share of the teacher's mean square; 0 for no batches.
+    """
     total: dict[int, float] = dict.fromkeys(targets(plan), 0.0)
     n = 0
     device = device_of(student)
@@ -184,7 +280,18 @@ def output_error(
 
 
 def hidden_objective(teacher: nn.Module, student: nn.Module, plan: Plan) -> Objective:
-    """The mean hidden-state error of the trained blocks on a batch (paper eq. 3)."""
+    """The mean hidden-state error of the trained blocks on a batch.
+
+    Source: FedPFT, eq. (3).
+
+    Args:
+        teacher: the FM, which is run without gradients.
+        student: the proxy.
+        plan: its plan.
+
+    Returns:
+        A function from a batch on the models' device to a scalar.
+    """
 
     def loss(batch: Batch) -> Tensor:
         h_T, h_S, real = _both(teacher, student, plan, batch)
@@ -195,8 +302,18 @@ def hidden_objective(teacher: nn.Module, student: nn.Module, plan: Plan) -> Obje
 
 @contextmanager
 def only_trained(student: nn.Module, params: Iterable[Tensor]) -> Iterator[None]:
-    """For the duration these parameters require gradients and no others, the adapter's included:
-    with those the graph would reach down to the first block."""
+    """For the duration these parameters require gradients and no others.
+
+    The adapter's do not either: with those the graph would reach down to the first block.
+
+    Args:
+        student: the model whose parameters stop requiring gradients.
+        params: those of its parameters that are trained.
+
+    Yields:
+        Nothing. After the block the gradients of `params` are gone, and what required gradients
+        before it does so again.
+    """
     chosen = list(params)
     held = [p for p in student.parameters() if p.requires_grad]
     for p in held:
@@ -228,16 +345,39 @@ def distil(
     on_step: Progress | None = None,
     objective: Objective | None = None,
 ) -> tuple[float, float, float]:
-    """Align `student` with `teacher` by AdamW; returns (first loss, last loss, seconds).
+    """Align `student` with `teacher` by AdamW.
 
-    Layer-level (paper eq. 5): `chosen` None, all neurons of the pruned blocks move.
-    Neuron-level (paper eq. 6): `chosen[block]` int64 positions of the neurons that move; all
-    others end bit-unchanged. Out-projection bias and post-norm LayerNorm always move. Whatever
-    adapter the two models carry stays; both run in eval mode. With `cfg.adapter_noise` each
-    step puts the same random LoRA factors on both, so that they agree around the adapter and
-    not only at it. `objective` is the loss of a batch, by default the hidden-state error; the
-    weight-product term is added to it. Layer-drop proxies have neither neurons to choose nor
+    Layer-level (`chosen` None): all neurons of the pruned blocks move. Neuron-level: those of
+    `chosen` move, all others end bit-unchanged. Out-projection bias and post-norm LayerNorm always
+    move. Whatever adapter the two models carry stays; both run in eval mode. With
+    `cfg.adapter_noise` each step puts the same random LoRA factors on both, so that they agree
+    around the adapter and not only at it. Layer-drop proxies have neither neurons to choose nor
     products to match.
+
+    Source: FedPFT, eq. (5) layer-level, eq. (6) neuron-level.
+
+    Args:
+        teacher: the FM.
+        student: the proxy, changed in place.
+        plan: its plan.
+        batches: one for each step; it may hold fewer or more than `steps`.
+        cfg: weight decay, warm-up, gradient clipping and adapter noise. Its steps, rate and alpha
+            are not read: the arguments stand for them.
+        steps: optimiser steps at most.
+        lr: peak learning rate.
+        alpha: weight of the weight-product term; 0 leaves it out.
+        chosen: int64 positions of the neurons that move among those kept, for each pruned block;
+            None for all.
+        noise_seed: seed of the adapter noise.
+        on_step: called as `on_step(step, steps, loss)` after each step, counted from 1.
+        objective: the loss of a batch, to which the weight-product term is added; None for the
+            hidden-state error.
+
+    Returns:
+        Loss of the first step, loss of the last (both NaN without any step), and seconds.
+
+    Raises:
+        ValueError: `chosen` is not for each pruned block and no other.
     """
     teacher.eval()
     student.eval()
@@ -347,5 +487,15 @@ class _AdapterNoise:
 
 
 def apoz(inactive: Tensor, tokens: int) -> Tensor:
-    """APoZ_j = Σ inactive / Σ tokens over a round's clients (paper eq. 7). Returns [K] float64."""
+    """APoZ_j = Σ inactive / Σ tokens over a round's clients.
+
+    Source: FedPFT, eq. (7).
+
+    Args:
+        inactive: tokens that left each neuron of a block inactive, int64 [K], over all clients.
+        tokens: real tokens counted at that block, over all clients.
+
+    Returns:
+        Shares in [0, 1], float64 [K]; 0 where there were no tokens.
+    """
     return inactive.double() / max(tokens, 1)

@@ -28,6 +28,9 @@ def _key(
     """Declare one key: default, one-line doc with unit, and the range or values it admits.
 
     `joined`: several choices in a row, `a+b`, will do; `none` stands alone.
+
+    Returns:
+        The dataclass field, with all but the default as its metadata.
     """
     meta = {
         "doc": doc, "low": low, "high": high, "above": above, "choices": choices, "joined": joined

@@ -6,7 +6,15 @@ from fedpft_core.config.keys import Config
 
 
 def method_name(config: Config) -> str:
-    """The method these settings amount to, by the names of docs/methods.md."""
+    """The method these settings amount to, by the names of docs/methods.md.
+
+    Args:
+        config: a whole run.
+
+    Returns:
+        One of the names there, such as `fedpft-b`; with `one-shot` before it where several clients
+        have a single round.
+    """
     f = config.federation
     before = config.distill.method != "none" and config.distill.steps > 0
     during = 0 < config.align.interval < f.rounds

@@ -17,7 +17,11 @@ _PIECE = re.compile(r"""(?:"[^"]*"|'[^']*'|[^\s])+""")
 
 
 def home() -> Path:
-    """Where things go that are not told otherwise: $FEDPFT_HOME, else ~/.fedpft."""
+    """Where things go that are not told otherwise: $FEDPFT_HOME, else ~/.fedpft.
+
+    Returns:
+        The folder, which need not exist yet.
+    """
     return Path(os.environ.get("FEDPFT_HOME") or "~/.fedpft").expanduser()
 
 

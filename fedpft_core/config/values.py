@@ -17,7 +17,19 @@ _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 @dataclass(frozen=True)
 class KeyInfo:
-    """One documented key."""
+    """One documented key.
+
+    Attributes:
+        name: dotted, with dashes.
+        type: bool, int, float or str.
+        default: taken where the key is absent.
+        doc: one line, with the unit.
+        low: the least value; None for no limit.
+        high: the largest value; None for no limit.
+        above: what the value must be more than; None for no limit.
+        choices: the only values admitted; empty for any.
+        joined: whether several choices in a row, `a+b`, will do.
+    """
 
     name: str
     type: type
@@ -51,7 +63,11 @@ def _sections() -> dict[str, type]:
 
 
 def keys() -> dict[str, KeyInfo]:
-    """All keys in order, by their dotted name."""
+    """All keys in order, by their dotted name.
+
+    Returns:
+        A new dictionary, section by section as :class:`Config` has them.
+    """
     out: dict[str, KeyInfo] = {}
     for section, cls in _sections().items():
         hints = typing.get_type_hints(cls)
@@ -144,7 +160,14 @@ def from_flat(flat: Mapping[str, Any]) -> Config:
 
 
 def to_flat(config: Config) -> dict[str, Scalar]:
-    """The inverse of `from_flat`, with every key present."""
+    """The inverse of `from_flat`, with every key present.
+
+    Args:
+        config: a whole run.
+
+    Returns:
+        Values by dotted key, in the order of :func:`keys`.
+    """
     return {
         f"{s.name}.{f.name.replace('_', '-')}": getattr(getattr(config, s.name), f.name)
         for s in fields(Config)
@@ -153,7 +176,14 @@ def to_flat(config: Config) -> dict[str, Scalar]:
 
 
 def to_tree(flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Dotted keys → one mapping per section, for YAML and TOML files."""
+    """Dotted keys → one mapping per section, for YAML and TOML files.
+
+    Args:
+        flat: values by dotted key, each with a section before its first dot.
+
+    Returns:
+        Values by section and by what follows the dot, in the order of `flat`.
+    """
     tree: dict[str, dict[str, Any]] = {}
     for name, value in flat.items():
         section, _, key = name.partition(".")

@@ -66,7 +66,14 @@ class Encoded:
         return np.diff(self.offsets.numpy())
 
     def select(self, rows: np.ndarray) -> Encoded:
-        """The rows with these numbers, int64, in this order."""
+        """The rows with these numbers, in this order.
+
+        Args:
+            rows: row numbers, int64 (n,); one may come several times.
+
+        Returns:
+            A bundle of n rows, with copies of theirs.
+        """
         import torch
 
         index = torch.from_numpy(np.asarray(rows, dtype=np.int64))
@@ -89,7 +96,11 @@ class Encoded:
         return replace(self, **changes)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors that are not None, by field name."""
+        """The tensors that are not None, by field name.
+
+        Returns:
+            The tensors themselves, not copies.
+        """
         names = ("labels", "ids", "offsets", "token_types", "pixels", "scale", "shift")
         values = {name: getattr(self, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
@@ -98,7 +109,16 @@ class Encoded:
     def from_tensors(
         tensors: Mapping[str, torch.Tensor], pad_id: int = 0, pad_token_type: int = 0
     ) -> Encoded:
-        """The inverse of :meth:`tensors`."""
+        """The inverse of :meth:`tensors`.
+
+        Args:
+            tensors: by field name; fields that are absent become None.
+            pad_id: the token id that fills rows up.
+            pad_token_type: the token type that fills rows up.
+
+        Returns:
+            The rows, with these very tensors.
+        """
         fields: dict[str, Any] = {"labels": None, **tensors}
         return Encoded(**fields, pad_id=pad_id, pad_token_type=pad_token_type)
 
@@ -111,6 +131,9 @@ def encode(examples: Examples, processor: Any, max_length: int) -> Encoded:
         processor: a Hugging Face tokenizer for texts, an image processor for images.
         max_length: tokens per row at most, special tokens included; longer rows are truncated (of
             a pair, the longer text first). Unused for images.
+
+    Returns:
+        The examples' rows in their order, with their labels.
 
     Raises:
         UserError: an image cannot be decoded (its row is named, counting from 1).
@@ -137,6 +160,9 @@ def batches(
         ``token_type_ids``, each int64 (B, L), padded on the right to the batch's own longest row;
         for images ``pixel_values`` float32 (B, channels, height, width). Further ``labels``
         (B, …) unless the rows have none, and ``index`` int64 (B,): the row numbers in ``encoded``.
+
+    Raises:
+        ValueError: the batch size is less than 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}")
@@ -169,7 +195,9 @@ def public_batches(
         on padding.
 
     Raises:
-        UserError: there is no text (or none with a token), or an image cannot be decoded.
+        UserError: there is no text (or none with a token), an image cannot be decoded, or the
+            special tokens leave no room in ``length``.
+        ValueError: the batch size is less than 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}")
@@ -184,9 +212,17 @@ def public_batches(
 
 
 def tokenise_public(texts: Sequence[Any], tokenizer: Any) -> list[np.ndarray]:
-    """Token ids of each text, int64, without special tokens; empty ones are left out.
+    """Tokenise a corpus that is served more than once.
 
-    For a corpus that is served more than once. Raises UserError when nothing is left.
+    Args:
+        texts: texts of any length; nothing is truncated.
+        tokenizer: a Hugging Face tokenizer.
+
+    Returns:
+        Token ids of each text, int64, without special tokens; empty ones are left out.
+
+    Raises:
+        UserError: nothing is left.
     """
     found = tokenizer(
         list(texts),
@@ -264,8 +300,11 @@ def _encode_images(images: Sequence[bytes], labels: torch.Tensor | None, process
 
 
 def _raw_pixels(images: Sequence[bytes], rows: Sequence[int], processor: Any) -> torch.Tensor:
-    """Resized and cropped pixels: bytes where normalising can wait for the batch (a quarter of the
-    memory), else final float32."""
+    """Resized and cropped pixels of some images.
+
+    Returns:
+        Bytes where normalising can wait for the batch (a quarter of the memory), else float32.
+    """
     import torch
 
     decoded = [_decode(images[row], row) for row in rows]
@@ -422,8 +461,13 @@ def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
 def _image_stream(
     images: Sequence[Any], processor: Any, batch_size: int, steps: int, seed: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Images are decoded as they are served: twenty thousand would not fit into memory, and
-    decoding takes a small part of a step's time."""
+    """Decode images as they are served.
+
+    Twenty thousand would not fit into memory, and decoding takes a small part of a step's time.
+
+    Yields:
+        ``pixel_values`` and ``index`` of each batch.
+    """
     import torch
 
     order: list[int] = []

@@ -105,12 +105,23 @@ class DocstringRows:
 
 
 def mask_names(text: str) -> str:
-    """Replace the eight libraries' names and usual aliases by MASK, in any letter case."""
+    """Replace the eight libraries' names and usual aliases by MASK, in any letter case.
+
+    Args:
+        text: any text.
+
+    Returns:
+        The text, of which nothing else changes.
+    """
     return _NAMES.sub(MASK, text)
 
 
 def default_cache_dir() -> Path:
-    """``$FEDPFT_CACHE`` if set, else ``~/.cache/fedpft``."""
+    """``$FEDPFT_CACHE`` if set, else ``~/.cache/fedpft``.
+
+    Returns:
+        The folder, which need not exist yet.
+    """
     named = os.environ.get("FEDPFT_CACHE")
     return Path(named).expanduser() if named else Path.home() / ".cache" / "fedpft"
 
@@ -123,6 +134,9 @@ def docstring_rows(cache_dir: Path | None = None) -> DocstringRows:
 
     Args:
         cache_dir: folder of the cache; None for :func:`default_cache_dir`.
+
+    Returns:
+        The rows, split by split and within each library by library.
 
     Raises:
         UserError: one of the eight packages is not installed or has no readable sources.
@@ -141,6 +155,12 @@ def public_paragraphs(cache_dir: Path | None = None) -> tuple[str, ...]:
 
     Args:
         cache_dir: folder of the cache; None for :func:`default_cache_dir`.
+
+    Returns:
+        The paragraphs, those of the standard library before those of READMEs.
+
+    Raises:
+        UserError: as from :func:`docstring_rows`.
     """
     versions = [
         "python==" + ".".join(map(str, sys.version_info[:3])),
@@ -223,6 +243,9 @@ def _template(text: str) -> str:
 
     "Constructs a Llama tokenizer based on …" and its forty siblings differ only in the name, and
     would otherwise stand in train and test alike.
+
+    Returns:
+        The key without those names, or with them where fewer than five words are left.
     """
     words = text.split()
     plain = [words[0], *(w for w in words[1:] if w.lower() == w and "_" not in w)]
@@ -298,6 +321,9 @@ def _cached(
 
     A file that cannot be read is built anew. Several processes may do this at once: each writes a
     file of its own and renames it, and all write the same content.
+
+    Returns:
+        One list per column, all of the same length.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -35,6 +35,13 @@ class Examples:
         return len(self.inputs)
 
     def select(self, indices: Iterable[int] | np.ndarray) -> Examples:
-        """The rows with these numbers, in this order."""
+        """The rows with these numbers, in this order.
+
+        Args:
+            indices: row numbers, from 0; one may come several times.
+
+        Returns:
+            New examples with their own copy of the labels.
+        """
         chosen = np.fromiter(indices, dtype=np.int64)
         return Examples(tuple(self.inputs[i] for i in chosen), self.labels[chosen])

@@ -75,6 +75,13 @@ def read_columns(path: str | Path, columns: Sequence[str], key: str = "") -> Col
 def read_text(path: str | Path, key: str = "") -> str:
     """The whole of a UTF-8 file (a byte-order mark is dropped).
 
+    Args:
+        path: a regular file.
+        key: configuration key that named the file, put in front of every message; "" for none.
+
+    Returns:
+        The text, with its line ends as they are.
+
     Raises:
         UserError: missing, unreadable or not UTF-8.
     """
@@ -178,7 +185,14 @@ def _read_json(path: Path, wanted: Sequence[str], where: str, lines: bool) -> Co
 
 
 def json_fault(error: ValueError | RecursionError) -> str:
-    """Say in words why a text could not be read as JSON, without the place."""
+    """Say in words why a text could not be read as JSON, without the place.
+
+    Args:
+        error: what ``json.loads`` raised.
+
+    Returns:
+        Part of a sentence, without a full stop.
+    """
     if isinstance(error, json.JSONDecodeError):
         return error.msg
     if isinstance(error, RecursionError):

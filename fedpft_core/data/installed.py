@@ -73,7 +73,14 @@ def readme_packages(without: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def readme(name: str) -> str:
-    """Return the long description of an installed package, empty when it has none."""
+    """Return the long description of an installed package, empty when it has none.
+
+    Args:
+        name: the name that the package is distributed under.
+
+    Returns:
+        The text, often Markdown or reStructuredText.
+    """
     message: Any = metadata.metadata(name)  # its protocol type leaves out get() and the body
     # Old metadata has the text as a field, newer as the body.
     return str(message.get("Description") or "") or str(message.get_payload() or "")
@@ -84,7 +91,14 @@ def _canonical(name: str) -> str:
 
 
 def source_files(root: Path) -> list[str]:
-    """Python files under a folder, relative with "/", in the order of their names' digest."""
+    """List the Python files under a folder in the order of their names' digest.
+
+    Args:
+        root: the folder. In it tests, generated files and other people's code are passed over.
+
+    Returns:
+        Paths relative to the folder, with "/".
+    """
     found: list[str] = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
@@ -98,7 +112,14 @@ def source_files(root: Path) -> list[str]:
 
 
 def read(path: Path) -> str:
-    """Return a source file's text, empty when it is not UTF-8 or cannot be read."""
+    """Return a source file's text, empty when it is not UTF-8 or cannot be read.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The text.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -106,12 +127,29 @@ def read(path: Path) -> str:
 
 
 def digest_of(text: str) -> str:
-    """Return the sha256 of a text, by which files and rows are put in order."""
+    """Return the sha256 of a text, by which files and rows are put in order.
+
+    Args:
+        text: hashed as UTF-8.
+
+    Returns:
+        64 hexadecimal digits.
+    """
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def folder_of_module(name: str) -> Path:
-    """Return where an installed package lies. Raises UserError when it is not installed."""
+    """Return where an installed package lies.
+
+    Args:
+        name: the name that the package is imported under.
+
+    Returns:
+        The folder with its sources; the first where it has several.
+
+    Raises:
+        UserError: it is not installed, or is a single file.
+    """
     spec = find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"builtin:docstrings needs the package {name!r}, which is not installed.")
@@ -119,7 +157,17 @@ def folder_of_module(name: str) -> Path:
 
 
 def version_of_module(name: str) -> str:
-    """Return an installed package's version. Raises UserError when it is not installed."""
+    """Return an installed package's version.
+
+    Args:
+        name: the name that the package is both imported and distributed under.
+
+    Returns:
+        The version as its metadata has it.
+
+    Raises:
+        UserError: it is not installed.
+    """
     folder_of_module(name)
     try:
         # The eight are distributed under the names they are imported by.

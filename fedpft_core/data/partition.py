@@ -42,6 +42,7 @@ def partition(
     Raises:
         UserError: an unknown scheme, alpha not above 0, fewer rows than clients, or proportions so
             uneven that some client stays empty; names the ``federation.`` key.
+        ValueError: the strata are not one number per row.
     """
     strata = np.asarray(strata)
     if strata.ndim != 1:
@@ -124,6 +125,9 @@ def _draw(partitioner: Partitioner, infeasible: str) -> None:
 
     It gives up after eleven draws; asked again, it goes on in its random stream. Two classes among
     ten clients at alpha 0.1 need forty draws on average.
+
+    Raises:
+        UserError: it has not found any; `infeasible` is the message.
     """
     with warnings.catch_warnings():
         # One warning per redrawn set of proportions; that they ran out is an error below.
@@ -138,9 +142,10 @@ def _draw(partitioner: Partitioner, infeasible: str) -> None:
 
 
 def _smallest_share(rows: int, num_partitions: int) -> int:
-    """Rows every Dirichlet client must have: a tenth of an equal share, but 1 to 10.
+    """Rows every Dirichlet client must have; proportions are drawn again until they do.
 
-    Proportions are drawn again until they do.
+    Returns:
+        A tenth of an equal share, but 1 to 10.
     """
     return max(1, min(10, rows // (10 * num_partitions)))
 

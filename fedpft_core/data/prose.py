@@ -67,6 +67,9 @@ def docstrings(source: str) -> Iterator[str]:
     Args:
         source: Python source text. Sources that do not parse (templates, other Python versions)
             yield nothing.
+
+    Yields:
+        Docstrings as they stand in the source, with their indentation.
     """
     try:
         with warnings.catch_warnings():
@@ -99,7 +102,14 @@ def _docstrings(
 
 
 def string_values(source: str) -> Iterator[str]:
-    """Yield the string values of dictionaries in a Python source, in source order."""
+    """Yield the string values of dictionaries in a Python source, in source order.
+
+    Args:
+        source: Python source text. One that does not parse yields nothing.
+
+    Yields:
+        The strings; the values of a dictionary within another follow those of the outer one.
+    """
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -126,7 +136,14 @@ def paragraphs(text: str, indented: bool = False) -> list[str]:
 
 
 def sentences(text: str) -> list[str]:
-    """Split one line of prose into sentences; "e.g." and the like do not end one."""
+    """Split one line of prose into sentences; "e.g." and the like do not end one.
+
+    Args:
+        text: a paragraph, on one line.
+
+    Returns:
+        The sentences in order, without surrounding blanks; none for an empty text.
+    """
     pieces = _SENTENCE_END.split(text)
     result: list[str] = []
     for piece in pieces:
@@ -142,6 +159,13 @@ def is_prose(text: str, max_words: int = MAX_WORDS) -> bool:
 
     Refused: code, formulas, licence notes, texts that do not start with a capital and end with a
     full stop (headings, list fragments), and texts with few letters.
+
+    Args:
+        text: one sentence, on one line.
+        max_words: the longest that will do, in words.
+
+    Returns:
+        Whether it may become a row of the task.
     """
     words = text.split()
     if not MIN_WORDS <= len(words) <= max_words or len(text) > 9 * max_words:
@@ -161,6 +185,13 @@ def is_readable(text: str, max_words: int) -> bool:
 
     A looser rule than :func:`is_prose`, for unlabelled text: mentions of calls and operators stay,
     code, tables and licence notes go.
+
+    Args:
+        text: one sentence, on one line.
+        max_words: the longest that will do, in words.
+
+    Returns:
+        Whether it may become part of the public corpus.
     """
     words = text.split()
     if not 4 <= len(words) <= max_words or len(text) > 12 * max_words:
@@ -178,14 +209,26 @@ def key(text: str) -> str:
 
     Two rows with the same key count as the same text, for instance "Load the ``k``-th row." and
     "load the k th row".
+
+    Args:
+        text: any text.
+
+    Returns:
+        The words with single blanks between them; empty for a text without letters and digits.
     """
     tokens = _KEY_TOKENS.findall(text.lower())
     return " ".join("0" if token.isdigit() else token for token in tokens)
 
 
 def _blocks(text: str, indented: bool) -> Iterator[str]:
-    """Paragraphs of raw prose: blank-line separated, at the outer indentation, not in a section
-    of parameters or examples, not code."""
+    """Paragraphs of raw prose.
+
+    They are separated by blank lines, at the outer indentation, not in a section of parameters or
+    examples, and not code.
+
+    Yields:
+        Paragraphs with their line breaks; empty ones among them.
+    """
     lines = text.expandtabs().split("\n")
     block: list[str] = []
     fenced = False

@@ -57,6 +57,9 @@ def read_table(path: str | Path, columns: Columns, key: str = "") -> Table:
         columns: which of its columns to read.
         key: configuration key to name in messages; "" for none.
 
+    Returns:
+        The rows, without label names.
+
     Raises:
         UserError: missing file or column, no rows, empty cell, or malformed content; names the
             file and, where there is one, the row (from 1).
@@ -91,6 +94,9 @@ def read_split(source: str, split: str, columns: Columns, cache_dir: Path | None
         columns: which columns of a file to read.
         cache_dir: where built-in data is cached; None for the default folder.
 
+    Returns:
+        All rows of a file, or those of that split of built-in data, with its label names.
+
     Raises:
         UserError: see :func:`read_table`; or there is no such built-in data.
     """
@@ -112,7 +118,14 @@ def read_split(source: str, split: str, columns: Columns, cache_dir: Path | None
 
 
 def cell_text(value: Any) -> str:
-    """A cell as text without surrounding blanks; a whole number without its decimal point."""
+    """A cell as text without surrounding blanks; a whole number without its decimal point.
+
+    Args:
+        value: a cell of any type.
+
+    Returns:
+        The text: "3" for 3.0 and for " 3 " alike.
+    """
     if isinstance(value, float | np.floating) and float(value).is_integer():
         return str(int(value))
     return str(value).strip()
@@ -137,6 +150,9 @@ def image_bytes(value: Any, folder: Path, where: str) -> bytes:
         value: the cell.
         folder: what relative paths are relative to.
         where: file and row, put in front of messages.
+
+    Returns:
+        The image file's content, not decoded.
 
     Raises:
         UserError: the cell is empty or of another type, the image file cannot be read, or the

@@ -18,36 +18,83 @@ class DataSettings(Protocol):
     """The configuration attributes that a task's rows depend on (all under the key ``data.``)."""
 
     @property
-    def train(self) -> str: ...
+    def train(self) -> str:
+        """Training rows: a file or built-in data; "" where the clients alone hold any."""
+        ...
+
     @property
-    def validation(self) -> str: ...
+    def validation(self) -> str:
+        """Validation rows, likewise; "" where they are cut from the training rows."""
+        ...
+
     @property
-    def test(self) -> str: ...
+    def test(self) -> str:
+        """Test rows, likewise; "" only where the training rows are built in."""
+        ...
+
     @property
-    def text_column(self) -> str: ...
+    def text_column(self) -> str:
+        """The column with the text."""
+        ...
+
     @property
-    def text_pair_column(self) -> str: ...
+    def text_pair_column(self) -> str:
+        """The column with the second text of a pair; "" for single texts."""
+        ...
+
     @property
-    def image_column(self) -> str: ...
+    def image_column(self) -> str:
+        """The column with images; "" for texts."""
+        ...
+
     @property
-    def label_column(self) -> str: ...
+    def label_column(self) -> str:
+        """The column with what is to be learned."""
+        ...
+
     @property
-    def labels(self) -> str: ...
+    def labels(self) -> str:
+        """Label names, or the file that has them; "" for those of the training rows."""
+        ...
+
     @property
-    def validation_share(self) -> float: ...
+    def validation_share(self) -> float:
+        """Share of the training rows cut off for validation, in [0, 0.5)."""
+        ...
+
     @property
-    def max_train_rows(self) -> int: ...
+    def max_train_rows(self) -> int:
+        """Training rows used at most; 0 for all."""
+        ...
+
     @property
-    def max_test_rows(self) -> int: ...
+    def max_test_rows(self) -> int:
+        """Test rows used at most; 0 for all."""
+        ...
 
 
 def columns_of(data: DataSettings) -> Columns:
-    """Which columns the files of a run's configuration have."""
+    """Which columns the files of a run's configuration have.
+
+    Args:
+        data: the run's ``data.`` keys.
+
+    Returns:
+        The names of the columns.
+    """
     return Columns(data.text_column, data.text_pair_column, data.image_column, data.label_column)
 
 
 def check_settings(data: DataSettings) -> None:
-    """Raise UserError, naming the key, for settings that no rows can come of."""
+    """Refuse settings that no rows can come of.
+
+    Args:
+        data: the run's ``data.`` keys.
+
+    Raises:
+        UserError: names the key: no training or test rows, a share or a number of rows out of
+            range, or columns that exclude each other or that built-in data has not.
+    """
     if not data.train and not data.test:
         raise UserError(
             f"data.train and data.test are empty; name files or {BUILTIN_DOCSTRINGS!r}."
@@ -78,6 +125,12 @@ def owned_split(data: DataSettings) -> tuple[str, str]:
     """(source, split) of the rows that tell the label names.
 
     Without training rows (they lie with the clients) those are the test rows.
+
+    Args:
+        data: settings that :func:`check_settings` has passed.
+
+    Returns:
+        A file or the name of built-in data, and "train" or "test".
     """
     return (data.train, "train") if data.train else (data.test, "test")
 
@@ -114,6 +167,9 @@ def split_rows(
         seed: run seed, used for the validation split and the subsets, each independently.
         read: called with (source, split), gives that source's rows of that split.
         strata: the stratum of each row, integers of shape (rows,).
+
+    Returns:
+        The three sets of examples.
 
     Raises:
         UserError: whatever `read` raises.

@@ -39,7 +39,14 @@ def least_recently_used(
 
 
 def rounds(folder: Path) -> dict[int, Path]:
-    """The entries `round-N` of a folder by number, in order; none where there is no folder."""
+    """The entries `round-N` of a folder by number, in order; none where there is no folder.
+
+    Args:
+        folder: where they lie. Other names in it are passed over.
+
+    Returns:
+        Paths by N, ascending.
+    """
     found = folder.glob("round-*") if folder.is_dir() else ()
     numbered = {p.name.removeprefix("round-"): p for p in found}
     return dict(sorted((int(n), p) for n, p in numbered.items() if n.isdecimal()))
@@ -62,7 +69,14 @@ def superseded(folder: Path, newest: int, keep: int) -> list[Path]:
 
 
 def put(entries: dict[K, V], key: K, value: V, limit: int) -> None:
-    """Put an entry into a dictionary; the oldest ones make room, so that `limit` stay."""
+    """Put an entry into a dictionary; the oldest ones make room, so that `limit` stay.
+
+    Args:
+        entries: changed in place. Its order of insertion tells which entry is the oldest.
+        key: of the new entry.
+        value: of the new entry.
+        limit: entries there may be afterwards, at least 1.
+    """
     while len(entries) >= limit:
         entries.pop(next(iter(entries)))
     entries[key] = value

@@ -24,6 +24,9 @@ def held(path: Path, refusal: str) -> Iterator[None]:
         path: the lock file; its folder must exist.
         refusal: the sentence of the error.
 
+    Yields:
+        Nothing. The lock is held during the block; systems without `fcntl` have none.
+
     Raises:
         UserError: another process holds it.
         OSError: the file cannot be written.
@@ -52,6 +55,9 @@ def run_folder(folder: Path, by: Literal["command", "server"], refusal: str) -> 
         folder: the run folder, which must exist.
         by: who takes it.
         refusal: the sentence of the error.
+
+    Yields:
+        Nothing. The folder is held during the block.
 
     Raises:
         UserError: another process of that kind holds the folder, or `by` is "command" and a

@@ -97,7 +97,11 @@ def folder(path: Path, *, replace: bool, sync: bool = False, mode: int = 0o777) 
 
 
 def remove(path: Path) -> None:
-    """Remove a folder if it is there, renamed first, so that no reader sees half of it."""
+    """Remove a folder if it is there, renamed first, so that no reader sees half of it.
+
+    Args:
+        path: the folder. What cannot be removed stays, under its old or its new name.
+    """
     gone = _beside(path, ".gone-")
     with contextlib.suppress(OSError):
         os.rename(path, gone)

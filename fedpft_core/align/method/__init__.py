@@ -27,7 +27,23 @@ from fedpft_core.model.plan import Plan
 
 @dataclass(frozen=True)
 class Job:
-    """One alignment: both models at the same adapter, public batches, and how long and how fast."""
+    """One alignment: both models at the same adapter, public batches, and how long and how fast.
+
+    Attributes:
+        teacher: the FM.
+        student: the proxy, changed in place.
+        plan: its plan.
+        batches: called with n, gives n public batches, the same for the same n.
+        cfg: settings that the methods share, such as weight decay and ridge.
+        steps: optimiser steps, of the methods that take any.
+        lr: peak learning rate of those.
+        alpha: weight of the weight-product term.
+        chosen: int64 positions of the neurons that move, for each pruned block; None for all.
+        seed: of what a method draws at random.
+        on_step: called as `on_step(step, steps, loss)`; the loss is NaN where none is known yet.
+        head_reads: which positions the task's head reads; None for where the family's
+            classification head does.
+    """
 
     teacher: nn.Module
     student: nn.Module
@@ -49,13 +65,31 @@ class Job:
 
 
 def parts(name: str) -> list[str]:
-    """The methods of `a+b` in order; none for `none`."""
+    """The methods of `a+b` in order; none for `none`.
+
+    Args:
+        name: a value of `distill.method` or `align.method`.
+
+    Returns:
+        Names of single methods.
+    """
     return [] if name == "none" else name.split("+")
 
 
 def run(name: str, job: Job, key: str = "distill.method") -> tuple[float, float, float]:
-    """Align by the method(s) called `name`; returns (first loss of the first, last loss of the
-    last, seconds). Raises UserError naming `key` when one cannot serve this kind of proxy."""
+    """Align by the method(s) called `name`, one after the other.
+
+    Args:
+        name: a value of `distill.method` or `align.method` that is not `none`.
+        job: the alignment, which each of the methods is given.
+        key: the configuration key that the error names.
+
+    Returns:
+        The first method's loss at its start, the last method's at its end, and seconds.
+
+    Raises:
+        UserError: one of them cannot serve this kind of proxy. Nothing has been aligned then.
+    """
     modules = [_load(part, job.plan, key) for part in parts(name)]
     start = time.perf_counter()
     losses = [module.align(job) for module in modules]
@@ -63,7 +97,16 @@ def run(name: str, job: Job, key: str = "distill.method") -> tuple[float, float,
 
 
 def needed(name: str, plan: Plan, steps: int) -> bool:
-    """Whether there is anything to do. `steps` = 0 switches alignment off."""
+    """Whether there is anything to do.
+
+    Args:
+        name: a value of `distill.method` or `align.method`.
+        plan: what the proxy keeps.
+        steps: optimiser steps; 0 switches every method off.
+
+    Returns:
+        False also where the plan leaves nothing to train.
+    """
     return bool(parts(name)) and steps > 0 and bool(targets(plan))
 
 

@@ -13,14 +13,33 @@ from fedpft_core.model.plan import Plan, pruned_ffns
 
 
 def align(job: Job) -> tuple[float, float]:
+    """Run `sgd` with the error of :func:`objective` for loss.
+
+    Args:
+        job: the alignment.
+
+    Returns:
+        Loss of the first and of the last step.
+    """
     return sgd.align(job, objective(job.teacher, job.student, job.plan))
 
 
 def objective(teacher: nn.Module, student: nn.Module, plan: Plan) -> sgd.Objective:
-    """Mean over pruned blocks of the error of the block's output (paper eq. 3) when the student's
-    FFN, and in post-norm families its output norm, take the place of the FM's in that one block.
+    """The error of a block's output with the student's FFN in the FM's place.
 
-    A step costs one forward pass of the FM and the student's FFNs forward and backward.
+    The mean over pruned blocks: in each block alone the student's FFN, and in post-norm families
+    its output norm, take the place of the FM's. A step costs one forward pass of the FM and the
+    student's FFNs forward and backward.
+
+    Source: FedPFT, eq. (3), for the error of one block.
+
+    Args:
+        teacher: the FM, which is run without gradients.
+        student: the proxy.
+        plan: its plan, with pruned blocks.
+
+    Returns:
+        A function from a batch on the models' device to a scalar.
     """
     ffns = pruned_ffns(student, plan)
     post_norm = bool(family_of(plan.model_type).output_norm)

@@ -16,6 +16,12 @@ def align(job: Job) -> tuple[float, float]:
     """One pass over `distill.fit-batches` public batches; exact, no steps, no rate.
 
     Loss: mean over blocks of mean[(y_T − y_S)²] / mean[y_T²], y the FFN's output.
+
+    Args:
+        job: the alignment. Its steps, rate, alpha and seed are not looked at.
+
+    Returns:
+        Loss before and after, both on the batches that the fit was made from.
     """
     ffns = pruned_ffns(job.student, job.plan)
     fits = {b: Fit(ffn, job, b) for b, ffn in ffns.items()}
@@ -34,7 +40,14 @@ def align(job: Job) -> tuple[float, float]:
 
 
 def means(losses: list[tuple[float, float]]) -> tuple[float, float]:
-    """Mean error before and after over the blocks."""
+    """Mean error before and after over the blocks.
+
+    Args:
+        losses: (before, after) of each block, at least one.
+
+    Returns:
+        The mean of the first numbers and that of the second.
+    """
     before, after = zip(*losses, strict=True)
     return sum(before) / len(before), sum(after) / len(after)
 
@@ -46,6 +59,11 @@ class Fit:
     residual [N, D], A the activations [N, m] with a column of ones for b2. The ridge pulls
     towards the present weights and leaves b2 free. Only the normal equations are kept: (m+1)²
     numbers in float64, however many tokens.
+
+    Args:
+        ffn: the student's, which :meth:`solve` changes.
+        job: the alignment, for the neurons that move.
+        block: the FFN's block, by FM index.
     """
 
     def __init__(self, ffn: FFN, job: Job, block: int) -> None:
@@ -61,7 +79,13 @@ class Fit:
         self.residual = self.target = 0.0
 
     def add(self, a: Tensor, residual: Tensor, target: Tensor) -> None:
-        """Take in tokens: activations [n, K], y_T − y_S [n, D], and y_T [n, D]."""
+        """Take in the tokens of a batch.
+
+        Args:
+            a: the activations of all kept neurons, [n, K].
+            residual: what is to be added to the FFN's output, [n, D].
+            target: the output of the FM's FFN, [n, D]. Errors are shares of its square.
+        """
         a = a.index_select(1, self.index)
         if self.with_bias:
             a = torch.cat([a, a.new_ones(len(a), 1)], 1)
@@ -73,9 +97,15 @@ class Fit:
 
     @torch.no_grad()
     def solve(self, ridge: float) -> tuple[float, float]:
-        """Write the new weights; returns the relative error before and after.
+        """Write the new weights.
 
         λ is `ridge` times the mean square of the activations, summed over tokens.
+
+        Args:
+            ridge: a share above 0.
+
+        Returns:
+            The error before and after, as shares of the targets' square, over the tokens taken in.
         """
         m = len(self.index)
         penalised = self.gram.clone()

@@ -19,6 +19,14 @@ LAYER_DROP = True
 
 
 def align(job: Job) -> tuple[float, float]:
+    """Run `sgd` with :class:`Objective` for loss.
+
+    Args:
+        job: the alignment. Both models carry the adapter.
+
+    Returns:
+        Loss of the first and of the last step.
+    """
     objective = Objective(
         job.teacher, job.student, job.plan, job.cfg.gradient_weight, job.seed, job.position
     )
@@ -26,13 +34,23 @@ def align(job: Job) -> tuple[float, float]:
 
 
 class Objective:
-    """Hidden-state error (paper eq. 3) + w · ‖g_S − g_T‖² / ‖g_T‖².
+    """Hidden-state error + w · ‖g_S − g_T‖² / ‖g_T‖².
 
     g is the gradient for LoRA's factors of a loss public rows have: a random linear functional of
-    the last block's output where the head reads, drawn anew for each step
-    and the same for both models. Its expectation over draws compares the Jacobians of that output
-    in the adapter, so agreement does not hang on one task's labels (in the spirit of GradOT,
-    arXiv:2507.04455, which matches gradients too, but by choosing what to drop).
+    the last block's output where the head reads, drawn anew for each step and the same for both
+    models. Its expectation over draws compares the Jacobians of that output in the adapter, so
+    agreement does not hang on one task's labels (in the spirit of GradOT, arXiv:2507.04455, which
+    matches gradients too, but by choosing what to drop).
+
+    Source: FedPFT, eq. (3), for the first term.
+
+    Args:
+        teacher: the FM with the adapter.
+        student: the proxy with the same adapter.
+        plan: its plan.
+        weight: w, the weight of the gradient term.
+        seed: of the functionals.
+        position: which positions of the last block's output the head reads.
     """
 
     def __init__(
@@ -52,6 +70,14 @@ class Objective:
         self.theirs, self.mine = [theirs[n] for n in names], [mine[n] for n in names]
 
     def __call__(self, batch: Batch) -> Tensor:
+        """The loss of one batch, with a graph to the student's weights.
+
+        Args:
+            batch: public rows, on the models' device.
+
+        Returns:
+            A scalar.
+        """
         pairs = targets(self.plan)
         last_T, last_S = len(self.plan.blocks) - 1, self.plan.present[-1]
         for p in self.mine:

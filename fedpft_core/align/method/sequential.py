@@ -12,10 +12,18 @@ from fedpft_core.model.plan import pruned_ffns
 
 
 def align(job: Job) -> tuple[float, float]:
-    """Each block's residual is what it adds up to in the FM (before the output norm, where there
-    is one) less what it adds up to in the student, whose input already differs.
+    """Fit W2 and b2 of one block after the other, each to what the blocks before it leave undone.
 
-    One pass of both models over `distill.fit-batches` batches for each block, up to that block.
+    Each block's residual is what it adds up to in the FM (before the output norm, where there
+    is one) less what it adds up to in the student, whose input already differs. One pass of both
+    models over `distill.fit-batches` batches for each block, up to that block.
+
+    Args:
+        job: the alignment. Its steps, rate, alpha and seed are not looked at.
+
+    Returns:
+        Loss before and after, as of `closed-form`, but each block's before is that which its
+        mended predecessors leave.
     """
     device = device_of(job.student)
     job.teacher.eval()

@@ -10,7 +10,17 @@ LAYER_DROP = True
 
 
 def align(job: Job, objective: Objective | None = None) -> tuple[float, float]:
-    """`objective` replaces the output error; step, schedule and noise stay the same."""
+    """Run `distill.distil` for `job.steps` steps.
+
+    Source: FedPFT, eqs. (3) to (6).
+
+    Args:
+        job: the alignment.
+        objective: replaces the output error; step, schedule and noise stay the same.
+
+    Returns:
+        Loss of the first and of the last step.
+    """
     first, last, _ = distill.distil(
         job.teacher, job.student, job.plan, job.batches(job.steps), job.cfg,
         steps=job.steps, lr=job.lr, alpha=job.alpha, chosen=job.chosen, noise_seed=job.seed,

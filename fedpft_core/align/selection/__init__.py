@@ -20,8 +20,16 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class View:
-    """What a selection may look at: APoZ [K] per pruned block, and both models at the present
-    adapter with public batches."""
+    """What a selection may look at.
+
+    Attributes:
+        rates: APoZ [K] of each pruned block, by FM index; empty where clients have not counted.
+        seed: of what is drawn at random, another one for each round.
+        teacher: the FM at the present adapter.
+        student: the proxy at the same adapter.
+        plan: its plan; None where `rates` alone tell the blocks.
+        public: gives public batches, the same at each call.
+    """
 
     rates: Mapping[int, Tensor] = field(default_factory=dict)
     seed: int = 0
@@ -31,24 +39,48 @@ class View:
     public: Callable[[], Iterable[Batch]] | None = None
 
     def sizes(self) -> dict[int, int]:
-        """Neurons K of each pruned block."""
+        """Neurons K of each pruned block.
+
+        Returns:
+            K by FM block index.
+        """
         if self.plan is None:
             return {b: len(rate) for b, rate in self.rates.items()}
         return {b: len(self.plan.blocks[b].kept) for b in self.plan.pruned}
 
 
 def needs_counts(name: str, proportion: float) -> bool:
-    """Whether clients must count inactive tokens: not where every neuron moves anyway, since
-    counting costs each client a pass over all its rows."""
+    """Whether clients must count inactive tokens.
+
+    They need not where every neuron moves anyway: counting costs each client a pass over all its
+    rows.
+
+    Args:
+        name: a value of `align.selection`.
+        proportion: p, the share of neurons that move.
+
+    Returns:
+        True where the selection reads counts and p is below 1.
+    """
     if proportion >= 1:
         return False
     return bool(getattr(registry.load("selection", name), "NEEDS_COUNTS", False))
 
 
 def choose(name: str, view: View, proportion: float) -> dict[int, Tensor]:
-    """The share p of each block's neurons to re-align, as sorted int64 positions.
+    """The share p of each block's neurons to re-align.
 
     Of equal scores the lower position is taken; at least one neuron is chosen.
+
+    Source: FedPFT, section 4.3.
+
+    Args:
+        name: a value of `align.selection`.
+        view: what the selection looks at.
+        proportion: p, above 0; from 1 on all neurons are chosen and no scores are asked for.
+
+    Returns:
+        Sorted int64 positions among the block's kept neurons, by FM block index.
     """
     if proportion >= 1:
         return {block: torch.arange(size) for block, size in view.sizes().items()}

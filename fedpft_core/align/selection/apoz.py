@@ -10,4 +10,14 @@ NEEDS_COUNTS = True
 
 
 def scores(view: View) -> dict[int, Tensor]:
+    """APoZ itself, so that the most inactive neurons move.
+
+    Source: FedPFT, eq. (7).
+
+    Args:
+        view: with the clients' rates.
+
+    Returns:
+        float64 [K] by FM block index.
+    """
     return dict(view.rates)

@@ -12,8 +12,17 @@ from fedpft_core.model.plan import pruned_ffns
 
 
 def scores(view: View) -> dict[int, Tensor]:
-    """s_j = ‖∂E/∂(W1[j,:], b1[j], W2[:,j])‖₂, E the mean hidden-state error of the pruned blocks
-    (paper eq. 3) over the public batches: how fast the error falls when neuron j moves."""
+    """How fast the output error falls when a neuron moves.
+
+    s_j = ‖∂E/∂(W1[j,:], b1[j], W2[:,j])‖₂, E the mean hidden-state error of the pruned blocks
+    (FedPFT, eq. (3)) summed over the public batches.
+
+    Args:
+        view: with both models, their plan, and public batches on the models' device.
+
+    Returns:
+        float64 [K] by FM block index.
+    """
     assert view.teacher and view.student and view.plan and view.public
     ffns = pruned_ffns(view.student, view.plan)
     objective = distill.hidden_objective(view.teacher, view.student, view.plan)

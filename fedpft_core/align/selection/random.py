@@ -10,6 +10,14 @@ from fedpft_core.seeds import torch_stream
 
 
 def scores(view: View) -> dict[int, Tensor]:
+    """Scores that put the neurons of each block in a random order.
+
+    Args:
+        view: with the seed, and the plan or rates that tell the blocks' sizes.
+
+    Returns:
+        float32 [K] by FM block index.
+    """
     out = {}
     for block, k in view.sizes().items():
         order = torch.randperm(k, generator=torch_stream(view.seed, "neurons", block))
