@@ -38,11 +38,27 @@ def _answer(message: Message, context: Context) -> Message:
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Say who this node is and how many rows it holds."""
+    """Say who this node is and how many rows it holds.
+
+    Args:
+        message: a `hello`.
+        context: Flower's; its node config names the node and its data.
+
+    Returns:
+        The answer, or a refusal with the reason.
+    """
     return _answer(message, context)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Fine-tune the adapter on this node's rows."""
+    """Fine-tune the adapter on this node's rows, or sum its class statistics, as the message asks.
+
+    Args:
+        message: a request for training or for statistics.
+        context: Flower's; its node config names the node and its data.
+
+    Returns:
+        The reply, or a refusal with the reason.
+    """
     return _answer(message, context)

@@ -58,6 +58,12 @@ class Work:
 def plug(work: Work) -> Work:
     """Put the adapter received on the sub-FM.
 
+    Args:
+        work: with the model and the adapter received.
+
+    Returns:
+        The work as it was.
+
     Raises:
         ReplyError: when it does not fit.
     """
@@ -67,6 +73,10 @@ def plug(work: Work) -> Work:
 
 def put(model: ClientModel, adapter: Tensors) -> None:
     """Put an adapter that was received on a sub-FM.
+
+    Args:
+        model: the sub-FM, which gets it in place.
+        adapter: float32 tensors by their name in the FM.
 
     Raises:
         ReplyError: when it does not fit.
@@ -78,7 +88,14 @@ def put(model: ClientModel, adapter: Tensors) -> None:
 
 
 def validate(work: Work) -> Work:
-    """Score the adapter received on the rows kept from training."""
+    """Score the adapter received on the rows kept from training.
+
+    Args:
+        work: with the adapter received on the model.
+
+    Returns:
+        The work with the figures that the score is made from; none where no rows are kept.
+    """
     if not len(work.held_out):
         return work
     score = evaluate(
@@ -88,7 +105,16 @@ def validate(work: Work) -> Work:
 
 
 def tune(work: Work) -> Work:
-    """Fine-tune the adapter on the rows; afterwards it is read from the model."""
+    """Fine-tune the adapter on the rows; afterwards it is read from the model.
+
+    Source: FedPFT, section 4.2.
+
+    Args:
+        work: with the adapter received on the model.
+
+    Returns:
+        The work with the tuned adapter, float32, and the steps, loss and seconds it took.
+    """
     model, request = work.model, work.request
     seed = derive(request.seed, "local", request.round, work.name)
     done = fine_tune(model.model, model.task, work.rows, request.settings, seed)
@@ -99,7 +125,16 @@ def tune(work: Work) -> Work:
 
 
 def count(work: Work) -> Work:
-    """Count inactive neurons with the tuned adapter, where the server asks for it."""
+    """Count inactive neurons with the tuned adapter, where the server asks for it.
+
+    Source: FedPFT, section 4.3.
+
+    Args:
+        work: with the tuned adapter on the model.
+
+    Returns:
+        The work with the counts: `{block}` int64 [K] of `{block}/tokens` int64 [1] real tokens.
+    """
     request = work.request
     if not request.count_rule:
         return work
@@ -116,6 +151,12 @@ def count(work: Work) -> Work:
 
 def encode(work: Work) -> Work:
     """Put the adapter into the format asked for, with error feedback where it has any.
+
+    Args:
+        work: with the tuned adapter, float32.
+
+    Returns:
+        The work with the adapter in that format.
 
     Raises:
         ReplyError: when the format is unknown, or the request cannot name a residual.
@@ -158,6 +199,12 @@ def work_through(work: Work, began: float) -> Work:
         work: with what the client has to work with.
         began: when the message came, `time.perf_counter()`; what was done since is booked to the
             first step.
+
+    Returns:
+        The work done, with the seconds of each step but the last.
+
+    Raises:
+        ReplyError: a step cannot do what the request asks for.
     """
     for name, step in STEPS:
         work = step(work)

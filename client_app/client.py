@@ -75,9 +75,21 @@ class ProcessCache:
         self.max_clients = max_clients
 
     def keep_model(self, digest: str, model: Held) -> None:
+        """Keep a sub-FM in memory; the one kept first makes room.
+
+        Args:
+            digest: the sub-FM's.
+            model: the sub-FM with the files its inputs are read with.
+        """
         evict.put(self.models, digest, model, self.max_models)
 
     def keep_rows(self, key: Any, rows: Rows) -> None:
+        """Keep encoded rows in memory; those kept first make room.
+
+        Args:
+            key: equal for equal rows, encoded in the same way.
+            rows: the rows of one client.
+        """
         evict.put(self.rows, key, rows, self.max_clients)
 
 
@@ -115,7 +127,14 @@ class Client:
     cache: ProcessCache = field(default_factory=lambda: PROCESS_CACHE)
 
     def handle(self, envelope: Envelope) -> Envelope:
-        """Answer one message. What the user can put right comes back as a refusal."""
+        """Answer one message. What the user can put right comes back as a refusal.
+
+        Args:
+            envelope: what came.
+
+        Returns:
+            The sealed answer: a reply, what the client lacks, or a refusal with the reason.
+        """
         try:
             return seal(self._answer(open_envelope(envelope)))
         except (UserError, ReplyError) as error:

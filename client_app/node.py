@@ -40,7 +40,19 @@ NODE_KEYS: dict[str, tuple[type, Any]] = {
 
 
 def client_for(node_config: Mapping[str, Any], run_config: Mapping[str, Any]) -> Client:
-    """The client a node is. Raises UserError naming the node config key that is wrong."""
+    """The client a node is.
+
+    Args:
+        node_config: as Flower has it; with data-path the node has its own rows, otherwise it is
+            a partition of the run's training rows.
+        run_config: the run's configuration, flat.
+
+    Returns:
+        The client; its rows are not read yet.
+
+    Raises:
+        UserError: naming the node config key that is wrong.
+    """
     node = checked(node_config)
     config = configs.from_flat(run_config)
     if node["data-path"]:
@@ -54,7 +66,17 @@ def client_for(node_config: Mapping[str, Any], run_config: Mapping[str, Any]) ->
 
 
 def checked(node_config: Mapping[str, Any]) -> dict[str, Any]:
-    """All keys of a node config with their values. Raises UserError naming the wrong key."""
+    """Check a node config, and fill in what it leaves out.
+
+    Args:
+        node_config: some of the keys of `NODE_KEYS`.
+
+    Returns:
+        All keys with their values.
+
+    Raises:
+        UserError: naming the wrong key.
+    """
     node = {k: default for k, (_, default) in NODE_KEYS.items()}
     for key, value in node_config.items():
         if key not in NODE_KEYS:
@@ -87,23 +109,58 @@ def checked(node_config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def columns_of(node: Mapping[str, Any]) -> Columns:
-    """Which columns a node's own data file has."""
+    """Which columns a node's own data file has.
+
+    Args:
+        node: a checked node config.
+
+    Returns:
+        The names of the columns; empty for those that rows of its kind do not have.
+    """
     names = ("text-column", "text-pair-column", "image-column", "label-column")
     return Columns(*(node[name] for name in names))
 
 
 def own_task(node: Mapping[str, Any]) -> Task:
-    """The kind of task a node's rows are for, as its columns tell; labels are not known yet."""
+    """The kind of task a node's rows are for, as its columns tell.
+
+    Args:
+        node: a checked node config.
+
+    Returns:
+        A task without labels, which are not known yet.
+    """
     return make(kind_of(columns_of(node)))
 
 
 def own_rows(node: Mapping[str, Any], task: Task) -> Examples:
-    """The rows of a node's own data file, as the task reads them."""
+    """Read the rows of a node's own data file.
+
+    Args:
+        node: a checked node config.
+        task: says what a row and its label are.
+
+    Returns:
+        All rows, in file order.
+
+    Raises:
+        UserError: anything wrong in the file, naming it.
+    """
     return task.read(Path(node["data-path"]), columns_of(node))
 
 
 def cache_root(node: Mapping[str, Any]) -> Path:
-    """The folder a node keeps everything in. Raises UserError for a home that nobody has."""
+    """The folder a node keeps everything in.
+
+    Args:
+        node: a node config with all keys.
+
+    Returns:
+        cache-dir; where that is empty, a folder of the node's name below $FEDPFT_HOME.
+
+    Raises:
+        UserError: cache-dir begins with ~NAME, and there is no such user.
+    """
     given = node["cache-dir"]
     try:
         return Path(given).expanduser() if given else configs.home() / node["name"]
@@ -112,7 +169,15 @@ def cache_root(node: Mapping[str, Any]) -> Path:
 
 
 def split_sizes(rows: Examples, share: float) -> tuple[int, int]:
-    """How many rows a node trains on, and how many it keeps from training."""
+    """How many rows a node trains on, and how many it keeps from training.
+
+    Args:
+        rows: all its rows.
+        share: about what part of them it keeps from training, in [0, 1].
+
+    Returns:
+        Both counts; together they are all rows.
+    """
     out = int(held_out(folds_of(rows), share).sum()) if share else 0
     return len(rows) - out, out
 
@@ -182,7 +247,19 @@ def _partitions(
 
 
 def partition_rows(config: configs.Config, index: int, count: int) -> Examples:
-    """The training rows of simulated client `index` of `count`."""
+    """The training rows of one simulated client.
+
+    Args:
+        config: the run's configuration: data, partition and seed decide.
+        index: the client's number, from 0.
+        count: how many clients share the rows.
+
+    Returns:
+        Its rows.
+
+    Raises:
+        UserError: the index is not below the count, or the data cannot be used.
+    """
     if index >= count:
         raise UserError(f"partition-id {index} is not below num-partitions {count}.")
     rows = _partitions(config.data, config.federation, config.run.seed, count)[index]

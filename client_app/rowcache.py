@@ -33,10 +33,16 @@ _PARTS = frozenset(
 
 
 def folds_of(examples: Examples) -> np.ndarray:
-    """A number in [0, 2⁶²) for each row, int64 (rows,), evenly spread: a digest of its input.
+    """A number in [0, 2⁶²) for each row, evenly spread: a digest of its input.
 
     Rows with the same input have the same number whatever file they lie in, so a share of the
     rows chosen by it stays the same when rows come or go.
+
+    Args:
+        examples: the rows; their labels have no part in it.
+
+    Returns:
+        int64 (rows,).
     """
     found = (hashlib.sha256(b"fedpft fold\n" + _bytes(row)).digest() for row in examples.inputs)
     return np.fromiter(
@@ -45,12 +51,27 @@ def folds_of(examples: Examples) -> np.ndarray:
 
 
 def held_out(folds: np.ndarray, share: float) -> np.ndarray:
-    """Which rows a node keeps from training, bool (rows,): about `share` of them."""
+    """Which rows a node keeps from training.
+
+    Args:
+        folds: int64 (rows,), as `folds_of` gives them.
+        share: about what part of the rows is kept, in [0, 1].
+
+    Returns:
+        bool (rows,), True for those kept.
+    """
     return folds < int(share * 2**62)
 
 
 def content_of(examples: Examples) -> str:
-    """sha256 over all inputs and labels."""
+    """A digest of the content of some rows.
+
+    Args:
+        examples: the rows.
+
+    Returns:
+        sha256 over all labels and inputs, 64 hex digits.
+    """
     h = hashlib.sha256(examples.labels.tobytes())
     for row in examples.inputs:
         data = _bytes(row)
@@ -60,13 +81,30 @@ def content_of(examples: Examples) -> str:
 
 
 def content_of_file(path: Path) -> str:
-    """sha256 over a file. Raises OSError when it cannot be read."""
+    """A digest of a file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        sha256 over its bytes, 64 hex digits.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def key_of(*what: Any) -> str:
-    """The key of rows that depend on these JSON values."""
+    """The key of rows that depend on some values.
+
+    Args:
+        *what: everything they depend on, as JSON has it.
+
+    Returns:
+        sha256 over these and the format of the files, 64 hex digits.
+    """
     return hashlib.sha256(json.dumps([FORMAT, *what]).encode()).hexdigest()
 
 
@@ -85,12 +123,26 @@ class RowCache:
         self.keep_bytes = keep_bytes
 
     def path(self, key: str) -> Path:
+        """Where rows lie or would lie.
+
+        Args:
+            key: the rows' key.
+
+        Returns:
+            The file, which need not be there.
+        """
         return self.root / f"{key}.safetensors"
 
     def get(self, key: str) -> tuple[Encoded, np.ndarray] | None:
-        """Rows and their folds, verified; None when they are not here or of no use (then gone).
+        """Rows and their folds, verified.
 
         The tensors lie in the mapped file, which no process ever writes to again.
+
+        Args:
+            key: the rows' key.
+
+        Returns:
+            Rows and folds int64 (rows,); None when they are not here or of no use (then gone).
         """
         path = self.path(key)
         if not path.is_file():
@@ -125,7 +177,13 @@ class RowCache:
     def put(self, key: str, rows: Encoded, folds: np.ndarray) -> None:
         """Keep rows, unless they are larger than all that may be kept.
 
-        Raises OSError on a full disk; nothing half written stays.
+        Args:
+            key: the rows' key.
+            rows: the rows as model inputs.
+            folds: int64 (rows,), as `folds_of` gives them.
+
+        Raises:
+            OSError: the disk is full; nothing half written stays.
         """
         import torch
         from safetensors import SafetensorError

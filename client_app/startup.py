@@ -13,6 +13,12 @@ def collector_paused(freeze: bool = False) -> Iterator[None]:
 
     Importing torch and transformers makes millions of objects that all stay. The collector walks
     them again and again meanwhile, and once more when the process ends: a third of the time.
+
+    Args:
+        freeze: whether what exists at the end of the block is never collected.
+
+    Yields:
+        Nothing; the collector rests as long as the block lasts.
     """
     running = gc.isenabled()
     gc.disable()

@@ -36,19 +36,43 @@ class Store:
         self.keep = keep
 
     def folder(self, digest: str) -> Path:
-        """Where a package lies or would lie. Raises ValueError for what is no sha256."""
+        """Where a package lies or would lie.
+
+        Args:
+            digest: the package's.
+
+        Returns:
+            The folder, which need not be there.
+
+        Raises:
+            ValueError: the digest is no sha256.
+        """
         if not is_digest(digest):
             raise ValueError(f"not a digest: {digest[:80]!r}")
         return self.root / digest
 
     def digests(self) -> tuple[str, ...]:
-        """What is here, sorted."""
+        """Which packages are here.
+
+        Returns:
+            Their digests, sorted.
+        """
         if not self.root.is_dir():
             return ()
         return tuple(sorted(p.name for p in self.root.iterdir() if is_digest(p.name)))
 
     def touch(self, digest: str) -> bool:
-        """Whether a package is here; if so it now counts as just used."""
+        """Count a package as just used.
+
+        Args:
+            digest: the package's.
+
+        Returns:
+            Whether it is here.
+
+        Raises:
+            ValueError: the digest is no sha256.
+        """
         try:
             os.utime(self.folder(digest))
         except OSError:
@@ -56,12 +80,32 @@ class Store:
         return True
 
     def get(self, digest: str) -> Package | None:
-        """Read and verify a package; None when it is absent or was corrupt (then it is gone)."""
+        """Read and verify a package, which then counts as just used.
+
+        Args:
+            digest: the package's.
+
+        Returns:
+            The package; None when it is absent or was corrupt (then it is gone).
+
+        Raises:
+            ValueError: the digest is no sha256.
+        """
         found = self.read(digest)
         return found[0] if found else None
 
     def read(self, digest: str) -> tuple[Package, dict[str, str]] | None:
-        """As `get`, with the sha256 of each tensor, which verifying has to take anyway."""
+        """As `get`, with the sha256 of each tensor, which verifying has to take anyway.
+
+        Args:
+            digest: the package's.
+
+        Returns:
+            The package, and the sha256 of each of its tensors by name; None as for `get`.
+
+        Raises:
+            ValueError: the digest is no sha256.
+        """
         folder = self.folder(digest)
         try:
             seen = folder.stat().st_ino
@@ -89,8 +133,16 @@ class Store:
         return package, digests
 
     def put(self, digest: str, package: Package) -> None:
-        """Write a package whose digest the caller has verified. Raises OSError on a full disk,
-        after removing what was half written; what was here before stays."""
+        """Write a package, unless it is here; the least recently used ones make room.
+
+        Args:
+            digest: the package's, which the caller has verified.
+            package: what is written.
+
+        Raises:
+            ValueError: the digest is no sha256.
+            OSError: the disk is full. What was half written is removed; what was here before stays.
+        """
         folder = self.folder(digest)
         if self.touch(digest):
             return
@@ -115,7 +167,14 @@ class Store:
             whole.remove(path)
 
     def remove(self, digest: str) -> None:
-        """Drop a package if it is here."""
+        """Drop a package if it is here.
+
+        Args:
+            digest: the package's.
+
+        Raises:
+            ValueError: the digest is no sha256.
+        """
         whole.remove(self.folder(digest))
 
 
@@ -133,13 +192,36 @@ class Residuals:
         self.keep_runs = keep_runs
 
     def _folder(self, run: str, client: str) -> Path:
-        """Raises ValueError for what is no run identifier: it becomes part of a path."""
+        """Where one client's residuals of one run lie.
+
+        Args:
+            run: names the run, 8 to 64 hex digits; it becomes part of the path.
+            client: the client's name, of which a digest becomes part of the path.
+
+        Returns:
+            The folder, which need not be there.
+
+        Raises:
+            ValueError: the run is no run identifier.
+        """
         if not 8 <= len(run) <= 64 or not _HEX.issuperset(run):
             raise ValueError(f"not a run: {run[:80]!r}")
         return self.root / run / hashlib.sha256(client.encode()).hexdigest()[:32]
 
     def get(self, run: str, client: str, round: int) -> Tensors:
-        """The residual to start round `round` from; empty when there is none or it is corrupt."""
+        """The residual to start a round from.
+
+        Args:
+            run: names the run, 8 to 64 hex digits.
+            client: the client's name.
+            round: the round that begins.
+
+        Returns:
+            float32 tensors by name; empty when there are none or they are corrupt.
+
+        Raises:
+            ValueError: the run is no run identifier.
+        """
         rounds = evict.rounds(self._folder(run, client))
         before = [n for n in rounds if n < round]
         if not before:
@@ -154,9 +236,17 @@ class Residuals:
         return {}
 
     def put(self, run: str, client: str, round: int, tensors: Tensors) -> None:
-        """Keep what round `round` left; forget later rounds, which are being done again.
+        """Keep what a round left; forget later rounds, which are being done again.
 
-        Raises OSError on a full disk.
+        Args:
+            run: names the run, 8 to 64 hex digits.
+            client: the client's name.
+            round: the round that left it.
+            tensors: what was not sent, float32, by name.
+
+        Raises:
+            ValueError: the run is no run identifier.
+            OSError: the disk is full.
         """
         folder = self._folder(run, client)
         folder.mkdir(parents=True, exist_ok=True)

@@ -48,7 +48,12 @@ logging.getLogger("flwr").addFilter(_terse)
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Entry point of `flwr run`. A failure raises, so that Flower reports the run as failed."""
+    """Entry point of `flwr run`. A failure raises, so that Flower reports the run as failed.
+
+    Args:
+        grid: Flower's way to the connected nodes.
+        context: its `run_config` is the run's configuration, flat.
+    """
     config = configs.from_flat(context.run_config)
     with RunFolder.open(config) as folder:
         log.info("run folder: %s", folder.path)
@@ -56,7 +61,19 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def run(config: Config, transport: Transport, events: EventLog) -> None:
-    """A whole run in `config.run.dir`. Raises UserError or RunError with one clear sentence."""
+    """A whole run in `config.run.dir`; its last event says how it ended.
+
+    Args:
+        config: the run's configuration, with the run folder filled in.
+        transport: the way to the clients.
+        events: the run's log. A failure is noted in it before it is raised.
+
+    Raises:
+        UserError: a setting, a file or a model cannot be used; one clear sentence.
+        RunError: the run cannot go on; one clear sentence.
+        OSError: a file cannot be read or written.
+        Exception: anything else, noted as an internal error.
+    """
     start = time.perf_counter()
     try:
         _run(config, transport, events)
@@ -135,7 +152,18 @@ def _before_round_1(
 
 
 def one_round(strategy: Strategy, bench: Bench, state: State, round: int) -> None:
-    """Clients train, the server averages, both models are scored, the proxy is re-aligned."""
+    """Clients train, the server averages, both models are scored, the proxy is re-aligned.
+
+    Args:
+        strategy: the federation that trains.
+        bench: both models get the round's adapter.
+        state: where the run stands after the round before; it is brought to the end of this one.
+        round: the round's number, from 1.
+
+    Raises:
+        RunError: too few replies are good, or the alignment diverges.
+        UserError: align.threshold compares gradients and there are no validation rows.
+    """
     start = time.perf_counter()
     config, events = bench.config, bench.events
     due = align.due(config, bench.models.plan, round)

@@ -47,15 +47,38 @@ class Rows:
         return self.encode(self.data.validation)
 
     def encode(self, examples: Examples) -> Encoded:
-        """Rows as model inputs."""
+        """Turn rows into model inputs.
+
+        Args:
+            examples: rows of the task.
+
+        Returns:
+            The rows, of texts at most data.max-length tokens each.
+        """
         return self.task.encode(examples, self.processor, self.config.data.max_length)
 
     def public_batches(self, steps: int, *purpose: str | int) -> Iterator[Any]:
-        """`steps` public batches, always the same for the same purpose."""
+        """Serve `steps` public batches, always the same for the same purpose.
+
+        Args:
+            steps: number of batches.
+            *purpose: names what they are for; the order of the rows is drawn from it and the seed.
+
+        Returns:
+            The batches, of distill.batch-size rows each, without labels.
+        """
         return public_stream(self.config, self.public, self.processor, steps, *purpose)
 
     def public_rows(self, count: int, *purpose: str | int) -> Encoded:
-        """About so many public rows without labels, always the same for the same purpose."""
+        """About so many public rows without labels, always the same for the same purpose.
+
+        Args:
+            count: rows wanted, at least 1; whole batches are served, so it may become a few more.
+            *purpose: names what they are for.
+
+        Returns:
+            The rows as model inputs; of texts each has distill.length tokens.
+        """
         steps = math.ceil(count / self.config.distill.batch_size)
         served = list(self.public_batches(steps, *purpose))
         if "pixel_values" in served[0]:
@@ -70,7 +93,11 @@ class Rows:
         )
 
     def probe(self) -> Iterator[Any]:
-        """Public batches, at least 32 rows, on which output error is measured: always the same."""
+        """Public batches on which output error is measured: always the same.
+
+        Returns:
+            At least two batches and at least 32 rows, without labels.
+        """
         rows = self.config.distill.batch_size
         return self.public_batches(max(2, math.ceil(32 / rows)), "probe")
 
@@ -91,7 +118,11 @@ class Bench:
         return self.rows.task.position(family_of(self.models.plan.model_type))
 
     def package(self) -> Package:
-        """The proxy as clients get it, with its present weights."""
+        """The proxy as clients get it, with its present weights.
+
+        Returns:
+            A package of copies, without the adapter.
+        """
         m, rows = self.models, self.rows
         return make_package(
             m.proxy, m.plan, m.spec, rows.processor, rows.task.name, rows.task.labels,
@@ -102,7 +133,18 @@ class Bench:
 def public_stream(
     config: Config, public: list[Any], processor: Any, steps: int, *purpose: str | int
 ) -> Iterator[Any]:
-    """`steps` public batches, a function of the run's seed and the purpose."""
+    """Serve `steps` public batches, a function of the run's seed and the purpose.
+
+    Args:
+        config: says how many rows a batch has, and of texts how many tokens a row has.
+        public: public rows: texts as token ids, or encoded images.
+        processor: the FM's tokenizer or image processor.
+        steps: number of batches.
+        *purpose: names what they are for.
+
+    Returns:
+        The batches, without labels.
+    """
     d = config.distill
     seed = derive(config.run.seed, "public-batches", *purpose)
     return public_batches(public, processor, d.batch_size, d.length, steps, seed)

@@ -8,7 +8,15 @@ from fedpft_core.wire.package import Patch
 
 
 def useful(patches: Sequence[Patch], package_bytes: int) -> list[Patch]:
-    """The newest patches that together are smaller than the package; older ones are never sent."""
+    """The newest patches that together are smaller than the package; older ones are never sent.
+
+    Args:
+        patches: in the order in which they were made.
+        package_bytes: size of the whole package, bytes.
+
+    Returns:
+        The patches that are left, in the same order.
+    """
     out: list[Patch] = []
     size = 0
     for patch in reversed(patches):
@@ -22,10 +30,19 @@ def useful(patches: Sequence[Patch], package_bytes: int) -> list[Patch]:
 def delivery(
     have: Sequence[str], target: str, package_bytes: int, patches: Sequence[Patch]
 ) -> tuple[bool, tuple[Patch, ...]]:
-    """What brings a client with the sub-FMs `have` to `target`: (package?, patches).
+    """What brings a client with the sub-FMs `have` to `target`.
 
     Nothing when it is there already; the chain of patches when it starts at something the
-    client has and is smaller than the package; the package otherwise. `patches` in order.
+    client has and is smaller than the package; the package otherwise.
+
+    Args:
+        have: digests of the sub-FMs that the client has.
+        target: digest of the sub-FM it is to train on.
+        package_bytes: size of the whole package, bytes.
+        patches: in the order in which they were made.
+
+    Returns:
+        Whether it gets the package, and the patches it gets, in the order in which they apply.
     """
     if target in have:
         return False, ()

@@ -31,6 +31,7 @@ class Alone(Strategy):
         self.name = name
 
     def sample(self, nodes: list[Node], round: int, attempt: int) -> list[Node]:
+        """The one client, in every round; nobody where it is not connected."""
         return [n for n in nodes if n.name == self.name]
 
 
@@ -41,8 +42,17 @@ def local_only(
 
     As many local steps at the same rates as one client's share of every round, no averaging, no
     alignment between rounds. Emits the mean over clients of the scores of proxy and FM, as if one
-    round had been evaluated. Nothing is exported: there is no one adapter. Raises RunError when a
-    client fails.
+    round had been evaluated. Nothing is exported: there is no one adapter.
+
+    Args:
+        config: the run's configuration.
+        transport: the way to the clients.
+        events: the run's log; what one client's rounds emit is marked by its name.
+        bench: models and rows; the adapter of the last client stays plugged in.
+        state: before round 1. Its adapter stays as it is.
+
+    Raises:
+        RunError: a client fails, or too few connect.
     """
     strategy = Strategy(config, transport, events)
     strategy.nodes.wait()

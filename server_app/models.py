@@ -29,12 +29,23 @@ class Models:
     start: Tensors
 
     def plug(self, adapter: Tensors) -> None:
-        """Put one adapter on both models."""
+        """Put one adapter on both models.
+
+        Args:
+            adapter: float32 tensors by their name in the FM.
+
+        Raises:
+            ValueError: names or shapes are not those of the models' adapter.
+        """
         adapters.load(self.fm, adapter)
         adapters.load(self.proxy, adapter, self.plan)
 
     def trained_names(self) -> list[str]:
-        """Names in the package of the weights alignment may move."""
+        """Names in the package of the weights alignment may move.
+
+        Returns:
+            The names, sorted.
+        """
         moving = {id(p) for p in distill.moving_parts(self.proxy, self.plan).values()}
         return sorted(k for k, p in self._frozen().items() if id(p) in moving)
 
@@ -44,7 +55,11 @@ class Models:
 
     @torch.no_grad()
     def load_frozen(self, weights: Tensors) -> None:
-        """Copy aligned weights, named as in the package, into the proxy."""
+        """Copy aligned weights into the proxy.
+
+        Args:
+            weights: any of the proxy's frozen weights, named as in the package.
+        """
         live = self._frozen()
         for name, value in weights.items():
             live[name].copy_(value)

@@ -15,7 +15,13 @@ from server_app.run.schema import Event
 class Events(Protocol):
     """Where events go; an `EventLog`, or one that marks each event."""
 
-    def emit(self, event: Event) -> None: ...
+    def emit(self, event: Event) -> None:
+        """Take one event.
+
+        Args:
+            event: what happened.
+        """
+        ...
 
 
 @dataclass
@@ -34,7 +40,15 @@ class State:
 
 
 def fresh_state(start: Tensors, package: Package) -> State:
-    """The state before round 1: a copy of the adapter to start from, and the proxy as packed."""
+    """The state before round 1, with the proxy as packed.
+
+    Args:
+        start: the adapter to start from, which is copied.
+        package: the proxy as clients get it.
+
+    Returns:
+        A state that no client has been served from, under a new random name of the run.
+    """
     digests = {k: tensor_digest(t) for k, t in package.weights.items()}
     adapter = {k: t.clone() for k, t in start.items()}
     return State(0, adapter, package, digests, package.digest())

@@ -51,6 +51,9 @@ class Strategy:
             round: the round's number, from 1.
             count_rule: how clients are to count inactive neurons; empty = not at all.
 
+        Returns:
+            The next adapter and the round's figures. The state's adapter stays as it was.
+
         Raises:
             RunError: naming what was wrong, after `federation.attempts` tries.
         """
@@ -116,7 +119,17 @@ class Strategy:
         raise RunError(text)
 
     def sample(self, nodes: list[Node], round: int, attempt: int) -> list[Node]:
-        """The clients of a round, drawn from those connected, in the order of their names."""
+        """The clients of a round, drawn from those connected.
+
+        Args:
+            nodes: the connected nodes, in the order of their names.
+            round: the round's number, from 1.
+            attempt: the attempt at this round, from 1; each draws anew.
+
+        Returns:
+            `federation.clients-per-round` of them, or all where there are fewer, in the order of
+            their names.
+        """
         f = self.config.federation
         size = min(f.clients_per_round, len(nodes))
         stream = numpy_stream(self.config.run.seed, "sample", round, attempt)
@@ -163,8 +176,10 @@ class Strategy:
             send(got.again, time.monotonic() + timeout)
 
     def _report_validation(self, task: Task, round: int, replies: Iterable[Good]) -> None:
-        """What clients found on rows they keep from training: of the adapter the round began with,
-        so of the round before."""
+        """Report what clients found on rows they keep from training.
+
+        That is of the adapter the round began with, so of the round before.
+        """
         having = [r.validation_sums for r in replies if r.validation_rows]
         if having:
             # Exact, so that the order in which replies came in cannot change the last bit.

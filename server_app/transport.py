@@ -25,7 +25,11 @@ class Transport(Protocol):
     """Nodes by id, and one exchange of messages with some of them."""
 
     def nodes(self) -> list[int]:
-        """Ids of the nodes that are connected now."""
+        """Ids of the nodes that are connected now.
+
+        Returns:
+            The ids, in ascending order.
+        """
 
     def exchange(
         self,
@@ -38,6 +42,12 @@ class Transport(Protocol):
 
         Each reply is handed to `on_reply` as it comes and is not kept. That is called for every
         node addressed; for one that did not answer with a Failure.
+
+        Args:
+            messages: what each node gets, by node id.
+            round: the round the messages belong to.
+            timeout: the longest wait, seconds.
+            on_reply: takes a node's id and its reply.
         """
 
 
@@ -49,6 +59,11 @@ class FlowerTransport:
     poll_seconds: float = 0.05
 
     def nodes(self) -> list[int]:
+        """Ids of the nodes that Flower says are connected.
+
+        Returns:
+            The ids, in ascending order.
+        """
         return sorted(self.grid.get_node_ids())
 
     def exchange(
@@ -58,6 +73,14 @@ class FlowerTransport:
         timeout: float,
         on_reply: OnReply,
     ) -> None:
+        """Push one message to each node, and pull the replies until all are there or time is up.
+
+        Args:
+            messages: what each node gets, by node id; a `hello` goes as a query, others to train.
+            round: becomes Flower's group id of the messages.
+            timeout: the longest wait, seconds; Flower drops a message 60 s after it.
+            on_reply: takes a node's id and its reply, or the Failure that stands for it.
+        """
         waiting: dict[str, int] = {}
         for node, envelope in messages.items():
             message = Message(
@@ -122,6 +145,11 @@ class LocalTransport:
     clients: Mapping[int, Callable[[Envelope], Envelope]]
 
     def nodes(self) -> list[int]:
+        """Ids of the clients in this process.
+
+        Returns:
+            The ids, in ascending order.
+        """
         return sorted(self.clients)
 
     def exchange(
@@ -131,6 +159,14 @@ class LocalTransport:
         timeout: float,
         on_reply: OnReply,
     ) -> None:
+        """Ask one client after the other, and keep the server's thread count as it was.
+
+        Args:
+            messages: what each client gets, by node id.
+            round: not looked at.
+            timeout: not looked at: every client answers.
+            on_reply: takes a client's id and its reply.
+        """
         # Clients pin their threads, which in one process would be the server's as well.
         threads = torch.get_num_threads()
         for node, envelope in messages.items():

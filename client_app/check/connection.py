@@ -33,7 +33,17 @@ class Address:
 
 
 def address(text: str) -> Address:
-    """HOST:PORT, IPv6 in brackets. Raises UserError for anything else."""
+    """Read HOST:PORT, IPv6 in brackets.
+
+    Args:
+        text: what was given as --superlink.
+
+    Returns:
+        Host, without brackets, and port.
+
+    Raises:
+        UserError: it is anything else.
+    """
     host, colon, port = text.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
     host = host[1:-1] if bracketed else host
@@ -44,7 +54,18 @@ def address(text: str) -> Address:
 
 
 def reach(at: Address, timeout: float) -> str:
-    """Open a TCP connection. Raises UserError saying what stands in the way."""
+    """Open a TCP connection, and close it.
+
+    Args:
+        at: the SuperLink.
+        timeout: the longest wait, seconds.
+
+    Returns:
+        A sentence with the milliseconds it took.
+
+    Raises:
+        UserError: saying what stands in the way.
+    """
     start = time.perf_counter()
     with _connected(at, timeout):
         seconds = time.perf_counter() - start
@@ -74,7 +95,18 @@ _REQUEST = b"GET / HTTP/1.1\r\nHost: superlink\r\nConnection: close\r\n\r\n"
 
 
 def speak_plainly(at: Address, timeout: float) -> str:
-    """With --insecure: whether the port speaks HTTP. Raises UserError when it does not."""
+    """With --insecure: whether the port speaks HTTP.
+
+    Args:
+        at: the SuperLink.
+        timeout: the longest wait, seconds.
+
+    Returns:
+        A sentence that says so.
+
+    Raises:
+        UserError: it does not, or cannot be reached.
+    """
     if not _answer(_connected(at, timeout), timeout).startswith(b"HTTP/"):
         raise UserError(
             f"{at} does not answer plain HTTP: it is a SuperLink with TLS (leave out --insecure), "
@@ -92,7 +124,19 @@ def _answer(connection: socket.socket, timeout: float) -> bytes:
 
 
 def certificate(at: Address, roots: Path | None, timeout: float) -> str:
-    """Check chain, name and dates as Flower will. Raises UserError with the fault in words."""
+    """Check chain, name and dates as Flower will.
+
+    Args:
+        at: the SuperLink.
+        roots: file with the authorities' certificates in PEM form; None for those of the system.
+        timeout: the longest wait for each step, seconds.
+
+    Returns:
+        A sentence with the days the certificate and its authority are valid for.
+
+    Raises:
+        UserError: with the fault in words.
+    """
     context = _context(roots)
     connection = _connected(at, timeout)
     try:
@@ -207,7 +251,17 @@ def _names(shown: Any) -> list[str]:
 
 
 def private_key(path: Path) -> str:
-    """Whether Flower can sign with this key. Raises UserError saying why not."""
+    """Whether Flower can sign with this key.
+
+    Args:
+        path: the file, in OpenSSH form.
+
+    Returns:
+        A sentence with the key's curve, and a hint where others can read the file.
+
+    Raises:
+        UserError: saying why not.
+    """
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import load_ssh_private_key

@@ -32,6 +32,7 @@ def refuse_giants(meta: PackageMeta, stated_bytes: int, most_bytes: int) -> None
     Raises:
         UserError: the model is larger than that, has more than 20000 tensors or 100000 labels, or
             is larger than stated.
+        _TooLargeError: within the function alone, which turns it into a UserError.
         Exception: whatever the libraries raise for settings that make no model.
     """
     import torch

@@ -46,13 +46,27 @@ def guarded(name: str, check: Callable[[], str]) -> Finding:
 
 
 def fault(error: Exception) -> str:
-    """The first line of an exception that a library raised, with its kind."""
+    """The first line of an exception that a library raised, with its kind.
+
+    Args:
+        error: the exception.
+
+    Returns:
+        One line without a full stop; the kind alone where the exception says nothing.
+    """
     first = next(iter(str(error).splitlines()), "").rstrip(".")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def printable(text: str) -> str:
-    """One line that any terminal can show: what a file holds may be neither."""
+    """One line that any terminal can show: what a file holds may be neither.
+
+    Args:
+        text: what is to be shown.
+
+    Returns:
+        Its first 600 characters, with escapes for those that cannot be printed.
+    """
     shown = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown)
 
@@ -63,6 +77,13 @@ def _because(error: OSError) -> str:
 
 
 def as_json(findings: list[Finding]) -> str:
-    """The findings for programs."""
+    """The findings for programs.
+
+    Args:
+        findings: all of a check.
+
+    Returns:
+        JSON with `ok`, which is false where one has failed, and `checks`, the findings in order.
+    """
     checks = [f.__dict__ for f in findings]
     return json.dumps({"ok": all(f.status != FAIL for f in findings), "checks": checks}, indent=1)

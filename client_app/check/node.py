@@ -50,7 +50,11 @@ class Options:
     timeout: float = 10.0
 
     def __post_init__(self) -> None:
-        """Raises UserError for numbers that mean nothing."""
+        """Check the numbers.
+
+        Raises:
+            UserError: the size is negative or too large, or the timeout is not above 0 or too long.
+        """
         if not 0.0 <= self.sub_fm_mb < 1e12:
             raise UserError(f"--sub-fm-mb {self.sub_fm_mb:g}: expected a number of megabytes.")
         if not 0.0 < self.timeout < 1e6:
@@ -58,7 +62,17 @@ class Options:
 
 
 def check(options: Options) -> list[Finding]:
-    """All findings, in reading order; nothing is raised for what is wrong."""
+    """Look at everything a node needs.
+
+    Args:
+        options: what to look at.
+
+    Returns:
+        All findings, in reading order; what is not looked at is among them as skipped.
+
+    Raises:
+        UserError: within a single check alone, where it becomes a finding.
+    """
     out: list[Finding] = []
     node: dict[str, Any] | None = None
     plan: PlanSize | None = None
@@ -93,7 +107,17 @@ def check(options: Options) -> list[Finding]:
 
 
 def parse(text: str) -> dict[str, Any]:
-    """A node config as Flower reads it. Raises UserError for what Flower would drop or refuse."""
+    """Read a node config as Flower reads it.
+
+    Args:
+        text: KEY=VALUE pairs, or the path of a file that ends in .toml.
+
+    Returns:
+        Values by key, of the types that TOML gives them.
+
+    Raises:
+        UserError: Flower would drop or refuse some of it, or the file cannot be read.
+    """
     try:
         if text.endswith(".toml"):
             return dict(tomllib.loads(plain.read(Path(text).expanduser()).decode("utf-8")))

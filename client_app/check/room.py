@@ -19,7 +19,18 @@ STORED = 4
 
 
 def folder(path: Path, needed: int) -> str:
-    """Whether a folder can be made and written to and has `needed` bytes free."""
+    """Whether a folder can be made and written to and has room.
+
+    Args:
+        path: the folder, which is made.
+        needed: bytes that have to be free in it; 0 where that is not known.
+
+    Returns:
+        A sentence with the bytes that are free.
+
+    Raises:
+        UserError: it cannot be made or written to, or is too full.
+    """
     probe = path / f".probe-{os.getpid()}"
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -41,7 +52,17 @@ def folder(path: Path, needed: int) -> str:
 
 
 def memory(needed: int) -> str:
-    """Whether so many bytes of memory are free now. Raises UserError when they are not."""
+    """Whether so many bytes of memory are free now.
+
+    Args:
+        needed: bytes that a message takes.
+
+    Returns:
+        A sentence with the bytes that are free.
+
+    Raises:
+        UserError: fewer are free.
+    """
     free = available_memory()
     if free < needed:
         raise UserError(f"{_mb(free)} of memory are free, but a message needs about {_mb(needed)}.")
@@ -49,7 +70,11 @@ def memory(needed: int) -> str:
 
 
 def available_memory() -> int:
-    """Free bytes of memory: of the machine, or of the container's limit if that is less."""
+    """Free memory: of the machine, or of the container's limit if that is less.
+
+    Returns:
+        Bytes.
+    """
     import psutil
 
     free = int(psutil.virtual_memory().available)
@@ -61,16 +86,19 @@ def available_memory() -> int:
 
 
 def memory_needed(sub_fm_bytes: int, shape: Shape | None, batch: int, tokens: int) -> int:
-    """Bytes a message takes at most, roughly: libraries, sub-FM as read and as built, one step.
+    """What memory a message takes at most, roughly.
 
-    A step keeps about 12 values of the hidden width, 3 of the FFN's and 3 of each attention map
-    for each token and block.
+    Libraries, the sub-FM as read and as built, and one step. A step keeps about 12 values of the
+    hidden width, 3 of the FFN's and 3 of each attention map for each token and block.
 
     Args:
         sub_fm_bytes: size of the sub-FM's weights.
         shape: the FM's sizes; None where they are not known, then no step is reckoned.
         batch: rows of a step.
         tokens: positions of a row.
+
+    Returns:
+        Bytes.
     """
     step = 0
     if shape is not None:

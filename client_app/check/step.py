@@ -12,7 +12,19 @@ from fedpft_core.task import Task
 def step_seconds(
     model: Any, task: Task, rows: Any, batch_size: int, threads: int, repeats: int = 5
 ) -> float:
-    """Median seconds of a training step on these rows, after one that is not counted."""
+    """Median seconds of a training step on these rows, after one that is not counted.
+
+    Args:
+        model: a sub-FM with an adapter, whose adapter is changed.
+        task: whose loss is minimised.
+        rows: labelled rows as model inputs.
+        batch_size: rows of a step.
+        threads: torch's threads meanwhile; afterwards they are as before.
+        repeats: steps that count.
+
+    Returns:
+        Seconds.
+    """
     import torch
 
     from fedpft_core.train.tune import LocalSettings, fine_tune
@@ -29,8 +41,17 @@ def step_seconds(
 
 
 def full_rows(task: Task, shape: Shape, max_length: int, batch_size: int) -> Any:
-    """Rows of the greatest length, or images of noise, for a model of which only the shape is
-    known."""
+    """Rows of full length, or images of noise, for a model of which only the shape is known.
+
+    Args:
+        task: says what labels such rows have.
+        shape: the model's sizes.
+        max_length: tokens of each row; not looked at for images.
+        batch_size: how many rows.
+
+    Returns:
+        The rows as model inputs, with random content.
+    """
     import torch
 
     from fedpft_core.data.batches import Encoded

@@ -28,6 +28,16 @@ def due(config: Config, plan: Plan, round: int) -> bool:
     """Every t rounds, and not after the last, where nobody would train on the result.
 
     With a threshold that is when disagreement is measured.
+
+    Source: FedPFT, section 4.3.
+
+    Args:
+        config: its align.interval is t; 0 = never.
+        plan: of a plan without pruned blocks nothing can be aligned.
+        round: the round just done, from 1.
+
+    Returns:
+        Whether an alignment is due after this round.
     """
     t = config.align.interval
     return t > 0 and round % t == 0 and round < config.federation.rounds and bool(plan.pruned)
@@ -35,6 +45,16 @@ def due(config: Config, plan: Plan, round: int) -> bool:
 
 def disagrees(bench: Bench, state: State, round: int) -> bool:
     """Whether proxy and FM disagree enough at the aggregated adapter to be re-aligned.
+
+    With a threshold the figure that is held against it is emitted.
+
+    Args:
+        bench: where there is a threshold, both models get the aggregated adapter.
+        state: has the aggregated adapter.
+        round: the round just done.
+
+    Returns:
+        Whether the disagreement is above align.threshold, or not a number; True without one.
 
     Raises:
         UserError: when gradients are to be compared and there are no validation rows.
@@ -73,6 +93,8 @@ def align(
     """Align the proxy at the current adapter; extends `state` by a patch.
 
     Teacher and student both carry the aggregate adapter, which stays as it is.
+
+    Source: FedPFT, section 4.3.
 
     Args:
         bench: FM, proxy and rows.

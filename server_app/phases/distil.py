@@ -14,13 +14,25 @@ from server_app.run import schema as ev
 
 
 def due(bench: Bench) -> bool:
-    """Whether distillation would change the proxy at all."""
+    """Whether distillation would change the proxy at all.
+
+    Args:
+        bench: its plan, distill.method and distill.steps decide.
+
+    Returns:
+        Whether there is anything to distil.
+    """
     d = bench.config.distill
     return alignment.needed(d.method, bench.models.plan, d.steps)
 
 
 def distil(bench: Bench) -> None:
-    """Distil the proxy in place.
+    """Distil the proxy in place, unless there is nothing to distil.
+
+    Source: FedPFT, section 4.2.
+
+    Args:
+        bench: FM, proxy and public rows.
 
     Raises:
         RunError: when it diverges.
@@ -48,7 +60,11 @@ def distil(bench: Bench) -> None:
 
 
 def check_finite(errors: dict[int, float], key: str) -> None:
-    """Refuse the result of a distillation that diverged; `key` is the rate to lower.
+    """Refuse the result of a distillation that diverged.
+
+    Args:
+        errors: output error by pruned block.
+        key: the configuration key of the rate to lower.
 
     Raises:
         RunError: when an output error is infinite or not a number.

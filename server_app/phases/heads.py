@@ -25,18 +25,41 @@ _ROOM = 4.0  # a client's features may be so many times longer than any of the s
 
 
 def wanted(bench: Bench) -> bool:
-    """Whether the task's head can be had in closed form."""
+    """Whether the task's head can be had in closed form.
+
+    Args:
+        bench: its task decides.
+
+    Returns:
+        Whether the head ends in one linear layer and there are at least two labels.
+    """
     return bench.rows.task.refits and len(bench.rows.task.labels) > 1
 
 
 def asked(bench: Bench) -> bool:
-    """Whether the head before round 1 is to be computed."""
+    """Whether the head before round 1 is to be computed.
+
+    Args:
+        bench: its task and head.start decide.
+
+    Returns:
+        Whether head.start is `statistics` and the task's head can be had so.
+    """
     return bench.config.head.start == "statistics" and wanted(bench)
 
 
 def split(bench: Bench) -> tuple[Encoded, Encoded]:
-    """The server's validation rows in two: those that heads are fitted with, and those that no
-    candidate has seen, which judge. Both may be empty."""
+    """The server's validation rows in two: to fit heads with, and to judge by.
+
+    The latter no candidate has seen. Which rows these are is drawn from the run's seed.
+
+    Args:
+        bench: its validation rows are shared out.
+
+    Returns:
+        At most half of the rows (rounded up) and at most plug.rows of them to fit heads with, and
+        all others to judge by. Both may be empty.
+    """
     rows, limit = bench.rows.validation, bench.config.plug.rows
     order = numpy_stream(bench.config.run.seed, "plug-rows").permutation(len(rows))
     count = min(limit, (len(rows) + 1) // 2)
@@ -44,7 +67,17 @@ def split(bench: Bench) -> tuple[Encoded, Encoded]:
 
 
 def read(bench: Bench, model: torch.nn.Module, rows: Encoded) -> tuple[Tensor, Tensor]:
-    """Features [N, D] float64 of some rows, projected as the clients' are, and their labels [N]."""
+    """Features and labels of some rows.
+
+    Args:
+        bench: says how many rows are read at once, and how features are projected.
+        model: FM or proxy, with the adapter plugged in.
+        rows: labelled rows.
+
+    Returns:
+        Features float64 [N, D], projected as the clients' are, and labels int64 [N]; [0, 1] and
+        [0] where there are no rows.
+    """
     if not len(rows):
         return torch.zeros(0, 1, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
     found, labels = labelled_features(model, rows, bench.config.run.eval_batch_size)
@@ -53,12 +86,33 @@ def read(bench: Bench, model: torch.nn.Module, rows: Encoded) -> tuple[Tensor, T
 
 
 def projected(bench: Bench, width: int) -> Tensor | None:
+    """The map that takes features to as many as clients sum over.
+
+    Args:
+        bench: its seed decides the map, head.max-features how many features it leaves.
+        width: D, the features of a row.
+
+    Returns:
+        float64 [D, head.max-features]; None where features stay as they are.
+    """
     config = bench.config
     return projection(width, config.head.max_features, config.run.seed)
 
 
 def gather(bench: Bench, strategy: Strategy, state: State) -> Statistics:
-    """The class statistics of all connected clients' rows, at the adapter of `state`."""
+    """The class statistics of all connected clients' rows, at the adapter of `state`.
+
+    Args:
+        bench: both models get the adapter; the server's rows say how long a feature vector can be.
+        strategy: the clients, who are asked.
+        state: has the adapter; what clients now have is noted in it.
+
+    Returns:
+        The sum over all good replies.
+
+    Raises:
+        RunError: too few clients sent any.
+    """
     models, config = bench.models, bench.config
     models.plug(state.adapter)
     width = last_linear(models.proxy).in_features
@@ -94,7 +148,17 @@ def best(bench: Bench, found: Statistics, model: torch.nn.Module) -> Head:
 
 
 def fit(bench: Bench, found: Statistics, rows: Tensor, labels: Tensor | None) -> Head:
-    """The head of some statistics, judged by features [N, D] of rows with labels [N], if any."""
+    """The head of some statistics, judged by labelled rows, if any.
+
+    Args:
+        bench: its head.shrinkage is used where it is above 0.
+        found: statistics of the features.
+        rows: float64 [N, D], features of the rows to judge by.
+        labels: int64 [N]; None, or N = 0, where no row judges.
+
+    Returns:
+        The head over the features as clients sum them.
+    """
     fixed = bench.config.head.shrinkage
     if labels is None or not len(labels):
         return solve(found, fixed or None)
@@ -103,7 +167,13 @@ def fit(bench: Bench, found: Statistics, rows: Tensor, labels: Tensor | None) ->
 
 @torch.no_grad()
 def write(bench: Bench, head: Head, model: torch.nn.Module) -> None:
-    """Put a head on a model, in place."""
+    """Put a head on a model, in place.
+
+    Args:
+        bench: says how features are projected.
+        head: over the features as clients sum them; it is turned back to those of the model.
+        model: FM or proxy.
+    """
     layer = last_linear(model)
     turn = projected(bench, layer.in_features)
     weight = head.weight if turn is None else head.weight @ turn.T
@@ -113,7 +183,17 @@ def write(bench: Bench, head: Head, model: torch.nn.Module) -> None:
 
 
 def start(bench: Bench, strategy: Strategy, state: State, events: Events) -> None:
-    """Set the head before round 1 from the clients' statistics."""
+    """Set the head before round 1 from the clients' statistics.
+
+    Args:
+        bench: both models get the adapter with the head.
+        strategy: the clients, who are asked.
+        state: before round 1; its adapter gets the head.
+        events: where what came of it is noted.
+
+    Raises:
+        RunError: too few clients sent any.
+    """
     began = time.perf_counter()
     found = gather(bench, strategy, state)
     head = best(bench, found, bench.models.proxy)
@@ -124,8 +204,9 @@ def start(bench: Bench, strategy: Strategy, state: State, events: Events) -> Non
 def again(
     bench: Bench, strategy: Strategy, state: State, events: Events, force: bool = False
 ) -> Statistics | None:
-    """Take the statistics once more, of the tuned features; the head they give is used where the
-    server's unseen rows prefer it.
+    """Take the statistics once more, of the tuned features, and use the head they give.
+
+    With `head.end = better` it is used only where the server's unseen rows prefer it.
 
     Args:
         bench: models and rows.
@@ -136,6 +217,9 @@ def again(
 
     Returns:
         The statistics, at the adapter without regard to its head; None where nobody wants them.
+
+    Raises:
+        RunError: too few clients sent any.
     """
     mode = bench.config.head.end
     if not wanted(bench) or (mode == "trained" and not force):
@@ -164,7 +248,16 @@ def again(
 
 
 def merit(bench: Bench, model: torch.nn.Module, rows: Encoded) -> int:
-    """The task's merit of a model on labelled rows (rows right)."""
+    """The task's merit of a model on labelled rows (rows right).
+
+    Args:
+        bench: its task judges.
+        model: FM or proxy, with the head to judge.
+        rows: at least one labelled row.
+
+    Returns:
+        How many of the rows it labels right.
+    """
     read_rows, labels = labelled_features(model, rows, bench.config.run.eval_batch_size)
     layer = last_linear(model)
     scores = read_rows @ layer.weight.detach().to(read_rows).T

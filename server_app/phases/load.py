@@ -29,7 +29,14 @@ from server_app.state import Events
 
 
 def load(config: Config, events: Events) -> Bench:
-    """The bench of a run, with the proxy pruned and not yet distilled.
+    """Load FM and data, plan and build the proxy, and put the starting adapter on both models.
+
+    Args:
+        config: the run's configuration; run.threads is set for this process.
+        events: where phases, task, model and warnings are noted.
+
+    Returns:
+        The bench of a run, with the proxy pruned and not yet distilled.
 
     Raises:
         UserError: for anything wrong with model, data or plan.

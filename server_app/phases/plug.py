@@ -27,7 +27,14 @@ from server_app.strategy import Strategy
 
 
 def refits(bench: Bench) -> bool:
-    """Whether the head is refitted when the adapter is plugged in."""
+    """Whether the head is refitted when the adapter is plugged in.
+
+    Args:
+        bench: its task, plan, plug.refit and validation rows decide.
+
+    Returns:
+        Whether it is; never where the proxy is the FM.
+    """
     source = bench.config.plug.refit
     return (
         bench.rows.task.refits
@@ -41,6 +48,11 @@ def refits(bench: Bench) -> bool:
 
 def refit(bench: Bench, round: int, events: Events | None = None) -> bool:
     """Refit the FM's head to the adapter now plugged in.
+
+    Args:
+        bench: the FM gets the head, where it is taken; the proxy stays as it is.
+        round: rounds done.
+        events: where what came of it is noted; None for the bench's log.
 
     Returns:
         Whether the head is another now.
@@ -74,7 +86,14 @@ def _rows(bench: Bench, others: bool = False) -> Iterable[Any]:
 
 
 def settles(bench: Bench) -> bool:
-    """Whether the product is settled once, after the last round, and not refitted at each score."""
+    """Whether the product is settled once, after the last round, and not refitted at each score.
+
+    Args:
+        bench: its task, head.end, plug.method and federation.aggregate decide.
+
+    Returns:
+        Whether it is.
+    """
     config = bench.config
     late = config.head.end != "trained" or config.plug.method != "refit"
     return late and heads.wanted(bench) and config.federation.aggregate != "none"
@@ -141,6 +160,9 @@ def _candidates(
         rows: rows both models read; labels serve for shrinkage and scale alone, where there are
             any.
         events: where progress is noted.
+
+    Returns:
+        Adapters by the candidate's name, `as-trained` first. The last one is on the FM.
     """
     p, models = bench.config.plug, bench.models
     made = {"as-trained": adapters.read(models.fm)}

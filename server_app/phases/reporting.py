@@ -15,7 +15,18 @@ from server_app.state import Events
 
 @contextmanager
 def phase(events: Events, name: str, **fields: Any) -> Iterator[None]:
-    """Emit the start and the end of a phase with its seconds."""
+    """Emit the start and the end of a phase with its seconds.
+
+    A phase that ends in an exception has no end in the log.
+
+    Args:
+        events: where both events go.
+        name: the phase.
+        **fields: further fields of both events, as `round`.
+
+    Yields:
+        Nothing; the phase lasts as long as the block.
+    """
     events.emit(ev.PhaseStarted(phase=name, **fields))
     start = time.perf_counter()
     yield
@@ -23,7 +34,18 @@ def phase(events: Events, name: str, **fields: Any) -> Iterator[None]:
 
 
 def progress(events: Events, name: str, unit: str, **fields: Any) -> Callable[..., None]:
-    """A progress callback (done, total, loss) that emits at most five events a second."""
+    """A progress callback that emits at most five events a second.
+
+    Args:
+        events: where the events go.
+        name: the phase.
+        unit: what is counted: steps, rows or rounds.
+        **fields: further fields of each event, as `round`.
+
+    Returns:
+        A function of what is done, what there is to do, and the loss or None. Its last call, with
+        all done, is always emitted.
+    """
     last = 0.0
 
     def report(done: int, total: int, loss: float | None = None) -> None:
@@ -39,6 +61,10 @@ def progress(events: Events, name: str, unit: str, **fields: Any) -> Callable[..
 
 
 def peak_rss_bytes() -> int:
-    """Largest resident memory of this process so far, bytes."""
+    """Largest resident memory of this process so far.
+
+    Returns:
+        Bytes.
+    """
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

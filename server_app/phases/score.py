@@ -19,6 +19,14 @@ def score(bench: Bench, round: int, which: str) -> Score:
     """Evaluate the `proxy` or the FM with the adapter now plugged in.
 
     The FM is called `fm`, or `fm-as-trained` where its head is still to be refitted.
+
+    Args:
+        bench: models, the rows of run.eval-split, and the log.
+        round: rounds done.
+        which: `proxy`, `fm` or `fm-as-trained`.
+
+    Returns:
+        The score, which has been emitted.
     """
     model = bench.models.proxy if which == "proxy" else bench.models.fm
     rows = bench.rows.scored
@@ -39,8 +47,13 @@ def _emit(bench: Bench, round: int, which: str, result: Score) -> None:
 
 
 def score_all(bench: Bench, round: int) -> tuple[Score, Score, float]:
-    """Evaluate the proxy, the FM with the head as trained, and the product, which is then what
-    the FM is.
+    """Evaluate the proxy, the FM with the head as trained, and the product.
+
+    The product is what the FM is afterwards.
+
+    Args:
+        bench: models with the adapter plugged in.
+        round: rounds done.
 
     Returns:
         The first two scores and the seconds of it all.
@@ -60,7 +73,14 @@ def score_all(bench: Bench, round: int) -> tuple[Score, Score, float]:
 
 
 def score_validation(bench: Bench, round: int) -> None:
-    """Score proxy and product on the server's validation rows, on which settings are chosen."""
+    """Score proxy and product on the server's validation rows, on which settings are chosen.
+
+    Nothing is done where there are none, or where they are what run.eval-split scores anyway.
+
+    Args:
+        bench: models as they are to be scored.
+        round: rounds done.
+    """
     if bench.config.run.eval_split == "validation" or not len(bench.rows.data.validation):
         return
     for which, model in (("proxy", bench.models.proxy), ("fm", bench.models.fm)):
@@ -76,6 +96,10 @@ def score_final(bench: Bench, state: State) -> None:
     """Evaluate the proxy, the FM with the adapter as clients left it, and the product.
 
     The product is what the FM is now; it is that again afterwards.
+
+    Args:
+        bench: the FM is the product; the proxy gets the adapter of `state`.
+        state: after the last round.
     """
     models = bench.models
     product = adapters.read(models.fm)

@@ -16,7 +16,16 @@ from server_app.transport import Transport
 def undistilled(bench: Bench, transport: Transport, events: EventLog) -> None:
     """What distillation is worth: the federation without it, its end scored.
 
-    Same partitions, sampling, seeds and steps.
+    Same partitions, sampling, seeds and steps. Nothing is done where distillation would change
+    nothing.
+
+    Args:
+        bench: with the proxy not yet distilled; afterwards it has the starting adapter again.
+        transport: the way to the clients.
+        events: the run's log; what the side run's rounds emit is marked `undistilled`.
+
+    Raises:
+        RunError: too few clients connect, or too few replies are good.
     """
     if not distil.due(bench):
         return

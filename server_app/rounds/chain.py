@@ -82,14 +82,37 @@ def opened(envelope: Envelope, most: int, kind: type[Reply]) -> Reply:
 
 
 def decode(hand: InHand, asked: Asked) -> InHand:
-    """Open the envelope, after its size and before anything else is looked at."""
+    """Open the envelope, after its size and before anything else is looked at.
+
+    Args:
+        hand: with the envelope.
+        asked: says how many bytes a good reply can have.
+
+    Returns:
+        The reply with its message, without the envelope.
+
+    Raises:
+        Lacking: when the client has to be served again.
+        ReplyError: when it refuses, or the reply is too large, damaged or of another kind.
+    """
     assert hand.envelope is not None
     message = opened(hand.envelope, asked.want.max_bytes, TrainReply)
     return replace(hand, envelope=None, message=message)
 
 
 def check(hand: InHand, asked: Asked) -> InHand:
-    """Hold the reply against what was asked; from here on its adapter is float32."""
+    """Hold the reply against what was asked; from here on its adapter is float32.
+
+    Args:
+        hand: with the message.
+        asked: what a good reply looks like.
+
+    Returns:
+        The reply with adapter and counts, and the message without its tensors.
+
+    Raises:
+        ReplyError: with the first check failed.
+    """
     assert hand.message is not None
     node = hand.node
     adapter, counts = validate(hand.message, asked.want, node.name, node.examples, node.validation)
@@ -98,14 +121,33 @@ def check(hand: InHand, asked: Asked) -> InHand:
 
 
 def clip(hand: InHand, asked: Asked) -> InHand:
-    """Scale a change that is too long down to the bound."""
+    """Scale a change that is too long down to the bound, where there is one.
+
+    Args:
+        hand: with the adapter, float32.
+        asked: has the bound and the adapter that was sent.
+
+    Returns:
+        The reply, in which LoRA's factors moved by no more than the bound; the head is as it was.
+    """
     if not asked.longest:
         return hand
     return replace(hand, adapter=clip_change(hand.adapter, asked.want.adapter, asked.longest))
 
 
 def spool(hand: InHand, asked: Asked) -> InHand:
-    """Hand the adapter to the aggregation, which keeps it on disk."""
+    """Hand the adapter to the aggregation, which keeps it on disk.
+
+    Args:
+        hand: with the adapter, float32.
+        asked: has the round's replies so far, which take it.
+
+    Returns:
+        The reply without its adapter.
+
+    Raises:
+        OSError: when the disk is full.
+    """
     assert hand.message is not None
     asked.replies.add(hand.node.name, hand.message.examples, hand.adapter)
     return replace(hand, adapter={})
@@ -116,6 +158,11 @@ STEPS: tuple[Callable[[InHand, Asked], InHand], ...] = (decode, check, clip, spo
 
 def receive(node: Node, envelope: Envelope, asked: Asked) -> tuple[TrainReply, Counts | None]:
     """Take one reply through the chain.
+
+    Args:
+        node: the client it came from.
+        envelope: what came.
+        asked: what the reply is held against, and where it goes.
 
     Returns:
         Its figures, as a message without tensors, and its inactivity counts.

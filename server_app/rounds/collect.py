@@ -38,11 +38,24 @@ class Awaited:
         self.serving_again = False
 
     def judge(self, node: Node, reply: Envelope | Failure) -> None:
-        """Take a reply of a node that is not settled."""
+        """Take a reply of a node that is not settled.
+
+        Args:
+            node: the client it came from.
+            reply: what came, or why nothing did.
+
+        Raises:
+            NotImplementedError: always here; a subclass says what a reply is good for.
+        """
         raise NotImplementedError
 
     def on_reply(self, node_id: int, reply: Envelope | Failure) -> None:
-        """Book a reply and, unless its node is settled, judge it."""
+        """Book a reply and, unless its node is settled, judge it.
+
+        Args:
+            node_id: whose reply it is; that of a node that was not asked is passed over.
+            reply: what came, or why nothing did.
+        """
         node = self.nodes.get(node_id)
         if node is None:
             return
@@ -55,6 +68,10 @@ class Awaited:
 
     def refused(self, node: Node, error: ReplyError) -> bool:
         """Note why a reply is not used.
+
+        Args:
+            node: the client it came from.
+            error: what is wrong with it.
 
         Returns:
             Whether the node only lacks the sub-FM and will be served again.

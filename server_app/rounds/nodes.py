@@ -24,8 +24,14 @@ _MOST_EXAMPLES = 2**40  # keeps sums over clients exact in float64
 
 @dataclass(frozen=True)
 class Node:
-    """A connected client: Flower's id for this run, its stable name, rows it announced to train
-    on and to keep from training."""
+    """A connected client.
+
+    Attributes:
+        id: Flower's, for this run.
+        name: the client's stable name.
+        examples: rows it announced to train on.
+        validation: rows it announced to keep from training.
+    """
 
     id: int
     name: str
@@ -46,7 +52,8 @@ class Nodes:
     def wait(self) -> None:
         """Wait for all `federation.clients`, or for a standing set of at least min-clients.
 
-        Raises RunError when there are fewer than min-clients after node-timeout seconds.
+        Raises:
+            RunError: there are fewer than min-clients after node-timeout seconds.
         """
         f = self.settings
         start = changed = time.monotonic()
@@ -76,7 +83,15 @@ class Nodes:
             time.sleep(0.2)
 
     def meet(self, state: State, round: int) -> list[Node]:
-        """The nodes connected now, by name; new ones are asked who they are."""
+        """The nodes connected now; new ones are asked who they are.
+
+        Args:
+            state: which sub-FMs a new client has is noted in it.
+            round: the round that the messages are booked to.
+
+        Returns:
+            The nodes, by name, without those whose answer cannot be used; these are warned of.
+        """
         ids = self.transport.nodes()
         new = [i for i in ids if i not in self.known]
         hello = seal(Hello())

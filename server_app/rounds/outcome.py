@@ -45,6 +45,12 @@ def training_wall(replies: Iterable[Good]) -> float:
     """Seconds during which at least one of these clients was training.
 
     By the clients' own figures: each trained up to when its reply arrived.
+
+    Args:
+        replies: figures of the good replies of a round.
+
+    Returns:
+        Seconds; time that several clients train in counts once.
     """
     wall, end = 0.0, 0.0
     for start, stop in sorted((r.arrived - r.seconds, r.arrived) for r in replies):
@@ -62,10 +68,13 @@ def outcome(
     Args:
         rule: a choice of federation.aggregate.
         replies: the adapters, by client.
-        good: the figures of the same replies, by client.
+        good: the figures of the same replies, by client; at least one.
         counts: their inactivity counts, summed, where they were asked for.
         bad: how many replies were not used.
         start: when the round began, `time.perf_counter()`.
+
+    Returns:
+        The next adapter with the round's figures; the loss is weighted by rows.
     """
     began = time.perf_counter()
     adapter = aggregate(rule, replies)

@@ -20,12 +20,30 @@ Request = Callable[[Iterable[str]], Envelope]
 
 
 def learning_rate(lr0: float, round: int, rounds: int) -> float:
-    """lr0 · (T − t + 1) / T for round t of T: linear, never 0 (paper section 5.1)."""
+    """The rate of round t of T, lr0 · (T − t + 1) / T: linear, never 0.
+
+    Source: FedPFT, section 5.1.
+
+    Args:
+        lr0: rate of the first round.
+        round: t, from 1.
+        rounds: T.
+
+    Returns:
+        The rate.
+    """
     return lr0 * (rounds - round + 1) / rounds
 
 
 def reply_format(config: Config) -> str:
-    """The format of the adapters clients send back."""
+    """The format of the adapters clients send back.
+
+    Args:
+        config: the run's configuration.
+
+    Returns:
+        wire.adapter-up; where that is `same`, wire.adapter.
+    """
     up = config.wire.adapter_up
     return config.wire.adapter if up == "same" else up
 
@@ -44,6 +62,9 @@ def requests(
         round: the round the messages begin.
         adapter: the adapter to start from, in the wire's format.
         count_rule: how clients are to count inactive neurons; empty = not at all.
+
+    Returns:
+        The function; see `by_need`.
     """
     t, wire = config.train, config.wire
     settings = LocalSettings(
@@ -82,7 +103,7 @@ def by_need(
         make: the message, from the package (or nothing) and the patches that it carries.
 
     Returns:
-        The function.
+        A function from the digests of the sub-FMs that a client has to its sealed message.
     """
     state.patches = useful(state.patches, len(package))
     made: dict[tuple[bool, int], Envelope] = {}
@@ -98,7 +119,18 @@ def by_need(
 
 
 def expected(config: Config, state: State, round: int, sent: Tensors, count_rule: str) -> Expected:
-    """What a good reply of this round looks like; `sent` is the adapter as clients decode it."""
+    """What a good reply of this round looks like.
+
+    Args:
+        config: the run's configuration.
+        state: where the run stands; its package says which neurons can be counted.
+        round: the round asked for.
+        sent: the adapter as clients decode it, float32.
+        count_rule: how clients are to count inactive neurons; empty = no counts are expected.
+
+    Returns:
+        What replies are held against.
+    """
     meta = state.package.meta
     plan = meta.plan
     return Expected(

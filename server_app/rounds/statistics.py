@@ -48,7 +48,14 @@ class Sums(Awaited):
         self.state.have[node.name] = (self.state.digest,)
 
     def total(self) -> Statistics:
-        """The statistics of all rows together; there must be a good reply."""
+        """The statistics of all rows together.
+
+        Returns:
+            The sum over all good replies.
+
+        Raises:
+            ValueError: there is no good reply.
+        """
         return add(self.good[name] for name in sorted(self.good))
 
 

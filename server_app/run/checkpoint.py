@@ -35,9 +35,17 @@ class Saved:
     run: str
 
     def restore(self, models: Models, package: Package) -> State:
-        """Put the state back on FM and proxy; `package` is the freshly pruned one.
+        """Put the state back on FM and proxy.
 
-        Raises RunError when the FM or the plan is not the one the run began with.
+        Args:
+            models: as built, with the proxy pruned and not distilled; they get the run's weights.
+            package: the freshly pruned proxy.
+
+        Returns:
+            The state after the round of the checkpoint.
+
+        Raises:
+            RunError: the FM or the plan is not the one the run began with.
         """
         if not self.frozen.keys() <= package.weights.keys():
             raise RunError("the checkpoint does not fit this model and plan")
@@ -65,7 +73,16 @@ class Checkpoints:
         self.keep = keep
 
     def save(self, state: State, models: Models, events_offset: int) -> None:
-        """Write the state after a round. Raises OSError on a full disk; older ones stay."""
+        """Write the state after a round; a checkpoint of this round that is there is replaced.
+
+        Args:
+            state: what is written, but for what pruning the FM gives again.
+            models: say which of the proxy's weights alignment may have moved.
+            events_offset: length of the event log after this round, bytes.
+
+        Raises:
+            OSError: the disk is full, or the folder cannot be written; older checkpoints stay.
+        """
         frozen = {k: state.package.weights[k] for k in models.trained_names()}
         blobs = {
             "adapter.safetensors": codec.pack(state.adapter),
@@ -97,13 +114,21 @@ class Checkpoints:
             shutil.rmtree(folder, ignore_errors=True)
 
     def all(self) -> list[Path]:
-        """The folders there are, oldest round first."""
+        """The checkpoints there are, whole or corrupt.
+
+        Returns:
+            Their folders, oldest round first.
+        """
         return list(evict.rounds(self.root).values())
 
     def latest(self) -> Saved | None:
-        """The newest checkpoint that reads back whole; None when there is none at all.
+        """The newest checkpoint that reads back whole.
 
-        Raises RunError when there are checkpoints but every one is corrupt.
+        Returns:
+            The checkpoint; None when there is none at all.
+
+        Raises:
+            RunError: there are checkpoints but every one is corrupt.
         """
         folders = self.all()
         for folder in reversed(folders):

@@ -27,7 +27,16 @@ from server_app.run.schema import KINDS, Event
 
 
 def accuracy(share: float, rows: int, loss: float | None = None) -> dict[str, Any]:
-    """The fields of `Scored` for the share of rows labelled right, with its binomial error."""
+    """The fields of `Scored` for the share of rows labelled right, with its binomial error.
+
+    Args:
+        share: rows labelled right over all rows, in [0, 1].
+        rows: rows scored.
+        loss: mean loss over the rows; None where it was not measured.
+
+    Returns:
+        The fields by name, but for `more`; the error is None where there are no rows.
+    """
     error = math.sqrt(max(0.0, share * (1 - share)) / rows) if rows > 0 else None
     return {"metric": "accuracy", "value": share, "error": error, "loss": loss, "rows": rows}
 
@@ -59,7 +68,14 @@ class Entry:
 
 
 def line_of(event: Event) -> dict[str, Any]:
-    """The event's name and fields, as its line has them."""
+    """The event's name and fields, as its line has them.
+
+    Args:
+        event: any event.
+
+    Returns:
+        Values by field, with the name as `event`. Fields that have their default are left out.
+    """
     out: dict[str, Any] = {"event": event.event}
     for f in fields(event):
         value = getattr(event, f.name)
@@ -70,7 +86,14 @@ def line_of(event: Event) -> dict[str, Any]:
 
 
 def event_of(line: Mapping[str, Any]) -> Event | None:
-    """The event a line tells of; None when this version does not know it."""
+    """The event a line tells of.
+
+    Args:
+        line: a line of a log, which may be of an older or newer version.
+
+    Returns:
+        The event, blank in the fields that the line lacks; None when this version does not know it.
+    """
     cls = KINDS.get(line.get("event", ""))
     if cls is None:
         return None
@@ -85,7 +108,14 @@ def event_of(line: Mapping[str, Any]) -> Event | None:
 
 
 def entry_of(line: Mapping[str, Any]) -> Entry | None:
-    """A line with its time and side run; None when this version does not know the event."""
+    """The event a line tells of, with its time and side run.
+
+    Args:
+        line: a line of a log, with its time `t`.
+
+    Returns:
+        The entry; None when this version does not know the event.
+    """
     event = event_of(line)
     return None if event is None else Entry(float(line["t"]), event, str(line.get("arm") or ""))
 
@@ -141,10 +171,14 @@ class EventLog:
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115  # closed by close()
 
     def emit(self, event: Event, arm: str = "") -> None:
-        """Append one event, of the side run `arm` if one is named.
+        """Append one event, with the present time.
+
+        Args:
+            event: what happened.
+            arm: the side run it is of; empty for the main run.
 
         Raises:
-            OSError: The write fails (full disk).
+            OSError: the write fails, as on a full disk.
         """
         line = {"t": round(time.time(), 3)} | line_of(event) | ({"arm": arm} if arm else {})
         if self._file is None:
@@ -155,15 +189,30 @@ class EventLog:
             data = data[self._file.write(data) :]
 
     def tagged(self, arm: str) -> TaggedLog:
-        """A view whose events are of the side run `arm`."""
+        """A view whose events are of the side run `arm`.
+
+        Args:
+            arm: name of the side run.
+
+        Returns:
+            The view, which appends to this log.
+        """
         return TaggedLog(self, arm)
 
     def offset(self) -> int:
-        """Bytes written so far (events, when in memory)."""
+        """How long the log is.
+
+        Returns:
+            Bytes written so far; events, when in memory.
+        """
         return self._file.seek(0, os.SEEK_END) if self._file else len(self.seen)
 
     def rewind(self, offset: int) -> None:
-        """Forget what came after `offset`: a resumed run writes it again."""
+        """Forget what came after `offset`: a resumed run writes it again.
+
+        Args:
+            offset: what :meth:`offset` gave; more than there is changes nothing.
+        """
         if self._file is not None:
             # A log shorter than remembered (power cut) must not be padded with zero bytes.
             self._file.truncate(min(offset, self.offset()))
@@ -196,7 +245,11 @@ class TaggedLog:
         self.log, self.arm = log, arm
 
     def emit(self, event: Event) -> None:
-        """Append one event to the log behind."""
+        """Append one event to the log behind.
+
+        Args:
+            event: what happened in the side run.
+        """
         self.log.emit(event, self.arm)
 
 
@@ -210,7 +263,19 @@ def _drop_torn_tail(path: Path) -> None:
 
 
 def read_events(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (offset after the line, line) for each whole line from byte `offset` on."""
+    """Read the whole lines of a log; a half-written last line is left for later.
+
+    Args:
+        path: the file.
+        offset: where a line begins, bytes.
+
+    Yields:
+        The offset after the line, and the line.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a line is no JSON.
+    """
     with open(path, "rb") as file:
         file.seek(offset)
         for line in file:

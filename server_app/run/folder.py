@@ -29,9 +29,17 @@ class RunFolder:
     def open(config: Config) -> Iterator[RunFolder]:
         """Make or reopen `run.dir`, lock it, save the resolved configuration, open the log.
 
-        A run that was killed before its first checkpoint starts over. Raises UserError when the
-        folder cannot be written, another server is using it, it holds a checkpoint and resume
-        was not asked for, or resume was asked for and it holds no run.
+        A run that was killed before its first checkpoint starts over.
+
+        Args:
+            config: the run's configuration; with an empty run.dir a new folder is made.
+
+        Yields:
+            The folder, which stays locked as long as the block lasts.
+
+        Raises:
+            UserError: the folder cannot be written, another server uses it, it holds a checkpoint
+                and resume was not asked for, or it holds no run and resume was asked for.
         """
         path = Path(config.run.dir).expanduser() if config.run.dir else _new_folder()
         path = path.resolve()

@@ -49,9 +49,15 @@ _OF_SERVER = ("bench.py", "models.py", "phases/load.py", "phases/distil.py")
 
 
 def distil(bench: Bench) -> None:
-    """Distillation of the proxy, or its result from `run.proxy-cache`.
+    """Distil the proxy, or take the result from `run.proxy-cache`.
 
     A cache that cannot be read or written is no reason to fail: the work is then done here.
+
+    Args:
+        bench: its proxy is changed in place; its log gets the same events either way.
+
+    Raises:
+        RunError: the distillation diverges.
     """
     folder = bench.config.run.proxy_cache
     if not folder or not phases.due(bench):

@@ -61,18 +61,36 @@ class Round:
         return self.proxy.value - self.fm.value
 
     def moments(self, figure: str) -> dict[str, float]:
-        """A figure of the agreement events (`cosine`, `relative_l2`) by moment."""
+        """A figure of the agreement events by moment.
+
+        Args:
+            figure: a field of theirs, as `cosine` or `relative_l2`.
+
+        Returns:
+            Its values by moment, where they are known.
+        """
         found = {when: getattr(event, figure) for when, event in self.agreements.items()}
         return {when: value for when, value in found.items() if value is not None}
 
     def latest(self, figure: str) -> float | None:
-        """The figure at the latest moment of this round."""
+        """The figure at the latest moment of this round.
+
+        Args:
+            figure: a field of the agreement events.
+
+        Returns:
+            Its value; None where it is known at no moment.
+        """
         values = self.moments(figure)
         known = [values[m] for m in MOMENTS if m in values]
         return known[-1] if known else None
 
     def alignment_errors(self) -> tuple[float | None, float | None]:
-        """Hidden-state error before and after re-alignment, mean over pruned blocks."""
+        """Hidden-state error before and after re-alignment, mean over pruned blocks.
+
+        Returns:
+            Both means; None where there was no alignment.
+        """
         blocks = self.alignment.blocks if self.alignment else []
         return (
             mean([b.get("error_before") for b in blocks]),
@@ -108,7 +126,14 @@ class Record:
         return [self._rounds[n] for n in sorted(self._rounds)]
 
     def round(self, number: int) -> Round:
-        """A round, which exists from when it is first asked for."""
+        """A round, which exists from when it is first asked for.
+
+        Args:
+            number: the round's; 0 is before the first.
+
+        Returns:
+            The round of this record, which changes as events are added.
+        """
         return self._rounds.setdefault(number, Round(number))
 
     @property
@@ -119,11 +144,23 @@ class Record:
         return self._earlier + self._last - self._start
 
     def bytes(self, direction: str, kind: str) -> int:
-        """Bytes of one kind in one direction over all rounds."""
+        """Bytes of one kind in one direction over all rounds.
+
+        Args:
+            direction: `down` or `up`.
+            kind: what was sent, as the events have it.
+
+        Returns:
+            Their sum.
+        """
         return sum(r.bytes[direction].get(kind, 0) for r in self._rounds.values())
 
     def add(self, entry: Entry) -> None:
-        """Fold one more event. Side runs are left out: their figures are not the run's."""
+        """Fold one more event. Side runs are left out: their figures are not the run's.
+
+        Args:
+            entry: the next one of the log.
+        """
         if entry.arm:
             return
         event, now = entry.event, entry.t
@@ -205,7 +242,14 @@ class Record:
 
 
 def fold(lines: Iterable[Mapping[str, Any]]) -> Record:
-    """The record of a run, from the lines of its log, in order."""
+    """The record of a run.
+
+    Args:
+        lines: the lines of its log, in order. What this version does not know is passed over.
+
+    Returns:
+        What they come to.
+    """
     record = Record()
     for line in lines:
         entry = entry_of(line)
@@ -215,6 +259,13 @@ def fold(lines: Iterable[Mapping[str, Any]]) -> Record:
 
 
 def mean(values: Iterable[Any]) -> float | None:
-    """Mean of those that are known; None where none is."""
+    """Mean of those that are known.
+
+    Args:
+        values: numbers, or None where one is not known.
+
+    Returns:
+        The mean; None where no number is known.
+    """
     known = [float(v) for v in values if v is not None]
     return sum(known) / len(known) if known else None

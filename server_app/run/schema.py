@@ -115,8 +115,14 @@ class Files(Event, name="files"):
 
 
 class BlockSize(TypedDict):
-    """A transformer block of the sub-FM: its number, its state in the plan (`whole`, `pruned`,
-    `dropped`), and the FFN neurons of it and of the FM's."""
+    """A transformer block of the sub-FM.
+
+    Attributes:
+        block: its number in the FM.
+        kind: its state in the plan: `whole`, `pruned` or `dropped`.
+        neurons: FFN neurons it has.
+        fm_neurons: FFN neurons the FM's block has.
+    """
 
     block: int
     kind: str
