@@ -13,7 +13,11 @@ from fedpft_core.errors import RunError, UserError
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Make the parser of the command line, with all commands.
+
+    Returns:
+        A parser whose result has `function`, the command to call with the arguments and a console.
+    """
     main_parser = argparse.ArgumentParser(
         prog="fedpft",
         description="Federated fine-tuning of a foundation model through a compressed proxy.",
@@ -26,7 +30,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status (0 good, 1 failed, 2 bad input, 130 Ctrl-C)."""
+    """Run the command line; a UserError or RunError becomes one sentence on standard error.
+
+    Args:
+        argv: the arguments without the program's name; None takes those of this process.
+
+    Returns:
+        The exit status: 0 good, 1 failed (or the reader of the output went away), 2 bad input, 130
+        interrupted. A run that a signal has ended gives 128 plus the signal's number.
+
+    Raises:
+        SystemExit: the arguments cannot be parsed (status 2), or only help or version was asked
+            for.
+    """
     from rich.console import Console
 
     args = parser().parse_args(argv)

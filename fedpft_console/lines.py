@@ -22,8 +22,8 @@ def lines_for(event: ev.Event, record: Record) -> list[str]:
     """The lines of an event.
 
     Args:
-        event: The event; of most kinds there is nothing to say.
-        record: The run so far, this event included.
+        event: the event; of most kinds there is nothing to say.
+        record: the run so far, this event included.
 
     Returns:
         Lines without their ends.
@@ -65,7 +65,7 @@ def _(event: ev.Nodes, record: Record) -> list[str]:
 
 
 def _scored(event: ev.Scored, record: Record) -> str:
-    """`accuracy 57.1 %`"""
+    """The score in words, as in `accuracy 57.1 %`."""
     return f"{event.metric} {Measure.of(record.task).shown(event.value)}"
 
 
@@ -165,7 +165,14 @@ def _(event: ev.RunFinished, record: Record) -> list[str]:
 
 
 def rounds_planned(record: Record) -> int:
-    """Rounds the run is to have; 0 where that is not known."""
+    """Rounds the run is to have; 0 where that is not known.
+
+    Args:
+        record: the run so far.
+
+    Returns:
+        Rounds as the latest round's start has them, else as the run's start has them.
+    """
     started = [r.started for r in record.rounds if r.started]
     if started:
         return started[-1].rounds
@@ -173,7 +180,14 @@ def rounds_planned(record: Record) -> int:
 
 
 def seconds_left(record: Record) -> float | None:
-    """Time the rounds to come will take, by those that are done; None before the first is."""
+    """Time the rounds to come will take, by those that are done; None before the first is.
+
+    Args:
+        record: the run so far.
+
+    Returns:
+        Seconds, with evaluation and alignment included as soon as two rounds are done.
+    """
     done = [r for r in record.rounds if r.finished and r.ended is not None]
     if not done:
         return None

@@ -48,7 +48,12 @@ class Follower:
         return self.record.reason
 
     def new(self) -> list[Entry]:
-        """Events written since the last call."""
+        """Read the events written since the last call, and add them to the record.
+
+        Returns:
+            The events in order, whatever side run they are of; those of kinds that are not known
+            are left out.
+        """
         if not self.path.exists() or not self._begun():
             return []
         entries: list[Entry] = []
@@ -113,14 +118,23 @@ class View:
             self._bars = None
 
     def note(self, text: str) -> None:
-        """Say what is being waited for before events arrive."""
+        """Say what is being waited for before events arrive.
+
+        Args:
+            text: a few words, such as `starting Flower`.
+        """
         if self._bars:
             self._bar("note", text, None, 0, "")
         else:
             self.line(text)
 
     def line(self, text: str, now: float | None = None) -> None:
-        """Print one permanent line, with the seconds since the start."""
+        """Print one permanent line, with the seconds since the start; nothing when quiet.
+
+        Args:
+            text: the line without its end.
+            now: when it happened, in Unix seconds; None for now.
+        """
         if self.quiet:
             return
         stamp = f"{(now or time.time()) - self._start:6.1f}s  "
@@ -128,7 +142,11 @@ class View:
         self.console.print(printed, soft_wrap=True)
 
     def show(self, entry: Entry) -> None:
-        """Show one event."""
+        """Show one event: as a bar, as lines, or not at all.
+
+        Args:
+            entry: the event with its time; of side runs only warnings are shown.
+        """
         event = entry.event
         if entry.arm and not isinstance(event, ev.Warned):
             return  # a side run: its phase has a bar of its own

@@ -27,7 +27,14 @@ BASELINES = {
 
 
 def human_bytes(count: float) -> str:
-    """1234567 → `1.2 MB` (powers of 1000)."""
+    """1234567 → `1.2 MB` (powers of 1000).
+
+    Args:
+        count: bytes.
+
+    Returns:
+        Text with its unit, up to GB.
+    """
     for unit in ("B", "kB", "MB"):
         if abs(count) < 999.95:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -36,7 +43,14 @@ def human_bytes(count: float) -> str:
 
 
 def human_count(count: float) -> str:
-    """22713216 → `22.7M`."""
+    """22713216 → `22.7M`.
+
+    Args:
+        count: how many there are.
+
+    Returns:
+        Text, with k, M or G for powers of 1000.
+    """
     if abs(count) < 1000:
         return f"{count:.0f}"
     for unit in ("k", "M"):
@@ -47,7 +61,14 @@ def human_count(count: float) -> str:
 
 
 def human_seconds(seconds: float) -> str:
-    """75.2 → `1 min 15 s`."""
+    """75.2 → `1 min 15 s`.
+
+    Args:
+        seconds: a duration.
+
+    Returns:
+        Text in seconds, minutes or hours; `?` where it is not finite.
+    """
     if not math.isfinite(seconds):
         return "?"
     if seconds < 9.95:
@@ -61,12 +82,27 @@ def human_seconds(seconds: float) -> str:
 
 
 def percent(share: float | None) -> str:
-    """0.5713 → `57.1 %`; nothing to show is a dash."""
+    """0.5713 → `57.1 %`; nothing to show is a dash.
+
+    Args:
+        share: a share in [0, 1], None where it is not known.
+
+    Returns:
+        Text with one decimal.
+    """
     return "-" if share is None or not math.isfinite(share) else f"{100 * share:.1f} %"
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """A number with so many significant digits; anything else is a dash."""
+    """A number with so many significant digits; anything else is a dash.
+
+    Args:
+        value: a number, or whatever stands where there is none.
+        digits: significant digits.
+
+    Returns:
+        Text; a dash for None, NaN, infinity and anything that is no number.
+    """
     if not isinstance(value, int | float) or not math.isfinite(value):
         return "-"
     return f"{value:.{digits}g}"
@@ -95,7 +131,14 @@ class Measure:
 
     @staticmethod
     def of(task: _Task | None) -> Measure:
-        """The metric that a task event names."""
+        """The metric that a task event names.
+
+        Args:
+            task: a task event, None before there is one.
+
+        Returns:
+            Its metric; accuracy for None.
+        """
         return Measure(task.metric, task.higher_is_better, task.share) if task else Measure()
 
     @property
@@ -114,36 +157,95 @@ class Measure:
         return f"{self.name}, points" if self.share else self.name
 
     def scaled(self, value: float) -> float:
-        """A value, or a difference of two, as tables show it: shares times 100."""
+        """A value, or a difference of two, as tables show it: shares times 100.
+
+        Args:
+            value: a value of the metric, or a difference of two.
+
+        Returns:
+            Percent or points for a share, else the value itself.
+        """
         return 100 * value if self.share else value
 
     def plain(self, scaled: float, sign: str = "") -> str:
-        """A scaled figure without its unit; `sign` is "+" for differences."""
+        """A scaled figure without its unit.
+
+        Args:
+            scaled: a figure that `scaled` has made.
+            sign: "+" for differences, which then show their sign.
+
+        Returns:
+            Text, with one decimal for shares and three significant digits otherwise.
+        """
         return f"{scaled:{sign}.1f}" if self.share else f"{scaled:{sign}.3g}"
 
     def shown(self, value: float | None) -> str:
-        """A value with its unit: `57.1 %` or `0.571`; nothing to show is a dash."""
+        """A value with its unit: `57.1 %` or `0.571`; nothing to show is a dash.
+
+        Args:
+            value: a value of the metric, unscaled; None where it is not known.
+
+        Returns:
+            Text; a dash for None, NaN and infinity.
+        """
         return percent(value) if self.share else number(value)
 
     def spread(self, value: float, error: float | None) -> str:
-        """A value with its standard error: `57.1 ± 1.6 %` or `0.571 ± 0.016`."""
+        """A value with its standard error: `57.1 ± 1.6 %` or `0.571 ± 0.016`.
+
+        Args:
+            value: a value of the metric, unscaled.
+            error: its standard error in the same unit; None leaves it out.
+
+        Returns:
+            Text, with the unit once, at its end.
+        """
         unit = " %" if self.share else ""
         form = ".1f" if self.share else ".2g"
         around = "" if error is None else f" ± {self.scaled(error):{form}}"
         return f"{self.plain(self.scaled(value))}{around}{unit}"
 
     def difference(self, value: float) -> str:
-        """A difference of two values, in points where they are shares: `+10.0` or `-0.125`."""
+        """A difference of two values, in points where they are shares: `+10.0` or `-0.125`.
+
+        Args:
+            value: a difference of two values, unscaled.
+
+        Returns:
+            Text with its sign, without a unit.
+        """
         return self.plain(self.scaled(value), "+")
 
     def reached(self, value: float, target: float) -> bool:
-        """Whether a value is as good as a target."""
+        """Whether a value is as good as a target.
+
+        Args:
+            value: a value of the metric.
+            target: the value to reach, in the same unit.
+
+        Returns:
+            True also where both are equal.
+        """
         return value >= target if self.higher_is_better else value <= target
 
     def worst(self, values: Iterable[float]) -> float:
-        """The worst of some values, or of some differences to a reference."""
+        """The worst of some values, or of some differences to a reference.
+
+        Args:
+            values: at least one, all in one unit.
+
+        Returns:
+            The smallest, or the largest where lower is better.
+        """
         return min(values) if self.higher_is_better else max(values)
 
     def rank(self, value: float) -> float:
-        """A number that is the larger the better the value is."""
+        """A number that is the larger the better the value is.
+
+        Args:
+            value: a value of the metric, or a difference of two.
+
+        Returns:
+            The value, negated where lower is better.
+        """
         return value if self.higher_is_better else -value

@@ -8,7 +8,11 @@ from fedpft_console.compare import command
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the parser."""
+    """Add the command to the parser.
+
+    Args:
+        commands: the subparsers of `fedpft`, to which `compare` is added.
+    """
     grid = commands.add_parser(
         "compare", help="run a grid of methods, data and seeds in process, and report on it"
     )

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the parser."""
+    """Add the command to the parser.
+
+    Args:
+        commands: the subparsers of `fedpft`, to which `config` is added.
+    """
     show = commands.add_parser("config", help="list all configuration keys")
     show.add_argument("--format", choices=("table", "markdown", "toml", "yaml"), default="table")
     show.add_argument(
@@ -29,7 +33,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def key_rows() -> list[tuple[str, str, str, str, str]]:
-    """(key, type, default, allowed, meaning) of every key."""
+    """List every key as a row of words.
+
+    Returns:
+        (key, type, default in TOML, allowed values, meaning) of each key, in the order of the
+        sections.
+    """
     return [
         (k.name, k.type.__name__, _shown(k.default), k.allowed, k.doc)
         for k in config.keys().values()
@@ -43,12 +52,20 @@ def _shown(value: Scalar) -> str:
 
 
 def config_toml() -> str:
-    """The body of pyproject's `[tool.flwr.app.config]`."""
+    """The body of pyproject's `[tool.flwr.app.config]`.
+
+    Returns:
+        A line `key = default` for each key.
+    """
     return "".join(f"{k.name} = {_shown(k.default)}\n" for k in config.keys().values())
 
 
 def config_markdown() -> str:
-    """docs/config.md."""
+    """The text of docs/config.md: every key in a table, a table for each section.
+
+    Returns:
+        Markdown, which ends with a newline.
+    """
     lines = [
         "# Configuration",
         "",
@@ -70,7 +87,18 @@ def config_markdown() -> str:
 
 
 def replace_config(pyproject: str, body: str) -> str:
-    """Put `body` under `[tool.flwr.app.config]` of a pyproject.toml, leaving the rest alone."""
+    """Put `body` under `[tool.flwr.app.config]` of a pyproject.toml, leaving the rest alone.
+
+    Args:
+        pyproject: text of the pyproject.toml.
+        body: lines `key = value`, each with its end, in place of those that are there.
+
+    Returns:
+        The new text; the sections that follow stay as they are.
+
+    Raises:
+        UserError: the text has no such section.
+    """
     head = "[tool.flwr.app.config]\n"
     before, found, after = pyproject.partition(head)
     if not found:
@@ -82,7 +110,19 @@ def replace_config(pyproject: str, body: str) -> str:
 
 
 def command(args: argparse.Namespace, console: Console) -> int:
-    """List the keys, or regenerate (or check) the files made from the list."""
+    """List the keys, or regenerate (or check) the files made from the list.
+
+    Args:
+        args: `write` and `check` (what to do with the files of a checkout), else `format`.
+        console: where the table is printed; the other formats go to standard output.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        UserError: --write or --check is given outside the root of a checkout.
+        RunError: --check finds a file that --write would change.
+    """
     if args.write or args.check:
         root = Path.cwd()
         project = root / "pyproject.toml"

@@ -28,7 +28,21 @@ _LEAST_FREE_BYTES = 200_000_000
 
 
 def resume_config(folder: Path, changes: Mapping[str, Any]) -> dict[str, Scalar]:
-    """The saved configuration of a run folder, set to continue; refuses contradicting keys."""
+    """The saved configuration of a run folder, set to continue.
+
+    Keys that change neither the model nor what has been drawn at random may be changed.
+
+    Args:
+        folder: the run folder to continue in.
+        changes: values by dotted key, as the command line gives them.
+
+    Returns:
+        Every key with its value, `run.resume` true, and `run.stop-after` cleared unless given anew.
+
+    Raises:
+        UserError: the folder is no run folder, a key or value is bad, or a change contradicts the
+            saved configuration.
+    """
     if not folder.is_dir():
         raise UserError(f"--resume {folder}: no such run folder.")
     if not (folder / CONFIG_FILE).is_file():
@@ -48,7 +62,18 @@ def resume_config(folder: Path, changes: Mapping[str, Any]) -> dict[str, Scalar]
 
 
 def choose_folder(flag: str | None, key: Any) -> Path:
-    """The run folder, absolute: --run-dir, else run.dir, else a new one below ./runs."""
+    """The run folder, absolute: --run-dir, else run.dir, else a new one below ./runs.
+
+    Args:
+        flag: value of --run-dir; None or empty where it is not given.
+        key: value of the key `run.dir`, empty where it is not set.
+
+    Returns:
+        The folder, which need not exist yet.
+
+    Raises:
+        UserError: flag and key name different folders.
+    """
     if flag and key and Path(flag).absolute() != Path(str(key)).absolute():
         raise UserError(f"--run-dir {flag} contradicts run.dir = {key}.")
     given = flag or key
@@ -59,7 +84,17 @@ def choose_folder(flag: str | None, key: Any) -> Path:
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turn a failing write into one sentence naming the folder."""
+    """Turn a failing write into one sentence naming the folder.
+
+    Args:
+        folder: the run folder that the error names.
+
+    Yields:
+        Nothing; the block does the writing.
+
+    Raises:
+        UserError: the block raised an OSError.
+    """
     try:
         yield
     except OSError as error:
@@ -68,7 +103,14 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def create_folder(folder: Path) -> None:
-    """Make a new run folder; refuse one that holds something, is unwritable or has no room."""
+    """Make a new run folder, with those above it.
+
+    Args:
+        folder: where it is to be; an empty folder that is there will do.
+
+    Raises:
+        UserError: the folder holds something, cannot be written to, or has too little room.
+    """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
@@ -78,7 +120,14 @@ def create_folder(folder: Path) -> None:
 
 
 def check_room(folder: Path) -> None:
-    """Refuse a folder that cannot be written to or has no room for checkpoints."""
+    """Refuse a folder that cannot be written to or has no room for checkpoints.
+
+    Args:
+        folder: the run folder, which must exist; a small file is written to it and removed.
+
+    Raises:
+        UserError: the folder cannot be written to, or less than 200 MB of its disk are free.
+    """
     with writing(folder):
         probe = folder / f".probe-{os.getpid()}"
         probe.write_bytes(b"x" * 4096)
@@ -92,11 +141,27 @@ def check_room(folder: Path) -> None:
 
 
 def save_config(folder: Path, flat: Mapping[str, Scalar]) -> None:
-    """Write the resolved configuration as YAML, whole or not at all."""
+    """Write the resolved configuration as YAML, whole or not at all.
+
+    Args:
+        folder: the run folder, which must exist.
+        flat: every key with its value.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     with writing(folder):
         config.write_yaml(folder / CONFIG_FILE, flat)
 
 
 def locked(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Hold the run folder, so that two commands never write the same run."""
+    """Hold the run folder, so that two commands never write the same run.
+
+    Args:
+        folder: the run folder, which must exist.
+
+    Returns:
+        A context manager that holds the folder while its block runs; entering it raises UserError
+        when another command or a server is at work in the folder.
+    """
     return lock.run_folder(folder, "command", f"the run folder {folder} is in use by another run.")

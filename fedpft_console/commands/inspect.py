@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the parser."""
+    """Add the command to the parser.
+
+    Args:
+        commands: the subparsers of `fedpft`, to which `inspect` is added.
+    """
     look = commands.add_parser(
         "inspect",
         parents=[settings.arguments()],
@@ -29,7 +33,18 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def command(args: argparse.Namespace, console: Console) -> int:
-    """Print sizes and costs of the foundation model and its proxy."""
+    """Print sizes and costs of the foundation model and its proxy.
+
+    Args:
+        args: `config` and `override` (the keys), and `json` for a description that nodes can read.
+        console: where the tables are printed; JSON goes to standard output.
+
+    Returns:
+        The exit status, 0.
+
+    Raises:
+        UserError: a key is bad, or a file that a key names is missing.
+    """
     flat = settings.absolute_files(config.to_flat(config.from_flat(settings.collect(args))))
     from fedpft_core.proxy.cost import inspect
 

@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the parser."""
+    """Add the command and its one action, `check`, to the parser.
+
+    Args:
+        commands: the subparsers of `fedpft`, to which `node` is added.
+    """
     node = commands.add_parser("node", help="look after a node of a federation")
     actions = node.add_subparsers(dest="action", required=True, metavar="ACTION")
     check = actions.add_parser(
@@ -42,7 +46,19 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def command(args: argparse.Namespace, console: Console) -> int:
-    """Look at everything a node needs; status 1 when something is not as it must be."""
+    """Look at everything a node needs, and print each finding.
+
+    Args:
+        args: what a node is given, by the names of the options; `json` prints JSON instead of a
+            table.
+        console: where the table is printed; JSON goes to standard output.
+
+    Returns:
+        The exit status: 1 when something is not as it must be, else 0.
+
+    Raises:
+        UserError: --insecure and --root-certificates are both given.
+    """
     from client_app.check import findings
     from client_app.check import node as check
 

@@ -35,7 +35,11 @@ if TYPE_CHECKING:
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command to the parser."""
+    """Add the command to the parser.
+
+    Args:
+        commands: the subparsers of `fedpft`, to which `run` is added.
+    """
     run = commands.add_parser(
         "run", parents=[settings.arguments()], help="run a federation and report on it"
     )
@@ -50,7 +54,22 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def command(args: argparse.Namespace, console: Console) -> int:
-    """Run, and print the outcome."""
+    """Run a federation, or continue one, and print the outcome.
+
+    Args:
+        args: the keys (`config`, `override`), where to run (`run_dir`, `resume`, `superlink`),
+            `quiet`.
+        console: where folder, progress and outcome are printed; what went wrong goes to standard
+            error.
+
+    Returns:
+        The exit status: 0 when the run has ended well, 1 when it failed, 130 when it was
+        interrupted, 128 plus the signal's number when it was terminated.
+
+    Raises:
+        UserError: --run-dir and --resume are both given, a key is bad, or the folder cannot be
+            used.
+    """
     given = settings.collect(args)
     remote = args.superlink is not None
     if args.resume:

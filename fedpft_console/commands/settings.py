@@ -17,7 +17,11 @@ _MAYBE_FILE_KEYS = ("model.name", "data.labels")
 
 
 def arguments() -> argparse.ArgumentParser:
-    """The arguments of every command that takes configuration keys, as a parent parser."""
+    """The arguments of every command that takes configuration keys, as a parent parser.
+
+    Returns:
+        A parser without help, to be named among the `parents` of the command's own.
+    """
     keys = argparse.ArgumentParser(add_help=False)
     keys.add_argument("--config", metavar="FILE", help="YAML or TOML file with configuration keys")
     keys.add_argument(
@@ -28,7 +32,17 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def collect(args: argparse.Namespace) -> dict[str, Any]:
-    """Keys given by --config, then by every -c in order; later ones win."""
+    """Gather the keys given by --config, then by every -c in order; later ones win.
+
+    Args:
+        args: `config`, a file or None, and `override`, the texts of each -c or None.
+
+    Returns:
+        Values by dotted key, only of keys that are given, not checked yet.
+
+    Raises:
+        UserError: the file cannot be read, or a text is not of the form `key=value`.
+    """
     flat: dict[str, Any] = {}
     if args.config:
         flat |= config.read_file(Path(args.config).expanduser())
@@ -38,7 +52,17 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def absolute_files(flat: Mapping[str, Scalar]) -> dict[str, Scalar]:
-    """Make file names absolute, since the run works in another folder; refuse missing files."""
+    """Make file names absolute, since the run works in another folder.
+
+    Args:
+        flat: every key with its value.
+
+    Returns:
+        A copy of it; `builtin:` data and names that are no file here (a model's) stay as they are.
+
+    Raises:
+        UserError: a data file does not exist.
+    """
     out = dict(flat)
     for name in _FILE_KEYS + _MAYBE_FILE_KEYS:
         value = str(flat[name])

@@ -44,7 +44,11 @@ class Cell:
         return {k: v for k, v in full.items() if k not in NO_RESULT}
 
     def digest(self) -> str:
-        """Name of the cell's run folder: a hash of `resolved`."""
+        """Name of the cell's run folder: a hash of `resolved`.
+
+        Returns:
+            16 hexadecimal digits, equal for cells that compute the same.
+        """
         return hashlib.sha256(json.dumps(self.resolved, sort_keys=True).encode()).hexdigest()[:16]
 
     def find(self, rows: Iterable[Row]) -> Row | None:
@@ -52,16 +56,36 @@ class Cell:
 
         Keys that did not exist when the row was written count as `_ABSENT` says: what was
         computed before is still what it was.
+
+        Args:
+            rows: results, of this experiment or any other.
+
+        Returns:
+            The first such result that has not failed; None where the cell is still to be run.
         """
         return next((r for r in rows if "failed" not in r and self.same(r)), None)
 
     def failure(self, rows: Iterable[Row]) -> Row | None:
-        """The latest failed run of this very configuration, if there is one."""
+        """The latest failed run of this very configuration, if there is one.
+
+        Args:
+            rows: results in file order.
+
+        Returns:
+            The result, whose `failed` says why; None where no such run failed.
+        """
         failed = [r for r in rows if "failed" in r and self.same(r)]
         return failed[-1] if failed else None
 
     def same(self, row: Row) -> bool:
-        """Whether a row is of this configuration."""
+        """Whether a row is of this configuration.
+
+        Args:
+            row: a result, finished or failed.
+
+        Returns:
+            True where no key that decides what is computed differs.
+        """
         # What differs most between cells is looked at first: tables ask this of all pairs.
         then = row["config"]
         if any(then.get(k) != self.resolved[k] for k in ("run.seed", "train.lr")):
@@ -69,7 +93,15 @@ class Cell:
         return not self.differs(row)
 
     def differs(self, row: Row) -> dict[str, tuple[Any, Any]]:
-        """Keys in which a row's configuration is not this cell's: (in the row, here)."""
+        """Keys in which a row's configuration is not this cell's.
+
+        Args:
+            row: a result, finished or failed.
+
+        Returns:
+            By key, (in the row, here): a key that the row is older than counts as `_ABSENT` says,
+            one that is no more is None here. Empty where both compute the same.
+        """
         then = row["config"]
         out = {
             k: (v, self.resolved.get(k))
@@ -83,7 +115,11 @@ class Cell:
         }
 
     def title(self) -> str:
-        """What a person calls it."""
+        """What a person calls it.
+
+        Returns:
+            Data set, partition, method, seed and learning rate.
+        """
         where = f"{self.dataset}/{self.partition}" if self.partition else self.dataset
         return f"{where} {self.method} seed {self.seed} lr {self.lr:g}"
 
@@ -108,7 +144,14 @@ class Point:
         return self.dataset, self.partition
 
     def matches(self, patterns: Sequence[str]) -> bool:
-        """Whether a pattern METHOD[/DATASET[/PARTITION]], with wildcards, names it."""
+        """Whether a pattern METHOD[/DATASET[/PARTITION]], with wildcards, names it.
+
+        Args:
+            patterns: patterns of one to three parts; a part that is left out allows everything.
+
+        Returns:
+            True where one of them fits.
+        """
         names = (self.method, self.dataset, self.partition)
         return any(
             all(fnmatchcase(n, p) for n, p in zip(names, pattern.split("/"), strict=False))
@@ -117,19 +160,41 @@ class Point:
 
 
 def shown(value: Any) -> str:
-    """A configuration value as tables show it."""
+    """A configuration value as tables show it.
+
+    Args:
+        value: a scalar of the configuration.
+
+    Returns:
+        Text; `(none)` for an empty one.
+    """
     if isinstance(value, bool):
         return "true" if value else "false"
     return f"{value:g}" if isinstance(value, float) else str(value) or "(none)"
 
 
 def measure_of(row: Row) -> Measure:
-    """The metric that a result's values are of; rows older than its name have accuracy."""
+    """The metric that a result's values are of; rows older than its name have accuracy.
+
+    Args:
+        row: a result.
+
+    Returns:
+        The metric, by which values are scaled, shown and compared.
+    """
     return Measure(**row.get("metric", {}))
 
 
 def best_rate(rows: Sequence[Row]) -> float | None:
-    """The learning rate at which the product is best on validation rows, lowest on a tie."""
+    """The learning rate at which the product is best on validation rows, lowest on a tie.
+
+    Args:
+        rows: results of a line at its first seed, one for each learning rate.
+
+    Returns:
+        The rate; None where nothing has finished, or there are several results and none has a value
+        on validation rows.
+    """
     done = [r for r in rows if "failed" not in r]
     good = [r for r in done if r.get("fm_validation") is not None]
     if not good:

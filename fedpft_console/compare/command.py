@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """Add the command's arguments.
+
+    Args:
+        parser: the parser of `fedpft compare`.
+    """
     parser.add_argument("experiment", metavar="FILE", nargs="+", help="experiment file (YAML)")
     parser.add_argument(
         "--results", metavar="DIR", help="results folder (default: beside the file, of its name)"
@@ -52,7 +56,19 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(args: argparse.Namespace, console: Console) -> int:
-    """Returns 1 when a cell failed or a table is stale. Raises UserError with one sentence."""
+    """Run experiments, or make or check what is made of their cells.
+
+    Args:
+        args: as `arguments` declares them.
+        console: where progress is printed; tables go to standard output.
+
+    Returns:
+        The exit status: 1 when a cell failed or a table is stale, else 0.
+
+    Raises:
+        UserError: an experiment file is bad, an option does not fit, or the results folder cannot
+            be read, held or written.
+    """
     from fedpft_console.compare import tables
 
     if args.results and len(args.experiment) > 1:
@@ -101,7 +117,19 @@ def _run(
 
 
 def selected(points: list[Point], only: list[str] | None, part: str | None) -> list[Point]:
-    """The lines that --only and --part leave. Raises UserError when nothing is left."""
+    """The lines that --only and --part leave.
+
+    Args:
+        points: all lines of the experiment, in order.
+        only: patterns METHOD[/DATASET[/PARTITION]]; None or empty keeps all lines.
+        part: I/N, for every N-th of those lines beginning with the I-th; None or empty keeps all.
+
+    Returns:
+        The lines, in their order; empty where a part has none.
+
+    Raises:
+        UserError: a pattern names nothing, or `part` is not of the form I/N with I from 1 to N.
+    """
     if only:
         for pattern in only:
             if not any(p.matches([pattern]) for p in points):
@@ -132,7 +160,15 @@ def _write(experiment: Experiment, results: Results) -> None:
 
 
 def texts(experiment: Experiment, results: Results) -> list[tuple[str, str]]:
-    """The files that are committed beside the cells, and checked."""
+    """The files that are committed beside the cells, and checked.
+
+    Args:
+        experiment: which lines there are.
+        results: the cells run so far.
+
+    Returns:
+        (file name, content) of table.md and table.csv; equal cells give equal texts.
+    """
     from fedpft_console.compare import table_csv, tables
 
     return [

@@ -43,7 +43,12 @@ class Experiment:
     _cells: dict[Any, Cell] = field(default_factory=dict, repr=False, compare=False)
 
     def points(self) -> list[Point]:
-        """The lines of the tables, in order."""
+        """The lines of the tables, in order: by data set, partition, method, and point of the grid.
+
+        Returns:
+            Each line once; a method that sets a key of the grid itself has one line for all its
+            values.
+        """
         combos = [
             dict(zip(self.grid, values, strict=True))
             for values in itertools.product(*self.grid.values())
@@ -57,7 +62,19 @@ class Experiment:
         return list(out)
 
     def cell(self, point: Point, seed: int, lr: float | None) -> Cell:
-        """A run of a line; `lr` None leaves the rate to the keys."""
+        """A run of a line.
+
+        Args:
+            point: a line of the tables.
+            seed: the run's seed.
+            lr: its learning rate; None leaves the rate to the keys.
+
+        Returns:
+            The cell, the same object for the same arguments.
+
+        Raises:
+            UserError: its keys make no configuration.
+        """
         key = (point, seed, lr)
         if key not in self._cells:
             self._cells[key] = self._cell(point, seed, lr)
@@ -78,12 +95,27 @@ class Experiment:
         return Cell(point.method, point.dataset, seed, config.train.lr, flat, point.partition)
 
     def first(self, point: Point) -> list[Cell]:
-        """The cells on which a line's learning rate is chosen: the first seed at every rate."""
+        """The cells on which a line's learning rate is chosen: the first seed at every rate.
+
+        Args:
+            point: a line of the tables.
+
+        Returns:
+            A cell for each rate of the line's place; one, whose rate the keys say, where there is
+            no list.
+        """
         rates: Sequence[float | None] = self.rates.get(point.place) or (None,)
         return [self.cell(point, self.seeds[0], lr) for lr in rates]
 
     def seeds_of(self, point: Point) -> tuple[int, ...]:
-        """The seeds of a line, the one that chooses its rate first."""
+        """The seeds of a line, the one that chooses its rate first.
+
+        Args:
+            point: a line of the tables.
+
+        Returns:
+            `seeds`, then those of each entry of `more-seeds` that names the line; each once.
+        """
         out = dict.fromkeys(self.seeds)
         for more in self.more_seeds:
             axes = zip(("methods", "datasets", "partitions"),
@@ -93,7 +125,16 @@ class Experiment:
         return tuple(out)
 
     def chosen(self, point: Point, rows: Sequence[Row]) -> dict[int, Row]:
-        """By seed, the finished cells of a line at the rate chosen on validation rows."""
+        """By seed, the finished cells of a line at the rate chosen on validation rows.
+
+        Args:
+            point: a line of the tables.
+            rows: results, finished and failed.
+
+        Returns:
+            Results by seed, only of seeds that have finished; empty where no rate can be chosen
+            yet.
+        """
         first = [found for cell in self.first(point) if (found := cell.find(rows))]
         best = best_rate(first)
         if best is None:
@@ -102,7 +143,11 @@ class Experiment:
         return {seed: row for seed, row in cells.items() if row}
 
     def check(self) -> None:
-        """Resolve every cell; raises UserError for a bad key or methods that cannot be compared."""
+        """Resolve a cell of every line at every rate, and compare what methods must have alike.
+
+        Raises:
+            UserError: a key is bad, or methods of one place cannot be compared.
+        """
         for (dataset, partition), points in _by_place(self.points()):
             where = "/".join(filter(None, (dataset, partition)))
             first: dict[tuple[Any, ...], tuple[str, dict[str, Any]]] = {}
@@ -126,6 +171,13 @@ def _budget(flat: Mapping[str, Any]) -> dict[str, Any]:
     """What methods must have in common, by key.
 
     A single client is the centralised reference point, which has no federation to be alike in.
+
+    Args:
+        flat: every key that decides what a cell computes, with its value.
+
+    Returns:
+        Values by key; under `train.local-steps` the steps or epochs of the whole run, with their
+        unit.
     """
     out = {k: v for k, v in flat.items() if k.startswith(_EQUAL_SECTIONS) or k in _EQUAL_KEYS}
     if flat["federation.clients"] == 1:

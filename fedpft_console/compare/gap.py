@@ -1,5 +1,8 @@
-"""What goes with the plug-in gap: figures of single runs against sub-FM minus plugged-in FM, whose
-head is as trained: refitting it (plug.refit) is a remedy for what is studied here."""
+"""What goes with the plug-in gap: figures of single runs against the gap.
+
+The gap is sub-FM minus plugged-in FM whose head is as trained: refitting it (plug.refit) is a
+remedy for what is studied here.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,16 @@ PREDICTORS = (
 
 
 def runs(experiment: Experiment, rows: Sequence[Row], found: Sequence[Line]) -> list[Run]:
-    """Every finished run with a sub-FM behind the lines, at every learning rate, once."""
+    """Every finished run with a sub-FM behind the lines, at every learning rate, once.
+
+    Args:
+        experiment: says at which rates each line was tried.
+        rows: results, finished and failed.
+        found: lines of the tables; reference points among them have no runs.
+
+    Returns:
+        The runs; those whose clients hold the FM itself (`plan.proxy` is `full`) are left out.
+    """
     out: dict[int, Run] = {}
     for line in found:
         if not line.trained:
@@ -75,7 +87,15 @@ def runs(experiment: Experiment, rows: Sequence[Row], found: Sequence[Line]) -> 
 
 
 def dots(some: Sequence[Run], predictor: Predictor) -> list[Dot]:
-    """The runs that have both figure and gap."""
+    """The runs that have both figure and gap.
+
+    Args:
+        some: runs of one experiment.
+        predictor: the figure to hold against the gap.
+
+    Returns:
+        A dot for each; the gap is in points for shares, in the metric's unit otherwise.
+    """
     out = []
     for run in some:
         x, y = predictor.of(run.row), gap_as_trained(run.row)
@@ -86,7 +106,15 @@ def dots(some: Sequence[Run], predictor: Predictor) -> list[Dot]:
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, float] | None:
-    """Spearman's rank correlation and its p-value; None below four runs or without spread."""
+    """Spearman's rank correlation and its p-value; None below four runs or without spread.
+
+    Args:
+        x: a figure of each run.
+        y: another figure of the same runs, in the same order.
+
+    Returns:
+        ρ in [-1, 1] and p in [0, 1].
+    """
     if len(x) < 4 or len(set(x)) < 2 or len(set(y)) < 2:
         return None
     from scipy import stats
@@ -96,7 +124,14 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, float] |
 
 
 def correlations(found: Sequence[Dot]) -> list[tuple[str, int, float, float]]:
-    """(where, runs, ρ, p) over all runs and, where there are several, on each place alone."""
+    """Rank correlations over all runs and, where there are several places, on each place alone.
+
+    Args:
+        found: dots of one predictor.
+
+    Returns:
+        (where, runs, ρ, p), `all` first; parts that are too small for a correlation are left out.
+    """
     places = list(dict.fromkeys(d.place for d in found))
     parts = {"all": list(found)}
     if len(places) > 1:
@@ -110,12 +145,26 @@ def correlations(found: Sequence[Dot]) -> list[tuple[str, int, float, float]]:
 
 
 def p_value(p: float) -> str:
-    """As papers write it."""
+    """A p-value with its relation sign, as papers write it.
+
+    Args:
+        p: the p-value, in [0, 1].
+
+    Returns:
+        `< 0.001` or `= ` with two significant digits.
+    """
     return "< 0.001" if p < 0.001 else f"= {p:.2g}"
 
 
 def sheet(some: Sequence[Run]) -> Sheet:
-    """The correlations as a table."""
+    """The correlations of every predictor as a table.
+
+    Args:
+        some: runs of one experiment.
+
+    Returns:
+        The table, without rows where there is no correlation.
+    """
     out = []
     for predictor in PREDICTORS:
         for where, n, rho, p in correlations(dots(some, predictor)):

@@ -19,28 +19,58 @@ _ASIDE = ("undistilled",)
 
 
 def score(row: Row, model: str) -> float | None:
-    """Value of `fm` or `proxy` at the end, on the rows the run was scored on.
+    """Value of a model at the end, on the rows the run was scored on.
 
     Shares are in points, here and in all that is made of it.
+
+    Args:
+        row: a result.
+        model: `fm`, `proxy` or `fm-as-trained`.
+
+    Returns:
+        The value; None where the run has none.
     """
     value = row.get(f"{model}_{row['config'].get('run.eval-split', 'test')}")
     return None if value is None else measure_of(row).scaled(value)
 
 
 def gap(row: Row) -> float | None:
-    """Plug-in gap: sub-FM minus plugged-in FM."""
+    """Plug-in gap: sub-FM minus plugged-in FM.
+
+    Args:
+        row: a result.
+
+    Returns:
+        A difference in points for shares; None where a score is missing.
+    """
     fm, proxy = score(row, "fm"), score(row, "proxy")
     return None if fm is None or proxy is None else proxy - fm
 
 
 def gap_as_trained(row: Row) -> float | None:
-    """Plug-in gap of the FM whose head is as clients left it."""
+    """Plug-in gap of the FM whose head is as clients left it.
+
+    Args:
+        row: a result.
+
+    Returns:
+        The gap; where the run has no such score, since its head was not changed, that of its FM.
+    """
     trained, proxy = score(row, "fm-as-trained"), score(row, "proxy")
     return gap(row) if trained is None or proxy is None else proxy - trained
 
 
 def rounds_to(row: Row, target: float | None) -> float | None:
-    """The first round whose plugged-in FM reached `target`; inf if none did."""
+    """The first round whose plugged-in FM reached `target`; inf if none did.
+
+    Args:
+        row: a result.
+        target: a value of the metric as the configuration has it, a share in [0, 1]; None for no
+            target.
+
+    Returns:
+        The round's number; None where there is no target or no scored round.
+    """
     scored = [(n, fm) for n, _, fm in row.get("curve", ()) if fm is not None]
     if target is None or not scored:
         return None
@@ -61,7 +91,15 @@ def _bytes(key: str) -> Callable[[Row], float | None]:
 
 
 def end_of(key: str, field_name: str) -> Callable[[Row], float | None]:
-    """The last known value of a field in a row's list."""
+    """A function that finds the last known value of a field in a row's list.
+
+    Args:
+        key: the list's key in a result, such as `alignments`.
+        field_name: the field of the list's entries.
+
+    Returns:
+        A function of a result, which gives None where no entry knows the field.
+    """
 
     def last(r: Row) -> float | None:
         known = [e[field_name] for e in r.get(key, ()) if e.get(field_name) is not None]
@@ -77,8 +115,10 @@ def _each_alignment(r: Row) -> float | None:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of a run: its name in CSV, heading in tables, format (empty: that of the metric),
-    and where it comes from."""
+    """A figure of a run, and how tables show it.
+
+    Its name in CSV, heading in tables, format (empty: that of the metric), and where it comes from.
+    """
 
     name: str
     heading: str
@@ -133,19 +173,38 @@ class Line:
     measure: Measure = field(default_factory=Measure)
 
     def fm(self) -> dict[int, float]:
-        """Score of the plugged-in FM by seed."""
+        """Score of the plugged-in FM by seed.
+
+        Returns:
+            In points for shares; of a reference point, its own score.
+        """
         if not self.trained:
             return self.fixed
         found = {s: score(r, "fm") for s, r in self.cells.items()}
         return {s: v for s, v in found.items() if v is not None}
 
     def values(self, of: Callable[[Row], float | None]) -> list[float]:
-        """A figure of each run that has it, in order of seeds."""
+        """A figure of each run that has it, in order of seeds.
+
+        Args:
+            of: finds the figure in a result; None where it is not known.
+
+        Returns:
+            The known values; empty for a reference point, which has no runs.
+        """
         return [v for r in self.cells.values() if (v := of(r)) is not None]
 
 
 def lines(experiment: Experiment, rows: Sequence[Row]) -> list[Line]:
-    """All lines that have results, reference points after the methods of each place."""
+    """All lines that have results, reference points after the methods of each place.
+
+    Args:
+        experiment: says which lines there are, and in what order.
+        rows: results, finished and failed.
+
+    Returns:
+        The lines with their runs, each at the learning rate that was chosen for it.
+    """
     out: list[Line] = []
     points = experiment.points()
     for place in dict.fromkeys(p.place for p in points):
@@ -179,13 +238,27 @@ def _references(place: tuple[str, str], here: Sequence[Line]) -> list[Line]:
 
 
 def common_measure(found: Sequence[Line]) -> Measure | None:
-    """The metric that all lines have; None where they have several."""
+    """The metric that all lines have; None where they have several.
+
+    Args:
+        found: lines of the tables.
+
+    Returns:
+        The metric; accuracy where there are no lines.
+    """
     measures = {line.measure for line in found} or {Measure()}
     return next(iter(measures)) if len(measures) == 1 else None
 
 
 def place_name(place: tuple[str, str]) -> str:
-    """Data set and partition as captions name them."""
+    """Data set and partition as captions name them.
+
+    Args:
+        place: data set and partition, the latter empty where the experiment has none.
+
+    Returns:
+        Both, or the one there is.
+    """
     return ", ".join(filter(None, place))
 
 
@@ -198,7 +271,16 @@ def _edge(experiment: Experiment, point: Point, lr: float) -> str:
 
 
 def reference_of(experiment: Experiment, line: Line, all_lines: Sequence[Line]) -> Line | None:
-    """The reference method's line at the same place and the same, or its only, grid point."""
+    """The reference method's line at the same place and the same, or its only, grid point.
+
+    Args:
+        experiment: names the reference method.
+        line: the line to be compared.
+        all_lines: all lines of the experiment, in which the reference is looked for.
+
+    Returns:
+        The reference's line; None for the reference method itself, and where no line fits.
+    """
     there = [o for o in all_lines if o.trained and o.point.method == experiment.reference
              and o.point.place == line.point.place]  # fmt: skip
     if line.point.method == experiment.reference:
@@ -208,12 +290,30 @@ def reference_of(experiment: Experiment, line: Line, all_lines: Sequence[Line]) 
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-    """Mean of a − b over paired seeds and the half-width of its 95% t-interval (NaN below 2)."""
+    """Mean of a − b over paired seeds and the half-width of its 95% t-interval (NaN below 2).
+
+    Args:
+        a: values by seed.
+        b: values of the same seeds, in the same order.
+
+    Returns:
+        Mean and half-width, in the unit of the values.
+
+    Raises:
+        ValueError: there are not as many of one as of the other.
+    """
     return interval([x - y for x, y in zip(a, b, strict=True)])
 
 
 def interval(d: Sequence[float]) -> tuple[float, float]:
-    """Mean and the half-width of its 95% t-interval (NaN below 2 values)."""
+    """Mean and the half-width of its 95% t-interval (NaN below 2 values).
+
+    Args:
+        d: values, or differences, one for each seed.
+
+    Returns:
+        Mean (NaN for none) and half-width, in the unit of the values.
+    """
     from scipy import stats
 
     if len(d) < 2:
@@ -223,7 +323,15 @@ def interval(d: Sequence[float]) -> tuple[float, float]:
 
 
 def differences(line: Line, reference: Line | None) -> list[float]:
-    """Scores over the reference's, by seeds both have."""
+    """Scores of the plugged-in FM minus the reference's, by seeds both have.
+
+    Args:
+        line: the line to be compared.
+        reference: the line it is compared with; None for none.
+
+    Returns:
+        A difference for each seed, in points for shares; empty without a reference.
+    """
     if reference is None:
         return []
     ours, theirs = line.fm(), reference.fm()

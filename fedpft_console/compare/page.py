@@ -78,7 +78,15 @@ figure svg text { font-family: inherit; }
 
 
 def html(experiment: Experiment, rows: Sequence[Row]) -> str:
-    """The report. Equal cells give equal bytes."""
+    """The report as one page of HTML. Equal cells give equal bytes.
+
+    Args:
+        experiment: what is reported on.
+        rows: results, finished and failed.
+
+    Returns:
+        The whole file, with plots in it and nothing to be loaded.
+    """
     found = lines(experiment, rows)
     sheets = tables.sheets(experiment, rows)
     body = [
@@ -122,6 +130,13 @@ def _findings(experiment: Experiment, found: Sequence[Line]) -> list[str]:
     """What the differences say, a sentence for each line that has an interval.
 
     Of many data sets and partitions only the averages are put into words.
+
+    Args:
+        experiment: names the reference method.
+        found: lines of the tables.
+
+    Returns:
+        Sentences, in order of the lines; empty where nothing can be compared.
     """
     if len({line.point.place for line in found}) > 2:
         sheet = tables.average(experiment, found)
@@ -184,8 +199,17 @@ def _key(label: str, style: plots.Style) -> str:
 
 
 def _themed(svg: str) -> str:
-    """The plot in the page's colours. Presentation attributes cannot hold variables, but
-    matplotlib writes all colours into style attributes."""
+    """The plot in the page's colours.
+
+    Presentation attributes cannot hold variables, but matplotlib writes all colours into style
+    attributes.
+
+    Args:
+        svg: the plot, in the colours of `plots`.
+
+    Returns:
+        The plot, whose colours are the page's variables.
+    """
     svg = svg.replace(plots.INK.lower(), "currentColor")
     for i, colour in enumerate(plots.COLOURS):
         svg = svg.replace(colour.lower(), f"var(--c{i})")

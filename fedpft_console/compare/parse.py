@@ -38,8 +38,14 @@ _KEYS = (
 def read(path: Path) -> Experiment:
     """Read an experiment file.
 
+    Args:
+        path: the file, in YAML; its name without the ending is the experiment's.
+
+    Returns:
+        The experiment, whose lines can all be run and compared.
+
     Raises:
-        UserError: Names the file and what is wrong with it.
+        UserError: naming the file and what is wrong with it.
     """
     import yaml
 

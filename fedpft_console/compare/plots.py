@@ -30,8 +30,10 @@ _WIDTH, _HEIGHT = 3.6, 2.9  # inches of one panel
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot: its file and group, heading and caption, the labels it shows, and how it is
-    drawn."""
+    """One plot, and how it is drawn.
+
+    Its file and group, heading and caption, the labels it shows, and what draws it into an axis.
+    """
 
     file: str
     group: str
@@ -50,7 +52,14 @@ class Style:
 
 
 def styles(found: Sequence[Line]) -> dict[str, Style]:
-    """By label, in order of the tables; the same method has the same look everywhere."""
+    """Give each method a look, the same in every plot.
+
+    Args:
+        found: lines of the tables; reference points get none.
+
+    Returns:
+        By label, in order of the tables.
+    """
     labels = dict.fromkeys(line.point.label for line in found if line.trained)
     return {
         label: Style(COLOURS[i % len(COLOURS)], _MARKERS[(i + i // len(COLOURS)) % len(_MARKERS)])
@@ -59,7 +68,15 @@ def styles(found: Sequence[Line]) -> dict[str, Style]:
 
 
 def panels(experiment: Experiment, rows: Sequence[Row]) -> list[Panel]:
-    """All plots there are data for."""
+    """All plots there are data for: scores by round, the gap, then traffic.
+
+    Args:
+        experiment: says which lines there are.
+        rows: results, finished and failed.
+
+    Returns:
+        The panels; those of one file and group follow one another.
+    """
     found = lines(experiment, rows)
     look = styles(found)
     places = list(dict.fromkeys(line.point.place for line in found))
@@ -216,7 +233,15 @@ def _bytes(place: tuple[str, str], here: Sequence[Line], look: Mapping[str, Styl
 
 
 def svg(panel: Panel, salt: str) -> str:
-    """One panel as an SVG element, its text as text; equal panels give equal bytes."""
+    """One panel as an SVG element, its text as text; equal panels give equal bytes.
+
+    Args:
+        panel: what to draw.
+        salt: decides the ids in the drawing; of two panels on one page each needs its own.
+
+    Returns:
+        The element, without an XML head.
+    """
     import matplotlib
 
     with matplotlib.rc_context(_RC | {"svg.fonttype": "none", "svg.hashsalt": salt}):
@@ -231,7 +256,15 @@ def svg(panel: Panel, salt: str) -> str:
 
 
 def files(experiment: Experiment, rows: Sequence[Row]) -> dict[str, bytes]:
-    """PNG and SVG of each group of panels, by file name."""
+    """PNG and SVG of each group of panels, by file name.
+
+    Args:
+        experiment: says which lines there are.
+        rows: results, finished and failed.
+
+    Returns:
+        Contents by name, such as `rounds.png`; equal cells give equal bytes of SVG.
+    """
     import matplotlib
     from matplotlib.lines import Line2D
 

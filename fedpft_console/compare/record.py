@@ -55,9 +55,9 @@ def summary(
     """The figures of one run.
 
     Args:
-        record: The run.
-        batch_size: Rows per training step; needed for the FLOPs alone.
-        tokens_per_row: Mean length of the training rows in tokens; needed for the FLOPs alone.
+        record: the run, from its finished log.
+        batch_size: rows per training step; needed for the FLOPs alone.
+        tokens_per_row: mean length of the training rows in tokens; needed for the FLOPs alone.
 
     Returns:
         Figures by key; one that the run does not have is absent.

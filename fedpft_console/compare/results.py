@@ -19,7 +19,14 @@ class Results:
     """Rows of a folder, in file order. Reading never writes; `append` needs `writing()`."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises UserError naming the line when the file is damaged before its last line."""
+        """Read the rows of a folder, which need not exist.
+
+        Args:
+            folder: the results folder.
+
+        Raises:
+            UserError: the file cannot be read, or is damaged before its last line, which is named.
+        """
         self.folder = folder
         self.rows: list[dict[str, Any]] = []
         self._tail = b""
@@ -44,7 +51,14 @@ class Results:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the folder and mend its last line. Raises UserError when another holds it."""
+        """Hold the folder, read it again and mend its last line.
+
+        Yields:
+            Nothing; `append` and `merge` may be called inside.
+
+        Raises:
+            UserError: another process holds the folder, or it cannot be written.
+        """
         with contextlib.ExitStack() as stack:
             with self._told():
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +73,14 @@ class Results:
             yield
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add a row; it is on disk when this returns."""
+        """Add a row; it is on disk when this returns.
+
+        Args:
+            row: a result that JSON can hold, with at least `config`.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         data = (json.dumps(row) + "\n").encode()
         with self._told(), open(self.folder / CELLS, "ab", buffering=0) as file:
             while data:
@@ -81,7 +102,17 @@ class Results:
             raise UserError(f"{self.folder}: cannot be written ({reason}).") from error
 
     def merge(self, other: Results) -> int:
-        """Take over finished cells of another folder that are not here; returns how many."""
+        """Take over finished cells of another folder that are not here.
+
+        Args:
+            other: the other folder; its failed cells are left behind.
+
+        Returns:
+            How many cells were taken over.
+
+        Raises:
+            UserError: a row cannot be written.
+        """
         here = [r["config"] for r in self.rows if "failed" not in r]
         new = [r for r in other.rows if "failed" not in r and r["config"] not in here]
         for row in new:

@@ -34,10 +34,21 @@ def run(
     console: Console,
     points: Sequence[Point] | None = None,
 ) -> int:
-    """Run every cell that has no result yet; returns how many failed.
+    """Run every cell that has no result yet. The caller holds the folder.
 
     A failed cell is recorded with its reason and the rest goes on; the next start tries it again.
-    `points` restricts the run to some lines of the tables. The caller holds the folder.
+
+    Args:
+        experiment: says which cells there are.
+        results: where results are looked up and added; runs and cached sub-FMs lie in its folder.
+        console: where progress is printed.
+        points: lines of the tables to which the work is restricted; None runs all.
+
+    Returns:
+        How many cells failed, or could not be run since no learning rate was found for them.
+
+    Raises:
+        UserError: a result cannot be written.
     """
     points = experiment.points() if points is None else points
     best: dict[Point, float | None] = {}
@@ -54,10 +65,17 @@ def run(
 
 
 def schedule(experiment: Experiment, points: Sequence[Point]) -> Iterator[tuple[Point, int | None]]:
-    """The order of work: a line with None chooses its rate, then come its other seeds.
+    """The order of work: a line first chooses its rate, then come its other seeds.
 
     Seed by seed over the lines of a data set, so that what an interrupted run leaves can be
     compared.
+
+    Args:
+        experiment: says which seeds each line has.
+        points: the lines to run.
+
+    Yields:
+        A line with None, for its first seed at every rate, or with one of its other seeds.
     """
     for place in dict.fromkeys(p.place for p in points):
         here = {p: experiment.seeds_of(p)[1:] for p in points if p.place == place}
@@ -99,8 +117,21 @@ def run_cell(
 ) -> dict[str, Any]:
     """One run in this process, clients after one another, and what the tables need of it.
 
-    Distilled sub-FMs are shared with the other cells through `cache`, unless the experiment
-    names a folder of its own. `watch(event)` is told what happens.
+    Distilled sub-FMs are shared with the other cells, unless the experiment names a folder of its
+    own.
+
+    Args:
+        cell: what to run.
+        folder: the run folder, emptied first.
+        cache: folder of the sub-FMs that cells share.
+        watch: told each event as it is written.
+
+    Returns:
+        The figures of `record.summary`, and version, torch, device and threads that it ran with.
+
+    Raises:
+        UserError: the configuration or the data are bad.
+        RunError: the run failed.
     """
     # The composition root: the pipeline lives in the apps, which this package may not import
     # at its top.
@@ -219,17 +250,28 @@ class Board:
             self._bars = None
 
     def reused(self) -> None:
+        """Count a cell that had a result already."""
         self.done += 1
         self._update()
 
     def begin(self, cell: Cell) -> None:
+        """Show that a cell is under way.
+
+        Args:
+            cell: the cell that is about to run.
+        """
         self._about = cell.title()
         self._update()
         if self._bars:
             self._bars.reset(self._tasks[1], total=None, description=self._about, note="")
 
     def watch(self, event: ev.Event) -> None:
-        """Show how far the cell under way is."""
+        """Show how far the cell under way is.
+
+        Args:
+            event: an event of the cell's run; starts of rounds and phases move its bar on a
+                terminal.
+        """
         if not self._bars:
             return
         if isinstance(event, ev.RoundStarted):
@@ -241,6 +283,12 @@ class Board:
             self._bars.update(self._tasks[1], note=event.phase)
 
     def end(self, cell: Cell, row: dict[str, Any]) -> None:
+        """Count a cell that has run, and print a line about it.
+
+        Args:
+            cell: the cell that `begin` was told of.
+            row: its result: `seconds`, and either its values or the reason under `failed`.
+        """
         self.done += 1
         self._ran += 1
         if "failed" in row:
@@ -255,7 +303,12 @@ class Board:
         self._update()
 
     def skip(self, point: Point, seed: int) -> None:
-        """A cell that cannot be run, because no learning rate has been found for it."""
+        """Count a cell as failed that cannot run, because no learning rate has been found for it.
+
+        Args:
+            point: the line that has no learning rate.
+            seed: the seed at which it is not run.
+        """
         self.done += 1
         self.failed += 1
         self._line(f"{point.label} on {'/'.join(filter(None, point.place))} seed {seed}: not run, "

@@ -27,6 +27,13 @@ def text(experiment: Experiment, rows: Sequence[Row]) -> str:
     """table.csv: a row per line, numbers with six digits, unknown values empty.
 
     Of each figure the mean over seeds; `fm`, `proxy` and `gap` with standard deviation too.
+
+    Args:
+        experiment: says which lines there are.
+        rows: results, finished and failed.
+
+    Returns:
+        CSV with a head line: shares in points, traffic in MB, `difference` against the reference.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")

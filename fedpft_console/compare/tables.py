@@ -33,7 +33,16 @@ from fedpft_console.text import Measure
 
 
 def sheets(experiment: Experiment, rows: Sequence[Row]) -> list[Sheet]:
-    """The tables of an experiment, in order; those without rows are left out."""
+    """The tables of an experiment, in order; those without rows are left out.
+
+    Args:
+        experiment: says which lines there are, and what they are compared with.
+        rows: results, finished and failed.
+
+    Returns:
+        Scores and their averages, agreement, the gap, cost, what leaves the owner, choice of rates,
+        and cells without a result.
+    """
     found = lines(experiment, rows)
     made = [
         _scores(experiment, found),
@@ -66,13 +75,27 @@ def _values(experiment: Experiment, line: Line) -> list[str]:
 
 
 def split_of(found: Sequence[Line]) -> str:
-    """`test` or `validation`: the rows scores are of."""
+    """`test` or `validation`: the rows scores are of.
+
+    Args:
+        found: lines of the tables.
+
+    Returns:
+        The split of the first run there is, `test` where there is none.
+    """
     configs = [r["config"] for line in found for r in line.cells.values()]
     return str(configs[0].get("run.eval-split", "test")) if configs else "test"
 
 
 def title_of(found: Sequence[Line]) -> str:
-    """Title of the table of scores: the metric's name, where all lines have the same."""
+    """Title of the table of scores: the metric's name, where all lines have the same.
+
+    Args:
+        found: lines of the tables.
+
+    Returns:
+        Such as `Accuracy`; `Scores` where metrics differ.
+    """
     measure = common_measure(found)
     return measure.title if measure else "Scores"
 
@@ -161,7 +184,15 @@ def _by_method(experiment: Experiment, found: Sequence[Line]) -> Sheet:
 
 
 def average(experiment: Experiment, found: Sequence[Line]) -> Sheet:
-    """Mean over all places of each method that has been run in all of them."""
+    """Mean over all places of each method that has been run in all of them.
+
+    Args:
+        experiment: names the reference method and the keys of the grid.
+        found: lines of the tables; reference points are left out.
+
+    Returns:
+        The table, without rows where there is one place only, or metrics differ.
+    """
     trained = [line for line in found if line.trained]
     places = list(dict.fromkeys(line.point.place for line in trained))
     m = common_measure(trained)
@@ -292,7 +323,15 @@ def _rates(experiment: Experiment, rows: Sequence[Row]) -> Sheet:
 
 
 def wanted(experiment: Experiment, rows: Sequence[Row]) -> list[Cell]:
-    """The cells that can be named now: all rates at the first seed, the other seeds at the best."""
+    """The cells that can be named now: all rates at the first seed, the other seeds at the best.
+
+    Args:
+        experiment: says which lines there are.
+        rows: results, by which the best rates are known.
+
+    Returns:
+        The cells in order of the lines, whether they have a result or not.
+    """
     out = []
     for point in experiment.points():
         first = experiment.first(point)
@@ -315,7 +354,15 @@ def _missing(experiment: Experiment, rows: Sequence[Row]) -> Sheet:
 
 
 def nearest(cell: Cell, rows: Sequence[Row]) -> dict[str, tuple[Any, Any]]:
-    """How the most alike finished run of this name differs: by key, (in the row, here)."""
+    """How the most alike finished run of this name differs: by key, (in the row, here).
+
+    Args:
+        cell: a cell without a result.
+        rows: results, of which finished ones with the cell's name, seed and rate are looked at.
+
+    Returns:
+        As `Cell.differs` gives it; empty where there is no such run.
+    """
     alike = [cell.differs(r) for r in rows if "failed" not in r
              and (r["method"], r["dataset"], r.get("partition", ""), r["seed"], r["lr"])
              == (cell.method, cell.dataset, cell.partition, cell.seed, cell.lr)]  # fmt: skip
@@ -329,7 +376,15 @@ def _trim(columns: list[str], rows: list[list[str]]) -> tuple[list[str], list[li
 
 
 def markdown(experiment: Experiment, rows: Sequence[Row]) -> str:
-    """table.md."""
+    """The text of table.md: all tables of an experiment.
+
+    Args:
+        experiment: says which lines there are.
+        rows: results, finished and failed.
+
+    Returns:
+        Markdown, which ends with a newline; equal cells give equal texts.
+    """
     out = [f"# {experiment.name}", "", f"Made by `fedpft compare` from {len(rows)} cells."]
     for sheet in sheets(experiment, rows):
         out += ["", f"## {sheet.title}", ""]

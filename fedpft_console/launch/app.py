@@ -18,6 +18,15 @@ def assemble_app(folder: Path) -> Path:
 
     Works from a checkout and from an installed wheel alike, never bundles anything else that
     lies around in a checkout, and leaves in the run folder the code that ran.
+
+    Args:
+        folder: where the app is written; what is there is removed first.
+
+    Returns:
+        The same folder, ready to be submitted.
+
+    Raises:
+        RunError: a package of the app is not beside this one.
     """
     root = Path(__file__).resolve().parents[2]
     missing = [p for p in PACKAGES if not (root / p / "__init__.py").is_file()
@@ -68,12 +77,26 @@ def _pyproject() -> str:
 
 
 def toml(flat: Mapping[str, Scalar]) -> str:
-    """Dotted keys as TOML lines, the form Flower takes as run config."""
+    """Dotted keys as TOML lines, the form Flower takes as run config.
+
+    Args:
+        flat: values by dotted key.
+
+    Returns:
+        A line `key = value` for each, in the given order.
+    """
     return "".join(f"{name} = {toml_value(value)}\n" for name, value in flat.items())
 
 
 def toml_value(value: Scalar) -> str:
-    """One scalar in TOML; JSON's text escapes are valid TOML once DEL is escaped too."""
+    """One scalar in TOML; JSON's text escapes are valid TOML once DEL is escaped too.
+
+    Args:
+        value: a text, number or truth value.
+
+    Returns:
+        A quoted text, `true` or `false`, or the number's digits.
+    """
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, bool):

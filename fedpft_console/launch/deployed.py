@@ -28,8 +28,19 @@ def run_deployed(
 
     Interrupting this stops the run; the SuperLink and its nodes are not ours and are left alone.
 
+    Args:
+        connection: name of the SuperLink's connection in that configuration.
+        flat: the run config by dotted key.
+        folder: where the app, the run config and the log go; it is made if need be.
+        app: a Flower app folder in place of this package's.
+        tick: called about five times a second while the run is on.
+        note: told in words what is being done before there are events.
+
+    Returns:
+        How the run ended; memory is not measured (`peak_bytes` is 0).
+
     Raises:
-        RunError: Flower refuses the run, or the SuperLink does not answer any more.
+        RunError: Flower refuses the run, or the SuperLink has not answered for 120 s.
     """
     folder.mkdir(parents=True, exist_ok=True)
     flower = Flower(connection, environment({}), folder / "run.log")

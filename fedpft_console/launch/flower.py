@@ -39,11 +39,24 @@ class Result:
 
     @property
     def completed(self) -> bool:
+        """Whether the run has ended well."""
         return self.status == COMPLETED
 
 
 def program(name: str) -> str:
-    """Flower's program beside this interpreter, so that an inactive environment works too."""
+    """Find a program of Flower, first beside this interpreter.
+
+    So an environment that is not activated works too.
+
+    Args:
+        name: the program's name, such as `flwr`.
+
+    Returns:
+        The path to start it by.
+
+    Raises:
+        RunError: it is neither beside the interpreter nor on the PATH.
+    """
     here = Path(sys.executable).parent / name
     found = str(here) if here.is_file() else shutil.which(name)
     if found is None:
@@ -54,6 +67,17 @@ def program(name: str) -> str:
 
 
 def environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """The environment of Flower's programs: this process's, with what a run of ours needs.
+
+    Telemetry, update checks and installation at run time are off, and no proxy is asked for this
+    machine.
+
+    Args:
+        extra: variables that are added last, and win.
+
+    Returns:
+        All variables by name.
+    """
     env = dict(os.environ)
     # A cluster the user works with must not be joined; ours is started and ended with the run.
     env.pop("RAY_ADDRESS", None)
@@ -83,7 +107,16 @@ class Flower:
         self._offset = 0
 
     def submit(self, app: Path, run_config: Path, federation: str = "") -> None:
-        """Start `flwr run --stream`, whose output becomes the run's log."""
+        """Start `flwr run --stream`, whose output becomes the run's log.
+
+        Args:
+            app: folder of the Flower app.
+            run_config: TOML file with the run config.
+            federation: Flower's federation options; empty leaves those of the connection.
+
+        Raises:
+            RunError: the program `flwr` is not installed.
+        """
         command = [program("flwr"), "run", str(app), self.connection, "--stream"]
         command += ["--run-config", str(run_config)]
         if federation:
@@ -93,22 +126,42 @@ class Flower:
             self._stream = self._popen(command, out)
 
     def streaming(self) -> bool:
-        """Whether the submitting command still follows the run."""
+        """Whether the submitting command still follows the run.
+
+        Returns:
+            False before `submit` and after the command has ended.
+        """
         return self._stream is not None and self._stream.poll() is None
 
     def text(self) -> str:
-        """What this submission has written to the log so far, colours removed."""
+        """What this submission has written to the log so far, colours removed.
+
+        Returns:
+            Text; what earlier submissions wrote to the same file is left out.
+        """
         with open(self.log, "rb") as file:
             file.seek(self._offset)
             return re.sub(r"\x1b\[[0-9;]*m", "", file.read().decode(errors="replace"))
 
     def run_id(self) -> str:
-        """The id of the submitted run, empty while it is unknown."""
+        """The id of the submitted run, empty while it is unknown.
+
+        Returns:
+            Digits, as Flower's commands take them.
+        """
         match = re.search(r"Successfully started run (\d+)", self.text())
         return match.group(1) if match else ""
 
     def status(self, run_id: str) -> tuple[str, str]:
-        """(status, details) of a run, both empty when Flower cannot be asked."""
+        """Ask Flower how a run is getting on; an answer may take up to 30 s.
+
+        Args:
+            run_id: the id that `Flower.run_id` found.
+
+        Returns:
+            Status (such as `finished:completed`) and details, both empty when Flower cannot be
+            asked.
+        """
         answer = self._ask("list", self.connection, "--run-id", run_id, "--format", "json")
         try:
             run = json.loads(answer)["runs"][0]
@@ -118,7 +171,11 @@ class Flower:
             return "", ""
 
     def stop(self, run_id: str) -> None:
-        """Ask Flower to end a run; harmless when it has ended."""
+        """Ask Flower to end a run; harmless when it has ended.
+
+        Args:
+            run_id: the id that `Flower.run_id` found.
+        """
         self._ask("stop", run_id, self.connection)
 
     def end(self) -> None:
@@ -160,7 +217,15 @@ class Flower:
 
 
 def last_error(text: str) -> str:
-    """The line of a log that best says what went wrong, empty when there is none."""
+    """The line of a log that best says what went wrong, empty when there is none.
+
+    Args:
+        text: the log, colours removed.
+
+    Returns:
+        The last error that Flower has framed in a box, else the last line that looks like an error,
+        else the last line.
+    """
     # Flower's commands frame their errors in a box and wrap them there.
     box = re.findall(r"╭─ Error ─+╮\n((?:│.*│\n)+)", text)
     if box:

@@ -36,7 +36,11 @@ class Brood:
         self._foreign: set[psutil.Process] = set()
 
     def scan(self) -> list[psutil.Process]:
-        """All living processes of the run."""
+        """Look for the processes of the run, and remember them.
+
+        Returns:
+            All that are alive, in no particular order; this process is not among them.
+        """
         me = os.getpid()
         parents: dict[int, list[psutil.Process]] = {}
         for process in psutil.process_iter():
@@ -62,7 +66,12 @@ class Brood:
         (self._known if ours else self._foreign).add(process)
 
     def names(self) -> set[str]:
-        """Program names seen among the living, such as `flwr-simulation`."""
+        """Program names of the processes the last scan found, such as `flwr-simulation`.
+
+        Returns:
+            File names of the first three words of their command lines, since a script's comes after
+            its interpreter's.
+        """
         found: set[str] = set()
         for process in self._known:
             with contextlib.suppress(psutil.Error):
@@ -70,7 +79,11 @@ class Brood:
         return found
 
     def memory(self) -> int:
-        """Resident memory of the living, bytes."""
+        """Resident memory of the processes the last scan found.
+
+        Returns:
+            Bytes, summed; memory that processes share is counted in each.
+        """
         total = 0
         for process in self._known:
             with contextlib.suppress(psutil.Error):
@@ -78,7 +91,14 @@ class Brood:
         return total
 
     def end(self, patience: float = 5.0) -> list[psutil.Process]:
-        """End them all: asked first, forced after `patience` seconds. Returns survivors."""
+        """End all processes of the run: they are asked first, and forced later.
+
+        Args:
+            patience: seconds from the request until they are killed.
+
+        Returns:
+            Those that are still alive 10 seconds after that; empty when all have ended.
+        """
         asked: set[psutil.Process] = set()
         start = time.monotonic()
         while living := self.scan():
@@ -97,6 +117,14 @@ class Brood:
 
 
 def alive(process: psutil.Process) -> bool:
+    """Whether a process is running.
+
+    Args:
+        process: a process, known by its pid and start time.
+
+    Returns:
+        False for one that has ended, a zombie, or one that cannot be looked at.
+    """
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
@@ -108,6 +136,10 @@ def guard(mark: str, ray_tmpdir: str) -> None:
 
     The other end of the pipe is held by the process that started the run; it closes however
     that process ends, SIGKILL included.
+
+    Args:
+        mark: the run's value of `MARKER`.
+        ray_tmpdir: Ray's folder, removed afterwards; empty where Ray uses its own.
     """
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
@@ -118,6 +150,15 @@ def guard(mark: str, ray_tmpdir: str) -> None:
 
 
 def start_guard(mark: str, ray_tmpdir: str) -> subprocess.Popen[bytes]:
+    """Start a process that runs `guard`.
+
+    Args:
+        mark: the run's value of `MARKER`.
+        ray_tmpdir: the folder that the guard removes; empty for none.
+
+    Returns:
+        The guard, in a session of its own; closing its standard input sets it off.
+    """
     root = str(Path(__file__).resolve().parents[2])
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); "

@@ -21,7 +21,15 @@ def signals_as_exceptions() -> Iterator[None]:
     """SIGINT raises KeyboardInterrupt, SIGTERM and SIGHUP raise Terminated, while inside.
 
     SIGINT is taken even where a shell has set it to be ignored (a script's background job):
-    otherwise the job would outlive the script that was interrupted.
+    otherwise the job would outlive the script that was interrupted. SIGHUP that is ignored (nohup)
+    stays so.
+
+    Yields:
+        Nothing; the handlers of before are back afterwards.
+
+    Raises:
+        KeyboardInterrupt: SIGINT arrived while inside.
+        Terminated: SIGTERM or SIGHUP arrived while inside.
     """
 
     def stop(signum: int, frame: FrameType | None) -> None:
@@ -42,7 +50,11 @@ def signals_as_exceptions() -> Iterator[None]:
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """No signal interrupts the clean-up inside, which is bounded in time."""
+    """Ignore signals while the block cleans up, which must be bounded in time.
+
+    Yields:
+        Nothing; outside the main thread, signals are left as they are.
+    """
     wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     try:
         before = {s: signal.signal(s, signal.SIG_IGN) for s in wanted}

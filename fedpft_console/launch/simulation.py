@@ -34,7 +34,11 @@ _WATCHED = ("flower-superexec", "flwr-simulation")
 
 
 def cpu_count() -> int:
-    """Cores this process may use."""
+    """Cores this process may use.
+
+    Returns:
+        At least 1.
+    """
     if hasattr(os, "sched_getaffinity"):
         return max(1, len(os.sched_getaffinity(0)))
     return os.cpu_count() or 1
@@ -45,6 +49,15 @@ def federation_config(clients: int, at_once: int, threads: int, cores: int) -> s
 
     Every client that runs at once is a worker process with the libraries and a model in memory,
     so no more are started than a round samples, however many cores there are.
+
+    Args:
+        clients: clients of the federation, each a node.
+        at_once: clients that a round samples.
+        threads: threads that a client trains with, at most `cores` of which are counted.
+        cores: cores that all clients may use together.
+
+    Returns:
+        Options in the form of `flwr run --federation-config`.
     """
     each = max(1, min(threads, cores))
     total = max(each, min(cores, at_once * each))
@@ -73,8 +86,11 @@ def run_simulation(
         tick: called about five times a second while the run is on.
         note: told in words what is being started, for the impatient.
 
+    Returns:
+        How the run ended, with the peak memory of its processes.
+
     Raises:
-        RunError: Flower's programs cannot be started, or one of them died.
+        RunError: Flower's programs cannot be started, one of them died, or Flower refuses the run.
     """
     folder = run_dir / "flower"
     home = folder / "home"

@@ -21,7 +21,23 @@ _START_SECONDS = 60.0
 def start_superlink(
     env: dict[str, str], log: Path, cwd: Path, tick: Callable[[], None]
 ) -> tuple[subprocess.Popen[bytes], int]:
-    """Start a SuperLink on a free port and wait until it answers."""
+    """Start a SuperLink on a free port and wait until it answers.
+
+    The caller ends it, also where this raises: what has not answered is left running.
+
+    Args:
+        env: environment of the SuperLink, from `environment`.
+        log: file to which its output is appended.
+        cwd: the folder it works in.
+        tick: called about ten times a second while waiting.
+
+    Returns:
+        The SuperLink's process, and its port on 127.0.0.1.
+
+    Raises:
+        RunError: it does not answer within 60 s, has ended by itself three times, or is not
+            installed.
+    """
     text = ""
     for _attempt in range(3):  # the port may be taken between choosing and binding it
         port = _free_port()

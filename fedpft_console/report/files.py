@@ -30,8 +30,14 @@ _OF_ROUND = (
 def read(folder: Path) -> Record:
     """The record of a run folder.
 
+    Args:
+        folder: the run folder.
+
+    Returns:
+        The run as far as its events tell.
+
     Raises:
-        UserError: There are no events, or a line is damaged.
+        UserError: there are no events, or a line is damaged.
     """
     path = folder / EVENTS
     if not path.is_file():
@@ -48,8 +54,15 @@ def read(folder: Path) -> Record:
 def write(folder: Path) -> Record:
     """Make the report files of a run folder; each appears whole or not at all.
 
+    Args:
+        folder: the run folder; reports that are there are replaced.
+
     Returns:
         The record, with the files of the report among its files.
+
+    Raises:
+        UserError: there are no events, or a line is damaged.
+        OSError: a file cannot be written.
     """
     record = read(folder)
     picture = plot_png(record)
@@ -113,7 +126,15 @@ def _known(value: Any) -> Any:
 
 
 def rounds_csv(record: Record) -> str:
-    """rounds.csv: one row per round, numbers unrounded, unknown values empty."""
+    """rounds.csv: one row per round, numbers unrounded, unknown values empty.
+
+    Args:
+        record: a run in any state: finished, failed or still running.
+
+    Returns:
+        CSV with a head line: scores as shares in [0, 1] or in the metric's own unit, times in
+        seconds, traffic in bytes by direction and kind.
+    """
     ways = [(d, k) for d in DIRECTIONS for k in kinds(record)]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -125,7 +146,16 @@ def rounds_csv(record: Record) -> str:
 
 
 def as_json(record: Record) -> str:
-    """summary.json; numbers that are not finite become null, which every reader accepts."""
+    """The text of summary.json.
+
+    Numbers that are not finite become null, which every reader accepts.
+
+    Args:
+        record: a run in any state: finished, failed or still running.
+
+    Returns:
+        One JSON object, which ends with a newline; names are those of events and of rounds.csv.
+    """
 
     def fields(event: ev.Event | None) -> dict[str, Any]:
         return {k: v for k, v in line_of(event).items() if k != "event"} if event else {}

@@ -20,7 +20,15 @@ _KIND_COLOURS = {
 
 
 def plot_png(record: Record) -> bytes | None:
-    """Scores, traffic and agreement by round as a PNG; None when no round was scored."""
+    """Scores, traffic and agreement by round as a PNG.
+
+    Args:
+        record: a run in any state: finished, failed or still running.
+
+    Returns:
+        The file's content, with a panel for each of the three that there is data for; None when no
+        round was scored.
+    """
     rounds = record.rounds
     scored = [r for r in rounds if r.proxy or r.fm]
     if not scored:

@@ -13,7 +13,14 @@ if TYPE_CHECKING:
 
 
 def headline(record: Record) -> str:
-    """One sentence about the run."""
+    """One sentence about the run: how far it came, and the last score of the plugged-in FM.
+
+    Args:
+        record: a run in any state: finished, failed or still running.
+
+    Returns:
+        The sentence, with its full stop.
+    """
     done = [r for r in record.rounds if r.finished]
     planned = record.run.rounds if record.run else "?"
     if record.state == "finished":
@@ -31,7 +38,14 @@ def headline(record: Record) -> str:
 
 
 def render(record: Record) -> list[Table]:
-    """The tables for a console."""
+    """The tables for a console.
+
+    Args:
+        record: a run in any state: finished, failed or still running.
+
+    Returns:
+        Rich tables, in the order of the report.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -60,7 +74,14 @@ def render(record: Record) -> list[Table]:
 
 
 def markdown(record: Record) -> str:
-    """report.md."""
+    """The text of report.md: facts, tables, the plot, replies not used, and warnings.
+
+    Args:
+        record: a run in any state: finished, failed or still running.
+
+    Returns:
+        Markdown, which ends with a newline and links plot.png where a round was scored.
+    """
     lines = ["# Run report", "", headline(record), "", *_facts(record)]
     for sheet in sheets(record):
         lines += ["", f"## {sheet.title}", ""]
@@ -82,7 +103,15 @@ def markdown(record: Record) -> str:
 
 
 def bad_replies(record: Record) -> list[str]:
-    """A line for each reply that was of no use."""
+    """A line for each reply that was of no use.
+
+    Args:
+        record: a run in any state: finished, failed or still running.
+
+    Returns:
+        Round, client, status and reason of each, in order of arrival; a request for the sub-FM is
+        none.
+    """
     return [
         f"round {x.round}, client {x.client}: {x.status}, {x.reason or 'no reason'}"
         for r in record.rounds

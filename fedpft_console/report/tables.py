@@ -31,14 +31,28 @@ class Sheet:
 
 
 def sheets(record: Record) -> list[Sheet]:
-    """The tables of a report, in order; those without rows are left out."""
+    """The tables of a report, in order; those without rows are left out.
+
+    Args:
+        record: a run in any state: finished, failed or still running.
+
+    Returns:
+        Sizes, scores, re-alignments, traffic, time with memory, and files.
+    """
     made = [_sizes(record), _scores(record), _alignments(record), _traffic(record),
             _phases(record), _files(record)]  # fmt: skip
     return [sheet for sheet in made if sheet.rows]
 
 
 def kinds(record: Record) -> list[str]:
-    """Kinds of traffic that occurred, in reading order."""
+    """Kinds of traffic that occurred, in reading order: those of `KINDS`, then others by name.
+
+    Args:
+        record: a run in any state: finished, failed or still running.
+
+    Returns:
+        Names such as `package`, in either direction.
+    """
     seen = {k for r in record.rounds for d in DIRECTIONS for k in r.bytes[d]}
     return [k for k in KINDS if k in seen] + sorted(seen.difference(KINDS))
 
