@@ -108,7 +108,15 @@ def solve(found: Statistics, shrinkage: float | None = None) -> Head:
 
 
 def scores(head: Head, features: Tensor) -> Tensor:
-    """Class scores [N, C] of features [N, D]."""
+    """Class scores of some rows.
+
+    Args:
+        head: the linear layer.
+        features: float64 [N, D].
+
+    Returns:
+        float64 [N, C].
+    """
     return features @ head.weight.T + head.bias
 
 

@@ -67,7 +67,17 @@ class Imitated:
 
 @torch.inference_mode()
 def outputs(model: nn.Module, task: Task, rows: Encoded, batch_size: int) -> Tensor:
-    """What the head puts out for each row, float32 [N, C] on the CPU, in row order, dropout off."""
+    """What the head puts out for each row, dropout off.
+
+    Args:
+        model: FM or proxy with its adapter; left in eval mode.
+        task: says what outputs are.
+        rows: at least one; labels are not looked at.
+        batch_size: rows at once.
+
+    Returns:
+        float32 [N, C] on the CPU, in row order.
+    """
     model.eval()
     found: Tensor | None = None
     for batch in batches(rows, batch_size, None):

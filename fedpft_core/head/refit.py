@@ -56,7 +56,15 @@ def last_linear(model: nn.Module) -> nn.Linear:
 
 @torch.inference_mode()
 def features(model: nn.Module, data: Iterable[Batch]) -> Tensor:
-    """What the last linear layer reads for each row [N, D], float64 on the CPU, dropout off."""
+    """What the last linear layer reads for each row, dropout off.
+
+    Args:
+        model: FM or proxy, bare or with the adapter; left in eval mode.
+        data: batches, at least one.
+
+    Returns:
+        float64 [N, D] on the CPU, in the order of the batches.
+    """
     model.eval()
     seen: list[Tensor] = []
     with keep({"head": last_linear(model)}, inputs=True) as passed:
@@ -67,7 +75,16 @@ def features(model: nn.Module, data: Iterable[Batch]) -> Tensor:
 
 
 def labelled_features(model: nn.Module, rows: Encoded, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Features [N, D] as `features` gives them, and labels [N], of at least one labelled row."""
+    """Features as `features` gives them, with the rows' labels.
+
+    Args:
+        model: FM or proxy, bare or with the adapter; left in eval mode.
+        rows: at least one, with labels.
+        batch_size: rows at once.
+
+    Returns:
+        Features float64 [N, D] and labels [N] of the same rows, the longest rows first.
+    """
     served = list(batches(rows, batch_size, None))
     return features(model, served), torch.cat([batch["labels"] for batch in served])
 

@@ -66,19 +66,31 @@ class Statistics:
         return self.sums.shape[1]
 
     def means(self) -> Tensor:
-        """Mean feature of each class, float64 [C, D]; for a class nobody has, that of all rows."""
+        """Mean feature of each class.
+
+        Returns:
+            float64 [C, D]; a class nobody has gets the mean of all rows.
+        """
         found = self.sums / self.counts.clamp_min(1)[:, None]
         overall = self.sums.sum(0) / max(self.rows, 1)
         return torch.where(self.counts[:, None] > 0, found, overall)
 
     def within(self) -> Tensor:
-        """Covariance within classes, (Q - sum_c n_c mu_c mu_c^T) / N, float64 [D, D]."""
+        """Covariance within classes, (Q - sum_c n_c mu_c mu_c^T) / N.
+
+        Returns:
+            float64 [D, D], symmetric; zeros without rows.
+        """
         mu = self.means()
         spread = self.outer - (mu.T * self.counts) @ mu
         return (spread + spread.T) / (2 * max(self.rows, 1))
 
     def tensors(self) -> Tensors:
-        """As they travel: D(D+1)/2 + CD numbers in float64 and C counts."""
+        """As they travel: D(D+1)/2 + CD numbers in float64 and C counts.
+
+        Returns:
+            `counts` and `sums` as they are, and `outer` [D(D+1)/2], its upper triangle row by row.
+        """
         upper = torch.triu_indices(self.width, self.width)
         return {
             "counts": self.counts,

@@ -13,17 +13,39 @@ Position = Literal["first", "last", "every"]
 
 
 def inputs_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of a batch a model reads."""
+    """What of a batch a model reads.
+
+    Args:
+        batch: tensors by name, as `batches` serves them.
+
+    Returns:
+        The same tensors without `labels` and `index`.
+    """
     return {k: v for k, v in batch.items() if k not in ("labels", "index")}
 
 
 def rows_of(batch: Mapping[str, Tensor]) -> int:
-    """Rows of a batch, B."""
+    """Rows of a batch, B.
+
+    Args:
+        batch: tensors by name, all with rows as their first axis.
+
+    Returns:
+        The length of the first tensor's first axis.
+    """
     return len(next(iter(batch.values())))
 
 
 def real_positions(batch: Mapping[str, Tensor], length: int) -> Tensor:
-    """Mask [B, L] of positions that are not padding; images have none."""
+    """Mask of the positions that are not padding; images have none.
+
+    Args:
+        batch: a batch with `attention_mask` [B, L], or of images without one.
+        length: positions L of a row, read only where the batch has no mask.
+
+    Returns:
+        bool [B, L], all true without a mask.
+    """
     mask = batch.get("attention_mask")
     if mask is None:
         first = next(iter(batch.values()))

@@ -53,7 +53,14 @@ class Shape:
         return self.heads * self.head_dim
 
     def length(self, max_length: int) -> int:
-        """Positions of the longest row: `max_length` tokens of a text, or those of an image."""
+        """Positions of the longest row.
+
+        Args:
+            max_length: the most tokens of a text.
+
+        Returns:
+            `max_length` for a text model, `image_tokens` for one that reads images.
+        """
         return self.image_tokens or max_length
 
 
@@ -100,6 +107,9 @@ class Family:
         Args:
             config: a Hugging Face config of this family, or the dictionary one is saved as.
 
+        Returns:
+            The sizes; `positions` without those that padding takes (RoBERTa).
+
         Raises:
             ValueError: a size is missing or is no positive whole number.
         """
@@ -130,13 +140,27 @@ class Family:
         )
 
     def block_list(self, model: nn.Module) -> nn.ModuleList:
-        """The blocks of a task model, bare or wrapped by PEFT."""
+        """The blocks of a task model.
+
+        Args:
+            model: FM or proxy of this family, bare or wrapped by PEFT.
+
+        Returns:
+            The model's own list of blocks, not a copy.
+        """
         blocks = base_model(model).get_submodule(self.blocks)
         assert isinstance(blocks, nn.ModuleList)
         return blocks
 
     def ffns(self, model: nn.Module) -> list[FFN]:
-        """One view per block, in order."""
+        """Views of the FFNs of a task model.
+
+        Args:
+            model: FM or proxy of this family, bare or wrapped by PEFT.
+
+        Returns:
+            One view per block, in order.
+        """
         return [FFN(self, block) for block in self.block_list(model)]
 
     @property
@@ -145,8 +169,16 @@ class Family:
         return self.attention[0], self.attention[1]
 
     def lora_targets(self, blocks: Iterable[int]) -> tuple[str, ...]:
-        """Full paths of the LoRA targets in the given blocks; full, because suffixes such as
-        `output.dense` would also hit the FFN."""
+        """Full paths of the LoRA targets in the given blocks.
+
+        They are full because suffixes such as `output.dense` would also hit the FFN.
+
+        Args:
+            blocks: the blocks' positions in the model.
+
+        Returns:
+            Query, key, value and attention output of each block, block after block.
+        """
         return tuple(f"{self.blocks}.{i}.{path}" for i in blocks for path in self.attention)
 
 
@@ -239,7 +271,17 @@ def _sides(config: Any, name: str) -> tuple[int, int]:
 
 
 def family_of(model_type: str) -> Family:
-    """Look a family up; raises UserError naming the supported ones."""
+    """Look a family up.
+
+    Args:
+        model_type: what a Hugging Face config calls its kind of model.
+
+    Returns:
+        The family's row of `FAMILIES`.
+
+    Raises:
+        UserError: there is no such row; names those there are.
+    """
     try:
         return FAMILIES[model_type]
     except KeyError:
@@ -250,13 +292,30 @@ def family_of(model_type: str) -> Family:
 
 
 def family_of_model(model: nn.Module) -> Family:
-    """The family of a task model, bare or wrapped by PEFT."""
+    """The family of a task model.
+
+    Args:
+        model: FM or proxy, bare or wrapped by PEFT.
+
+    Returns:
+        The family that its config's `model_type` names.
+
+    Raises:
+        UserError: the family is not supported.
+    """
     config: Any = base_model(model).config
     return family_of(config.model_type)
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """The task model inside a PEFT wrapper, or the model itself."""
+    """The task model inside a PEFT wrapper, or the model itself.
+
+    Args:
+        model: bare or wrapped by PEFT.
+
+    Returns:
+        The bare task model, not a copy.
+    """
     inner = getattr(model, "get_base_model", None)
     return inner() if inner is not None else model
 
@@ -279,10 +338,12 @@ class FFN:
 
     @property
     def ins(self) -> list[nn.Linear]:
+        """The projections into the FFN, each with weight [F, D]: one, or gate then up."""
         return [self._linear(path) for path in self.family.ffn_in]
 
     @property
     def out(self) -> nn.Linear:
+        """The projection out of the FFN, with weight [D, F]."""
         return self._linear(self.family.ffn_out)
 
     @property
@@ -291,7 +352,14 @@ class FFN:
         return self.block.get_submodule(self.family.activation)
 
     def inner(self, x: Tensor) -> Tensor:
-        """What enters the out-projection, [..., F], for the FFN's input x [..., D]."""
+        """What enters the out-projection.
+
+        Args:
+            x: the FFN's input [..., D].
+
+        Returns:
+            [..., F]: the activations, in gated FFNs times the up-projection.
+        """
         ins = self.ins
         a: Tensor = self.activation(ins[0](x))
         return a * ins[1](x) if len(ins) > 1 else a
@@ -309,10 +377,16 @@ class FFN:
 
     @property
     def neurons(self) -> int:
+        """Neurons of this FFN: F of the FM, or as many as the plan has kept."""
         return self.out.in_features
 
     def parts(self) -> dict[str, Tensor]:
-        """Every parameter alignment may move, by a family-independent name."""
+        """Every parameter alignment may move, by a family-independent name.
+
+        Returns:
+            The parameters themselves: `in0.weight`, `in0.bias` (for gated FFNs `in1` as well),
+            `out.weight`, `out.bias`, and `norm.*` of post-norm families.
+        """
         named: dict[str, Tensor] = {}
         for i, linear in enumerate(self.ins):
             named[f"in{i}.weight"] = linear.weight
@@ -328,7 +402,14 @@ class FFN:
 
     @staticmethod
     def neuron_axis(part: str) -> int | None:
-        """Which axis of a part counts neurons: 0, 1, or None where all neurons share it."""
+        """Which axis of a part counts neurons.
+
+        Args:
+            part: a name that `parts` gives.
+
+        Returns:
+            0 for in-projections, 1 for `out.weight`, None where all neurons share the part.
+        """
         if part.startswith("in"):
             return 0
         return 1 if part == "out.weight" else None
@@ -336,7 +417,11 @@ class FFN:
     def read(self, index: Tensor) -> dict[str, Tensor]:
         """Copies of the chosen neurons' rows and columns and of the shared parts.
 
-        `index` [m] int64 counts positions in this FFN. Columns come as they lie: [D, m].
+        Args:
+            index: int64 [m], positions of the neurons in this FFN, on its device.
+
+        Returns:
+            By the names of `parts`: rows [m, D], biases [m], columns as they lie [D, m].
         """
         out = {}
         for part, p in self.parts().items():
@@ -347,7 +432,15 @@ class FFN:
 
     @torch.no_grad()
     def write(self, index: Tensor, values: dict[str, Tensor]) -> None:
-        """The inverse of `read`; raises ValueError when parts or shapes do not fit."""
+        """Set chosen neurons and the shared parts, in place: the inverse of `read`.
+
+        Args:
+            index: int64 [m], positions of the neurons in this FFN.
+            values: what `read` gave for as many neurons, of any device and float type.
+
+        Raises:
+            ValueError: parts are missing or too much, or a shape does not fit.
+        """
         parts = self.parts()
         if set(values) != set(parts):
             raise ValueError(f"expected parts {sorted(parts)}, got {sorted(values)}")
@@ -364,7 +457,14 @@ class FFN:
                 p.index_copy_(axis, index.to(p.device), value)
 
     def resized(self, neurons: int) -> dict[str, nn.Linear]:
-        """Uninitialised linears of this FFN for another number of neurons, by block path."""
+        """Uninitialised linears of this FFN for another number of neurons.
+
+        Args:
+            neurons: how many they are for.
+
+        Returns:
+            By path relative to the block, with bias, device and float type as in this FFN.
+        """
         out: dict[str, nn.Linear] = {}
         for path in self.family.ffn_in:
             old = self._linear(path)

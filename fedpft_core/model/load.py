@@ -41,7 +41,14 @@ class TaskModel:
 
 
 def task_class(task: TaskModel) -> Any:
-    """Transformers' class that makes models with a task's head."""
+    """Transformers' class that makes models with a task's head.
+
+    Args:
+        task: what the task asks of the model library.
+
+    Returns:
+        One of transformers' `AutoModelFor…` classes.
+    """
     import transformers
 
     return getattr(transformers, task.auto)
@@ -62,7 +69,12 @@ class Loaded:
 def minilm_folder() -> Path:
     """The folder of the model files inside the installed package, verified, nothing imported.
 
-    Raises UserError when the package is missing or its weights are not the published ones.
+    Returns:
+        The folder of weights, config and tokenizer files.
+
+    Raises:
+        UserError: the package is missing, has no model file, or its weights are not the
+            published ones (sha256).
     """
     try:
         dist = importlib.metadata.distribution(MINILM_PACKAGE)
@@ -85,7 +97,17 @@ def minilm_folder() -> Path:
 
 
 def resolve(cfg: ModelConfig) -> str:
-    """The folder or hub name to load from. Raises UserError for an unknown builtin."""
+    """Where a model is loaded from.
+
+    Args:
+        cfg: which model.
+
+    Returns:
+        A folder or a name on the hub.
+
+    Raises:
+        UserError: the name is an unknown builtin, or the builtin's package is not usable.
+    """
     if cfg.name.startswith("builtin:"):
         if cfg.name != "builtin:minilm":
             raise UserError(f"model.name = {cfg.name}: the only built-in model is builtin:minilm.")
@@ -112,7 +134,17 @@ def _config(cfg: ModelConfig) -> Any:
 
 
 def kind_of(cfg: ModelConfig) -> str:
-    """What a model reads, `text` or `image`. Raises UserError as `load` does."""
+    """What a model reads, by its config alone; no weights are loaded.
+
+    Args:
+        cfg: which model.
+
+    Returns:
+        `text` or `image`.
+
+    Raises:
+        UserError: the config cannot be read, or the family is not supported.
+    """
     return family_of(_config(cfg).model_type).kind
 
 
@@ -125,6 +157,9 @@ def load(cfg: ModelConfig, task: TaskModel, seed: int) -> Loaded:
         cfg: which model.
         task: what kind of model and head (`Task.model()`).
         seed: the run's seed.
+
+    Returns:
+        The FM in float32 on the CPU and in eval mode, with its family, sizes and processor.
 
     Raises:
         UserError: the model cannot be read, is of an unsupported family, does not fit what the
@@ -224,6 +259,13 @@ def _modules(names: list[str], family: Family) -> tuple[str, ...]:
 
 
 def size(model: nn.Module) -> tuple[int, int]:
-    """Parameters and bytes of a model."""
+    """How large a model is.
+
+    Args:
+        model: any; its buffers are not counted.
+
+    Returns:
+        Number of parameters, and their bytes.
+    """
     ps = list(model.parameters())
     return sum(p.numel() for p in ps), sum(p.numel() * p.element_size() for p in ps)

@@ -26,7 +26,15 @@ class LowRank(nn.Linear):
 
     @staticmethod
     def of(linear: nn.Linear, rank: int) -> LowRank:
-        """The nearest map of that rank (truncated SVD, in float64, singular values shared out)."""
+        """The nearest map of that rank (truncated SVD, in float64, singular values shared out).
+
+        Args:
+            linear: the map to come near; its bias is copied.
+            rank: r, at most the smaller of the linear map's two sizes.
+
+        Returns:
+            A new map on the same device, trainable if the linear map's weight is.
+        """
         low = LowRank(linear.in_features, linear.out_features, rank, linear)
         u, s, vh = torch.linalg.svd(linear.weight.detach().double(), full_matrices=False)
         root = s[:rank].sqrt()
@@ -39,7 +47,16 @@ class LowRank(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
+        """The product `up down` [D_out, D_in], made anew at each call."""
         return self.up @ self.down
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the two thin maps one after the other.
+
+        Args:
+            x: inputs [..., D_in].
+
+        Returns:
+            Outputs [..., D_out].
+        """
         return nn.functional.linear(nn.functional.linear(x, self.down), self.up, self.bias)

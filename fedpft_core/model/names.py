@@ -22,28 +22,65 @@ def bare(name: str) -> str:
     """PEFT name → the name in the bare model; bare names stay as they are.
 
     LoRA's factors have no bare model: they keep `lora_A.weight` behind the layer they change.
+
+    Args:
+        name: a parameter's name in a model with or without the adapter attached.
+
+    Returns:
+        The name without what PEFT puts around it.
     """
     name = name.removeprefix(_WRAPPER).replace(".base_layer.", ".")
     return name.replace(".modules_to_save.default", "").replace(".default.", ".")
 
 
 def is_lora(name: str) -> bool:
-    """Whether a tensor of this name is one of LoRA's factors."""
+    """Whether a tensor of this name is one of LoRA's factors.
+
+    Args:
+        name: its name in the model, bare or PEFT's.
+
+    Returns:
+        True for LoRA's A and B.
+    """
     return _LORA in name
 
 
 def in_modules(name: str, modules: tuple[str, ...]) -> bool:
-    """Whether a bare name lies in one of the modules."""
+    """Whether a bare name lies in one of the modules.
+
+    Args:
+        name: a parameter's bare name.
+        modules: paths of modules in the bare model; there may be none.
+
+    Returns:
+        True if the name begins with one of these paths.
+    """
     return name.startswith(tuple(f"{m}." for m in modules))
 
 
 def to_fm_name(name: str, plan: Plan) -> str:
-    """Proxy name → FM name."""
+    """Proxy name → FM name.
+
+    Args:
+        name: a bare name or one of LoRA's, in a proxy of that plan.
+        plan: says which block of the FM each block of the proxy is.
+
+    Returns:
+        The name with the FM's block number; names outside the blocks stay as they are.
+    """
     return _renumber(name, plan, dict(enumerate(plan.present)))
 
 
 def to_proxy_name(name: str, plan: Plan) -> str | None:
-    """The inverse of `to_fm_name`; None for parameters of dropped blocks."""
+    """FM name → proxy name, the inverse of `to_fm_name`.
+
+    Args:
+        name: a bare name or one of LoRA's, in the FM.
+        plan: says which blocks the proxy has.
+
+    Returns:
+        The name with the proxy's block number; None for parameters of dropped blocks.
+    """
     return _renumber(name, plan, {fm: i for i, fm in enumerate(plan.present)}, missing=None)
 
 
@@ -72,6 +109,13 @@ class PatchedWeights:
 
     def name(self, block: int, part: str) -> str:
         """The proxy name of one part of an FM block's FFN.
+
+        Args:
+            block: the block's position in the FM.
+            part: a name that `FFN.parts` gives.
+
+        Returns:
+            The full name in the bare proxy.
 
         Raises:
             KeyError: when the block is not pruned, or has no such part.

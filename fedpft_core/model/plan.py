@@ -29,7 +29,11 @@ class BlockPlan:
     qk_rank: int = 0
 
     def as_raw(self) -> dict[str, Any]:
-        """The entry as JSON values."""
+        """The entry as JSON values.
+
+        Returns:
+            `state` and `kept`, and `qk_rank` where it is not 0.
+        """
         # Left out where there is none, so that plans without it keep their digest.
         low = {"qk_rank": self.qk_rank} if self.qk_rank else {}
         return {"state": self.state, "kept": list(self.kept), **low}
@@ -55,10 +59,15 @@ class Plan:
 
     @property
     def is_full(self) -> bool:
+        """Whether every block is whole, so that the proxy is the FM itself."""
         return all(b.state == "whole" for b in self.blocks)
 
     def as_raw(self) -> dict[str, Any]:
-        """The plan as JSON values."""
+        """The plan as JSON values.
+
+        Returns:
+            What `from_raw` reads.
+        """
         return {
             "model_type": self.model_type,
             "fm_neurons": self.fm_neurons,
@@ -66,12 +75,22 @@ class Plan:
         }
 
     def to_json(self) -> str:
-        """The plan as JSON text."""
+        """The plan as JSON text.
+
+        Returns:
+            One line without blanks; equal plans give equal texts.
+        """
         return json.dumps(self.as_raw(), separators=(",", ":"))
 
     @staticmethod
     def from_json(text: str) -> Plan:
         """A plan from its JSON text.
+
+        Args:
+            text: what `to_json` has written.
+
+        Returns:
+            The plan, checked.
 
         Raises:
             ValueError: when the text is no valid plan.
@@ -81,6 +100,12 @@ class Plan:
     @staticmethod
     def from_raw(raw: Any) -> Plan:
         """A plan from JSON values.
+
+        Args:
+            raw: what `as_raw` gives, or anything else that came over the network.
+
+        Returns:
+            The plan: every kept neuron in range and in order, every rank on a pruned block.
 
         Raises:
             ValueError: when they are no valid plan.
@@ -108,12 +133,28 @@ class Plan:
 
 
 def pruned_ffns(proxy: nn.Module, plan: Plan) -> dict[int, FFN]:
-    """Views of the proxy's compressed FFNs, by FM block index."""
+    """Views of the proxy's compressed FFNs.
+
+    Args:
+        proxy: built from the plan, bare or with the adapter.
+        plan: says which blocks are pruned.
+
+    Returns:
+        By the block's position in the FM.
+    """
     ffns = family_of(plan.model_type).ffns(proxy)
     position = {fm: i for i, fm in enumerate(plan.present)}
     return {i: ffns[position[i]] for i in plan.pruned}
 
 
 def block_parameters(model: nn.Module, blocks: Sequence[nn.Module]) -> int:
-    """Parameters inside the given blocks, which is what the paper's sizes count."""
+    """Parameters inside the given blocks, which is what the paper's sizes count.
+
+    Args:
+        model: the model the blocks are of; it is not looked at.
+        blocks: the blocks to count.
+
+    Returns:
+        Number of parameters.
+    """
     return sum(p.numel() for b in blocks for p in b.parameters())

@@ -20,14 +20,14 @@ def load_processor(source: str, kind: str, options: Mapping[str, Any] | None = N
     Args:
         source: a folder or a name on the hub.
         kind: what the model reads, `text` or `image`.
-        options: further arguments of `from_pretrained`.
+        options: further arguments of `from_pretrained`; None for `trust_remote_code` off.
 
     Returns:
         A tokenizer for texts, an image processor for images.
 
     Raises:
         UserError: there is none, or one that knows no word.
-    """
+    """  # noqa: DOC501  # the ValueError below does not leave this function
     from transformers import AutoImageProcessor, AutoTokenizer
 
     given = dict(options or {"trust_remote_code": False})
@@ -46,7 +46,15 @@ def load_processor(source: str, kind: str, options: Mapping[str, Any] | None = N
 
 
 def files_of(processor: Any) -> dict[str, bytes]:
-    """The files a processor is saved as, by name, without what says where it came from."""
+    """The files a processor is saved as, without what says where it came from.
+
+    Args:
+        processor: a tokenizer, whose truncation and padding are switched off, or an image
+            processor.
+
+    Returns:
+        Content by file name; the same bytes whether the processor was used or not.
+    """
     # A tokenizer remembers how it last truncated and padded, and would save that as well: the same
     # tokenizer, used or not, must give the same bytes. Every use says anew how it is to be done.
     backend = getattr(processor, "backend_tokenizer", None)
@@ -71,6 +79,9 @@ def from_files(files: Mapping[str, bytes], kind: str) -> Any:
     Args:
         files: content by file name.
         kind: what the model reads, `text` or `image`.
+
+    Returns:
+        A tokenizer for texts, an image processor for images.
 
     Raises:
         UserError: the files make no such processor.

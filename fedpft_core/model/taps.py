@@ -33,6 +33,9 @@ def watch(
         see: called with the key and the module's output (of several, the first). A tensor that it
             returns takes the output's place.
         inputs: show the first input of each module instead of its output.
+
+    Yields:
+        Nothing; the hooks are removed at the end, after an error too.
     """
 
     def before(key: Key) -> Any:
@@ -94,6 +97,9 @@ def run_to(model: nn.Module, batch: Batch, modules: Mapping[Key, nn.Module]) -> 
 
     Returns:
         The modules' outputs (of several, the first), by key.
+
+    Raises:
+        StopIteration: there are no modules.
     """
     last = next(reversed(list(modules)))
     seen: dict[Key, Tensor] = {}

@@ -1,8 +1,7 @@
-"""The sub-FM: which neurons it keeps (a plan) and how it is built (paper section 4.1).
+"""The sub-FM that a plan describes, built from the FM or around a blank model (paper section 4.1).
 
-A `Plan` is a pure value: for every block of the FM the kept neurons, or that the block is
-whole, or that it is dropped (layer-drop proxies). A proxy is always rebuilt from its plan,
-because a Hugging Face config holds one FFN width and a proxy has several.
+A proxy is always rebuilt from its plan, because a Hugging Face config holds one FFN width and a
+proxy has several.
 """
 
 from __future__ import annotations
@@ -22,7 +21,17 @@ def build(fm: nn.Module, plan: Plan) -> nn.Module:
     """Copy the FM as the plan says: chosen neurons, everything else verbatim.
 
     Pruned FFNs and dropped blocks are never copied whole: memory is FM + proxy + one block.
-    The FM is left untouched.
+    Source: FedPFT, section 4.1.
+
+    Args:
+        fm: the FM as a bare task model; left untouched.
+        plan: what is kept, with one entry per block of the FM.
+
+    Returns:
+        The proxy as a bare task model, on the FM's device.
+
+    Raises:
+        ValueError: the plan has another number of blocks than the FM.
     """
     family = family_of(plan.model_type)
     blocks = family.block_list(fm)
@@ -66,7 +75,18 @@ def _without_dropped(model: nn.Module, family: Family, plan: Plan) -> nn.Module:
 
 
 def skeleton(model: nn.Module, plan: Plan) -> nn.Module:
-    """Give a freshly made task model (any weights) the shape the plan says, in place."""
+    """Give a freshly made task model (any weights) the shape the plan says, in place.
+
+    Args:
+        model: a task model as large as the FM, changed in place.
+        plan: what the proxy keeps, with one entry per block.
+
+    Returns:
+        The same model; the weights of pruned FFNs and of low-rank projections are uninitialised.
+
+    Raises:
+        ValueError: the plan has another number of blocks than the model.
+    """
     family = family_of(plan.model_type)
     blocks = family.block_list(model)
     if len(blocks) != len(plan.blocks):

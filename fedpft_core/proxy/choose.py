@@ -14,13 +14,36 @@ from fedpft_core.proxy import saliency
 
 
 def keep_most_salient(scores: Tensor, k: int) -> tuple[int, ...]:
-    """Indices of the K largest scores, in their original order; ties keep the lower index."""
+    """The neurons to keep of one block; of equal scores the lower index wins.
+
+    Source: FedPFT, section 4.1.
+
+    Args:
+        scores: saliency of each neuron [F].
+        k: K, how many are kept.
+
+    Returns:
+        Positions of the K largest scores, in their original order.
+    """
     order = torch.sort(scores, descending=True, stable=True).indices[:k]
     return tuple(sorted(order.tolist()))
 
 
 def parse_layers(text: str, blocks: int, key: str = "plan.retained-layers") -> set[int]:
-    """`first,last,3,-2` → block indices. Raises UserError for what is no block."""
+    """Read a list of blocks such as `first,last,3,-2`.
+
+    Args:
+        text: block indices from 0, or from the end if negative, `first` and `last`, separated by
+            commas; may be empty.
+        blocks: how many blocks the model has.
+        key: the setting's name, for messages.
+
+    Returns:
+        Block indices from 0.
+
+    Raises:
+        UserError: a word is none of these, or an index is out of range; names `key`.
+    """
     out = set()
     for word in filter(None, (w.strip() for w in text.split(","))):
         if word in ("first", "last"):
@@ -47,6 +70,8 @@ def make_plan(
 ) -> Plan:
     """Choose what the proxy keeps of the FM.
 
+    Source: FedPFT, section 4.1.
+
     Args:
         model: the FM.
         cfg: how much is kept, and how it is chosen.
@@ -54,6 +79,9 @@ def make_plan(
         public: gives the public batches that some saliencies look at; called only by those.
         head_reads: which positions the task's head reads; None for where the family's
             classification head does.
+
+    Returns:
+        The plan, with one entry per block of the FM.
 
     Raises:
         UserError: K exceeds F, a rank is too large or a retained layer is out of range; names
@@ -110,7 +138,21 @@ def _largest_rank(family: Family, model: nn.Module) -> int:
 
 
 def evenly_spaced(blocks: int, keep: int, cfg: PlanConfig) -> set[int]:
-    """Block indices of a layer-drop proxy: evenly spaced with the first and the last (FedOT)."""
+    """The blocks of a layer-drop proxy: evenly spaced with the first and the last.
+
+    Source: FedPFT, section 5 (FedOT).
+
+    Args:
+        blocks: how many blocks the FM has.
+        keep: how many of them the proxy keeps, at least 1; with 1 it is the first.
+        cfg: its `drop_to` is named in the message.
+
+    Returns:
+        Block indices in the FM.
+
+    Raises:
+        UserError: more blocks are to be kept than there are.
+    """
     if keep > blocks:
         raise UserError(f"plan.drop-to = {cfg.drop_to} is more than the FM's {blocks} blocks.")
     if keep == 1:

@@ -23,7 +23,13 @@ from fedpft_core.task import make
 
 @dataclass(frozen=True)
 class BlockCost:
-    """One block: forward and training-step FLOPs per token."""
+    """What one block costs.
+
+    Attributes:
+        parameters: its own, without LoRA's.
+        forward: FLOPs per token of a forward pass with LoRA.
+        step: FLOPs per token of a training step of LoRA.
+    """
 
     parameters: int
     forward: float
@@ -39,6 +45,9 @@ def block_cost(family: Family, block: nn.Module, length: int, rank: int, width: 
         length: tokens of a row.
         rank: LoRA's rank.
         width: width of what attention multiplies, all heads together.
+
+    Returns:
+        Parameters, and FLOPs per token.
     """
     linears = [m for m in block.modules() if isinstance(m, nn.Linear)]
     # A low-rank projection has two thin matrices in the place of its weight.
@@ -58,7 +67,18 @@ def block_cost(family: Family, block: nn.Module, length: int, rank: int, width: 
 def step_ratio(
     config: Config, fm: nn.Module, proxy: nn.Module, family: Family, length: int
 ) -> float:
-    """Theoretical speed-up of a client step on the proxy over one on the FM (≥ 1)."""
+    """Theoretical speed-up of a client's training step on the proxy over one on the FM.
+
+    Args:
+        config: of the run; its LoRA rank is read.
+        fm: the FM without adapter.
+        proxy: the proxy without adapter.
+        family: the family of both.
+        length: tokens of a row.
+
+    Returns:
+        FLOPs of all blocks of the FM over those of the proxy; above 1 where the proxy is cheaper.
+    """
     width = _attention_width(family, fm)
     total = [
         sum(
@@ -71,9 +91,17 @@ def step_ratio(
 
 
 def step_flops(family: Family, model: nn.Module, rank: int) -> tuple[float, float]:
-    """FLOPs per token of a training step on all blocks: at length L [tokens], a + b·L.
+    """FLOPs per token of a training step on all blocks, as a function of length.
 
-    The second term is attention's. Embeddings, pooler and head are left out.
+    Embeddings, pooler and head are left out.
+
+    Args:
+        family: the model's family.
+        model: FM or proxy without adapter.
+        rank: LoRA's rank.
+
+    Returns:
+        a and b of a + b·L at L tokens a row; b is attention's part.
     """
     blocks = list(family.block_list(model))
     width = _attention_width(family, model)
@@ -87,7 +115,20 @@ def _attention_width(family: Family, model: nn.Module) -> int:
 
 
 def inspect(config: Config) -> dict[str, Any]:
-    """The table of `fedpft inspect`: one row per FM block, FM against proxy, and totals."""
+    """The table of `fedpft inspect`: FM against proxy, block by block.
+
+    Loads the FM, but neither rows nor public data.
+
+    Args:
+        config: of the run; the weight norm stands in for its saliency.
+
+    Returns:
+        `title`, `columns`, `rows` (one per FM block, then all blocks, then the whole model),
+        `notes`, and `step_ratio`, the number that :func:`step_ratio` gives.
+
+    Raises:
+        UserError: the FM cannot be loaded, or the plan's settings do not fit it.
+    """
     # No data are needed: the model says what it reads, and two classes stand for its head.
     task = make(models.kind_of(config.model), ("a", "b"))
     loaded = models.load(config.model, task.model(), config.run.seed)

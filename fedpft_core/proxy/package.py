@@ -44,9 +44,12 @@ def make_package(
         plan: what the proxy was built from.
         spec: what its adapter is made of.
         processor: the FM's tokenizer or image processor.
-        kind: what the rows are, `text` or `image`.
+        kind: the task's name: what the rows are, `text`, `pair` or `image`.
         labels: label names, in the order of their numbers.
         max_length: the most tokens of a row.
+
+    Returns:
+        The package, its weights on the CPU under their proxy names.
     """
     model: Any = base_model(proxy)
     config = {k: v for k, v in model.config.to_dict().items() if k not in PRIVATE}
@@ -98,14 +101,32 @@ class _NoRandomFill(TorchFunctionMode):
 
 
 def rebuild(package: Package) -> ClientModel:
-    """Package → model in eval mode. Raises ReplyError when the parts do not fit together."""
+    """A model from a package, with the adapter attached.
+
+    Args:
+        package: as the server made it; its digest is not checked here.
+
+    Returns:
+        The proxy in float32 on the CPU and in eval mode; the adapter's own weights are still to
+        be loaded.
+
+    Raises:
+        ReplyError: the package's parts do not fit together.
+    """
     return _made(package.meta, package.weights)
 
 
 def blank(meta: PackageMeta) -> ClientModel:
     """A model of the shape a package's metadata describe, with random weights.
 
-    Raises ReplyError when the metadata describe none.
+    Args:
+        meta: of a package; which neurons its plan keeps does not matter, only how many.
+
+    Returns:
+        The proxy with the adapter attached, as :func:`rebuild` gives it.
+
+    Raises:
+        ReplyError: the metadata describe no model.
     """
     return _made(meta, None)
 

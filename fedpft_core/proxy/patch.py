@@ -14,10 +14,18 @@ from fedpft_core.wire.package import Package, Patch
 
 
 def apply_patch(package: Package, patch: Patch, digests: dict[str, str]) -> Package:
-    """A new package with the patch applied; `digests` (per tensor) is updated in place.
+    """Bring a package from one version to the next.
 
-    Raises ReplyError when the patch does not fit or does not lead to the digest it promises;
-    the package given stays as it was.
+    Args:
+        package: the version that the patch starts from; stays as it was.
+        patch: what the alignment changed.
+        digests: sha256 of each weight of the package, by name; updated in place on success.
+
+    Returns:
+        A new package, which shares unchanged weights with the old one.
+
+    Raises:
+        ReplyError: the patch does not fit or does not lead to the digest it promises.
     """
     names = PatchedWeights(package.meta.plan)
     weights = dict(package.weights)
@@ -54,7 +62,19 @@ def make_patch(
     """Turn what an alignment left in `proxy` into a patch and the next package.
 
     In a lossy wire format the proxy takes the decoded values, so that server and clients hold
-    the same bits. `digests` (per tensor) is updated in place.
+    the same bits.
+
+    Args:
+        proxy: aligned, bare or with the adapter; changed in place as said above.
+        plan: what the proxy was built from.
+        chosen: for every pruned block of the FM the neurons that moved, int64 [m] positions among
+            the kept ones.
+        package: the version before the alignment.
+        digests: sha256 of each weight of that version, by name; updated in place.
+        fmt: wire format of the patch, one of `codec.FORMATS`.
+
+    Returns:
+        The patch, and the package that it leads to.
     """
     ffns = pruned_ffns(proxy, plan)
     flat: dict[str, Tensor] = {}

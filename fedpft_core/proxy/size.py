@@ -46,12 +46,23 @@ class PlanSize:
     threads: int
 
     def to_json(self) -> str:
-        """The description as `fedpft inspect --json` writes it."""
+        """The description as `fedpft inspect --json` writes it.
+
+        Returns:
+            JSON text that :func:`read` takes, with its format's name in front.
+        """
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         return json.dumps({"format": FORMAT} | own | {"meta": self.meta.as_raw()}, indent=1) + "\n"
 
     def client_model(self) -> ClientModel:
-        """A model of this shape with random weights. Raises UserError for a shape no model has."""
+        """A model of this shape with random weights.
+
+        Returns:
+            The proxy with the adapter attached.
+
+        Raises:
+            UserError: the shape is one that no model has.
+        """
         try:
             return blank(self.meta)
         except ReplyError as error:
@@ -103,7 +114,17 @@ def read(path: Path) -> PlanSize:
 
 
 def shape_of(meta: PackageMeta) -> Shape:
-    """The sizes of a package's FM. Raises ValueError where the metadata do not tell them."""
+    """The sizes of a package's FM.
+
+    Args:
+        meta: the package's metadata.
+
+    Returns:
+        The sizes that its model's config states.
+
+    Raises:
+        ValueError: the metadata do not tell them, or the family is not supported.
+    """
     try:
         return family_of(meta.plan.model_type).shape(meta.model_config)
     except UserError as error:
@@ -111,7 +132,19 @@ def shape_of(meta: PackageMeta) -> Shape:
 
 
 def describe(config: Config) -> PlanSize:
-    """The sizes of a run's sub-FM. Loads the FM; raises UserError where a run would."""
+    """The sizes of a run's sub-FM.
+
+    Loads the FM, but neither rows nor public data.
+
+    Args:
+        config: of the run; the weight norm stands in for its saliency.
+
+    Returns:
+        The description that :func:`read` reads on another machine.
+
+    Raises:
+        UserError: the FM cannot be loaded, or settings do not fit it, as in a run.
+    """
     labels = label_names(config.data.labels) if config.data.labels else ()
     task = make(models.kind_of(config.model), labels or ("a", "b"))
     loaded = models.load(config.model, task.model(), config.run.seed)

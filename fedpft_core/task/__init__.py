@@ -38,7 +38,14 @@ def make(name: str, labels: Iterable[str] = ()) -> Task:
 
 
 def kind_of(columns: Columns) -> str:
-    """The kind of task that rows with these columns are for."""
+    """The kind of task that rows with these columns are for.
+
+    Args:
+        columns: a named image column decides first, then a named column of second texts.
+
+    Returns:
+        `image`, `pair` or `text`.
+    """
     return "image" if columns.image else "pair" if columns.text_pair else "text"
 
 

@@ -41,7 +41,11 @@ class Metric:
     share: bool
 
     def fields(self) -> dict[str, Any]:
-        """What the `task` event says of it."""
+        """What the `task` event says of it.
+
+        Returns:
+            JSON values by the event's field names.
+        """
         return {
             "metric": self.name,
             "higher_is_better": self.higher_is_better,
@@ -74,7 +78,11 @@ class Score:
     sums: Mapping[str, float] = field(default_factory=dict)
 
     def fields(self) -> dict[str, Any]:
-        """What an event says of it; the seconds, which not every event has, are left out."""
+        """What an event says of it; the seconds, which not every event has, are left out.
+
+        Returns:
+            JSON values by the event's field names; a loss that is NaN is None.
+        """
         return {
             "metric": self.metric.name,
             "value": self.value,
@@ -134,13 +142,31 @@ class Task(Protocol):
     # --- the model ---
 
     def model(self) -> TaskModel:
-        """What of the model library the task is done with."""
+        """What of the model library the task is done with.
+
+        Returns:
+            What the rows are, the library's class, and the fields of its config.
+        """
 
     def head(self, family: Family) -> tuple[str, ...]:
-        """Paths of the modules that are the head and are trained whole; none if there is none."""
+        """Which modules are the head and are trained whole.
+
+        Args:
+            family: of the model.
+
+        Returns:
+            Paths in the bare task model; none if there is no head.
+        """
 
     def position(self, family: Family) -> Position:
-        """Which positions of the last block's output the head reads."""
+        """Which positions of the last block's output the head reads.
+
+        Args:
+            family: of the model.
+
+        Returns:
+            `first`, `last` or `every`.
+        """
 
     @property
     def refits(self) -> bool:
@@ -156,63 +182,161 @@ class Task(Protocol):
             columns: which of its columns hold what.
             key: configuration key to name in messages; "" for none.
 
+        Returns:
+            Inputs, and what is to be learned of each.
+
         Raises:
             UserError: anything wrong in the file, naming it and, where there is one, the row.
         """
 
     def learn(self, path: str | Path, columns: Columns, key: str = "") -> Task:
-        """The same task with the labels that a file's rows have; raises as `read` does."""
+        """The same task with the labels that a file's rows have.
+
+        Args:
+            path: as `read` takes it.
+            columns: which of its columns hold what.
+            key: configuration key to name in messages; "" for none.
+
+        Returns:
+            A task of the same name; this one stays as it is.
+
+        Raises:
+            UserError: as `read` does.
+        """
 
     def strata(self, examples: Examples) -> np.ndarray:
-        """The group of each row, int64 (rows,): subsets and partitions go by it."""
+        """The group of each row: subsets and partitions go by it.
+
+        Args:
+            examples: rows of this task.
+
+        Returns:
+            int64 (rows,).
+        """
 
     def histogram(self, examples: Examples) -> dict[str, int]:
-        """How many rows each label has, 0 included; empty where that means nothing."""
+        """How many rows each label has.
+
+        Args:
+            examples: rows of this task.
+
+        Returns:
+            Rows by label, 0 included; empty where that means nothing.
+        """
 
     def encode(self, examples: Examples, processor: Any, max_length: int) -> Encoded:
-        """Rows as model inputs with what the loss needs; arguments as `data.batches.encode`."""
+        """Rows as model inputs with what the loss needs.
+
+        Args:
+            examples: rows of this task.
+            processor: a Hugging Face tokenizer for texts, an image processor for images.
+            max_length: tokens per row at most, special tokens included; unused for images.
+
+        Returns:
+            The rows in their order.
+        """
 
     def any_labels(self, rows: int) -> Tensor:
-        """Labels that so many rows may have, for trying a step on inputs that mean nothing."""
+        """Labels that so many rows may have, for trying a step on inputs that mean nothing.
+
+        Args:
+            rows: how many labels are wanted.
+
+        Returns:
+            A batch's labels, first axis rows.
+        """
 
     # --- training and scoring ---
 
     def loss(self, model: nn.Module, batch: Batch, reduction: str = "mean") -> Tensor:
-        """The loss of a batch, a scalar.
+        """The loss of a batch.
 
         Args:
             model: a model of this task.
-            batch: inputs and labels.
+            batch: inputs and labels, on the model's device.
             reduction: `mean` over what the task counts (see `count`), or `sum`.
+
+        Returns:
+            A scalar.
         """
 
     def count(self, batch: Batch) -> int:
-        """How many terms the mean loss of a batch is over (rows here)."""
+        """How many terms the mean loss of a batch is over (rows here).
+
+        Args:
+            batch: inputs and labels.
+
+        Returns:
+            The number by which `loss` divides its sum.
+        """
 
     def sums(self, model: nn.Module, batch: Batch) -> dict[str, float]:
         """What a batch adds to the figures scores are made from; `rows` is one of them.
 
         Figures add up over batches, and over the clients that report them.
+
+        Args:
+            model: a model of this task, in eval mode.
+            batch: inputs and labels, on the model's device.
+
+        Returns:
+            Figures by name.
         """
 
     def score(self, sums: Mapping[str, float], seconds: float = 0.0) -> Score:
-        """The score that such figures come to. No rows give 0."""
+        """The score that such figures come to.
+
+        Args:
+            sums: figures as `sums` gives them, added up; none where there are no rows.
+            seconds: time that scoring took.
+
+        Returns:
+            The score; no rows give 0.
+        """
 
     def check_sums(self, sums: Mapping[str, float], rows: int) -> None:
         """Refuse figures that so many rows cannot have; where there are no rows, none may be.
+
+        Args:
+            sums: figures that a client has sent.
+            rows: rows that the client announced it keeps from training.
 
         Raises:
             ValueError: saying what is wrong.
         """
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        """What the head puts out for a batch, [B, ...]."""
+        """What the head puts out for a batch.
+
+        Args:
+            model: a model of this task.
+            batch: inputs, on the model's device; labels are not looked at.
+
+        Returns:
+            [B, ...].
+        """
 
     def divergence(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """How far a head's outputs are from others for the same rows, a scalar of at least 0."""
+        """How far a head's outputs are from others for the same rows.
+
+        Args:
+            outputs: [N, ...], as `outputs` gives them.
+            target: the outputs they should come to, of the same shape.
+
+        Returns:
+            A scalar of at least 0.
+        """
 
     def merit(self, outputs: Tensor, labels: Tensor) -> int:
-        """How good a head's outputs for some rows are; adds up over rows, more is better."""
+        """How good a head's outputs for some rows are; adds up over rows, more is better.
+
+        Args:
+            outputs: [N, ...], as `outputs` gives them.
+            labels: of the same rows, first axis N.
+
+        Returns:
+            A whole number, such as the rows that are right.
+        """
 
     # --- reference points ---
 
@@ -231,6 +355,9 @@ class Task(Protocol):
                 for `tf-idf`.
             test: the same, to score.
             seed: of the fit.
+
+        Returns:
+            The score on the rows of `test`.
         """
 
 

@@ -30,7 +30,15 @@ ACCURACY = Metric("accuracy", higher_is_better=True, share=True)
 
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Class scores [B, classes] of a batch."""
+    """Class scores of a batch.
+
+    Args:
+        model: a classifier of the model library, with or without the adapter.
+        batch: inputs, on the model's device; labels are not looked at.
+
+    Returns:
+        [B, classes].
+    """
     out: Tensor = model(**inputs_of(batch)).logits
     return out
 
@@ -58,6 +66,11 @@ class Classify:
         """The task of a run's configuration, and a reader of (source, split).
 
         Labels are those that ``data.labels`` lists, or else those of the rows.
+
+        Args:
+            name: `text`, `pair` or `image`.
+            data: the run's settings of its rows.
+            cache_dir: where built-in data is cached; None for the default folder.
 
         Returns:
             The task with its labels, and a function that gives the rows of a source's split.
@@ -91,7 +104,11 @@ class Classify:
         return "image" if self.name == "image" else "text"
 
     def model(self) -> TaskModel:
-        """A classifier of the model library with one output a label."""
+        """A classifier of the model library with one output a label.
+
+        Returns:
+            The library's class and the config's fields that name the labels.
+        """
         return TaskModel(
             reads=self.reads,
             auto="AutoModelForImageClassification"
@@ -106,54 +123,146 @@ class Classify:
         )
 
     def head(self, family: Family) -> tuple[str, ...]:
-        """The family's classification head."""
+        """The family's classification head.
+
+        Args:
+            family: of the model.
+
+        Returns:
+            Paths of its modules in the bare task model.
+        """
         return family.head
 
     def position(self, family: Family) -> Position:
-        """Where the family's classification head reads."""
+        """Where the family's classification head reads.
+
+        Args:
+            family: of the model.
+
+        Returns:
+            The family's `summary`.
+        """
         return family.summary
 
     # --- rows ---
 
     def read(self, path: str | Path, columns: Columns, key: str = "") -> Examples:
-        """All rows of one file; cells are matched as :func:`label_index` says."""
+        """All rows of one file; cells are matched as :func:`label_index` says.
+
+        Args:
+            path: .csv, .tsv, .json, .jsonl or .parquet file.
+            columns: which of its columns hold what.
+            key: configuration key to name in messages; "" for none.
+
+        Returns:
+            The rows in file order, each with its class number.
+
+        Raises:
+            UserError: the file cannot be read, or a row's label is unknown.
+        """
         table = read_table(path, columns, key)
         return _examples(table, self.labels or _names_from_rows(table.cells, table.where))
 
     def learn(self, path: str | Path, columns: Columns, key: str = "") -> Classify:
-        """The same task with the labels that a file's rows have."""
+        """The same task with the labels that a file's rows have.
+
+        Args:
+            path: as `read` takes it.
+            columns: which of its columns hold what.
+            key: configuration key to name in messages; "" for none.
+
+        Returns:
+            A task whose labels are sorted; this one stays as it is.
+
+        Raises:
+            UserError: the file cannot be read, or has no rows.
+        """
         table = read_table(path, columns, key)
         return Classify(self.name, _names_from_rows(table.cells, table.where))
 
     def strata(self, examples: Examples) -> np.ndarray:
-        """Rows go by their label."""
+        """Rows go by their label.
+
+        Args:
+            examples: rows of this task.
+
+        Returns:
+            Class number of each row, int64 (rows,).
+        """
         return examples.labels
 
     def histogram(self, examples: Examples) -> dict[str, int]:
-        """Rows of each label."""
+        """Rows of each label.
+
+        Args:
+            examples: rows of this task.
+
+        Returns:
+            By label in the task's order, 0 included.
+        """
         counts = np.bincount(examples.labels, minlength=len(self.labels))
         return dict(zip(self.labels, counts.tolist(), strict=True))
 
     def encode(self, examples: Examples, processor: Any, max_length: int) -> Encoded:
-        """Inputs, and one class number a row."""
+        """Inputs, and one class number a row.
+
+        Args:
+            examples: rows of this task.
+            processor: a Hugging Face tokenizer for texts, an image processor for images.
+            max_length: tokens per row at most, special tokens included; unused for images.
+
+        Returns:
+            The rows in their order.
+        """
         return encode(examples, processor, max_length)
 
     def any_labels(self, rows: int) -> Tensor:
-        """The first class for every row."""
+        """The first class for every row.
+
+        Args:
+            rows: how many labels are wanted.
+
+        Returns:
+            int64 (rows,), zeros.
+        """
         return torch.zeros(rows, dtype=torch.int64)
 
     # --- training and scoring ---
 
     def loss(self, model: nn.Module, batch: Batch, reduction: str = "mean") -> Tensor:
-        """Cross-entropy over the classes."""
+        """Cross-entropy over the classes.
+
+        Args:
+            model: a classifier, with or without the adapter.
+            batch: inputs and labels, on the model's device.
+            reduction: `mean` over rows, or `sum`.
+
+        Returns:
+            A scalar.
+        """
         return F.cross_entropy(logits(model, batch), batch["labels"], reduction=reduction)
 
     def count(self, batch: Batch) -> int:
-        """Rows of the batch."""
+        """Rows of the batch.
+
+        Args:
+            batch: inputs and labels.
+
+        Returns:
+            How many labels there are.
+        """
         return len(batch["labels"])
 
     def sums(self, model: nn.Module, batch: Batch) -> dict[str, float]:
-        """Rows, rows right, and the sum of their cross-entropies."""
+        """Rows, rows right, and the sum of their cross-entropies.
+
+        Args:
+            model: a classifier in eval mode.
+            batch: inputs and labels, on the model's device.
+
+        Returns:
+            `rows`, `correct` and `loss`.
+        """
         scores, labels = logits(model, batch), batch["labels"]
         return {
             "rows": len(scores),
@@ -162,7 +271,15 @@ class Classify:
         }
 
     def score(self, sums: Mapping[str, float], seconds: float = 0.0) -> Score:
-        """Accuracy, with the standard error of a binomial share."""
+        """Accuracy, with the standard error of a binomial share.
+
+        Args:
+            sums: `rows`, `correct` and `loss`; one that is missing counts as 0.
+            seconds: time that scoring took.
+
+        Returns:
+            The score, its loss a mean over rows; no rows give 0.
+        """
         rows = int(sums.get("rows", 0))
         n = max(rows, 1)
         value, loss = sums.get("correct", 0) / n, sums.get("loss", 0.0) / n
@@ -170,7 +287,15 @@ class Classify:
         return Score(ACCURACY, value, error, loss, rows, seconds, {}, dict(sums))
 
     def check_sums(self, sums: Mapping[str, float], rows: int) -> None:
-        """Right rows are whole and within the rows; the loss is a sum of what is never below 0."""
+        """Right rows are whole and within the rows; the loss is a sum of what is never below 0.
+
+        Args:
+            sums: figures that a client has sent.
+            rows: rows that the client announced it keeps from training.
+
+        Raises:
+            ValueError: the figures are others than these, or those that so many rows cannot have.
+        """
         if not sums and not rows:
             return
         if sums.keys() != {"rows", "correct", "loss"}:
@@ -184,18 +309,42 @@ class Classify:
             raise ValueError("the loss of the validation rows is no finite number of at least 0")
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Class scores [B, classes]."""
+        """The class scores of a batch.
+
+        Args:
+            model: a classifier, with or without the adapter.
+            batch: inputs, on the model's device; labels are not looked at.
+
+        Returns:
+            [B, classes].
+        """
         return logits(model, batch)
 
     def divergence(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """Mean Kullback-Leibler divergence of the outputs' class shares from the target's."""
+        """Mean Kullback-Leibler divergence of the outputs' class shares from the target's.
+
+        Args:
+            outputs: class scores [N, classes].
+            target: class scores of the same rows and shape.
+
+        Returns:
+            A scalar of at least 0.
+        """
         return F.kl_div(
             F.log_softmax(outputs, -1), F.log_softmax(target, -1), reduction="batchmean",
             log_target=True,
         )  # fmt: skip
 
     def merit(self, outputs: Tensor, labels: Tensor) -> int:
-        """Rows whose highest score is their label's."""
+        """Rows whose highest score is their label's.
+
+        Args:
+            outputs: class scores [N, classes].
+            labels: int64 [N], on any device.
+
+        Returns:
+            How many rows are right.
+        """
         return int((outputs.argmax(-1) == labels.to(outputs.device)).sum())
 
     # --- reference points ---
@@ -208,7 +357,18 @@ class Classify:
     def fit_baseline(
         self, name: str, train: tuple[Any, np.ndarray], test: tuple[Any, np.ndarray], seed: int
     ) -> Score:
-        """A logistic regression on features, or on TF-IDF of words and word pairs."""
+        """A logistic regression on features, or on TF-IDF of words and word pairs.
+
+        Args:
+            name: `linear-probe` or `tf-idf`.
+            train: (x, labels) to fit to, x being features [rows, D] for `linear-probe` and texts
+                for `tf-idf`.
+            test: the same, to score.
+            seed: of the solver.
+
+        Returns:
+            Accuracy on the rows of `test`; there is no loss.
+        """
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline

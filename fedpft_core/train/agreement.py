@@ -1,5 +1,7 @@
-"""Instruments for the link between proxy and FM: what clients send is a gradient of the proxy,
-what the owner keeps is the FM."""
+"""Instruments for the link between proxy and FM, by the adapter's gradients on both.
+
+What clients send is a gradient of the proxy, what the owner keeps is the FM.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,27 @@ from fedpft_core.train.gradient import adapter_gradient
 
 @dataclass(frozen=True)
 class Agreement:
-    """How alike two adapter gradients are: cosine, and ||g_proxy − g_fm|| / ||g_fm||."""
+    """How alike two adapter gradients are.
+
+    Attributes:
+        cosine: of the angle between them, in [-1, 1].
+        relative_l2: ||g_proxy − g_fm|| / ||g_fm||.
+    """
 
     cosine: float
     relative_l2: float
 
 
 def agreement(fm: Mapping[str, Tensor], proxy: Mapping[str, Tensor]) -> Agreement:
-    """Compare two gradients over the names they share (all of the proxy's)."""
+    """Compare two gradients over the names they share (all of the proxy's).
+
+    Args:
+        fm: the FM's gradient, by FM name.
+        proxy: the proxy's gradient, by FM name; every name must be one of the FM's.
+
+    Returns:
+        Cosine and relative distance; both NaN where a gradient is zero.
+    """
     dot = fm_sq = proxy_sq = 0.0
     for name, g in proxy.items():
         f = fm[name]
@@ -49,9 +64,21 @@ def gradient_agreement(
     batch_size: int,
     b_only: bool,
 ) -> dict[str, Any]:
-    """Compare the adapter gradients of FM and proxy on encoded rows, in batches of `batch_size`.
+    """Compare the adapter gradients of FM and proxy on encoded rows.
 
     See :func:`compare_gradients`.
+
+    Args:
+        fm: the FM with the adapter.
+        proxy: the proxy with the adapter.
+        plan: the plan that relates their names.
+        task: whose loss is differentiated.
+        data: labelled rows.
+        batch_size: rows at once.
+        b_only: take LoRA's B alone.
+
+    Returns:
+        What :func:`compare_gradients` gives.
     """
     rows = list(batches(data, batch_size, None))
     return compare_gradients(fm, proxy, plan, task, rows, b_only)

@@ -20,7 +20,16 @@ from fedpft_core.task import Score, TaskData
 
 @torch.inference_mode()
 def features(model: nn.Module, data: Encoded, batch_size: int) -> np.ndarray:
-    """Mean of the last block's output over real positions, [rows, D], in row order."""
+    """Mean of the last block's output over real positions, dropout off.
+
+    Args:
+        model: FM or proxy, bare or with the adapter; left in eval mode.
+        data: rows, with or without labels.
+        batch_size: rows at once.
+
+    Returns:
+        float32 [rows, D], in row order; [0] without rows.
+    """
     model.eval()
     family = family_of_model(model)
     rows = np.empty(0)
@@ -39,7 +48,14 @@ def features(model: nn.Module, data: Encoded, batch_size: int) -> np.ndarray:
 
 
 def texts(rows: Examples) -> list[str]:
-    """Each row as one text; a pair's two texts become one."""
+    """Each row as one text.
+
+    Args:
+        rows: texts or pairs of texts.
+
+    Returns:
+        One text a row; a pair's two texts are joined by a blank.
+    """
     return [" ".join(x) if isinstance(x, tuple) else str(x) for x in rows.inputs]
 
 

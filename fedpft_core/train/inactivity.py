@@ -16,26 +16,44 @@ from fedpft_core.model.taps import watch
 
 
 def is_inactive(activation: Tensor, rule: str) -> Tensor:
-    """Which activation values count as inactive: `nonpositive` or `exact-zero`.
+    """Which activation values count as inactive.
 
     GELU and SiLU are almost never exactly zero, so counting zeros would choose at random.
+
+    Args:
+        activation: values of any shape.
+        rule: `exact-zero` takes zeros only; any other takes what is at most 0 (`nonpositive`).
+
+    Returns:
+        bool, of the same shape.
     """
     return activation == 0 if rule == "exact-zero" else activation <= 0
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Inactivity of each pruned block's neurons: `inactive[block]` [K] int64 of `tokens[block]`
-    real tokens (paper section 4.3, the terms of APoZ)."""
+    """Inactivity of each pruned block's neurons, the terms of APoZ, by FM block.
+
+    Attributes:
+        inactive: real tokens that left each neuron inactive, int64 [K].
+        tokens: real tokens counted over.
+    """
 
     inactive: dict[int, Tensor]
     tokens: dict[int, int]
 
 
 def sum_counts(counts: Iterable[Counts]) -> Counts:
-    """Σ inactive and Σ tokens per block over a round's clients (paper eq. 7).
+    """Σ inactive and Σ tokens per block over a round's clients.
 
     Whole numbers: any order gives the same sums.
+    Source: FedPFT, section 4.3, eq. (7).
+
+    Args:
+        counts: one for each client, over the same blocks.
+
+    Returns:
+        Their sums; empty without clients.
     """
     inactive: dict[int, Tensor] = {}
     tokens: dict[int, int] = {}
@@ -53,6 +71,17 @@ def count_inactive(
     """Count, per pruned block and neuron, the real tokens that left it inactive.
 
     The token total is taken at each block, where the counting happens.
+    Source: FedPFT, section 4.3.
+
+    Args:
+        model: the proxy, with the adapter; left in eval mode.
+        plan: what the proxy was built from.
+        data: rows, with or without labels.
+        batch_size: rows at once.
+        rule: see :func:`is_inactive`.
+
+    Returns:
+        Counts on the CPU, by FM block.
     """
     model.eval()
     device = device_of(model)

@@ -1,4 +1,4 @@
-"""Local fine-tuning, evaluation, inactivity counts and adapter gradients of one model."""
+"""Local fine-tuning of the adapter on one model."""
 
 from __future__ import annotations
 
@@ -34,8 +34,14 @@ class LocalSettings:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What local training did: mean loss (per row, or whatever the task counts), optimiser steps,
-    rows seen, seconds."""
+    """What local training did.
+
+    Attributes:
+        loss: mean per row, or per whatever the task counts; NaN without a step.
+        steps: optimiser steps.
+        rows: rows seen, each as often as it was served.
+        seconds: time of the steps.
+    """
 
     loss: float
     steps: int
@@ -45,7 +51,14 @@ class TrainResult:
 
 @contextmanager
 def training_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout on for the duration, off afterwards."""
+    """Dropout on for the duration, off afterwards.
+
+    Args:
+        model: put into training mode, and into eval mode at the end, whatever it was in before.
+
+    Yields:
+        Nothing.
+    """
     model.train()
     try:
         yield
@@ -54,7 +67,16 @@ def training_mode(model: nn.Module) -> Iterator[None]:
 
 
 def local_batches(data: Encoded, settings: LocalSettings, seed: int) -> Iterator[Batch]:
-    """The batches of one round: `steps` of them, or whole epochs; a function of the seed."""
+    """The batches of one round: `steps` of them, or whole epochs; a function of the seed.
+
+    Args:
+        data: labelled rows, at least one where `settings` has steps.
+        settings: its batch size, steps and epochs are read.
+        seed: of the order of the rows, drawn anew for each epoch.
+
+    Yields:
+        Batches on the CPU, as `fedpft_core.data.batches.batches` serves them.
+    """
     left = settings.steps or settings.epochs * math.ceil(len(data) / settings.batch_size)
     epoch = 0
     while left > 0:
@@ -73,6 +95,17 @@ def fine_tune(
 
     The result depends on the seed, the rows, the thread count and the weights, and on nothing
     that ran before in this process.
+    Source: FedPFT, sections 4.2 and 5.1.
+
+    Args:
+        model: FM or proxy with the adapter, changed in place.
+        task: whose loss is minimised.
+        data: labelled rows.
+        settings: the round's work.
+        seed: of the rows' order and of the dropout.
+
+    Returns:
+        Mean loss, steps, rows and seconds.
     """
     return train_on(model, task, local_batches(data, settings, seed), settings, seed)
 
@@ -80,9 +113,10 @@ def fine_tune(
 def train_on(
     model: nn.Module, task: Task, rows: Iterable[Batch], settings: LocalSettings, seed: int
 ) -> TrainResult:
-    """Train the adapter with AdamW at a constant rate (paper section 4.2).
+    """Train the adapter with AdamW at a constant rate.
 
     Frozen parameters get no gradient and no optimizer state.
+    Source: FedPFT, section 4.2.
 
     Args:
         model: a model with an adapter, changed in place.

@@ -35,9 +35,20 @@ UPDATE_FORMATS = (*FORMATS, "ternary")  # what `encode_update` takes
 
 
 def encode(tensors: Mapping[str, Tensor], fmt: str) -> Tensors:
-    """Put float tensors into a wire format. Raises KeyError for an unknown format.
+    """Put float tensors into a wire format.
 
     Values beyond fp16's range become infinite there, and are then refused by validation.
+
+    Args:
+        tensors: by name; those that are not floating point travel as they are.
+        fmt: one of `FORMATS`.
+
+    Returns:
+        Tensors on the CPU by the same names. int8 adds `{name}//scale`, float32, one per index of
+        the first axis (one for a vector).
+
+    Raises:
+        KeyError: the format is unknown.
     """
     out: Tensors = {}
     for name, t in tensors.items():
@@ -56,7 +67,18 @@ def encode(tensors: Mapping[str, Tensor], fmt: str) -> Tensors:
 
 
 def decode(tensors: Mapping[str, Tensor], fmt: str) -> Tensors:
-    """The inverse of `encode`, to float32. Raises ReplyError for tensors not in the format."""
+    """The inverse of `encode`.
+
+    Args:
+        tensors: as they came; which there are, and their shapes, is for `check_layout` to check.
+        fmt: the format that was agreed.
+
+    Returns:
+        float32 tensors by name, and those that are not floating point as they are.
+
+    Raises:
+        ReplyError: the format is unknown, or a tensor is not in it.
+    """
     if fmt not in FORMATS:
         raise ReplyError(f"unknown format {str(fmt)[:40]!r}")
     out: Tensors = {}
@@ -87,12 +109,23 @@ def encode_update(
     residual: Mapping[str, Tensor],
     fmt: str,
 ) -> tuple[Tensors, Tensors]:
-    """Encode trained float32 tensors for a receiver that has `base`: (wire tensors, residual).
+    """Encode trained tensors for a receiver that has `base`.
 
     Formats that carry values ignore `base` and leave no residual. Those that carry changes
-    (`ternary`) encode new − base + residual and return what that lost, float32, by name; an
-    absent residual counts as zero. Raises KeyError for an unknown format, ValueError when the
-    names differ.
+    (`ternary`) encode new − base + residual and return what that lost.
+
+    Args:
+        new: the trained float32 tensors, by name.
+        base: the tensors that the receiver has, by the same names.
+        residual: what earlier updates lost, float32; an absent name counts as zero.
+        fmt: one of `UPDATE_FORMATS`.
+
+    Returns:
+        Wire tensors, and the new residual by name, float32.
+
+    Raises:
+        KeyError: the format is unknown.
+        ValueError: the names of `new` and `base` differ.
     """
     if fmt != "ternary":
         return encode(new, fmt), {}
@@ -111,9 +144,18 @@ def encode_update(
 
 
 def decode_update(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor], fmt: str) -> Tensors:
-    """The inverse of `encode_update`: the receiver's float32 tensors.
+    """The inverse of `encode_update`.
 
-    Raises ReplyError for tensors that are not in the format or do not fit `base`.
+    Args:
+        tensors: as they came.
+        base: the tensors that both sides had; read by formats that carry changes only.
+        fmt: the format that was agreed.
+
+    Returns:
+        The trained tensors, float32, by name.
+
+    Raises:
+        ReplyError: the tensors are not in the format, or changes do not fit `base`.
     """
     if fmt != "ternary":
         return decode(tensors, fmt)
@@ -129,7 +171,18 @@ def decode_update(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor], fmt
 
 
 def update_layout(base: Mapping[str, Tensor], fmt: str) -> Layout:
-    """Names, dtypes and shapes that `encode_update` gives for tensors shaped like `base`."""
+    """Names, dtypes and shapes that `encode_update` gives.
+
+    Args:
+        base: tensors shaped like those encoded; their values are not looked at.
+        fmt: one of `UPDATE_FORMATS`.
+
+    Returns:
+        Dtype and shape of every wire tensor, by name.
+
+    Raises:
+        KeyError: the format is unknown.
+    """
     out: Layout = {}
     for name, t in base.items():
         shape = tuple(t.shape)
@@ -147,12 +200,27 @@ def update_layout(base: Mapping[str, Tensor], fmt: str) -> Layout:
 
 
 def layout_bytes(layout: Layout) -> int:
-    """Bytes of the values of such tensors, without the safetensors header."""
+    """Size of the values of such tensors, without the safetensors header.
+
+    Args:
+        layout: what :func:`update_layout` gives.
+
+    Returns:
+        Bytes.
+    """
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
 
 
 def check_layout(tensors: Mapping[str, Tensor], layout: Layout) -> None:
-    """Raise ReplyError unless names, dtypes and shapes are exactly those of the layout."""
+    """Refuse tensors whose names, dtypes and shapes are not exactly those of the layout.
+
+    Args:
+        tensors: as they came.
+        layout: what :func:`update_layout` gives.
+
+    Raises:
+        ReplyError: naming a tensor that is missing, unexpected, or of another dtype or shape.
+    """
     if tensors.keys() != layout.keys():
         odd = min(tensors.keys() ^ layout.keys())
         side = "unexpected" if odd in tensors else "missing"
@@ -220,12 +288,29 @@ def _unpack_codes(name: str, packed: Tensor, count: int) -> Tensor:
 
 
 def pack(tensors: Mapping[str, Tensor]) -> bytes:
-    """Tensors → safetensors bytes; names sorted, so equal tensors give equal bytes."""
+    """Tensors → safetensors bytes.
+
+    Args:
+        tensors: by name; there may be none.
+
+    Returns:
+        One blob, names sorted, so that equal tensors give equal bytes.
+    """
     return _save({k: tensors[k].detach().cpu().contiguous() for k in sorted(tensors)})
 
 
 def unpack(data: bytes) -> Tensors:
-    """The inverse of `pack`. Raises ReplyError when the bytes are no safetensors."""
+    """The inverse of `pack`.
+
+    Args:
+        data: bytes as they came.
+
+    Returns:
+        Tensors on the CPU, by name.
+
+    Raises:
+        ReplyError: the bytes are no safetensors.
+    """
     try:
         return _load(data)
     except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:

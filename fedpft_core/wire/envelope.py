@@ -45,7 +45,12 @@ class Envelope:
     check: str = ""
 
     def sizes(self) -> dict[str, int]:
-        """Bytes by ledger kind: package, patch, adapter, counts, statistics, control."""
+        """Size of the message, as the ledger counts it.
+
+        Returns:
+            Bytes by kind: package, patch, adapter, counts, statistics, and control (head, checksum
+            and parts of no other kind).
+        """
         out = {"control": len(_bytes(self.head)) + len(_bytes(self.check))}
         for name, data in self.parts.items():
             kind = name.partition(".")[0]
@@ -63,7 +68,16 @@ def _bytes(text: str) -> bytes:
 
 
 def checksum(kind: str, head: str, parts: Mapping[str, bytes]) -> str:
-    """CRC-32 over a message's content, 8 hex digits."""
+    """CRC-32 over a message's content.
+
+    Args:
+        kind: the message's kind, such as `train`.
+        head: its JSON text.
+        parts: its byte parts by name; their order does not matter.
+
+    Returns:
+        8 hex digits.
+    """
     crc = zlib.crc32(_bytes(f"{kind}\n{head}"))
     for name in sorted(parts):
         crc = zlib.crc32(_bytes(f"\n{name} {len(parts[name])}\n"), crc)
@@ -87,7 +101,14 @@ _KIND_OF = {cls: kind for kind, cls in _KINDS.items()}
 
 
 def seal(message: Message) -> Envelope:
-    """Message → envelope."""
+    """Message → envelope.
+
+    Args:
+        message: any of the protocol's; its tensors are in their wire format already.
+
+    Returns:
+        The envelope, with its checksum.
+    """
     values = dict(message.__dict__)
     head = {k: v for k, v in values.items() if k not in _IN_PARTS}
     parts = {k: codec.pack(values[k]) for k in _TENSORS if values.get(k) or k in _always(message)}
@@ -111,10 +132,19 @@ def _always(message: Message | type) -> tuple[str, ...]:
 
 
 def open_envelope(envelope: Envelope) -> Message:
-    """Envelope → message. Raises ReplyError when it is damaged, malformed or of another protocol.
+    """Envelope → message.
 
     Every field has the type its message declares; whether its value makes sense is for
     `validate` (replies) and the digests (packages, patches) to say.
+
+    Args:
+        envelope: as it came.
+
+    Returns:
+        The message, its tensors still in their wire format.
+
+    Raises:
+        ReplyError: it is damaged, malformed or of another protocol.
     """
     kind, parts = envelope.kind, envelope.parts
     if envelope.check != checksum(kind, envelope.head, parts):

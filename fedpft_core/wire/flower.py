@@ -19,7 +19,14 @@ _TEXTS = ("kind", "head", "check")
 
 
 def to_record(envelope: Envelope) -> RecordDict:
-    """Envelope → the content of a Flower message."""
+    """Envelope → the content of a Flower message.
+
+    Args:
+        envelope: a sealed message.
+
+    Returns:
+        One config record with the texts and, where there are parts, one array record with them.
+    """
     content = RecordDict({_HEAD: ConfigRecord({k: getattr(envelope, k) for k in _TEXTS})})
     if envelope.parts:
         content[_PARTS] = ArrayRecord(
@@ -29,7 +36,17 @@ def to_record(envelope: Envelope) -> RecordDict:
 
 
 def from_record(content: RecordDict) -> Envelope:
-    """The inverse of `to_record`. Raises ReplyError when the content is something else."""
+    """The inverse of `to_record`.
+
+    Args:
+        content: of a Flower message, as it came.
+
+    Returns:
+        The envelope; its checksum is for `open_envelope` to check.
+
+    Raises:
+        ReplyError: the content is something else.
+    """
     try:
         head = content.config_records[_HEAD]
         texts = [head[key] for key in _TEXTS]

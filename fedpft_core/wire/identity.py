@@ -11,7 +11,14 @@ from torch import Tensor
 
 
 def tensor_digest(t: Tensor) -> str:
-    """sha256 over dtype, shape and bytes of one tensor."""
+    """sha256 over dtype, shape and bytes of one tensor.
+
+    Args:
+        t: any; its device and strides do not matter.
+
+    Returns:
+        64 hex digits.
+    """
     t = t.detach().cpu().contiguous()
     head = f"{t.dtype}{list(t.shape)}|".encode()
     h = hashlib.sha256(head)
@@ -23,6 +30,14 @@ def combine_digest(meta: str, files: Mapping[str, bytes], tensors: Mapping[str, 
     """The digest of a package from its metadata, files and per-tensor digests.
 
     A hash of hashes, so that after a patch only the tensors it touched are hashed again.
+
+    Args:
+        meta: the metadata's JSON text.
+        files: content by file name.
+        tensors: :func:`tensor_digest` of each weight, by name.
+
+    Returns:
+        64 hex digits; the order of files and tensors does not matter.
     """
     h = hashlib.sha256(meta.encode())
     for name in sorted(files):
@@ -33,7 +48,14 @@ def combine_digest(meta: str, files: Mapping[str, bytes], tensors: Mapping[str, 
 
 
 def is_digest(value: Any) -> bool:
-    """Whether a value is a sha256 in hex."""
+    """Whether a value is a sha256 in hex.
+
+    Args:
+        value: anything, such as a field of a message.
+
+    Returns:
+        True for a text of 64 hex digits in lower case.
+    """
     return isinstance(value, str) and len(value) == 64 and _HEX.issuperset(value)
 
 

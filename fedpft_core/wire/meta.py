@@ -42,7 +42,11 @@ class PackageMeta:
         return make(self.kind, self.labels)
 
     def as_raw(self) -> dict[str, Any]:
-        """The metadata as JSON values."""
+        """The metadata as JSON values.
+
+        Returns:
+            What `from_raw` reads, by the names of the attributes.
+        """
         return {
             "plan": self.plan.as_raw(),
             "adapter": self.adapter.as_raw(),
@@ -54,7 +58,11 @@ class PackageMeta:
         }
 
     def to_json(self) -> str:
-        """One text for equal metadata: it is what the package's digest is over."""
+        """One text for equal metadata: it is what the package's digest is over.
+
+        Returns:
+            JSON without blanks, keys sorted.
+        """
         return self._text
 
     @cached_property
@@ -64,6 +72,12 @@ class PackageMeta:
     @staticmethod
     def from_json(text: str) -> PackageMeta:
         """The inverse of `to_json`.
+
+        Args:
+            text: as it came, from the network or a disk.
+
+        Returns:
+            The metadata, every field checked.
 
         Raises:
             ReplyError: naming the field that is missing, unknown or wrong.
@@ -77,6 +91,12 @@ class PackageMeta:
     @staticmethod
     def from_raw(raw: Any) -> PackageMeta:
         """Metadata from JSON values.
+
+        Args:
+            raw: what `as_raw` gives, or anything else that came.
+
+        Returns:
+            The metadata, every field checked.
 
         Raises:
             ReplyError: naming the field that is missing, unknown or wrong.

@@ -27,12 +27,21 @@ class Package:
     weights: Tensors
 
     def digest(self) -> str:
+        """The digest that this version of the sub-FM is known by; hashes every weight.
+
+        Returns:
+            64 hex digits.
+        """
         return combine_digest(
             self.meta.to_json(), self.files, {k: tensor_digest(t) for k, t in self.weights.items()}
         )
 
     def to_bytes(self) -> bytes:
-        """One safetensors blob: weights by name, metadata and files as uint8 tensors."""
+        """One safetensors blob: weights by name, metadata and files as uint8 tensors.
+
+        Returns:
+            Bytes that `from_bytes` reads; equal packages give equal bytes.
+        """
         extra = {"//meta": self.meta.to_json().encode()}
         extra |= {f"//file/{k}": v for k, v in self.files.items()}
         blobs = {k: torch.frombuffer(bytearray(v), dtype=torch.uint8) for k, v in extra.items()}
@@ -40,7 +49,17 @@ class Package:
 
     @staticmethod
     def from_bytes(data: bytes) -> Package:
-        """Raises ReplyError when the bytes are no package."""
+        """The inverse of `to_bytes`.
+
+        Args:
+            data: as they came; the digest is for the caller to check.
+
+        Returns:
+            The package, its file names none that lead out of a folder.
+
+        Raises:
+            ReplyError: the bytes are no package.
+        """
         tensors = codec.unpack(data)
         blobs = {k: tensors.pop(k) for k in list(tensors) if k.startswith("//")}
         if any(t.dtype != torch.uint8 for t in blobs.values()) or "//meta" not in blobs:
@@ -69,7 +88,14 @@ class Patch:
     tensors: Tensors
 
     def decoded(self) -> dict[int, tuple[Tensor, Tensors]]:
-        """Per FM block: positions and float32 parts. Raises ReplyError when malformed."""
+        """What the patch sets, block by block.
+
+        Returns:
+            By FM block: positions [m] among the kept neurons, and float32 parts by name.
+
+        Raises:
+            ReplyError: the patch is malformed.
+        """
         index: Tensors = {}
         parts: dict[str, Tensors] = {}
         for name, t in codec.decode(self.tensors, self.fmt).items():
@@ -83,6 +109,11 @@ class Patch:
         return {int(b): (index[b], parts[b]) for b in index}
 
     def to_bytes(self) -> bytes:
+        """The patch's tensors as one safetensors blob, packed once.
+
+        Returns:
+            The bytes; source, target and format travel in the message's head.
+        """
         return self._packed
 
     @cached_property

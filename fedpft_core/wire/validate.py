@@ -50,7 +50,15 @@ class Expected:
 
 
 def check_size(envelope: Envelope, most: int) -> None:
-    """Refuse a reply by its size, before anything in it is parsed. Raises ReplyError."""
+    """Refuse a reply by its size, before anything in it is parsed.
+
+    Args:
+        envelope: as it came.
+        most: bytes that a good one can have.
+
+    Raises:
+        ReplyError: head, checksum and parts together are larger.
+    """
     size = sum(envelope.sizes().values())
     if size > most:
         raise ReplyError(f"the reply has {size} bytes, more than the {most} a good one can have")
@@ -64,12 +72,23 @@ def _at_least(value: float, low: float) -> bool:
 def validate(
     reply: TrainReply, want: Expected, name: str, announced: int, held_out: int = 0
 ) -> tuple[Tensors, Counts | None]:
-    """Check one reply from the node `name` against what was asked of it, and against the numbers
-    of training and of held-out rows it announced.
+    """Check one reply of a round before it is used.
 
-    Returns the float32 adapter and the counts. Raises ReplyError with the first check failed:
-    identity, numbers, format, keys, shapes, finiteness, size of the change, counts. The types
-    of the plain fields are those `open_envelope` guarantees.
+    The checks, in this order: identity, numbers, format, keys, shapes, finiteness, size of the
+    change, counts. The types of the plain fields are those `open_envelope` guarantees.
+
+    Args:
+        reply: what came.
+        want: what was asked for.
+        name: the node it came from.
+        announced: rows that the node said it trains on.
+        held_out: rows that the node said it keeps from training.
+
+    Returns:
+        The adapter as float32 tensors, and the inactivity counts; None where none were asked for.
+
+    Raises:
+        ReplyError: with the first check failed.
     """
     if reply.name != name:
         raise ReplyError(f"the reply is signed {reply.name[:40]!r}, not {name!r}")

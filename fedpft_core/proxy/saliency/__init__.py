@@ -1,7 +1,7 @@
 """How neurons are ranked when the sub-FM is cut: one file per choice of `plan.saliency`.
 
-Each file has `score(probe) -> list[Tensor]`, one tensor [F] float64 per block of the FM, in order;
-the neurons with the largest scores are kept.
+Each file has `score(probe) -> list[Tensor]`, one tensor [F] of floats per block of the FM, in
+order; the neurons with the largest scores are kept.
 """
 
 from __future__ import annotations
@@ -45,22 +45,49 @@ class Probe:
 
     @property
     def ffns(self) -> list[FFN]:
+        """Views of the FM's FFNs, one per block, in order."""
         return family_of_model(self.fm).ffns(self.fm)
 
     def batches(self) -> Iterable[Batch]:
-        """Public batches. Raises UserError where there are none to be had."""
+        """Public batches, for one pass over them.
+
+        Returns:
+            Batches as the caller makes them; nothing moves them to the FM's device.
+
+        Raises:
+            UserError: there are no public rows.
+        """
         if self.public is None:
             raise UserError("plan.saliency: this choice needs public rows, and there are none.")
         return self.public()
 
 
 def scores(name: str, probe: Probe) -> list[Tensor]:
-    """Scores of every neuron, [F] float64 per block, by the choice called `name`."""
+    """Saliency of every neuron of the FM.
+
+    Args:
+        name: a choice of `plan.saliency`.
+        probe: what the choice may look at.
+
+    Returns:
+        One tensor [F] per block, in order; a larger score is kept first.
+
+    Raises:
+        KeyError: there is no such choice.
+    """
     found: list[Tensor] = registry.load("saliency", name).score(probe)
     return found
 
 
 def last_block(model: nn.Module) -> nn.Module:
+    """The block whose output the head reads.
+
+    Args:
+        model: FM or proxy, bare or with the adapter.
+
+    Returns:
+        The last of its blocks.
+    """
     return family_of_model(model).block_list(model)[-1]
 
 

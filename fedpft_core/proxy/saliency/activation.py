@@ -11,7 +11,14 @@ from fedpft_core.proxy.saliency import Probe, inputs_of, real_positions
 
 @torch.inference_mode()
 def score(probe: Probe) -> list[Tensor]:
-    """s_j = sqrt(mean over real tokens of a_j²) · ||W2[:,j]||_2, a_j the activation."""
+    """s_j = sqrt(mean over real tokens of a_j²) · ||W2[:,j]||_2, a_j the activation.
+
+    Args:
+        probe: gives the FM, run in its present mode, and public batches with at least one row.
+
+    Returns:
+        float64 [F] per block, in order.
+    """
     ffns = probe.ffns
     squares = [torch.zeros(ffn.neurons, dtype=torch.float64) for ffn in ffns]
     tokens = [0] * len(ffns)

@@ -16,6 +16,12 @@ def score(probe: Probe) -> list[Tensor]:
     L is a random linear functional of the last block's output where the head reads
     (`functional`): no labels are needed, and the mean over rows is the diagonal of a
     Gauss-Newton matrix of that output in the neurons' scales.
+
+    Args:
+        probe: gives the FM, public batches with at least one row, and the seed of L.
+
+    Returns:
+        float64 [F] per block, in order.
     """
     ffns, stream = probe.ffns, torch_stream(probe.seed, "saliency-gradient")
     squares = [torch.zeros(ffn.neurons, dtype=torch.float64) for ffn in ffns]

@@ -9,14 +9,28 @@ from fedpft_core.proxy.saliency import Probe
 
 
 def score(probe: Probe) -> list[Tensor]:
+    """The weight norm of every neuron.
+
+    Args:
+        probe: gives the FM; nothing else is looked at.
+
+    Returns:
+        float64 [F] per block, in order; see :func:`weight_norm`.
+    """
     return [weight_norm(ffn) for ffn in probe.ffns]
 
 
 def weight_norm(ffn: FFN) -> Tensor:
-    """s_j = ||[W1[j,:]; W2[:,j]]||_2 (paper eq. 1).
+    """s_j = ||[W1[j,:]; W2[:,j]]||_2 for every neuron j of one block.
 
-    Gated FFNs: the norm over gate row, up row and down column. Returns [F] float64, biases
-    never enter.
+    Gated FFNs: the norm over gate row, up row and down column. Biases never enter.
+    Source: FedPFT, section 4.1, eq. (1).
+
+    Args:
+        ffn: the block's FFN.
+
+    Returns:
+        float64 [F].
     """
     total = ffn.out.weight.detach().double().square().sum(0)
     for linear in ffn.ins:
