@@ -1,23 +1,22 @@
 """The embedded data: real prose from packages that are installed as dependencies anyway.
 
-``builtin:docstrings`` asks "which library does this sentence document?" (eight libraries), and
-``builtin:public`` is unlabelled prose from elsewhere: the standard library's docstrings and the
-long descriptions (READMEs) of the other installed dependencies.
+``builtin:docstrings`` asks "what does this sentence document?": a class, a function, a module or a
+property. The sentence is the first of a docstring of eight libraries. ``builtin:public`` is
+unlabelled prose from elsewhere: the standard library's docstrings and the long descriptions
+(READMEs) of the other installed dependencies.
 
 Nothing is imported to read it: packages are located by ``importlib.util.find_spec`` and their
-sources parsed. Files are visited in the order of a digest of their relative path until there are
-enough rows, so the same package versions give the same rows on every machine. The result is cached
-as a Parquet file named by a digest of those versions and of the recipe.
+sources parsed. Files are visited in the order of a digest of their path until there are enough
+rows, so the same package versions give the same rows on every machine. The result is cached as a
+Parquet file named by a digest of those versions and of the recipe.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 import sysconfig
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -36,7 +35,7 @@ from fedpft_core.data.installed import (
 from fedpft_core.disk import whole
 from fedpft_core.errors import UserError
 
-RECIPE = 3
+RECIPE = 4
 """Raised whenever a change here or in :mod:`prose` changes the rows: names the cache file."""
 
 LIBRARIES: tuple[str, ...] = (
@@ -49,36 +48,23 @@ LIBRARIES: tuple[str, ...] = (
     "numpy",
     "huggingface_hub",
 )
-"""The classes, in class order: the names packages are imported under."""
+"""Where the sentences come from: the names packages are imported under."""
 
-ROWS_PER_CLASS: dict[str, int] = {"train": 500, "validation": 80, "test": 125}
+KINDS: tuple[str, ...] = ("class", "function", "module", "property")
+"""The classes, in class order. A method is a function here: their sentences read alike."""
+
+ROWS_PER_CLASS: dict[str, int] = {"train": 400, "validation": 100, "test": 250}
 """How many rows each class has in each split."""
 
-MIN_ROW_WORDS = 8
-"""Shortest row, in words. Successive sentences of a docstring are joined while they fit into
-MAX_ROW_WORDS: on single sentences a bag of words scores about 6 points less."""
+MIN_ROW_WORDS = prose.MIN_WORDS
+"""Shortest row, in words."""
 
 MAX_ROW_WORDS = 26
 """Longest row, in words: short rows keep the main job within minutes on two cores."""
 
-ROWS_PER_FILE = 16
-"""No source file gives more rows than this, so that a split is not the style of a few files."""
-
-MASK = "library"
-"""What a library's name becomes, whichever of the eight it is."""
-
-_NAMES = re.compile(
-    r"""
-    # Distinctive enough to be replaced inside identifiers too (is_torch_available, TorchTrainer).
-    (?:the\s+)?hugging[\s_-]?face(?:[\s_-]?hub)? | 🤗
-    | (?:lib|py)?torch | transformers | numpy | pandas | sql[\s_-]?alchemy
-    | flwr | (?<![a-z])flower(?!ing) | rllib | anyscale
-    # Short ones: only where no letter is next to them, or as the first hump of a camel-case word.
-    | (?<![a-z])(?:the\s+)?(?:ray|hub|hf|pd|np|sa)(?![a-z])
-    | (?<![a-z])(?-i:Ray|Hub|H[fF])(?-i:(?=[A-Z]))
-    """,
-    re.IGNORECASE | re.VERBOSE,
-)
+ROWS_PER_FILE = 8
+"""No source file gives more rows of a class than this, so that a split is not the style of a few
+files."""
 
 _LANGUAGE_REFERENCE = "pydoc_data/topics.py"
 """The standard library's copy of the language reference, as a dictionary of strings."""
@@ -94,26 +80,13 @@ class DocstringRows:
     """The rows of ``builtin:docstrings``; position i of each field belongs to row i."""
 
     text: tuple[str, ...]
-    """One or a few sentences of one docstring, MIN_ROW_WORDS to MAX_ROW_WORDS words, library
-    names masked."""
+    """The first sentence of a docstring, MIN_ROW_WORDS to MAX_ROW_WORDS words."""
     label: tuple[str, ...]
-    """One of LIBRARIES."""
+    """One of KINDS: what the docstring belongs to."""
     split: tuple[str, ...]
     """"train", "validation" or "test"."""
     source: tuple[str, ...]
     """The source file it came from, e.g. "numpy/lib/_iotools.py"."""
-
-
-def mask_names(text: str) -> str:
-    """Replace the eight libraries' names and usual aliases by MASK, in any letter case.
-
-    Args:
-        text: any text.
-
-    Returns:
-        The text, of which nothing else changes.
-    """
-    return _NAMES.sub(MASK, text)
 
 
 def default_cache_dir() -> Path:
@@ -129,7 +102,7 @@ def default_cache_dir() -> Path:
 def docstring_rows(cache_dir: Path | None = None) -> DocstringRows:
     """All rows of ``builtin:docstrings``, built on first use and cached.
 
-    Balanced over LIBRARIES within each split, no two rows with the same :func:`prose.key`, and no
+    Balanced over KINDS within each split, no two rows with the same :func:`prose.key`, and no
     source file in more than one split.
 
     Args:
@@ -151,7 +124,7 @@ def docstring_rows(cache_dir: Path | None = None) -> DocstringRows:
 def public_paragraphs(cache_dir: Path | None = None) -> tuple[str, ...]:
     """All paragraphs of ``builtin:public``, built on first use and cached.
 
-    None contains a sentence of ``builtin:docstrings``, with or without its names masked.
+    None contains a sentence of ``builtin:docstrings``.
 
     Args:
         cache_dir: folder of the cache; None for :func:`default_cache_dir`.
@@ -175,24 +148,36 @@ def public_paragraphs(cache_dir: Path | None = None) -> tuple[str, ...]:
 
 
 def _build_docstrings() -> dict[str, list[str]]:
-    # A margin per class, because a sentence found in two libraries is dropped from both.
-    margin = {split: rows + 20 + rows // 10 for split, rows in ROWS_PER_CLASS.items()}
-    found = {name: _library_rows(name, margin) for name in LIBRARIES}
-    owners = Counter(row_key for rows in found.values() for row_key in rows)
-    kept: dict[str, dict[str, list[tuple[str, str]]]] = {}
-    for name, rows in found.items():
-        kept[name] = {split: [] for split in ROWS_PER_CLASS}
-        for row_key, (text, split, source) in rows.items():
-            if owners[row_key] == 1:
-                kept[name][split].append((text, source))
+    # A margin, because a sentence that documents two kinds of things is dropped from both.
+    wanted = {
+        (kind, split): rows + rows // 10 for kind in KINDS for split, rows in ROWS_PER_CLASS.items()
+    }
+    found: dict[tuple[str, str], list[tuple[str, str, str]]] = {place: [] for place in wanted}
+    kinds: dict[str, set[str]] = {}
+    for source, path in _files():
+        split = _split_of(source)
+        open_kinds = {k for k in KINDS if len(found[k, split]) < wanted[k, split]}
+        for kind, rows in _rows_of_file(read(path), open_kinds).items():
+            for row_key, text in rows:
+                known = kinds.setdefault(row_key, set())
+                if not known:
+                    found[kind, split].append((row_key, text, source))
+                known.add(kind)
+        if all(len(found[place]) >= wanted[place] for place in wanted):
+            break
+    kept = {
+        place: [(text, source) for row_key, text, source in rows if len(kinds[row_key]) == 1]
+        for place, rows in found.items()
+    }
     columns: dict[str, list[str]] = {"text": [], "label": [], "split": [], "source": []}
     for split, quota in ROWS_PER_CLASS.items():
-        # Other versions of a package may document less; balance matters more than the number.
-        count = min(quota, *(len(kept[name][split]) for name in LIBRARIES))
+        # Other versions of the packages may document less; balance matters more than the number.
+        count = min(quota, *(len(kept[kind, split]) for kind in KINDS))
         if count < quota:
-            poorest = min(LIBRARIES, key=lambda name: len(kept[name][split]))
+            poorest = min(KINDS, key=lambda kind: len(kept[kind, split]))
             _log.warning(
-                "builtin:docstrings: %d instead of %d %s rows per class; %s has no more.",
+                "builtin:docstrings: %d instead of %d %s rows per class; there are no more of "
+                "class %s.",
                 count,
                 quota,
                 split,
@@ -200,42 +185,71 @@ def _build_docstrings() -> dict[str, list[str]]:
             )
         if count == 0:
             raise UserError(
-                "builtin:docstrings: an installed library has too few readable docstrings; "
+                "builtin:docstrings: the installed libraries have too few readable docstrings; "
                 "reinstall the dependencies with their source files."
             )
-        for name in LIBRARIES:
-            for text, source in kept[name][split][:count]:
+        for kind in KINDS:
+            for text, source in kept[kind, split][:count]:
                 columns["text"].append(text)
-                columns["label"].append(name)
+                columns["label"].append(kind)
                 columns["split"].append(split)
                 columns["source"].append(source)
     return columns
 
 
-def _library_rows(name: str, quota: dict[str, int]) -> dict[str, tuple[str, str, str]]:
-    """Sentences of one library until every split has its quota: key → (text, split, source)."""
-    root = folder_of_module(name)
-    rows: dict[str, tuple[str, str, str]] = {}
-    filled = dict.fromkeys(quota, 0)
-    for relative in source_files(root):
-        if all(filled[split] >= quota[split] for split in quota):
-            break
-        source = f"{name}/{relative}"
-        fresh: dict[str, str] = {}
-        for raw in _texts_of_file(root / relative):
-            text = mask_names(raw)
-            text = text[0].upper() + text[1:]
-            row_key = _template(text)
-            # A name of several words becomes one: a row may have grown too short.
-            if row_key not in rows and len(text.split()) >= MIN_ROW_WORDS:
-                fresh.setdefault(row_key, text)
-        # The whole file goes to the split that is furthest from its quota.
-        split = min(quota, key=lambda s: filled[s] / quota[s])
-        chosen = sorted(fresh, key=digest_of)[:ROWS_PER_FILE]
-        for row_key in chosen:
-            rows[row_key] = (fresh[row_key], split, source)
-        filled[split] += len(chosen)
-    return rows
+def _files() -> list[tuple[str, Path]]:
+    """The sources of all libraries, ("numpy/lib/_iotools.py", its path), in a mixed fixed order."""
+    found = [
+        (f"{name}/{relative}", root / relative)
+        for name in LIBRARIES
+        for root in (folder_of_module(name),)
+        for relative in source_files(root)
+    ]
+    return sorted(found, key=lambda pair: digest_of(pair[0]))
+
+
+def _split_of(source: str) -> str:
+    """The split that all rows of a file are in, as a function of its name."""
+    at = int(digest_of(f"split of {source}")[:8], 16) % sum(ROWS_PER_CLASS.values())
+    for split, rows in ROWS_PER_CLASS.items():
+        if at < rows:
+            return split
+        at -= rows
+    raise AssertionError
+
+
+def _rows_of_file(source: str, kinds: set[str]) -> dict[str, list[tuple[str, str]]]:
+    """The rows of one file that some kinds still need.
+
+    Args:
+        source: the file's text.
+        kinds: those of KINDS that need rows; a file that can have none of them is not parsed.
+
+    Returns:
+        By kind pairs of a row's key and text, at most ROWS_PER_FILE.
+    """
+    documented: Iterable[tuple[str, str]]
+    if kinds <= {"module"} or (kinds <= {"module", "property"} and "property" not in source):
+        documented = [("module", prose.module_docstring(source))]
+    else:
+        documented = prose.documented(source)
+    found: dict[str, dict[str, str]] = {kind: {} for kind in kinds}
+    for kind, docstring in documented:
+        if kind in kinds and (text := _first_sentence(docstring)):
+            found[kind].setdefault(_template(text), text)
+    return {
+        kind: [(k, rows[k]) for k in sorted(rows, key=digest_of)[:ROWS_PER_FILE]]
+        for kind, rows in found.items()
+    }
+
+
+def _first_sentence(docstring: str) -> str:
+    """The first sentence of a docstring, or nothing where that is no prose of a row's length."""
+    for paragraph in prose.paragraphs(docstring)[:1]:
+        for sentence in prose.sentences(paragraph)[:1]:
+            if prose.is_prose(sentence, MAX_ROW_WORDS):
+                return sentence
+    return ""
 
 
 def _template(text: str) -> str:
@@ -264,8 +278,7 @@ def _build_public(taken: set[str]) -> dict[str, list[str]]:
                 continue
             seen.add(piece_key)
             own = prose.sentences(piece)
-            keys = {prose.key(s) for s in own} | {prose.key(mask_names(s)) for s in own}
-            if not keys & taken:
+            if not {prose.key(s) for s in own} & taken:
                 texts.append(piece)
 
     stdlib = Path(sysconfig.get_path("stdlib"))
@@ -283,12 +296,6 @@ def _build_public(taken: set[str]) -> dict[str, list[str]]:
         for paragraph in prose.paragraphs(readme(name), indented=True):
             add(paragraph)
     return {"text": texts}
-
-
-def _texts_of_file(path: Path) -> Iterator[str]:
-    for docstring in prose.docstrings(read(path)):
-        every = (s for p in prose.paragraphs(docstring) for s in prose.sentences(p))
-        yield from _runs(every, prose.is_prose, MAX_ROW_WORDS)
 
 
 def _runs(

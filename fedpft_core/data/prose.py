@@ -7,7 +7,9 @@ imported.
 from __future__ import annotations
 
 import ast
+import io
 import re
+import tokenize
 import warnings
 from collections.abc import Iterator
 from inspect import cleandoc
@@ -58,7 +60,13 @@ _BOILERPLATE = re.compile(
     r"pylint|noqa|auto-?generated",
     re.IGNORECASE,
 )
+_PROPERTY = re.compile(r"property$")
+"""What the decorators of a property end in: property, cached_property, hybrid_property."""
+_PARTS = frozenset({"setter", "getter", "deleter"})
 _KEY_TOKENS = re.compile(r"[^\W\d_]+|\d+")
+
+
+Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def docstrings(source: str) -> Iterator[str]:
@@ -71,6 +79,20 @@ def docstrings(source: str) -> Iterator[str]:
     Yields:
         Docstrings as they stand in the source, with their indentation.
     """
+    for _, text in documented(source):
+        yield text
+
+
+def documented(source: str) -> Iterator[tuple[str, str]]:
+    """Yield what has a docstring in a source, and the docstring, in source order.
+
+    Args:
+        source: Python source text. Sources that do not parse yield nothing.
+
+    Yields:
+        "module", "class", "function" (methods too) or "property", and the docstring as it stands
+        in the source.
+    """
     try:
         with warnings.catch_warnings():
             # Invalid escapes in other people's sources are none of our user's business.
@@ -78,22 +100,54 @@ def docstrings(source: str) -> Iterator[str]:
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return
-    yield from _docstrings(tree)
+    yield from _documented(tree)
 
 
-def _docstrings(
-    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef,
-) -> Iterator[str]:
+def module_docstring(source: str) -> str:
+    """The docstring of a module, without parsing more of the source than that.
+
+    Args:
+        source: Python source text.
+
+    Returns:
+        The docstring as it stands in the source; empty where there is none.
+    """
+    beside = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.ENCODING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for token in tokenize.generate_tokens(io.StringIO(source).readline):
+                if token.type in beside:
+                    continue
+                value = ast.literal_eval(token.string) if token.type == tokenize.STRING else ""
+                return value if isinstance(value, str) else ""
+    except (SyntaxError, ValueError, tokenize.TokenError):
+        pass
+    return ""
+
+
+def _kind(node: Definition) -> str:
+    if isinstance(node, ast.Module):
+        return "module"
+    if isinstance(node, ast.ClassDef):
+        return "class"
+    names = (ast.unparse(d).split("(")[0].split(".") for d in node.decorator_list)
+    return (
+        "property" if any(_PROPERTY.search(n[-1]) or n[-1] in _PARTS for n in names) else "function"
+    )
+
+
+def _documented(node: Definition) -> Iterator[tuple[str, str]]:
     text = ast.get_docstring(node, clean=False)
     if text:
-        yield text
+        yield _kind(node), text
     # Only statements can hold definitions, and looking into expressions would cost most of the
     # time; definitions under `if`, `try` and `with` are reached through their bodies.
     stack: list[ast.AST] = list(reversed(node.body))
     while stack:
         child = stack.pop()
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from _docstrings(child)
+            yield from _documented(child)
         else:
             for field in ("finalbody", "orelse", "handlers", "body"):
                 inner = getattr(child, field, None)

@@ -110,7 +110,7 @@ def read_split(source: str, split: str, columns: Columns, cache_dir: Path | None
             tuple(rows.text[i] for i in chosen),
             tuple(rows.label[i] for i in chosen),
             f"{key}: {source}",
-            builtin.LIBRARIES,
+            builtin.KINDS,
         )
     if source.startswith("builtin:"):
         raise UserError(f"{key} is {source!r}; the only built-in data is {BUILTIN_DOCSTRINGS!r}.")

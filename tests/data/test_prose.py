@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -173,3 +174,67 @@ def test_nothing_crashes_and_key_is_stable(text: str) -> None:
         assert "\n" not in paragraph
         prose.sentences(paragraph)
     assert prose.key(prose.key(text)) == prose.key(text)
+
+
+SOURCE = '''
+# A comment first.
+r"""What the module
+is for."""
+
+class A(Base):
+    """What A is."""
+
+    @property
+    def b(self):
+        """What b is."""
+
+    @b.setter
+    def b(self, value):
+        """How b is set."""
+
+    @functools.cached_property
+    def c(self):
+        """What c is."""
+
+    @hybrid_property
+    def d(self):
+        """What d is."""
+
+    @property_of_another_name(1)
+    def e(self):
+        """What e does."""
+
+if TYPE_CHECKING:
+    async def f():
+        """What f does."""
+'''
+
+
+def test_documented() -> None:
+    assert list(prose.documented(SOURCE)) == [
+        ("module", "What the module\nis for."),
+        ("class", "What A is."),
+        ("property", "What b is."),
+        ("property", "How b is set."),
+        ("property", "What c is."),
+        ("property", "What d is."),
+        ("function", "What e does."),
+        ("function", "What f does."),
+    ]
+    assert list(prose.documented("def (")) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "want"),
+    [
+        (SOURCE, "What the module\nis for."),
+        ("import os\n'no docstring'", ""),
+        ("'''Open", ""),
+        ("f'a{1}'", ""),
+        ("b'bytes'", ""),
+        ("", ""),
+        ("\n\n  \n'here'\nthis is not Python (", "here"),
+    ],
+)
+def test_module_docstring(source: str, want: str) -> None:
+    assert prose.module_docstring(source) == want
