@@ -22,7 +22,8 @@ NO_RESULT = (
 )  # fmt: skip
 # What a run did that is older than a key: today's default, but for these.
 _ABSENT = {name: info.default for name, info in configs.keys().items()} | {
-    "plug.refit": "none", "plug.rows": 128, "distill.fit-batches": 40, "distill.ridge": 1e-3
+    "plug.refit": "none", "plug.rows": 128, "plug.method": "refit", "distill.fit-batches": 40,
+    "distill.ridge": 1e-3, "head.start": "zero", "head.end": "trained",
 }  # fmt: skip
 
 

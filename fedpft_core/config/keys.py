@@ -225,13 +225,13 @@ class HeadConfig:
     """The head in closed form, from sums over the clients' rows by class (docs/heads.md)."""
 
     start: str = _key(
-        "zero",
+        "statistics",
         "the head before round 1: `statistics` (the shrunken linear discriminant of the class "
         "statistics that every client sends once) or `zero` (as the model is loaded)",
         choices=("statistics", "zero"),
     )
     end: str = _key(
-        "trained",
+        "better",
         "the head after the last round: `statistics` (the same again, of the tuned features), "
         "`better` (whichever of that and the tuned head the server's validation rows prefer) or "
         "`trained` (the tuned head)",
@@ -262,11 +262,14 @@ class TrainConfig:
         3.2e-3, "AdamW learning rate of round 1; falls linearly over rounds", above=0.0
     )
     head_lr_scale: float = _key(
-        10.0, "learning rate of the task head as a multiple of train.lr", above=0.0
+        1.0,
+        "learning rate of the task head as a multiple of train.lr; with head.start = zero and a "
+        "model whose pooler is untrained (MiniLM) 10 to 30",
+        above=0.0,
     )
-    batch_size: int = _key(12, "rows per step", low=1)
+    batch_size: int = _key(8, "rows per step", low=1)
     local_epochs: int = _key(1, "epochs per round when local-steps is 0", low=1)
-    local_steps: int = _key(14, "steps per round, 0 = use local-epochs", low=0)
+    local_steps: int = _key(24, "steps per round, 0 = use local-epochs", low=0)
     weight_decay: float = _key(0.0, "AdamW weight decay", low=0.0)
     clip: float = _key(1.0, "largest gradient norm, 0 = no clipping", low=0.0)
     threads: int = _key(1, "torch threads of each client process", low=1)
@@ -276,7 +279,7 @@ class TrainConfig:
 class FederationConfig:
     """Rounds, sampling and partitions."""
 
-    rounds: int = _key(10, "rounds T", low=1)
+    rounds: int = _key(8, "rounds T", low=1)
     aggregate: str = _key(
         "average",
         "what becomes of the clients' adapters: "
@@ -312,14 +315,14 @@ class PlugConfig:
     """How the tuned adapter becomes the product (docs/heads.md)."""
 
     method: str = _key(
-        "refit",
+        "best",
         "`best` (of the candidates that follow, the one that labels most of the validation rows "
         "kept for it right), `as-trained` (the paper's: the adapter as it is), `refit` (the head "
         "fitted to the FM's features, by plug.refit), `mapped` (the clients' class statistics "
         "taken to the FM's features) or `distil` (the FM tuned towards the sub-FM's outputs)",
         choices=("best", "as-trained", "refit", "mapped", "distil"),
     )
-    distil_steps: int = _key(150, "optimiser steps of `distil`", low=1)
+    distil_steps: int = _key(100, "optimiser steps of `distil`", low=1)
     distil_batch_size: int = _key(16, "rows per step of `distil`", low=1)
     distil_lr: float = _key(1e-3, "AdamW learning rate of LoRA in `distil`", above=0.0)
     distil_head_lr: float = _key(2e-3, "AdamW learning rate of the head in `distil`", above=0.0)
@@ -382,7 +385,7 @@ class RunConfig:
         choices=("test", "validation"),
     )
     evaluate_every: int = _key(
-        2,
+        4,
         "rounds between evaluations of both models, from the start on; the last round always is, "
         "and alone when this is more than federation.rounds",
         low=1,
