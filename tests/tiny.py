@@ -303,7 +303,15 @@ def write_task(family: str, path: Path, rows: int = 240) -> dict[str, Any]:
         "align.steps": 10,
         "lora.rank": 4,
         "lora.alpha": 16.0,
+        # The paper's way in and out: what most tests are about. test_heads.py and the runs of every
+        # family have statistics and the best plug-in.
+        "head.start": "zero",
+        "head.end": "trained",
+        "plug.method": "refit",
         "train.lr": 1e-2,
+        "train.head-lr-scale": 10.0,
+        "train.batch-size": 12,
+        "train.local-steps": 14,
         "train.local-epochs": 3,
         "federation.rounds": 4,
         "federation.clients": 4,

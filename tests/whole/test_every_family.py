@@ -29,6 +29,8 @@ def test_run_inspect_sizes_and_node_check(family: str, tmp_path: Path) -> None:
     flat = tiny.write_task(family, tmp_path, rows=60) | {
         "federation.rounds": 2, "distill.steps": 3, "align.interval": 1, "align.steps": 2,
         "data.validation-share": 0.2, "data.labels": ",".join(tiny.LABELS),
+        "head.start": "statistics", "head.end": "better", "plug.method": "best",
+        "plug.distil-steps": 4, "train.head-lr-scale": 1.0,
     }  # fmt: skip
     events = tiny.run(flat, tmp_path / "run")
     scored = tiny.main_run(events, "evaluation")
