@@ -45,7 +45,7 @@ class Work:
     held_out: Encoded
     sent: Tensors
     residuals: Residuals
-    # What the sub-FM with `sent` came to on `held_out`; see `Task.sums`.
+    # What the sub-FM with `sent` came to on `held_out`, and only what may leave; see `Task.sent`.
     sums: Mapping[str, float] = field(default_factory=dict)
     steps: int = 0
     loss: float = 0.0
@@ -94,14 +94,14 @@ def validate(work: Work) -> Work:
         work: with the adapter received on the model.
 
     Returns:
-        The work with the figures that the score is made from; none where no rows are kept.
+        The work with those figures of the score that a client may send; none where no rows are
+        kept.
     """
     if not len(work.held_out):
         return work
-    score = evaluate(
-        work.model.model, work.model.task, work.held_out, 2 * work.request.settings.batch_size
-    )
-    return replace(work, sums=score.sums)
+    model, task = work.model.model, work.model.task
+    score = evaluate(model, task, work.held_out, 2 * work.request.settings.batch_size)
+    return replace(work, sums={name: score.sums[name] for name in task.sent})
 
 
 def tune(work: Work) -> Work:

@@ -28,7 +28,7 @@ from fedpft_core.model.load import TaskModel
 
 @dataclass(frozen=True)
 class Metric:
-    """The score a task is judged by.
+    """A score: the one a task is judged by, or one that is shown beside it.
 
     Attributes:
         name: as reports and events call it.
@@ -64,8 +64,10 @@ class Score:
         loss: mean loss over what the task counts (rows here); NaN where there is none.
         rows: rows scored.
         seconds: time it took.
-        more: further metrics, by name.
-        sums: what the score was made from; see `Task.sums`.
+        more: values of the task's further metrics, by name; a metric that the sums do not give is
+            left out.
+        sums: all that the score was made from; see `Task.sums`. A client may send only those that
+            `Task.sent` names.
     """
 
     metric: Metric
@@ -138,6 +140,10 @@ class Task(Protocol):
     @property
     def metric(self) -> Metric:
         """The metric that decides."""
+
+    @property
+    def further(self) -> tuple[Metric, ...]:
+        """Metrics that are shown beside it, in this order; empty where there are none."""
 
     # --- the model ---
 
@@ -273,7 +279,8 @@ class Task(Protocol):
     def sums(self, model: nn.Module, batch: Batch) -> dict[str, float]:
         """What a batch adds to the figures scores are made from; `rows` is one of them.
 
-        Figures add up over batches, and over the clients that report them.
+        Figures add up over batches. They may say more of the rows than is to leave a client: what
+        leaves it is named by `sent`.
 
         Args:
             model: a model of this task, in eval mode.
@@ -283,15 +290,23 @@ class Task(Protocol):
             Figures by name.
         """
 
+    @property
+    def sent(self) -> tuple[str, ...]:
+        """Which of these figures a client may send to the server; the others never leave it.
+
+        The metric that decides must follow from them alone. They add up over clients.
+        """
+
     def score(self, sums: Mapping[str, float], seconds: float = 0.0) -> Score:
         """The score that such figures come to.
 
         Args:
-            sums: figures as `sums` gives them, added up; none where there are no rows.
+            sums: figures as `sums` gives them, added up, or only those that `sent` names; none
+                where there are no rows.
             seconds: time that scoring took.
 
         Returns:
-            The score; no rows give 0.
+            The score, with the further metrics that follow from these figures; no rows give 0.
         """
 
     def check_sums(self, sums: Mapping[str, float], rows: int) -> None:

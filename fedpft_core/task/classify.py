@@ -27,6 +27,7 @@ from fedpft_core.model.load import TaskModel
 from fedpft_core.task.base import Metric, Score
 
 ACCURACY = Metric("accuracy", higher_is_better=True, share=True)
+MACRO_F1 = Metric("macro-F1", higher_is_better=True, share=True)
 
 
 def logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -57,6 +58,9 @@ class Classify:
     labels: tuple[str, ...] = ()
 
     metric = ACCURACY
+    further = (MACRO_F1,)
+    # Not the figures by class: they would tell how many validation rows are of each class.
+    sent = ("rows", "correct", "loss")
     refits = True
 
     @staticmethod
@@ -254,27 +258,33 @@ class Classify:
         return len(batch["labels"])
 
     def sums(self, model: nn.Module, batch: Batch) -> dict[str, float]:
-        """Rows, rows right, and the sum of their cross-entropies.
+        """Rows, rows right, the sum of their cross-entropies, and what each class's F1 needs.
 
         Args:
             model: a classifier in eval mode.
             batch: inputs and labels, on the model's device.
 
         Returns:
-            `rows`, `correct` and `loss`.
+            `rows`, `correct`, `loss`, and for each class c `hits c` and `named c`; see
+            `_by_class`.
         """
         scores, labels = logits(model, batch), batch["labels"]
         return {
             "rows": len(scores),
             "correct": self.merit(scores, labels),
             "loss": float(F.cross_entropy(scores, labels, reduction="sum")),
+            **_by_class(scores.argmax(-1).cpu(), labels.cpu(), scores.shape[-1]),
         }
 
     def score(self, sums: Mapping[str, float], seconds: float = 0.0) -> Score:
-        """Accuracy, with the standard error of a binomial share.
+        """Accuracy, with the standard error of a binomial share, and macro-F1.
+
+        Macro-F1 has no standard error: it is no mean over rows, and the figures by class do not
+        tell which class a wrong row was given.
 
         Args:
-            sums: `rows`, `correct` and `loss`; one that is missing counts as 0.
+            sums: `rows`, `correct` and `loss`; one that is missing counts as 0. Where there are
+                none by class, as in what clients send, macro-F1 is left out.
             seconds: time that scoring took.
 
         Returns:
@@ -284,7 +294,7 @@ class Classify:
         n = max(rows, 1)
         value, loss = sums.get("correct", 0) / n, sums.get("loss", 0.0) / n
         error = sqrt(value * (1 - value) / n)
-        return Score(ACCURACY, value, error, loss, rows, seconds, {}, dict(sums))
+        return Score(ACCURACY, value, error, loss, rows, seconds, _macro_f1(sums), dict(sums))
 
     def check_sums(self, sums: Mapping[str, float], rows: int) -> None:
         """Right rows are whole and within the rows; the loss is a sum of what is never below 0.
@@ -298,7 +308,7 @@ class Classify:
         """
         if not sums and not rows:
             return
-        if sums.keys() != {"rows", "correct", "loss"}:
+        if sums.keys() != set(self.sent):
             raise ValueError(f"the figures of validation rows are {', '.join(sorted(sums))[:100]}")
         correct = sums["correct"]
         if sums["rows"] != rows:
@@ -367,7 +377,7 @@ class Classify:
             seed: of the solver.
 
         Returns:
-            Accuracy on the rows of `test`; there is no loss.
+            Accuracy and macro-F1 on the rows of `test`; there is no loss.
         """
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
@@ -384,8 +394,41 @@ class Classify:
         )
         found.fit(*train)
         x, labels = test
-        right = int((found.predict(x) == labels).sum())
-        return replace(self.score({"rows": len(labels), "correct": right}), loss=nan)
+        named = found.predict(x)
+        sums = {"rows": len(labels), "correct": int((named == labels).sum())}
+        by_class = _by_class(torch.as_tensor(named), torch.as_tensor(labels), len(self.labels))
+        return replace(self.score(sums | by_class), loss=nan)
+
+
+def _by_class(named: Tensor, labels: Tensor, classes: int) -> dict[str, int]:
+    """What F1 of each class needs.
+
+    Args:
+        named: int64 [N], the class each row was given.
+        labels: int64 [N], the class it has.
+        classes: how many there are.
+
+    Returns:
+        For every class c `hits c`, its rows that are right, and `named c`, how often it stands in
+        `named` or in `labels`; F1 is twice the one over the other.
+    """
+    hits = torch.bincount(labels[named == labels], minlength=classes).tolist()
+    both = torch.bincount(torch.cat([named, labels]), minlength=classes).tolist()
+    return {
+        name: n
+        for c in range(classes)
+        for name, n in ((f"hits {c}", hits[c]), (f"named {c}", both[c]))
+    }
+
+
+def _macro_f1(sums: Mapping[str, float]) -> dict[str, float]:
+    """The mean of F1 over the classes that a row has or was given; empty without any."""
+    each = [
+        2 * sums[f"hits {name.removeprefix('named ')}"] / count
+        for name, count in sums.items()
+        if name.startswith("named ") and count
+    ]
+    return {MACRO_F1.name: sum(each) / len(each)} if each else {}
 
 
 def label_index(value: Any, names: Sequence[str]) -> int | None:

@@ -66,7 +66,7 @@ class TrainReply:
     counts: Tensors = field(default_factory=dict)  # `{block}` int64 [K], `{block}/tokens` [1]
     timings: dict[str, float] = field(default_factory=dict)
     validation_rows: int = 0  # rows kept from training
-    # What the sub-FM with the adapter *received* came to on them; see `Task.sums`.
+    # What the sub-FM with the adapter *received* came to on them; see `Task.sent`.
     validation_sums: dict[str, float] = field(default_factory=dict)
 
 

@@ -643,6 +643,24 @@ def test_a_share_of_the_rows_is_validated_on_and_never_trained_on(
     assert (plain.validation_rows, plain.validation_sums, plain.examples) == (0, {}, 60)
 
 
+def test_of_its_validation_rows_a_client_sends_three_sums_and_nothing_by_class(
+    server: Server, edge: Edge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    evaluate = chain.evaluate
+
+    def scored(*args: Any) -> Any:
+        made.append(evaluate(*args))
+        return made[-1]
+
+    monkeypatch.setattr(chain, "evaluate", scored)
+    reply = trained(edge(**{"validation-share": 0.25}), server.whole(0))
+    assert reply.validation_sums.keys() == {"rows", "correct", "loss"}
+    # There was more to keep back: the client's own score has the figures of every class.
+    assert made[0].more and len(made[0].sums) > 3
+    assert all(made[0].sums[name] == value for name, value in reply.validation_sums.items())
+
+
 def rows_of(encoded: Any) -> set[tuple[int, ...]]:
     bounds = zip(encoded.offsets[:-1], encoded.offsets[1:], strict=True)
     return {tuple(encoded.ids[a:b].tolist()) for a, b in bounds}

@@ -10,13 +10,14 @@ import pytest
 import tiny
 import torch
 
+from fedpft_core.data.batches import batches
 from fedpft_core.data.examples import Examples
 from fedpft_core.data.rows import Columns
 from fedpft_core.errors import UserError
 from fedpft_core.model.batch import Position, read_at
 from fedpft_core.model.families import FAMILIES
-from fedpft_core.task import KINDS, kind_of, make
-from fedpft_core.task.classify import logits
+from fedpft_core.task import KINDS, kind_of, make, mean_score
+from fedpft_core.task.classify import _by_class, _macro_f1, logits
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 
@@ -54,9 +55,83 @@ def test_score_is_the_share_right_with_its_standard_error() -> None:
     assert replace(score, loss=math.nan).fields()["loss"] is None
 
 
+@families
+def test_macro_f1_is_scikit_learns(family: str) -> None:
+    """Over batches of uneven size, and where a class is neither in the rows nor named."""
+    from sklearn.metrics import f1_score
+
+    from fedpft_core.train.evaluate import evaluate
+
+    model, task = tiny.model(family), tiny.task_of(family)
+    for rows in (1, 2, 7, 40):
+        data = tiny.encoded(family, rows)
+        score = evaluate(model, task, data, 3)
+        named, labels = [], []
+        for batch in batches(data, 5, None):
+            with torch.no_grad():
+                named += logits(model, batch).argmax(-1).tolist()
+            labels += batch["labels"].tolist()
+        assert score.more == {"macro-F1": pytest.approx(f1_score(labels, named, average="macro"))}
+        assert score.fields()["more"] == dict(score.more)
+        assert list(score.more) == [metric.name for metric in task.further]
+
+
+def test_macro_f1_of_made_up_predictions() -> None:
+    from sklearn.metrics import f1_score
+
+    rng = np.random.default_rng(0)
+    for classes in (2, 3, 10):
+        for rows in (1, 5, 200):
+            named, labels = rng.integers(0, classes, rows), rng.integers(0, classes, rows)
+            sums = _by_class(torch.as_tensor(named), torch.as_tensor(labels), classes)
+            want = f1_score(labels, named, average="macro")
+            assert _macro_f1(sums) == {"macro-F1": pytest.approx(want)}
+    assert _macro_f1({}) == {}
+
+
+def test_a_baselines_macro_f1_is_scikit_learns() -> None:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import f1_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 3, 90)
+    x = rng.normal(size=(90, 4)) + labels[:, None]
+    train, test = (x[:60], labels[:60]), (x[60:], labels[60:])
+    score = tiny.TASK.fit_baseline("linear-probe", train, test, 0)
+    probe = LogisticRegression(C=0.1, max_iter=300, random_state=0)
+    found = make_pipeline(StandardScaler(), probe).fit(*train)
+    want = f1_score(test[1], found.predict(test[0]), average="macro")
+    assert score.more == {"macro-F1": pytest.approx(want)}
+
+
+@families
+def test_what_a_client_may_send_gives_the_accuracy_and_nothing_by_class(family: str) -> None:
+    model, task = tiny.model(family), tiny.task_of(family)
+    with torch.no_grad():
+        sums = task.sums(model, tiny.batch_of(family))
+    assert set(task.sent) == {"rows", "correct", "loss"} and len(sums) == 3 + 2 * len(task.labels)
+    sent = {name: sums[name] for name in task.sent}
+    task.check_sums(sent, 7)
+    with pytest.raises(ValueError, match="the figures of validation rows are correct, hits 0"):
+        task.check_sums(sums, 7)
+    whole, part = task.score(sums), task.score(sent)
+    assert (part.value, part.error, part.loss, part.rows) == (
+        whole.value, whole.error, whole.loss, whole.rows,
+    )  # fmt: skip
+    assert whole.more and not part.more
+
+
+def test_the_mean_of_scores_has_the_mean_of_further_metrics() -> None:
+    found = [replace(tiny.TASK.score({}), more={"macro-F1": value}) for value in (0.25, 0.75)]
+    assert mean_score(found).more == {"macro-F1": 0.5}
+
+
 def test_no_rows_score_nothing() -> None:
     score = tiny.TASK.score({})
     assert (score.value, score.error, score.loss, score.rows) == (0.0, 0.0, 0.0, 0)
+    assert score.more == {}
 
 
 @families
