@@ -65,8 +65,12 @@ def _(event: ev.Nodes, record: Record) -> list[str]:
 
 
 def _scored(event: ev.Scored, record: Record) -> str:
-    """The score in words, as in `accuracy 57.1 %`."""
-    return f"{event.metric} {Measure.of(record.task).shown(event.value)}"
+    """The score in words, as in `accuracy 57.1 %, macro-F1 55.2 %`."""
+    found = [f"{event.metric} {Measure.of(record.task).shown(event.value)}"]
+    for measure in Measure.further(record.task, event.more):
+        if measure.name in event.more:
+            found.append(f"{measure.name} {measure.shown(event.more[measure.name])}")
+    return ", ".join(found)
 
 
 @lines_for.register

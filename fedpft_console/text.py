@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -115,11 +115,13 @@ class _Task(Protocol):
     def higher_is_better(self) -> bool: ...
     @property
     def share(self) -> bool: ...
+    @property
+    def further(self) -> Sequence[Mapping[str, Any]]: ...
 
 
 @dataclass(frozen=True)
 class Measure:
-    """The metric of a task: how its values are shown and which of two is better.
+    """A metric of a task: how its values are shown and which of two is better.
 
     A value that is a share is shown in percent, and differences of shares in points; any other is
     shown as it is, with three digits.
@@ -140,6 +142,31 @@ class Measure:
             Its metric; accuracy for None.
         """
         return Measure(task.metric, task.higher_is_better, task.share) if task else Measure()
+
+    @staticmethod
+    def further(task: _Task | None, seen: Iterable[str] = ()) -> list[Measure]:
+        """The metrics beside the one that decides.
+
+        Args:
+            task: a task event, None before there is one; that of an older version names none.
+            seen: names of metrics that scores have values of.
+
+        Returns:
+            Those that the task names, in its order, then what else was seen, each once. How the
+            latter are to be shown is not known, so they are shown as they are.
+        """
+        named = [
+            Measure(
+                str(m.get("name", "")),
+                bool(m.get("higher_is_better", True)),
+                bool(m.get("share", False)),
+            )
+            for m in (task.further if task else ())
+        ]
+        found = {measure.name: measure for measure in named}
+        for name in seen:
+            found.setdefault(name, Measure(name, share=False))
+        return list(found.values())
 
     @property
     def title(self) -> str:

@@ -6,7 +6,8 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from fedpft_console.report.plots import plot_png
 from fedpft_console.report.show import bad_replies, markdown
 from fedpft_console.report.tables import kinds
+from fedpft_console.text import Measure
 from fedpft_core.disk import whole
 from fedpft_core.errors import UserError
 from server_app.run import schema as ev
@@ -85,33 +87,59 @@ def write(folder: Path) -> Record:
 # ---------------------------------------------------------------- figures of rounds
 
 
-def _figures(r: Round) -> dict[str, Any]:
+# The name of a figure, and how it is had of a round; None where the round has none.
+_Column = tuple[str, Callable[[Round], Any]]
+
+
+def _of(pick: Callable[[Round], Any], name: str) -> Callable[[Round], Any]:
+    """A field of an event that a round may not have."""
+    return lambda r: getattr(pick(r), name, None)
+
+
+_COLUMNS: tuple[_Column, ...] = (
+    ("round", lambda r: r.number),
+    ("proxy_value", _of(lambda r: r.proxy, "value")),
+    ("proxy_standard_error", _of(lambda r: r.proxy, "error")),
+    ("fm_value", _of(lambda r: r.fm, "value")),
+    ("fm_standard_error", _of(lambda r: r.fm, "error")),
+    ("gap", lambda r: r.gap),
+    ("fm_as_trained_value", _of(lambda r: r.trained, "value")),
+    ("clients_value", _of(lambda r: r.clients, "value")),
+    ("clients_rows", _of(lambda r: r.clients, "rows")),
+    *((name, _of(lambda r: r.finished, name)) for name in _OF_ROUND),
+    ("aligned_neurons", _of(lambda r: r.alignment, "neurons")),
+    ("aligned_share", _of(lambda r: r.alignment, "share")),
+    ("align_error_before", lambda r: r.alignment_errors()[0]),
+    ("align_error_after", lambda r: r.alignment_errors()[1]),
+    ("gap_before_alignment", _of(lambda r: r.alignment, "gap_before")),
+    ("gap_after_alignment", _of(lambda r: r.alignment, "gap_after")),
+    ("cosine", lambda r: r.latest("cosine")),
+    ("relative_l2", lambda r: r.latest("relative_l2")),
+)
+_SCORES: tuple[_Column, ...] = (
+    ("proxy", lambda r: r.proxy),
+    ("fm", lambda r: r.fm),
+    ("fm_as_trained", lambda r: r.trained),
+    ("clients", lambda r: r.clients),
+)
+
+
+def _columns(record: Record) -> list[_Column]:
+    """What there is a figure of in every round of this run, whatever a round lacks."""
+
+    def value(pick: Callable[[Round], Any], name: str) -> Callable[[Round], Any]:
+        return lambda r: getattr(pick(r), "more", {}).get(name)
+
+    found = list(_COLUMNS)
+    for measure in Measure.further(record.task, record.further):
+        name = re.sub(r"[^a-z0-9]+", "_", measure.name.lower())
+        found += [(f"{model}_{name}", value(pick, measure.name)) for model, pick in _SCORES]
+    return found
+
+
+def _figures(columns: Sequence[_Column], r: Round) -> dict[str, Any]:
     """The figures of a round by name; None where there is none."""
-
-    def of(score: ev.Scored | None, name: str) -> Any:
-        return getattr(score, name) if score else None
-
-    a, (error_before, error_after) = r.alignment, r.alignment_errors()
-    return {
-        "round": r.number,
-        "proxy_value": of(r.proxy, "value"),
-        "proxy_standard_error": of(r.proxy, "error"),
-        "fm_value": of(r.fm, "value"),
-        "fm_standard_error": of(r.fm, "error"),
-        "gap": r.gap,
-        "fm_as_trained_value": of(r.trained, "value"),
-        "clients_value": of(r.clients, "value"),
-        "clients_rows": of(r.clients, "rows"),
-        **{name: _known(getattr(r.finished, name, None)) for name in _OF_ROUND},
-        "aligned_neurons": a and a.neurons,
-        "aligned_share": a and a.share,
-        "align_error_before": error_before,
-        "align_error_after": error_after,
-        "gap_before_alignment": a and a.gap_before,
-        "gap_after_alignment": a and a.gap_after,
-        "cosine": r.latest("cosine"),
-        "relative_l2": r.latest("relative_l2"),
-    }
+    return {name: _known(figure(r)) for name, figure in columns}
 
 
 def _known(value: Any) -> Any:
@@ -138,10 +166,11 @@ def rounds_csv(record: Record) -> str:
     ways = [(d, k) for d in DIRECTIONS for k in kinds(record)]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*_figures(Round(0)), *(f"{d}_{k}_bytes" for d, k in ways)])
+    columns = _columns(record)
+    writer.writerow([*(name for name, _ in columns), *(f"{d}_{k}_bytes" for d, k in ways)])
     for r in record.rounds:
         sizes = (r.bytes[d].get(k, 0) for d, k in ways)
-        writer.writerow([*_figures(r).values(), *sizes])
+        writer.writerow([*_figures(columns, r).values(), *sizes])
     return out.getvalue()
 
 
@@ -160,6 +189,7 @@ def as_json(record: Record) -> str:
     def fields(event: ev.Event | None) -> dict[str, Any]:
         return {k: v for k, v in line_of(event).items() if k != "event"} if event else {}
 
+    columns = _columns(record)
     tree = {
         "state": record.state,
         "reason": record.reason,
@@ -171,7 +201,7 @@ def as_json(record: Record) -> str:
         "baselines": {name: fields(b) for name, b in record.baselines.items()},
         "validation": {model: fields(v) for model, v in record.validation.items()},
         "rounds": [
-            _figures(r)
+            _figures(columns, r)
             | {
                 "scores": {model: fields(score) for model, score in r.scores.items()},
                 "agreement": {when: asdict(a) for when, a in r.agreements.items()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fedpft_console.text import (
@@ -37,10 +38,11 @@ def sheets(record: Record) -> list[Sheet]:
         record: a run in any state: finished, failed or still running.
 
     Returns:
-        Sizes, scores, re-alignments, traffic, time with memory, and files.
+        Sizes, scores, one table for each further metric, re-alignments, traffic, time with memory,
+        and files.
     """
-    made = [_sizes(record), _scores(record), _alignments(record), _traffic(record),
-            _phases(record), _files(record)]  # fmt: skip
+    made = [_sizes(record), _scores(record), *_further(record), _alignments(record),
+            _traffic(record), _phases(record), _files(record)]  # fmt: skip
     return [sheet for sheet in made if sheet.rows]
 
 
@@ -74,14 +76,48 @@ def _sizes(record: Record) -> Sheet:
 
 
 _TRAINED, _CLIENTS = "head as trained", "sub-FM at clients"
+_EMPTY = frozenset(("", "-"))  # cells that say nothing
 
 
 def _scores(record: Record) -> Sheet:
+    """The metric that decides, by reference point and round."""
     measure = Measure.of(record.task)
 
     def text(score: ev.Scored | None) -> str:
         return measure.spread(score.value, score.error) if score else "-"
 
+    columns, rows = _by_round(record, measure, text, lambda r: r.gap)
+    return Sheet(measure.title, columns, rows, _notes(record, measure) if rows else [])
+
+
+def _further(record: Record) -> list[Sheet]:
+    """A table for each further metric, without what only the deciding one has."""
+    return [_further_of(record, m) for m in Measure.further(record.task, record.further)]
+
+
+def _further_of(record: Record, measure: Measure) -> Sheet:
+    def value(score: ev.Scored | None) -> float | None:
+        return score.more.get(measure.name) if score else None
+
+    def gap(r: Round) -> float | None:
+        proxy, fm = value(r.proxy), value(r.fm)
+        return None if proxy is None or fm is None else proxy - fm
+
+    columns, rows = _by_round(record, measure, lambda score: measure.shown(value(score)), gap)
+    i = columns.index("training loss")
+    rows = [[*row[:i], *row[i + 1 :]] for row in rows]
+    # A baseline or round may have been scored by the deciding metric alone.
+    rows = [row for row in rows if not _EMPTY.issuperset(row[1:])]
+    return Sheet(measure.title, [*columns[:i], *columns[i + 1 :]], rows, _direction(measure))
+
+
+def _by_round(
+    record: Record,
+    measure: Measure,
+    text: Callable[[ev.Scored | None], str],
+    gap: Callable[[Round], float | None],
+) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of a metric: reference points first, then rounds."""
     columns = ["", "sub-FM", "plugged-in FM", "gap", _TRAINED, "training loss", _CLIENTS]
     rows = []
     order = [b for b in BASELINES if b in record.baselines]
@@ -89,25 +125,28 @@ def _scores(record: Record) -> Sheet:
         rows.append([BASELINES.get(name, name), "", text(record.baselines[name]), "", "", "", ""])
     method = (record.run.method if record.run else "") or "fedpft"
     method = method.replace("fedpft", "FedPFT")
-    scored = [r for r in record.rounds if r.proxy or r.fm or r.clients]
-    for r in scored:
+    for r in (r for r in record.rounds if r.proxy or r.fm or r.clients):
         mark = " *" if r.alignment else ""
+        between = gap(r)
         rows.append([
             f"{method} after round {r.number}{mark}" if r.number else f"{method} before round 1",
             text(r.proxy),
             text(r.fm),
-            measure.difference(r.gap) if r.gap is not None else "-",
+            measure.difference(between) if between is not None else "-",
             text(r.trained),
             number(r.finished.loss if r.finished else None),
             text(r.clients),
         ])  # fmt: skip
-    without = {_TRAINED} if not any(r.trained for r in scored) else set()
-    without |= {_CLIENTS} if not any(r.clients for r in scored) else set()
-    keep = [i for i, name in enumerate(columns) if name not in without]
-    return Sheet(
-        measure.title, [columns[i] for i in keep], [[row[i] for i in keep] for row in rows],
-        _notes(record, measure) if rows else [],
-    )  # fmt: skip
+    keep = [
+        i
+        for i, name in enumerate(columns)
+        if name not in (_TRAINED, _CLIENTS) or any(row[i] not in _EMPTY for row in rows)
+    ]
+    return [columns[i] for i in keep], [[row[i] for i in keep] for row in rows]
+
+
+def _direction(measure: Measure) -> list[str]:
+    return [] if measure.higher_is_better else [f"Lower {measure.name} is better."]
 
 
 def _notes(record: Record, measure: Measure) -> list[str]:
@@ -128,9 +167,7 @@ def _notes(record: Record, measure: Measure) -> list[str]:
         notes.append("Head as trained: the FM without refitting the head to it (plug.refit).")
     if any(r.clients for r in record.rounds):
         notes.append("At clients: the sub-FM on rows that clients keep from training.")
-    if not measure.higher_is_better:
-        notes.append(f"Lower {measure.name} is better.")
-    return notes
+    return notes + _direction(measure)
 
 
 def _change(before: float | None, after: float | None, form: str = ".3f") -> str:

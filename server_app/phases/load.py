@@ -89,6 +89,10 @@ def _read(config: Config, events: Events) -> tuple[models.Loaded, Rows]:
         name=data.name, kind=task.name, train=len(data.train),
         validation=len(data.validation), test=len(data.test),
         labels=list(task.labels), public=len(public), **task.metric.fields(),
+        further=[
+            ev.Metric(name=m.name, higher_is_better=m.higher_is_better, share=m.share)
+            for m in task.further
+        ],
     ))  # fmt: skip
     encoded = [
         task.encode(rows, loaded.processor, length)

@@ -137,6 +137,14 @@ class Record:
         return self._rounds.setdefault(number, Round(number))
 
     @property
+    def further(self) -> list[str]:
+        """Names of the further metrics that a score has a value of, in order of appearance."""
+        scores: list[ev.Scored] = [*self.baselines.values()]
+        for r in self.rounds:
+            scores += [*r.scores.values(), *([r.clients] if r.clients else [])]
+        return list(dict.fromkeys(name for score in scores for name in score.more))
+
+    @property
     def seconds(self) -> float | None:
         """How long the run took so far, without the pauses between its parts."""
         if self._start is None or self._last is None:

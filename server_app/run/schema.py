@@ -148,6 +148,20 @@ class Model(Event, name="model"):
     blocks: list[BlockSize]  # the sub-FM's blocks
 
 
+class Metric(TypedDict):
+    """A metric that is shown beside the one that decides.
+
+    Attributes:
+        name: its name, as in the `more` of scores.
+        higher_is_better: its direction.
+        share: whether its values are shares in [0, 1], shown as percent.
+    """
+
+    name: str
+    higher_is_better: bool
+    share: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task(Event, name="task"):
     """The task's rows have been read."""
@@ -163,6 +177,7 @@ class Task(Event, name="task"):
     metric: str  # the metric that models are compared by
     higher_is_better: bool  # its direction
     share: bool  # whether its values are shares in [0, 1], shown as percent
+    further: list[Metric] = field(default_factory=list)  # metrics shown beside it, in this order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +268,8 @@ class Scored(Event):
     error: float | None  # standard error of the value; None where it is unknown
     loss: float | None  # mean loss over the rows; None where it was not measured
     rows: int  # rows scored
-    more: dict[str, float] = field(default_factory=dict)  # values of other metrics, by name
+    # values of the task's further metrics, by name; without those that were not measured
+    more: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

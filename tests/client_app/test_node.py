@@ -44,7 +44,12 @@ def test_each_round_reports_what_clients_keep_back(tmp_path: Path) -> None:
         assert event["clients"] == len(kept) == 2
         assert event["rows"] == sum(m.validation_rows for m in kept) > 5
         assert event["value"] == sum(m.validation_sums["correct"] for m in kept) / event["rows"]
+        assert all(m.validation_sums.keys() == {"rows", "correct", "loss"} for m in kept)
+        assert not event.get("more"), "macro-F1 needs figures by class, which no client sends"
     # No row is in both parts, and none is lost: the training file has 240 less those of the server.
     total = sum(m.examples + m.validation_rows for m in replies[1])
     (task,) = tiny.main_run(events, "task")
+    further = [{"name": "macro-F1", "higher_is_better": True, "share": True}]
+    assert task["further"] == further
+    assert all(0 <= e["more"]["macro-F1"] <= 1 for e in tiny.main_run(events, "evaluation"))
     assert total == task["train"]

@@ -36,6 +36,73 @@ def test_accuracy_table_has_baselines_rounds_gap_and_standard_error() -> None:
     assert rows["TF-IDF"] == ["", "50.0 ± 2.5 %", "", ""]
 
 
+def with_more(*further: dict[str, Any], **more: float) -> list[dict[str, Any]]:
+    """The run with further metrics, each a share of the value; `_` in a name stands for `-`."""
+    events = whole_run()
+    for e in events:
+        if e["event"] == "task" and further:
+            e["further"] = list(further)
+        if e["event"] == "evaluation" or (e["event"] == "baseline" and e["name"] == "tf-idf"):
+            e["more"] = {name.replace("_", "-"): share * e["value"] for name, share in more.items()}
+    return events
+
+
+MACRO_F1 = {"name": "macro-F1", "higher_is_better": True, "share": True}
+RMSE = {"name": "rmse", "higher_is_better": False, "share": False}
+
+
+def test_a_further_metric_is_shown_in_its_own_unit_wherever_scores_are() -> None:
+    s = fold(with_more(RMSE, MACRO_F1, macro_F1=0.5, rmse=20))
+    titles = [t.title for t in report.sheets(s)]
+    assert titles[1:4] == ["Accuracy", "Rmse", "Macro-F1"], "in the order of the task"
+    # No error and no training loss; reference points that have no value of it are left out.
+    (table,) = [t for t in report.sheets(s) if t.title == "Macro-F1"]
+    assert table.columns == ["", "sub-FM", "plugged-in FM", "gap"] and not table.notes
+    rows = sheet(s, "Macro-F1")
+    assert list(rows) == ["TF-IDF", "FedPFT after round 1 *", "FedPFT after round 2"]
+    assert rows["TF-IDF"] == ["", "25.0 %", ""]
+    assert rows["FedPFT after round 2"] == ["35.0 %", "25.0 %", "+10.0"]
+    assert sheet(s, "Rmse")["FedPFT after round 2"] == ["14", "10", "+4"]
+    assert [t.notes for t in report.sheets(s) if t.title == "Rmse"] == [["Lower rmse is better."]]
+    assert "## Macro-F1" in report.markdown(s)
+    lines = list(csv.DictReader(io.StringIO(report.rounds_csv(s))))
+    assert [x["proxy_macro_f1"] for x in lines] == ["", "0.3", "0.35"]
+    assert [x["fm_rmse"] for x in lines] == ["", "10.0", "10.0"]
+    made = json.loads(report.as_json(s))
+    assert made["task"]["further"] == [RMSE, MACRO_F1]
+    assert made["rounds"][-1]["scores"]["fm"]["more"] == {"macro-F1": 0.25, "rmse": 10.0}
+    assert made["rounds"][-1]["proxy_macro_f1"] == 0.35
+    e = s.rounds[-1].fm
+    assert e and lines_for(e, s) == [
+        "round 2: plugged-in FM accuracy 50.0 %, rmse 10, macro-F1 25.0 % (test)"
+    ]
+
+
+def test_a_further_metric_that_the_task_does_not_name_is_shown_as_it_is() -> None:
+    """As in a log between two versions."""
+    s = fold(with_more(macro_F1=0.5))
+    assert sheet(s, "Macro-F1")["FedPFT after round 2"] == ["0.35", "0.25", "+0.1"]
+    assert "proxy_macro_f1" in report.rounds_csv(s).splitlines()[0]
+
+
+def test_a_log_without_further_metrics_has_nothing_of_them() -> None:
+    s = fold(whole_run())
+    assert [t.title for t in report.sheets(s)][:3] == [
+        "Model",
+        "Accuracy",
+        "Re-alignments, before → after",
+    ]
+    assert "macro" not in report.rounds_csv(s) + report.as_json(s)
+
+
+def test_the_head_of_the_csv_is_known_before_the_first_round() -> None:
+    events = with_more(MACRO_F1, macro_F1=0.5)
+    (task,) = [i for i, e in enumerate(events) if e["event"] == "task"]
+    first, *rest = report.rounds_csv(fold(events[: task + 1])).splitlines()
+    whole = report.rounds_csv(fold(events)).splitlines()[0]
+    assert not rest and whole.startswith(first) and "fm_as_trained_macro_f1" in first
+
+
 def test_traffic_is_summed_by_kind_and_direction_without_side_runs() -> None:
     rows = sheet(fold(whole_run()), "Traffic")
     assert rows["package"] == ["45.4 MB", "0 B", "45.4 MB"]

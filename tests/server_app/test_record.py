@@ -83,6 +83,7 @@ def test_accuracy_of_an_older_version_becomes_a_value_with_its_error() -> None:
     task = event_of({"event": "task", "name": "x"})
     assert isinstance(task, ev.Task)
     assert (task.metric, task.higher_is_better, task.share) == ("accuracy", True, True)
+    assert task.further == [] and old.more == {}
 
 
 def test_the_record_leaves_side_runs_out() -> None:
