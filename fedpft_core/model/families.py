@@ -83,6 +83,8 @@ class Family:
     """Where one `model_type` keeps its blocks, FFNs, LoRA targets, head and sizes.
 
     Paths with a leading block are relative to the block, the others to the task model.
+    The order of a tuple counts: LoRA's targets are told apart by it, and the last linear layer of
+    the last module of `head` is the one that gives the class scores, which plug-in refits.
     `ffn_in` lists the projections into the FFN (one, or gate then up for gated FFNs);
     `output_norm` is the LayerNorm after the FFN output of post-norm families, else empty.
     """
@@ -94,8 +96,8 @@ class Family:
     activation: str
     ffn_out: str
     output_norm: str
-    attention: tuple[str, ...]  # LoRA targets: q, k, v, attention output
-    head: tuple[str, ...]  # modules of the library's classification head
+    attention: tuple[str, ...]  # LoRA targets: q, k, v, attention output, in this order
+    head: tuple[str, ...]  # modules of the library's classification head, as they run
     after_padding: bool = False  # positions count from pad_token_id + 1 (RoBERTa)
     summary: Position = "first"  # the position that this head reads
     special_tokens: int = 0  # positions of an image that are no patch

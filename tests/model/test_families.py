@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from torch import Tensor, nn
 
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.config import LoraConfig
 from fedpft_core.errors import UserError
-from fedpft_core.model.families import FAMILIES, FFN, family_of
+from fedpft_core.head.refit import last_linear
+from fedpft_core.model.families import FAMILIES, FFN, Shape, family_of
+from fedpft_core.model.taps import keep
 from fedpft_core.task.classify import logits
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -140,6 +144,120 @@ def test_lora_targets_are_full_paths_of_attention_linears(family: str) -> None:
         assert isinstance(module, torch.nn.Linear)
         assert tuple(module.weight.shape) == (16, 16)
         assert ".attention." in target
+
+
+# --- query, key, value and output are what the table calls them ----------------------------
+
+
+def exact(family: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A float64 model whose attention decides, and rows of uneven length."""
+    return tiny.model(family).double(), tiny.double(tiny.batch_of(family))
+
+
+def outputs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return logits(model, batch)
+
+
+@torch.no_grad()
+def scaled(model: nn.Module, family: str, **factors: float) -> None:
+    """Scale what the projections of every block give; of `o` only what it makes of its input."""
+    for block in family_of(family).block_list(model):
+        for name, path in zip("qkvo", family_of(family).attention, strict=True):
+            for part, p in block.get_submodule(path).named_parameters():
+                if name != "o" or part != "bias":
+                    p.mul_(factors.get(name, 1.0))
+
+
+@families
+def test_scales_that_cancel_between_projections_change_nothing(family: str) -> None:
+    """Scores are products of query and key; what leaves attention is linear in value and output."""
+    model, batch = exact(family)
+    before = outputs(model, batch)
+    for factors in ({"q": 2.0, "k": 0.5}, {"v": 2.0, "o": 0.5}):
+        scaled(model, family, **factors)
+        torch.testing.assert_close(outputs(model, batch), before, rtol=1e-12, atol=1e-12)
+
+
+@families
+@pytest.mark.parametrize("name", "qkvo")
+def test_one_projection_scaled_alone_changes_the_output(family: str, name: str) -> None:
+    model, batch = exact(family)
+    before = outputs(model, batch)
+    scaled(model, family, **{name: 2.0})
+    assert float((outputs(model, batch) - before).abs().max()) > 1e-3
+
+
+def attention_by_hand(q: Tensor, k: Tensor, v: Tensor, shape: Shape, mask: Tensor) -> Tensor:
+    """softmax(q k' / sqrt(d)) v of each row and head, [B, L, heads * d]; no share to padding."""
+    d, rows = shape.head_dim, []
+    for row, real in enumerate(mask.bool()):
+        of_heads = []
+        for h in range(shape.heads):
+            own = slice(h * d, (h + 1) * d)
+            group = h * shape.kv_heads // shape.heads
+            shared = slice(group * d, (group + 1) * d)
+            scores = q[row, :, own] @ k[row, :, shared].T / d**0.5
+            shares = scores.masked_fill(~real, -torch.inf).softmax(-1)
+            of_heads.append(shares @ v[row, :, shared])
+        rows.append(torch.cat(of_heads, -1))
+    return torch.stack(rows)
+
+
+@families
+def test_attention_by_hand_from_the_named_projections_is_what_the_output_projection_reads(
+    family: str,
+) -> None:
+    """It tells a query from a key: exchanged, each row of shares would be over the wrong axis."""
+    model, batch = exact(family)
+    row = family_of(family)
+    shape = row.shape(model.config)
+    for block in row.block_list(model):
+        q, k, v, o = (block.get_submodule(path) for path in row.attention)
+        with keep({"q": q, "k": k, "v": v}) as gives, keep({"o": o}, inputs=True) as reads:
+            outputs(model, batch)
+        seen = gives | reads
+        real = batch.get("attention_mask", torch.ones(seen["q"].shape[:2])).bool()
+        found = attention_by_hand(seen["q"], seen["k"], seen["v"], shape, real)
+        torch.testing.assert_close(found[real], seen["o"][real], rtol=1e-10, atol=1e-12)
+        # The check can fail: other orders of the first three are noticed.
+        for order in ("kqv", "vkq", "qvk"):
+            wrong = attention_by_hand(*(seen[name] for name in order), shape, real)
+            assert float((wrong - seen["o"])[real].abs().max()) > 1e-3, order
+
+
+# --- the head -----------------------------------------------------------------------------
+
+
+@families
+def test_the_last_linear_layer_of_the_head_gives_the_class_scores(family: str) -> None:
+    model, batch = tiny.model(family), tiny.batch_of(family)
+    with keep({"last": last_linear(model)}) as seen:
+        scores = outputs(model, batch)
+    assert torch.equal(seen["last"], scores)
+
+
+@families
+def test_modules_of_the_head_are_named_in_the_order_they_run(family: str) -> None:
+    model = tiny.model(family)
+    ran: list[str] = []
+    for path in family_of(family).head:
+        module = model.get_submodule(path)
+        module.register_forward_hook(lambda _m, _i, _o, path=path: ran.append(path))
+    outputs(model, tiny.batch_of(family))
+    assert tuple(ran) == family_of(family).head
+
+
+def test_a_head_in_the_wrong_order_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = FAMILIES["distilbert"]
+    assert len(row.head) == 2
+    monkeypatch.setitem(FAMILIES, "distilbert", replace(row, head=row.head[::-1]))
+    for check in (
+        test_the_last_linear_layer_of_the_head_gives_the_class_scores,
+        test_modules_of_the_head_are_named_in_the_order_they_run,
+    ):
+        with pytest.raises(AssertionError):
+            check("distilbert")
 
 
 @families
