@@ -11,6 +11,7 @@ import torch
 from fedpft_core import registry
 from fedpft_core.align import distill, selection
 from fedpft_core.align.selection import View, choose
+from fedpft_core.model.device import Batch, to_device
 from fedpft_core.model.families import FFN
 from fedpft_core.model.plan import BlockPlan, Plan, pruned_ffns
 
@@ -125,6 +126,38 @@ def test_discrepancy_is_zero_where_there_is_no_error() -> None:
     assert float(found[2].min()) > 0
     damage = registry.load("selection", "discrepancy").scores(replace(view, student=teacher))
     assert all(float(s.max()) == 0 for s in damage.values())
+
+
+def test_public_batches_are_taken_to_the_models_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    view = _view("bert")
+    taken: list[tuple[int, torch.device]] = []
+
+    def record(batch: Batch, device: torch.device) -> Batch:
+        taken.append((id(batch), device))
+        return to_device(batch, device)
+
+    elsewhere = torch.device("cpu", 0)  # such that the models' is told from any other
+    monkeypatch.setattr(
+        selection, "device_of", lambda model: {id(view.student): elsewhere}[id(model)]
+    )
+    monkeypatch.setattr(selection, "to_device", record)
+    registry.load("selection", "discrepancy").scores(view)
+    assert view.public
+    assert taken == [(id(batch), elsewhere) for batch in view.public()]
+
+
+def test_scores_may_be_on_any_device() -> None:
+    """Positions index tensors of either device, which only those on the CPU can."""
+
+    class Elsewhere(torch.Tensor):
+        def cpu(self) -> torch.Tensor:  # type: ignore[override]
+            brought.append(self)
+            return self.as_subclass(torch.Tensor)
+
+    brought: list[torch.Tensor] = []
+    score = torch.tensor([0.1, 0.9, 0.5]).as_subclass(Elsewhere)
+    (index,) = choose("apoz", View({1: score}), 0.5).values()
+    assert len(brought) == 1 and type(index) is torch.Tensor and index.tolist() == [1, 2]
 
 
 def test_only_selections_that_look_at_counts_ask_for_them() -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from fedpft_core import registry
 from fedpft_core.config import PlanConfig
 from fedpft_core.errors import UserError
+from fedpft_core.model.device import Batch, to_device
 from fedpft_core.model.families import base_model, family_of
 from fedpft_core.proxy import saliency
 from fedpft_core.proxy.choose import make_plan
@@ -120,6 +121,24 @@ def test_saliencies_differ() -> None:
 def test_without_public_rows_the_key_is_named() -> None:
     with pytest.raises(UserError, match=r"plan\.saliency"):
         make_plan(tiny.model("bert"), PlanConfig(saliency="activation"), 0)
+
+
+@pytest.mark.parametrize("name", ["activation", "gradient"])
+def test_public_batches_are_taken_to_the_fms_device(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fm, batches = tiny.model("bert"), tiny.public("bert", 2)
+    taken: list[tuple[int, torch.device]] = []
+
+    def record(batch: Batch, device: torch.device) -> Batch:
+        taken.append((id(batch), device))
+        return to_device(batch, device)
+
+    elsewhere = torch.device("cpu", 0)  # such that the FM's is told from any other
+    monkeypatch.setattr(saliency, "device_of", lambda model: {id(fm): elsewhere}[id(model)])
+    monkeypatch.setattr(saliency, "to_device", record)
+    saliency.scores(name, Probe(fm, 0, lambda: batches))
+    assert taken == [(id(batch), elsewhere) for batch in batches]
 
 
 def test_padding_does_not_enter_the_activation_saliency() -> None:

@@ -1,21 +1,21 @@
 """Which neurons an alignment during FL moves: one file per choice of `align.selection`.
 
-Each file has `scores(view) -> dict[int, Tensor]`, one tensor [K] per pruned block; the share p
-with the largest scores moves. `NEEDS_COUNTS = True` makes clients count inactive tokens.
+Each file has `scores(view) -> dict[int, Tensor]`, one tensor [K] per pruned block, on any device;
+the share p with the largest scores moves. `NEEDS_COUNTS = True` makes clients count inactive
+tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from fedpft_core import registry
+from fedpft_core.model.device import Batch, device_of, to_device
 from fedpft_core.model.plan import Plan
-
-Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class View:
         teacher: the FM at the present adapter.
         student: the proxy at the same adapter.
         plan: its plan; None where `rates` alone tell the blocks.
-        public: gives public batches, the same at each call.
+        public: gives public batches, the same at each call, on any device; see `batches`.
     """
 
     rates: Mapping[int, Tensor] = field(default_factory=dict)
@@ -37,6 +37,16 @@ class View:
     student: nn.Module | None = None
     plan: Plan | None = None
     public: Callable[[], Iterable[Batch]] | None = None
+
+    def batches(self) -> Iterator[Batch]:
+        """Public batches, for one pass over them.
+
+        Returns:
+            The same batches at each call, on the models' device.
+        """
+        assert self.public and self.student
+        device = device_of(self.student)
+        return (to_device(batch, device) for batch in self.public())
 
     def sizes(self) -> dict[int, int]:
         """Neurons K of each pruned block.
@@ -80,13 +90,13 @@ def choose(name: str, view: View, proportion: float) -> dict[int, Tensor]:
         proportion: p, above 0; from 1 on all neurons are chosen and no scores are asked for.
 
     Returns:
-        Sorted int64 positions among the block's kept neurons, by FM block index.
+        Sorted int64 positions among the block's kept neurons, by FM block index, on the CPU.
     """
     if proportion >= 1:
         return {block: torch.arange(size) for block, size in view.sizes().items()}
     out = {}
     for block, score in registry.load("selection", name).scores(view).items():
         m = max(1, round(proportion * len(score)))
-        order = torch.sort(score, descending=True, stable=True).indices
+        order = torch.sort(score.cpu(), descending=True, stable=True).indices
         out[block] = order[:m].sort().values
     return out

@@ -18,12 +18,12 @@ def scores(view: View) -> dict[int, Tensor]:
     (FedPFT, eq. (3)) summed over the public batches.
 
     Args:
-        view: with both models, their plan, and public batches on the models' device.
+        view: with both models, their plan, and public batches.
 
     Returns:
         float64 [K] by FM block index.
     """
-    assert view.teacher and view.student and view.plan and view.public
+    assert view.teacher and view.student and view.plan
     ffns = pruned_ffns(view.student, view.plan)
     objective = distill.hidden_objective(view.teacher, view.student, view.plan)
     parts = {
@@ -34,7 +34,7 @@ def scores(view: View) -> dict[int, Tensor]:
     }
     total = {key: torch.zeros_like(p) for key, p in parts.items()}
     with distill.only_trained(view.student, parts.values()):
-        for batch in view.public():
+        for batch in view.batches():
             grads = torch.autograd.grad(objective(batch), list(parts.values()))
             for key, g in zip(parts, grads, strict=True):
                 total[key] += g

@@ -1,7 +1,7 @@
 """How neurons are ranked when the sub-FM is cut: one file per choice of `plan.saliency`.
 
 Each file has `score(probe) -> list[Tensor]`, one tensor [F] of floats per block of the FM, in
-order; the neurons with the largest scores are kept.
+order and on any device; the neurons with the largest scores are kept.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from fedpft_core import registry
 from fedpft_core.errors import UserError
 from fedpft_core.model.batch import Position, inputs_of, read_at, real_positions
+from fedpft_core.model.device import Batch, device_of, to_device
 from fedpft_core.model.families import FFN, family_of_model
 
-Batch = dict[str, Tensor]
 Public = Callable[[], Iterable[Batch]]
 
 
@@ -28,7 +28,7 @@ class Probe:
     Attributes:
         fm: the FM without adapter.
         seed: the run's.
-        public: gives public batches; None where there are none.
+        public: gives public batches, on any device; None where there are none.
         head_reads: which positions the task's head reads; None for where the family's
             classification head does.
     """
@@ -52,14 +52,15 @@ class Probe:
         """Public batches, for one pass over them.
 
         Returns:
-            Batches as the caller makes them; nothing moves them to the FM's device.
+            The batches, on the FM's device.
 
         Raises:
             UserError: there are no public rows.
         """
         if self.public is None:
             raise UserError("plan.saliency: this choice needs public rows, and there are none.")
-        return self.public()
+        device = device_of(self.fm)
+        return (to_device(batch, device) for batch in self.public())
 
 
 def scores(name: str, probe: Probe) -> list[Tensor]:
@@ -70,7 +71,8 @@ def scores(name: str, probe: Probe) -> list[Tensor]:
         probe: what the choice may look at.
 
     Returns:
-        One tensor [F] per block, in order; a larger score is kept first.
+        One tensor [F] per block, in order, on the device that the choice left it on; a larger
+        score is kept first.
 
     Raises:
         KeyError: there is no such choice.
