@@ -9,6 +9,7 @@ from functools import partial
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.config import Config
 from fedpft_core.data.batches import Encoded
+from fedpft_core.errors import RunError
 from fedpft_core.task import Score, mean_score
 from fedpft_core.train.evaluate import evaluate
 from server_app.bench import Bench
@@ -52,11 +53,18 @@ def local_only(
         state: before round 1. Its adapter stays as it is.
 
     Raises:
-        RunError: a client fails, or too few connect.
+        RunError: a client fails, or fewer than federation.min-clients connect and can say who they
+            are.
     """
     strategy = Strategy(config, transport, events)
     strategy.nodes.wait()
     chosen = strategy.sample(strategy.nodes.meet(state, 1), 1, 1)
+    if len(chosen) < config.federation.min_clients:
+        raise RunError(
+            f"local-only tuning: {len(chosen)} clients of the federation.min-clients = "
+            f"{config.federation.min_clients} needed "
+            f"({strategy.why({}) or 'no other clients are connected'})"
+        )
     rounds = config.federation.rounds
     split = config.run.eval_split
     evaluation = partial(ev.Evaluation, round=rounds, split=split)

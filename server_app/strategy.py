@@ -78,7 +78,7 @@ class Strategy:
                 if len(got.good) >= f.min_clients:
                     self._report_validation(want.task, round, got.good.values())
                     return outcome(f.aggregate, replies, got.good, got.counts, len(got.bad), start)
-            why = self._why(got.bad)
+            why = self.why(got.bad)
             text = (
                 f"round {round}: {len(got.good)} good replies of the federation.min-clients = "
                 f"{f.min_clients} needed ({why or 'no other clients are connected'})"
@@ -106,7 +106,7 @@ class Strategy:
             got = Sums(want, self.nodes.meet(state, want.round), state, self.events)
             sent = codec.encode(state.adapter, self.config.wire.adapter)
             self._exchange(got, statistics_requests(self.config, state, self._blob(state), sent))
-            why = self._why(got.bad)
+            why = self.why(got.bad)
             if len(got.good) >= f.min_clients:
                 if got.bad:
                     self.events.emit(ev.Warned(text=f"class statistics without {why}"))
@@ -137,8 +137,16 @@ class Strategy:
             return []
         return [nodes[i] for i in sorted(stream.choice(len(nodes), size=size, replace=False))]
 
-    def _why(self, bad: Mapping[str, str]) -> str:
-        """Who did not take part, and why, in one line."""
+    def why(self, bad: Mapping[str, str]) -> str:
+        """Who does not take part, and why, in one line.
+
+        Args:
+            bad: reasons by the name of a client whose reply is not used.
+
+        Returns:
+            These, and the nodes that are left out because they could not say who they are; empty
+            where there are none of either.
+        """
         out = {f"node {i}": why for i, why in self.nodes.left_out.items()}
         return "; ".join(f"{name}: {reason}" for name, reason in sorted((out | dict(bad)).items()))
 

@@ -151,8 +151,12 @@ def folder_of_module(name: str) -> Path:
         UserError: it is not installed, or is a single file.
     """
     spec = find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
+    if spec is None:
         raise UserError(f"builtin:docstrings needs the package {name!r}, which is not installed.")
+    if not spec.submodule_search_locations:
+        raise UserError(
+            f"builtin:docstrings needs the package {name!r}, which is here as a single file."
+        )
     return Path(next(iter(spec.submodule_search_locations)))
 
 
@@ -166,7 +170,7 @@ def version_of_module(name: str) -> str:
         The version as its metadata has it.
 
     Raises:
-        UserError: it is not installed.
+        UserError: it is not installed, or is a single file.
     """
     folder_of_module(name)
     try:

@@ -70,13 +70,18 @@ def local_batches(data: Encoded, settings: LocalSettings, seed: int) -> Iterator
     """The batches of one round: `steps` of them, or whole epochs; a function of the seed.
 
     Args:
-        data: labelled rows, at least one where `settings` has steps.
+        data: labelled rows.
         settings: its batch size, steps and epochs are read.
         seed: of the order of the rows, drawn anew for each epoch.
 
     Yields:
         Batches on the CPU, as `fedpft_core.data.batches.batches` serves them.
+
+    Raises:
+        ValueError: steps are asked for and there are no rows.
     """
+    if settings.steps and not len(data):
+        raise ValueError(f"{settings.steps} steps cannot be made on no rows")
     left = settings.steps or settings.epochs * math.ceil(len(data) / settings.batch_size)
     epoch = 0
     while left > 0:
@@ -106,6 +111,9 @@ def fine_tune(
 
     Returns:
         Mean loss, steps, rows and seconds.
+
+    Raises:
+        ValueError: steps are asked for and there are no rows.
     """
     return train_on(model, task, local_batches(data, settings, seed), settings, seed)
 

@@ -242,6 +242,11 @@ def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr(builtin, "LIBRARIES", ("torch", "no_such_library"))
     with pytest.raises(UserError, match="'no_such_library', which is not installed"):
         builtin.docstring_rows(tmp_path)
+    # A module of the standard library, and one that is part of the interpreter.
+    for name in ("csv", "sys"):
+        monkeypatch.setattr(builtin, "LIBRARIES", ("torch", name))
+        with pytest.raises(UserError, match=f"'{name}', which is here as a single file"):
+            builtin.docstring_rows(tmp_path)
 
 
 def fake_files(monkeypatch: pytest.MonkeyPatch, properties: int) -> None:

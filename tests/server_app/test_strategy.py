@@ -18,6 +18,7 @@ from fedpft_core.train.inactivity import Counts
 from fedpft_core.wire import codec
 from fedpft_core.wire.envelope import Envelope, open_envelope, seal
 from fedpft_core.wire.messages import Failure, HelloReply, NeedReply, TrainReply, TrainRequest
+from server_app.local import local_only
 from server_app.rounds import nodes as nodes_module
 from server_app.rounds.outcome import Good, Outcome, training_wall
 from server_app.rounds.requests import learning_rate, reply_format
@@ -347,6 +348,21 @@ def test_who_cannot_introduce_itself_is_left_out(greet: Any, reason: str) -> Non
     assert text.startswith("node 13 is left out: ") and reason in text
     network.members[13].greet = None
     assert [n.name for n in strategy.nodes.meet(state, 1)] == ["a", "b", "c"]  # asked again
+
+
+@pytest.mark.parametrize("left_out", [(12, 13), (11, 12, 13)])
+def test_local_only_needs_as_many_clients_as_a_round(left_out: tuple[int, ...]) -> None:
+    network = fabricate.network("a", "b", "c")
+    for node in left_out:
+        network.members[node].greet = fabricate.refuse("train.csv: no such file")
+    _, state, events = started(network)
+    config = fabricate.config(federation__aggregate="none", federation__clients=3)
+    why = (
+        rf"^local-only tuning: {3 - len(left_out)} clients of .* = 2 needed \(.*node 13: .*no such"
+    )
+    no_models: Any = None  # it fails before they are looked at
+    with pytest.raises(RunError, match=why):
+        local_only(config, network, events, no_models, state)
 
 
 def test_two_nodes_with_one_name_are_one_too_many() -> None:

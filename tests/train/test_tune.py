@@ -193,6 +193,17 @@ def test_steps_or_epochs(epochs: int, steps: int, want: int) -> None:
     assert fine_tune(small, tiny.TASK, data, settings, seed=3).steps == want
 
 
+def test_steps_on_no_rows_are_refused_and_epochs_of_none_are_none() -> None:
+    _, small, _, _ = tiny.pair("bert")
+    none = tiny.encoded("bert", 3).select(np.empty(0, np.int64))
+    with pytest.raises(ValueError, match="7 steps cannot be made on no rows"):
+        next(local_batches(none, replace(SETTINGS, steps=7), seed=3))
+    with pytest.raises(ValueError, match="7 steps cannot be made on no rows"):
+        fine_tune(small, tiny.TASK, none, replace(SETTINGS, steps=7), seed=3)
+    done = fine_tune(small, tiny.TASK, none, replace(SETTINGS, steps=0, epochs=2), seed=3)
+    assert (done.steps, done.rows) == (0, 0) and math.isnan(done.loss)
+
+
 def test_epochs_differ_in_their_order() -> None:
     served = list(local_batches(tiny.encoded("bert", 20), replace(SETTINGS, epochs=2), seed=3))
     halves = served[:3], served[3:]
