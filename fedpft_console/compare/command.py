@@ -110,6 +110,12 @@ def _run(
     from fedpft_console.compare import run
 
     points = selected(experiment.points(), args.only, args.part)
+    if not points:
+        print(
+            f"fedpft: --part {args.part}: there are fewer lines than parts, and none in this one; "
+            "nothing is run.",
+            file=sys.stderr,
+        )
     failed = run.run(experiment, results, console, points)
     if failed:
         console.print(f"{failed} cells failed; starting again tries them again", highlight=False)

@@ -245,6 +245,18 @@ def test_only_and_part(tmp_path: Path, pretend: list[compare.Cell]) -> None:
             command.selected(points, only, part)
 
 
+def test_a_part_without_lines_says_that_nothing_is_run(
+    tmp_path: Path, pretend: list[compare.Cell], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = experiment(tmp_path)
+    assert len(read(path).points()) == 2
+    for part, said in (("2/9", False), ("5/9", True)):
+        pretend.clear()
+        assert main(["compare", str(path), "--part", part]) == 0
+        assert bool(pretend) != said
+        assert ("--part 5/9: there are fewer lines than parts" in capsys.readouterr().err) == said
+
+
 def test_merged_folders_hold_each_cell_once(tmp_path: Path, pretend: list[compare.Cell]) -> None:
     path = experiment(tmp_path)
     for i in ("1/2", "2/2"):
