@@ -69,7 +69,7 @@ class Setting:
         self.plan = make_plan(self.loaded.model, cfg.plan, 0)
         proxy = build(self.loaded.model, self.plan)
         self.ratio = inspect.step_ratio(
-            cfg, self.loaded.model, proxy, self.loaded.family, self.mean_length()
+            self.loaded.model, proxy, self.loaded.family, self.mean_length(), cfg.lora.rank
         )
         spec = adapters.make_spec(self.loaded.family, self.plan, self.loaded.fresh, cfg.lora)
         self.fm = adapters.attach(self.loaded.model, spec)

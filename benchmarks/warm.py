@@ -168,7 +168,7 @@ def prepare(folder: Path, steps: int) -> None:
     )
     digest = package.digest()
     Store(folder / "cache" / "store").put(digest, package)
-    adapter = adapters.initial(adapters.attach(proxy, spec, plan), spec, 0, plan)
+    adapter = adapters.initial(adapters.attach(proxy, spec, plan), 0, plan)
     settings = LocalSettings(1e-3, cfg.train.batch_size, 1, steps, 0.0, 1.0, 1, 10.0)
     sealed = seal(
         TrainRequest(

@@ -250,7 +250,7 @@ def attach(
     spec = lora.make_spec(family, plan, tuple(modules_to_save), settings)
     names = plan if is_proxy else None
     wrapped = lora.attach(model, spec, names)
-    lora.load(wrapped, lora.initial(wrapped, spec, seed, names), names)
+    lora.load(wrapped, lora.initial(wrapped, seed, names), names)
     return wrapped
 
 

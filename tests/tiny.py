@@ -270,19 +270,17 @@ def pair(
         family_of(family), plan, (), config.LoraConfig(rank=2, alpha=4.0, dropout=dropout)
     )
     fm, proxy = adapters.attach(fm, spec), adapters.attach(proxy, spec, plan)
-    tensors = random_adapter(proxy, spec, plan, seed)
+    tensors = random_adapter(proxy, plan, seed)
     adapters.load(proxy, tensors, plan)
     live = adapters.read(fm)
     adapters.load(fm, live | tensors)
     return fm, proxy, plan, spec
 
 
-def random_adapter(
-    proxy: nn.Module, spec: adapters.AdapterSpec, plan: Plan, seed: int = 0
-) -> dict[str, torch.Tensor]:
+def random_adapter(proxy: nn.Module, plan: Plan, seed: int = 0) -> dict[str, torch.Tensor]:
     """An adapter whose A and B are both non-zero."""
     generator = torch.Generator().manual_seed(seed + 1)
-    tensors = adapters.initial(proxy, spec, seed, plan)
+    tensors = adapters.initial(proxy, seed, plan)
     return {k: t + 0.05 * torch.randn(t.shape, generator=generator) for k, t in tensors.items()}
 
 

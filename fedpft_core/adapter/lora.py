@@ -184,12 +184,11 @@ def load(model: nn.Module, tensors: Mapping[str, Tensor], plan: Plan | None = No
         p.copy_(tensors[name])
 
 
-def initial(model: nn.Module, spec: AdapterSpec, seed: int, plan: Plan | None = None) -> Tensors:
+def initial(model: nn.Module, seed: int, plan: Plan | None = None) -> Tensors:
     """The adapter at the start of a run: A random by name and seed, B zero, head as loaded.
 
     Args:
         model: a model that carries the adapter; it stays as it is.
-        spec: not read, since the tensors' names say what they are.
         seed: the run's. FM and proxy start equal at equal seeds.
         plan: the plan of the proxy where the model is one; None for the FM.
 

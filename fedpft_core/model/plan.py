@@ -8,7 +8,7 @@ because a Hugging Face config holds one FFN width and a proxy has several.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,11 +147,10 @@ def pruned_ffns(proxy: nn.Module, plan: Plan) -> dict[int, FFN]:
     return {i: ffns[position[i]] for i in plan.pruned}
 
 
-def block_parameters(model: nn.Module, blocks: Sequence[nn.Module]) -> int:
+def block_parameters(blocks: Iterable[nn.Module]) -> int:
     """Parameters inside the given blocks, which is what the paper's sizes count.
 
     Args:
-        model: the model the blocks are of; it is not looked at.
         blocks: the blocks to count.
 
     Returns:

@@ -64,27 +64,22 @@ def block_cost(family: Family, block: nn.Module, length: int, rank: int, width: 
     )
 
 
-def step_ratio(
-    config: Config, fm: nn.Module, proxy: nn.Module, family: Family, length: int
-) -> float:
+def step_ratio(fm: nn.Module, proxy: nn.Module, family: Family, length: int, rank: int) -> float:
     """Theoretical speed-up of a client's training step on the proxy over one on the FM.
 
     Args:
-        config: of the run; its LoRA rank is read.
         fm: the FM without adapter.
         proxy: the proxy without adapter.
         family: the family of both.
         length: tokens of a row.
+        rank: LoRA's rank.
 
     Returns:
         FLOPs of all blocks of the FM over those of the proxy; above 1 where the proxy is cheaper.
     """
     width = _attention_width(family, fm)
     total = [
-        sum(
-            block_cost(family, b, length, config.lora.rank, width).step
-            for b in family.block_list(m)
-        )
+        sum(block_cost(family, b, length, rank, width).step for b in family.block_list(m))
         for m in (fm, proxy)
     ]
     return total[0] / total[1]
@@ -173,7 +168,7 @@ def inspect(config: Config) -> dict[str, Any]:
     rows.append(
         ["model", "", "", f"{sizes[0][0]:,}", f"{sizes[1][0]:,}", f"{sizes[1][1]:,}", "", ""]
     )
-    ratio = step_ratio(config, loaded.model, proxy, family, length)
+    ratio = step_ratio(loaded.model, proxy, family, length, rank)
     return {
         "title": f"{config.model.name} as {config.plan.proxy}",
         "columns": [

@@ -129,7 +129,7 @@ def _build(
     proxy = adapters.attach(bare, spec, plan)
     fm.to(device)
     proxy.to(device)
-    start = adapters.initial(fm, spec, config.run.seed)
+    start = adapters.initial(fm, config.run.seed)
     return Models(fm, proxy, plan, spec, loaded.source, start)
 
 
@@ -158,8 +158,8 @@ def _emit_model(
             fm_bytes=fm_bytes,
             proxy_parameters=proxy_parameters,
             proxy_bytes=proxy_bytes,
-            fm_block_parameters=block_parameters(loaded.model, list(fm_blocks)),
-            proxy_block_parameters=block_parameters(proxy, list(proxy_blocks)),
+            fm_block_parameters=block_parameters(fm_blocks),
+            proxy_block_parameters=block_parameters(proxy_blocks),
             step_flops={
                 "fm": inspect.step_flops(loaded.family, loaded.model, rank),
                 "proxy": inspect.step_flops(loaded.family, proxy, rank),

@@ -63,7 +63,7 @@ def _layer_drop(family: str) -> Any:
     )
     small = adapters.attach(build(fm, plan), spec, plan)
     fm = adapters.attach(fm, spec)
-    tensors = tiny.random_adapter(small, spec, plan)
+    tensors = tiny.random_adapter(small, plan)
     adapters.load(small, tensors, plan), adapters.load(fm, tensors)
     return fm, small, plan, spec
 

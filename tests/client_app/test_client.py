@@ -104,7 +104,7 @@ def server() -> Server:
         patch, package = make_patch(proxy, plan, chosen, packages[-1], digests, "fp32")
         patches.append(patch)
         packages.append(package)
-    return Server(packages, patches, tiny.random_adapter(proxy, spec, plan))
+    return Server(packages, patches, tiny.random_adapter(proxy, plan))
 
 
 Make = Callable[[], Client]

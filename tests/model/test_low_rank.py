@@ -106,7 +106,7 @@ def test_a_client_rebuilds_it_to_the_bit(family: str) -> None:
     kind = "text" if family in tiny.TEXT_FAMILIES else "image"
     package = proxy.make_package(small, plan, spec, tiny.processor(family), kind, tiny.LABELS, 16)
     mine = adapters.attach(small, spec, plan)
-    tensors = tiny.random_adapter(mine, spec, plan)
+    tensors = tiny.random_adapter(mine, plan)
     adapters.load(mine, tensors, plan)
     client = proxy.rebuild(Package.from_bytes(package.to_bytes()))
     adapters.load(client.model, tensors, client.plan)

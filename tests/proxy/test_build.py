@@ -248,7 +248,7 @@ def test_reload_gives_identical_logits(family: str) -> None:
             small, plan, spec, tiny.processor(family), kind, tiny.LABELS, 16
         )
         mine = adapters.attach(small, spec, plan)
-        tensors = tiny.random_adapter(mine, spec, plan)
+        tensors = tiny.random_adapter(mine, plan)
         adapters.load(mine, tensors, plan)
         arrived = Package.from_bytes(package.to_bytes())
         assert arrived.digest() == package.digest()
@@ -358,8 +358,7 @@ def test_layer_drop_keeps_the_parameter_budget_of_the_pruned_proxy(family: str) 
     row = family_of(family)
 
     def parameters(plan: Plan) -> int:
-        blocks = row.block_list(build(fm, plan))
-        return block_parameters(fm, list(blocks))
+        return block_parameters(row.block_list(build(fm, plan)))
 
     one = sum(p.numel() for p in row.block_list(fm)[0].parameters())
     assert parameters(dropped) <= parameters(pruned) < parameters(dropped) + one

@@ -64,8 +64,8 @@ def test_agreement_equals_the_oracle(family: str, b_only: bool) -> None:
 
 
 def test_at_the_start_the_gradient_of_a_is_zero_and_b_only_measures() -> None:
-    fm, small, plan, spec = tiny.pair("bert")
-    start = adapters.initial(fm, spec, 0)
+    fm, small, plan, _ = tiny.pair("bert")
+    start = adapters.initial(fm, 0)
     adapters.load(fm, start), adapters.load(small, start, plan)
     data = tiny.encoded("bert", 12)
     gradient = adapter_gradient(fm, tiny.TASK, batches(data, 5, None))

@@ -114,7 +114,7 @@ def check_aggregate_is_on_both_models(
     bench, state = _bench(flat)
     m = bench.models
     aggregate, last_client, stale = (
-        tiny.random_adapter(m.proxy, m.spec, m.plan, seed) for seed in (1, 2, 3)
+        tiny.random_adapter(m.proxy, m.plan, seed) for seed in (1, 2, 3)
     )
     adapters.load(m.proxy, last_client, m.plan)
     adapters.load(m.fm, stale)
@@ -595,7 +595,7 @@ def _with_seed(flat: dict[str, Any], seed: int) -> config.Config:
 
 
 def _draws(flat: dict[str, Any]) -> dict[str, Callable[[int], Any]]:
-    fm, small, plan, spec = tiny.pair("bert", dropout=0.3)
+    fm, small, plan, _ = tiny.pair("bert", dropout=0.3)
     nodes: Any = [SimpleNamespace(name=f"client-{i}") for i in range(20)]
     start = adapters.read(small, plan)
     settings = training.LocalSettings(1e-2, 8, 1, 0, 0.0, 1.0, 1)
@@ -604,7 +604,7 @@ def _draws(flat: dict[str, Any]) -> dict[str, Callable[[int], Any]]:
         return client_app.node.partition_rows(_with_seed(flat, seed), 0, 4).inputs
 
     def adapter(seed: int) -> Any:
-        return {k: v.tolist() for k, v in adapters.initial(fm, spec, seed).items()}
+        return {k: v.tolist() for k, v in adapters.initial(fm, seed).items()}
 
     def head(seed: int) -> Any:
         cfg = _with_seed(flat, seed)
