@@ -25,6 +25,7 @@ from fedpft_core import config
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.data.batches import Encoded, batches, encode
 from fedpft_core.data.examples import Examples
+from fedpft_core.model import families
 from fedpft_core.model.families import Family, family_of
 from fedpft_core.model.plan import Plan
 from fedpft_core.proxy.build import build
@@ -33,8 +34,9 @@ from fedpft_core.task import Task, make
 from fedpft_core.wire.envelope import Envelope, open_envelope
 from server_app.run.events import EventLog, read_events
 
-FAMILIES = ("bert", "roberta", "distilbert", "electra", "vit", "deit")
-TEXT_FAMILIES = ("bert", "roberta", "distilbert", "electra")
+FAMILIES = tuple(families.FAMILIES)
+TEXT_FAMILIES = tuple(name for name, row in families.FAMILIES.items() if row.kind == "text")
+_TOKEN_TYPES = ("bert", "electra")  # those whose tokenizers tell the two texts of a pair apart
 LABELS = ("animal", "number", "place")
 TASK = make("text", LABELS)
 WORDS = {
@@ -105,7 +107,7 @@ def tokenizer(family: str) -> Any:
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     names = ["input_ids", "attention_mask"]
-    if family in ("bert", "electra"):
+    if family in _TOKEN_TYPES:
         names.insert(1, "token_type_ids")
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -130,29 +132,25 @@ def hf_config(family: str, labels: int = len(LABELS), **shape: Any) -> Any:
     names = family_of(family).names
     sizes = {getattr(names, ours): (_SHAPE | shape)[theirs] for ours, theirs in _OF_BERT.items()}
     rest = {k: v for k, v in shape.items() if k not in _SHAPE}
-    cls, task = {
-        "bert": (transformers.BertConfig, "BertForSequenceClassification"),
-        "roberta": (transformers.RobertaConfig, "RobertaForSequenceClassification"),
-        "distilbert": (transformers.DistilBertConfig, "DistilBertForSequenceClassification"),
-        "electra": (transformers.ElectraConfig, "ElectraForSequenceClassification"),
-        "vit": (transformers.ViTConfig, "ViTForImageClassification"),
-        "deit": (transformers.DeiTConfig, "DeiTForImageClassification"),
-    }[family]
-    made = cls(num_labels=labels, **sizes, **(own | rest))
-    made.architectures = [task]
+    made = transformers.AutoConfig.for_model(family, num_labels=labels, **sizes, **(own | rest))
+    found = _auto(family)._model_mapping[type(made)]
+    # Where the library has several, the first is the plain one (DeiT has one with a teacher too).
+    made.architectures = [(found[0] if isinstance(found, tuple) else found).__name__]
     return made
+
+
+def _auto(family: str) -> Any:
+    """The library's class that makes a task model of the family."""
+    if family in TEXT_FAMILIES:
+        return transformers.AutoModelForSequenceClassification
+    return transformers.AutoModelForImageClassification
 
 
 def model(family: str, seed: int = 0, **shape: Any) -> nn.Module:
     """A bare task model in eval mode with weights large enough that every part matters."""
-    auto: Any = (
-        transformers.AutoModelForSequenceClassification
-        if family in TEXT_FAMILIES
-        else transformers.AutoModelForImageClassification
-    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        made = auto.from_config(hf_config(family, **shape))
+        made = _auto(family).from_config(hf_config(family, **shape))
         for p in made.parameters():
             if p.dim() > 1:
                 nn.init.normal_(p, std=0.25)
@@ -164,13 +162,13 @@ def model(family: str, seed: int = 0, **shape: Any) -> nn.Module:
     return made.eval()
 
 
-def give_meaning(task: nn.Module, family: str) -> None:
+def give_meaning(body: nn.Module) -> None:
     """Put into the word embeddings what pretraining would: words of a kind lie together.
 
     Without it the random body mixes a row's one telling word with its fillers beyond recovery,
     and no adapter can learn the task.
     """
-    table = getattr(task, family).embeddings
+    table: Any = body.embeddings
     generator = torch.Generator().manual_seed(5)
     vocab = vocabulary()
     with torch.no_grad():
@@ -188,10 +186,9 @@ def give_meaning(task: nn.Module, family: str) -> None:
 
 def folder(family: str, path: Path, **shape: Any) -> Path:
     """Save a tiny pretrained body (no head) with its processor as a Hugging Face folder."""
-    task = model(family, **shape)
+    body: Any = model(family, **shape).base_model
     if family in TEXT_FAMILIES:
-        give_meaning(task, family)
-    body = getattr(task, family)
+        give_meaning(body)
     body.config.architectures = [type(body).__name__]
     body.save_pretrained(path)
     processor(family).save_pretrained(path)
