@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from fedpft_core.model.families import FAMILIES
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("fedpft_core", "server_app", "client_app", "fedpft_console")
 
@@ -44,6 +46,15 @@ def test_the_readme_leads_to_every_page() -> None:
     for path in (ROOT / "docs").glob("*.md"):
         if path.name not in ("index.md",):
             assert f"(docs/{path.name})" in text, f"README.md does not link to {path.name}"
+
+
+@pytest.mark.parametrize("page", ["own_data.md", "library.md"])
+def test_lists_of_families_are_whole(page: str) -> None:
+    """Every family of the table, however its name is spelt."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    words = {re.sub(r"[^a-z0-9]", "", word) for word in text.lower().split()}
+    missing = [name for name in FAMILIES if re.sub(r"[^a-z0-9]", "", name) not in words]
+    assert not missing, f"docs/{page} does not name {', '.join(missing)}"
 
 
 def test_the_readmes_first_screen_has_the_ten_words() -> None:

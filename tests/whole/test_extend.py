@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -35,6 +36,30 @@ print("ran")
 """
 
 
+def _hold_against_the_rules(root: Path, paths: list[str]) -> None:
+    """Style and docstrings of the page's files, in a copy of the source; ruff where it is."""
+    checks = [["tests/whole/test_docstrings.py"]]
+    if importlib.util.find_spec("ruff"):
+        checks += [["-m", "ruff", "check", *paths], ["-m", "ruff", "format", "--check", *paths]]
+    for check in checks:
+        done = subprocess.run(
+            [sys.executable, *check], cwd=root, capture_output=True, text=True, timeout=60
+        )
+        said = done.stdout + done.stderr
+        assert done.returncode == 0 and not any(path in said for path in paths), said
+
+
+def test_the_page_names_every_file_that_runs_over_the_families() -> None:
+    page = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
+    family = page.split("\n## A family", 1)[1].split("\n## ", 1)[0]
+    (command,) = re.findall(r"```\npytest (.*?)```", family, re.S)
+    files = [f for f in (ROOT / "tests").rglob("test_*.py") if f != Path(__file__)]
+    found = {
+        f.relative_to(ROOT).as_posix() for f in files if "tiny.FAMILIES" in f.read_text("utf-8")
+    }
+    assert set(command.replace("\\", "").split()) == found
+
+
 def test_the_page_works_as_written(tmp_path: Path) -> None:
     for name in ("fedpft_core", "server_app", "client_app", "fedpft_console", "tests"):
         ignore = shutil.ignore_patterns("__pycache__")
@@ -49,6 +74,7 @@ def test_the_page_works_as_written(tmp_path: Path) -> None:
     for path, code in files:
         assert not (tmp_path / path).exists()
         (tmp_path / path).write_text(code, encoding="utf-8")
+    _hold_against_the_rules(tmp_path, [path for path, _ in files])
     keys = re.findall(r'fedpft run -c "([^"]+)"', page)
     assert len(keys) == 4
     done = subprocess.run(
