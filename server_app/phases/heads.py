@@ -66,6 +66,20 @@ def split(bench: Bench) -> tuple[Encoded, Encoded]:
     return rows.select(order[:count]), rows.select(order[count:])
 
 
+def fitting(bench: Bench) -> Encoded:
+    """Both parts of :func:`split` together: for what is fitted once the choice is made.
+
+    Args:
+        bench: the server's rows.
+
+    Returns:
+        At most twice plug.rows of the validation rows.
+    """
+    rows, limit = bench.rows.validation, bench.config.plug.rows
+    order = numpy_stream(bench.config.run.seed, "plug-rows").permutation(len(rows))
+    return rows.select(order[: 2 * limit])
+
+
 def read(bench: Bench, model: torch.nn.Module, rows: Encoded) -> tuple[Tensor, Tensor]:
     """Features and labels of some rows.
 

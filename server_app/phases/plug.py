@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,9 @@ from server_app.phases.reporting import progress
 from server_app.run import schema as ev
 from server_app.state import Events, State
 from server_app.strategy import Strategy
+
+METHODS = ("as-trained", "refit", "mapped", "distil")
+"""The ways of plugging in that `best` chooses from, those that change less first."""
 
 
 def refits(bench: Bench) -> bool:
@@ -131,8 +134,11 @@ def finish(bench: Bench, strategy: Strategy, state: State, events: Events) -> No
             text="the server has no validation rows: the adapter is fitted to the FM on public "
             "rows, and no candidate can be compared with another"
         ))  # fmt: skip
-    made = _candidates(bench, sums, fit_rows, events)
-    taken, right = method, dict[str, int]()
+    wanted: Sequence[str] = (method,)
+    if method == "best":
+        wanted = METHODS if len(judge) else ("refit", "mapped")
+    made = _candidates(bench, sums, fit_rows, events, wanted)
+    taken, right, fitted = method, dict[str, int](), len(fit_rows)
     if len(judge):
         for name, adapter in made.items():
             adapters.load(models.fm, adapter)
@@ -140,19 +146,28 @@ def finish(bench: Bench, strategy: Strategy, state: State, events: Events) -> No
         if method == "best":
             # Of equals the first, which changes least.
             taken = max(right, key=lambda name: right[name])
+            if taken != "as-trained":
+                # The choice is made; the rows that made it now serve what was chosen.
+                models.plug(state.adapter)
+                rows = heads.fitting(bench)
+                made, fitted = _candidates(bench, sums, rows, events, (taken,)), len(rows)
     elif method == "best":
         taken = "mapped" if "mapped" in made else "refit"
     adapters.load(models.fm, made[taken])
     events.emit(ev.Plugged(
-        round=state.round, method=taken, right=right, rows=len(judge), fitted=len(fit_rows),
+        round=state.round, method=taken, right=right, rows=len(judge), fitted=fitted,
         seconds=time.perf_counter() - start,
     ))  # fmt: skip
 
 
 def _candidates(
-    bench: Bench, sums: Statistics | None, rows: Encoded, events: Events
+    bench: Bench,
+    sums: Statistics | None,
+    rows: Encoded,
+    events: Events,
+    wanted: Sequence[str],
 ) -> dict[str, Tensors]:
-    """What the FM's adapter may become, by plug.method; those that are not asked for are left out.
+    """What the FM's adapter may become: as trained, and by the methods that are wanted.
 
     Args:
         bench: the tuned adapter is plugged into both models; the proxy stays as it is.
@@ -160,6 +175,7 @@ def _candidates(
         rows: rows both models read; labels serve for shrinkage and scale alone, where there are
             any.
         events: where progress is noted.
+        wanted: of METHODS.
 
     Returns:
         Adapters by the candidate's name, `as-trained` first. The last one is on the FM.
@@ -168,7 +184,7 @@ def _candidates(
     made = {"as-trained": adapters.read(models.fm)}
     served = list(batches(rows, bench.config.run.eval_batch_size, None))
     f_S, f_T = plug.features(models.proxy, served), plug.features(models.fm, served)
-    if p.method in ("best", "refit"):
+    if "refit" in wanted:
         weight, bias = plug.turned(plug.last_linear(models.fm), mapped_to(f_T, f_S, p.ridge))
         layer = plug.last_linear(models.fm)
         with torch.no_grad():
@@ -176,14 +192,14 @@ def _candidates(
             layer.bias.copy_(bias)
         made["refit"] = adapters.read(models.fm)
     turn = heads.projected(bench, f_S.shape[1])
-    if sums is not None:
+    if sums is not None and "mapped" in wanted:
         x, y = (f_S, f_T) if turn is None else (f_S @ turn, f_T @ turn)
         there = taken_over(sums, mapped_to(x, y, p.ridge), x, y)
         labels = [batch["labels"] for batch in served if "labels" in batch]
         head = heads.fit(bench, there, y, torch.cat(labels) if labels else None)
         heads.write(bench, head, models.fm)
         made["mapped"] = adapters.read(models.fm)
-    if p.method in ("best", "distil"):
+    if "distil" in wanted:
         # Not from a head that was fitted to these very rows: on those of them that are kept from
         # tuning it looks better than it is, and nothing tuned would ever seem an improvement.
         adapters.load(models.fm, made["as-trained"])
