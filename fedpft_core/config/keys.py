@@ -163,7 +163,7 @@ class AlignConfig:
     What is not listed here (batch size, row length, warm-up, weight decay, ridge …) is distill's.
     """
 
-    interval: int = _key(2, "rounds t between alignments, 0 = never", low=0)
+    interval: int = _key(4, "rounds t between alignments, 0 = never", low=0)
     threshold: float = _key(
         0.0,
         "a due alignment happens only where align.disagreement is above this, 0 = always",
@@ -269,7 +269,7 @@ class TrainConfig:
     )
     batch_size: int = _key(8, "rows per step", low=1)
     local_epochs: int = _key(1, "epochs per round when local-steps is 0", low=1)
-    local_steps: int = _key(24, "steps per round, 0 = use local-epochs", low=0)
+    local_steps: int = _key(16, "steps per round, 0 = use local-epochs", low=0)
     weight_decay: float = _key(0.0, "AdamW weight decay", low=0.0)
     clip: float = _key(1.0, "largest gradient norm, 0 = no clipping", low=0.0)
     threads: int = _key(1, "torch threads of each client process", low=1)
@@ -279,7 +279,7 @@ class TrainConfig:
 class FederationConfig:
     """Rounds, sampling and partitions."""
 
-    rounds: int = _key(8, "rounds T", low=1)
+    rounds: int = _key(12, "rounds T", low=1)
     aggregate: str = _key(
         "average",
         "what becomes of the clients' adapters: "
@@ -293,8 +293,8 @@ class FederationConfig:
         "down to it before averaging, 0 = no limit",
         low=0.0,
     )
-    clients: int = _key(10, "simulated clients started by `fedpft run`", low=1)
-    clients_per_round: int = _key(4, "clients sampled per round", low=1)
+    clients: int = _key(5, "simulated clients started by `fedpft run`", low=1)
+    clients_per_round: int = _key(5, "clients sampled per round", low=1)
     min_clients: int = _key(2, "good replies a round needs", low=1)
     attempts: int = _key(2, "times a round is tried before the run fails", low=1)
     round_timeout: float = _key(3600.0, "longest wait for a round's replies, seconds", above=0.0)
@@ -385,7 +385,7 @@ class RunConfig:
         choices=("test", "validation"),
     )
     evaluate_every: int = _key(
-        4,
+        6,
         "rounds between evaluations of both models, from the start on; the last round always is, "
         "and alone when this is more than federation.rounds",
         low=1,
@@ -393,7 +393,7 @@ class RunConfig:
     eval_batch_size: int = _key(64, "rows per evaluation batch", low=1)
     baselines: bool = _key(True, "also score a linear probe and TF-IDF")
     undistilled: bool = _key(
-        True, "also run the federation on the undistilled sub-FM, for the final table"
+        False, "also run the federation on the undistilled sub-FM, for the final table"
     )
     gradient_rows: int = _key(
         64,

@@ -499,7 +499,7 @@ def test_where_a_cell_runs_is_no_part_of_what_it_is(tmp_path: Path) -> None:
         ("methods: {a: }\ndatasets: {b: }\nmore-seeds: [{methods: [a]}]", "needs `seeds`"),
         (
             "methods: {a: , b: {train.local-steps: 3}}\ndatasets: {c: }",
-            "b and a on c cannot be compared: train.local-steps is '24 steps' and '192 steps'",
+            "b and a on c cannot be compared: train.local-steps is '36 steps' and '192 steps'",
         ),
         (
             "methods: {a: , b: {federation.partition: iid}}\ndatasets: {c: }",
