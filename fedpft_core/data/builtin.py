@@ -35,7 +35,7 @@ from fedpft_core.data.installed import (
 from fedpft_core.disk import whole
 from fedpft_core.errors import UserError
 
-RECIPE = 5
+RECIPE = 6
 """Raised whenever a change here or in :mod:`prose` changes the rows: names the cache file."""
 
 LIBRARIES: tuple[str, ...] = (
@@ -62,7 +62,7 @@ MIN_ROW_WORDS = prose.MIN_WORDS
 MAX_ROW_WORDS = 18
 """Longest row, in words: short rows keep the main job within minutes on two cores."""
 
-ROWS_PER_FILE = 8
+ROWS_PER_FILE = 4
 """No source file gives more rows of a class than this, so that a split is not the style of a few
 files."""
 
