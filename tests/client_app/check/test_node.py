@@ -71,7 +71,7 @@ def test_a_machine_that_is_ready(tls: Any, plan: Path, tmp_path: Path) -> None:
     text = found["data"].text
     assert "60 rows" in text and "kept for validation" in text
     assert all(f"{label} 20" in text for label in tiny.LABELS)
-    assert "s for 12 rows on cpu with 1 threads (a random model" in found["training step"].text
+    assert "s for 8 rows on cpu with 1 threads (a random model" in found["training step"].text
     assert "the 3 known." in found["labels"].text
 
 

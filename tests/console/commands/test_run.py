@@ -26,7 +26,7 @@ def test_later_settings_win_and_the_resolved_configuration_is_saved(
     assert cli.main(argv) == 0
     given = calls[0]
     assert (given["lora.rank"], given["federation.rounds"], given["run.seed"]) == (4, 3, 5)
-    assert given["federation options"].startswith("num-supernodes=10 ")
+    assert given["federation options"].startswith("num-supernodes=5 ")
     folder = Path(given["run.dir"])
     assert folder.is_absolute() and folder.parent == elsewhere / "runs"
     assert re.fullmatch(r"\d{8}-\d{6}-[0-9a-f]{4}", folder.name)
