@@ -109,7 +109,7 @@ def docstring_rows(cache_dir: Path | None = None) -> DocstringRows:
         cache_dir: folder of the cache; None for :func:`default_cache_dir`.
 
     Returns:
-        The rows, split by split and within each library by library.
+        The rows, split by split and within each kind by kind.
 
     Raises:
         UserError: one of the eight packages is not installed or has no readable sources.
@@ -157,6 +157,8 @@ def _build_docstrings() -> dict[str, list[str]]:
     for source, path in _files():
         split = _split_of(source)
         open_kinds = {k for k in KINDS if len(found[k, split]) < wanted[k, split]}
+        if not open_kinds:
+            continue
         for kind, rows in _rows_of_file(read(path), open_kinds).items():
             for row_key, text in rows:
                 known = kinds.setdefault(row_key, set())
@@ -245,11 +247,10 @@ def _rows_of_file(source: str, kinds: set[str]) -> dict[str, list[tuple[str, str
 
 def _first_sentence(docstring: str) -> str:
     """The first sentence of a docstring, or nothing where that is no prose of a row's length."""
-    for paragraph in prose.paragraphs(docstring)[:1]:
-        for sentence in prose.sentences(paragraph)[:1]:
-            if prose.is_prose(sentence, MAX_ROW_WORDS):
-                return sentence
-    return ""
+    paragraphs = prose.paragraphs(docstring)
+    sentences = prose.sentences(paragraphs[0]) if paragraphs else []
+    usable = sentences and prose.is_prose(sentences[0], MAX_ROW_WORDS)
+    return sentences[0] if usable else ""
 
 
 def _template(text: str) -> str:
@@ -272,7 +273,7 @@ def _build_public(taken: set[str]) -> dict[str, list[str]]:
     texts: list[str] = []
 
     def add(paragraph: str) -> None:
-        for piece in _runs(prose.sentences(paragraph), prose.is_readable, _PUBLIC_MAX_WORDS):
+        for piece in _runs(prose.sentences(paragraph), _PUBLIC_MAX_WORDS):
             piece_key = prose.key(piece)
             if piece_key in seen:
                 continue
@@ -298,14 +299,12 @@ def _build_public(taken: set[str]) -> dict[str, list[str]]:
     return {"text": texts}
 
 
-def _runs(
-    sentences: Iterable[str], accept: Callable[[str, int], bool], max_words: int
-) -> Iterator[str]:
-    """Join successive accepted sentences while they fit into ``max_words``; others end a run."""
+def _runs(sentences: Iterable[str], max_words: int) -> Iterator[str]:
+    """Join successive readable sentences while they fit into ``max_words``; others end a run."""
     run: list[str] = []
     words = 0
     for sentence in sentences:
-        usable = accept(sentence, max_words)
+        usable = prose.is_readable(sentence, max_words)
         count = len(sentence.split())
         if run and (not usable or words + count > max_words):
             yield " ".join(run)

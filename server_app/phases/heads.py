@@ -60,9 +60,8 @@ def split(bench: Bench) -> tuple[Encoded, Encoded]:
         At most half of the rows (rounded up) and at most plug.rows of them to fit heads with, and
         all others to judge by. Both may be empty.
     """
-    rows, limit = bench.rows.validation, bench.config.plug.rows
-    order = numpy_stream(bench.config.run.seed, "plug-rows").permutation(len(rows))
-    count = min(limit, (len(rows) + 1) // 2)
+    rows, order = bench.rows.validation, _order(bench)
+    count = min(bench.config.plug.rows, (len(rows) + 1) // 2)
     return rows.select(order[:count]), rows.select(order[count:])
 
 
@@ -75,9 +74,13 @@ def fitting(bench: Bench) -> Encoded:
     Returns:
         At most twice plug.rows of the validation rows.
     """
-    rows, limit = bench.rows.validation, bench.config.plug.rows
-    order = numpy_stream(bench.config.run.seed, "plug-rows").permutation(len(rows))
-    return rows.select(order[: 2 * limit])
+    return bench.rows.validation.select(_order(bench)[: 2 * bench.config.plug.rows])
+
+
+def _order(bench: Bench) -> np.ndarray:
+    """The order in which the validation rows are shared out, always the same in a run."""
+    stream = numpy_stream(bench.config.run.seed, "plug-rows")
+    return stream.permutation(len(bench.rows.validation))
 
 
 def read(bench: Bench, model: torch.nn.Module, rows: Encoded) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from fedpft_core.seeds import derive, numpy_stream
 from fedpft_core.task import load_task
 from server_app.bench import Bench, Rows, public_stream
 from server_app.models import Models
-from server_app.phases.plug import refits
+from server_app.phases.plug import refits, settles
 from server_app.phases.reporting import phase
 from server_app.run import schema as ev
 from server_app.state import Events
@@ -49,7 +49,10 @@ def load(config: Config, events: Events) -> Bench:
         made = _build(config, events, loaded, rows, device)
     bench = Bench(config, events, made, rows, device)
     made.plug(made.start)
-    if config.plug.refit != "none" and not made.plan.is_full and not refits(bench):
+    # `as-trained` is asked for, and the other ways say themselves what they lack.
+    by_refit = config.plug.method == "refit" or not settles(bench)
+    asked = by_refit and config.plug.refit != "none"
+    if asked and not made.plan.is_full and not refits(bench):
         events.emit(
             ev.Warned(
                 text="the server has no validation rows, so the head is plugged in as trained; "

@@ -118,7 +118,7 @@ def finish(bench: Bench, strategy: Strategy, state: State, events: Events) -> No
     if not settles(bench):
         refit(bench, state.round, events)
         return
-    mapped = method in ("best", "mapped", "distil") and not models.plan.is_full
+    mapped = method in ("best", "mapped") and not models.plan.is_full
     sums = heads.again(bench, strategy, state, events, force=mapped)
     models.plug(state.adapter)
     if models.plan.is_full or method == "as-trained":
@@ -182,8 +182,9 @@ def _candidates(
     """
     p, models = bench.config.plug, bench.models
     made = {"as-trained": adapters.read(models.fm)}
-    served = list(batches(rows, bench.config.run.eval_batch_size, None))
-    f_S, f_T = plug.features(models.proxy, served), plug.features(models.fm, served)
+    if "refit" in wanted or "mapped" in wanted:
+        served = list(batches(rows, bench.config.run.eval_batch_size, None))
+        f_S, f_T = plug.features(models.proxy, served), plug.features(models.fm, served)
     if "refit" in wanted:
         weight, bias = plug.turned(plug.last_linear(models.fm), mapped_to(f_T, f_S, p.ridge))
         layer = plug.last_linear(models.fm)
@@ -191,8 +192,8 @@ def _candidates(
             layer.weight.copy_(weight)
             layer.bias.copy_(bias)
         made["refit"] = adapters.read(models.fm)
-    turn = heads.projected(bench, f_S.shape[1])
     if sums is not None and "mapped" in wanted:
+        turn = heads.projected(bench, f_S.shape[1])
         x, y = (f_S, f_T) if turn is None else (f_S @ turn, f_T @ turn)
         there = taken_over(sums, mapped_to(x, y, p.ridge), x, y)
         labels = [batch["labels"] for batch in served if "labels" in batch]

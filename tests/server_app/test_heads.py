@@ -88,6 +88,25 @@ def test_each_method_can_be_asked_for(job: dict[str, Any], tmp_path: Path, metho
     assert taken == ([] if method == "as-trained" else [method])
 
 
+def test_distilling_asks_for_no_statistics(job: dict[str, Any], tmp_path: Path) -> None:
+    """Only mapped statistics need the clients' sums; they are not sent for nothing."""
+    events = tiny.run(job | {"plug.method": "distil", "plug.distil-steps": 4}, tmp_path / "run")
+    assert [e["method"] for e in of(events, "plugged")] == ["distil"]
+    assert "statistics" not in {e["kind"] for e in of(events, "bytes")}
+
+
+def test_without_validation_rows_the_best_is_mapped_on_public_rows(
+    job: dict[str, Any], tmp_path: Path
+) -> None:
+    flat = job | {"plug.method": "best", "data.validation-share": 0.0, "data.validation": ""}
+    events = tiny.run(flat, tmp_path / "run")
+    (plugged,) = of(events, "plugged")
+    assert (plugged["method"], plugged["right"], plugged["rows"]) == ("mapped", {}, 0)
+    said = [e["text"] for e in of(events, "warning")]
+    assert sum("fitted to the FM on public rows" in text for text in said) == 1
+    assert not [text for text in said if "plugged in as trained" in text]
+
+
 def test_a_resumed_run_has_the_same_bits(job: dict[str, Any], tmp_path: Path) -> None:
     flat = job | {"head.start": "statistics", "head.end": "statistics", "plug.method": "mapped"}
     flat |= {"head.interval": 1}

@@ -100,7 +100,8 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("number", range(len(CONFIGS)))
-def test_odd_node_configs(number: int, tmp_path: Path) -> None:
+def test_odd_node_configs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a cache folder may be named relative to where the node is
     tiny.write_csv(tmp_path / "rows.csv", tiny.sentences(12))
     text = CONFIGS[number]
     look(text)
