@@ -16,7 +16,7 @@ from fedpft_core.adapter import lora as adapters
 from fedpft_core.align import selection
 from fedpft_core.config import Config
 from fedpft_core.errors import RunError, UserError
-from fedpft_core.train import baselines
+from fedpft_core.train import baselines, server
 from server_app.bench import Bench
 from server_app.local import local_only
 from server_app.phases import agree, align, heads, load, plug, score
@@ -170,7 +170,10 @@ def one_round(strategy: Strategy, bench: Bench, state: State, round: int) -> Non
     a = config.align
     count = due and selection.needs_counts(a.selection, a.proportion)
     outcome = strategy.run_round(state, round, a.inactive if count else "")
-    state.adapter, state.round = outcome.adapter, round
+    state.adapter, state.memory = server.step(
+        config.federation, outcome.before, outcome.adapter, state.memory
+    )
+    state.round = round
     bench.models.plug(state.adapter)
     events.emit(ev.Adapter(round=round, norm=adapters.norm(state.adapter)))
     scored, values = 0.0, None

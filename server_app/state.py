@@ -35,6 +35,7 @@ class State:
     digest: str
     patches: list[Patch] = field(default_factory=list)
     have: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by client name
+    memory: Tensors = field(default_factory=dict)  # of the server's optimiser
     # Under this name clients keep what must outlive a message; another run never sees it.
     run: str = field(default_factory=lambda: secrets.token_hex(8))
 

@@ -77,7 +77,9 @@ class Strategy:
                 self._exchange(got, self._requests(state, round, sent, count_rule))
                 if len(got.good) >= f.min_clients:
                     self._report_validation(want.task, round, got.good.values())
-                    return outcome(f.aggregate, replies, got.good, got.counts, len(got.bad), start)
+                    return outcome(
+                        f.aggregate, base, replies, got.good, got.counts, len(got.bad), start
+                    )
             why = self.why(got.bad)
             text = (
                 f"round {round}: {len(got.good)} good replies of the federation.min-clients = "

@@ -218,6 +218,13 @@ class LoraConfig:
     rank: int = _key(8, "rank r", low=1)
     alpha: float = _key(48.0, "scale numerator; updates are scaled by alpha / rank", above=0.0)
     dropout: float = _key(0.1, "dropout on LoRA inputs", low=0.0, high=0.9)
+    start: str = _key(
+        "random",
+        "A before round 1: `random` (LoRA's own), `orthonormal` (orthonormal rows, at random) or "
+        "`inputs` (the directions in which the layer's inputs vary most in the FM on public rows: "
+        "EVA); B is zero",
+        choices=("random", "orthonormal", "inputs"),
+    )
 
 
 @dataclass(frozen=True)
@@ -267,6 +274,9 @@ class TrainConfig:
         "model whose pooler is untrained (MiniLM) 10 to 30",
         above=0.0,
     )
+    b_lr_scale: float = _key(
+        1.0, "learning rate of LoRA's B as a multiple of train.lr (LoRA+)", above=0.0
+    )
     batch_size: int = _key(8, "rows per step", low=1)
     local_epochs: int = _key(1, "epochs per round when local-steps is 0", low=1)
     local_steps: int = _key(16, "steps per round, 0 = use local-epochs", low=0)
@@ -286,6 +296,16 @@ class FederationConfig:
         f"{registry.describe('aggregation')}; `none` (each of "
         "federation.clients-per-round clients tunes alone for all rounds; their mean is scored)",
         choices=(*registry.names("aggregation"), "none"),
+    )
+    server_optimiser: str = _key(
+        "none",
+        "what the server makes of the mean's distance from the adapter that the round began with: "
+        "`none` (the mean is the next adapter), `momentum` (FedAvgM) or `adam` (FedAdam)",
+        choices=("none", "momentum", "adam"),
+    )
+    server_lr: float = _key(1.0, "learning rate of the server's optimiser", above=0.0)
+    server_momentum: float = _key(
+        0.9, "share of its last step that the server's optimiser keeps", low=0.0, high=0.999
     )
     clip_update_norm: float = _key(
         0.0,
@@ -438,6 +458,11 @@ class Config:
             raise UserError(
                 f"federation.clients-per-round = {f.clients_per_round} is more than "
                 f"federation.clients = {f.clients}."
+            )
+        if f.aggregate == "none" and f.server_optimiser != "none":
+            raise UserError(
+                f"federation.server-optimiser = {f.server_optimiser} makes a step of the clients' "
+                "mean, and with federation.aggregate = none there is none."
             )
         gradient = self.align.disagreement != "output-error"
         if self.align.threshold > 0 and gradient and not self.run.gradient_rows:

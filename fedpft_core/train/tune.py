@@ -30,6 +30,7 @@ class LocalSettings:
     clip: float  # 0 = no clipping
     threads: int
     head_lr_scale: float = 1.0  # the head's rate is this times lr
+    b_lr_scale: float = 1.0  # the rate of LoRA's B is this times lr
 
 
 @dataclass(frozen=True)
@@ -138,13 +139,15 @@ def train_on(
         Mean loss (NaN without a batch), steps, rows and seconds.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
-    lora: list[nn.Parameter] = []
+    a: list[nn.Parameter] = []
+    b: list[nn.Parameter] = []
     head: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         if p.requires_grad:
-            (lora if ".lora_" in name else head).append(p)
+            (a if ".lora_A." in name else b if ".lora_B." in name else head).append(p)
     groups = [
-        {"params": lora, "lr": settings.lr},
+        {"params": a, "lr": settings.lr},
+        {"params": b, "lr": settings.lr * settings.b_lr_scale},
         {"params": head, "lr": settings.lr * settings.head_lr_scale},
     ]
     optimiser = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fedpft_core.adapter import lora as adapters
+from fedpft_core.adapter.start import by_inputs, orthonormal
 from fedpft_core.config import Config
 from fedpft_core.data.batches import tokenise_public
 from fedpft_core.data.public import load_public
@@ -20,12 +21,15 @@ from fedpft_core.proxy.build import build
 from fedpft_core.proxy.choose import make_plan
 from fedpft_core.seeds import derive, numpy_stream
 from fedpft_core.task import load_task
+from fedpft_core.tensors import Tensors
 from server_app.bench import Bench, Rows, public_stream
 from server_app.models import Models
 from server_app.phases.plug import refits, settles
 from server_app.phases.reporting import phase
 from server_app.run import schema as ev
 from server_app.state import Events
+
+_START_BATCHES = 64  # of distill.batch-size rows: what lora.start = inputs looks at
 
 
 def load(config: Config, events: Events) -> Bench:
@@ -132,8 +136,21 @@ def _build(
     proxy = adapters.attach(bare, spec, plan)
     fm.to(device)
     proxy.to(device)
-    start = adapters.initial(fm, config.run.seed)
+    start = _start(config, rows, loaded.processor, fm)
     return Models(fm, proxy, plan, spec, loaded.source, start)
+
+
+def _start(config: Config, rows: Rows, processor: Any, fm: nn.Module) -> Tensors:
+    """The adapter before round 1, with LoRA's A as lora.start says."""
+    seed = config.run.seed
+    made = adapters.initial(fm, seed)
+    if config.lora.start == "orthonormal":
+        return orthonormal(made, seed)
+    if config.lora.start == "inputs":
+        adapters.load(fm, made)
+        public = public_stream(config, rows.public, processor, _START_BATCHES, "start")
+        return by_inputs(made, fm, public)
+    return made
 
 
 def _check_lengths(config: Config, loaded: models.Loaded) -> None:

@@ -28,9 +28,13 @@ class Good:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished round; during `busy_seconds` a client was training or the server aggregating."""
+    """A finished round; during `busy_seconds` a client was training or the server aggregating.
+
+    `adapter` is what aggregation gives, `before` what the clients began with.
+    """
 
     adapter: Tensors
+    before: Tensors
     counts: Counts | None
     loss: float
     examples: int
@@ -60,13 +64,14 @@ def training_wall(replies: Iterable[Good]) -> float:
 
 
 def outcome(
-    rule: str, replies: Replies, good: dict[str, Good], counts: Counts | None, bad: int,
-    start: float,
+    rule: str, before: Tensors, replies: Replies, good: dict[str, Good], counts: Counts | None,
+    bad: int, start: float,
 ) -> Outcome:  # fmt: skip
     """Aggregate a round's replies by `rule`.
 
     Args:
         rule: a choice of federation.aggregate.
+        before: the adapter that the clients began with, as they decoded it.
         replies: the adapters, by client.
         good: the figures of the same replies, by client; at least one.
         counts: their inactivity counts, summed, where they were asked for.
@@ -88,6 +93,7 @@ def outcome(
     done = time.perf_counter()
     return Outcome(
         adapter=adapter,
+        before=before,
         counts=counts,
         loss=loss / examples,
         examples=examples,

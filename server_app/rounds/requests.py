@@ -70,6 +70,7 @@ def requests(
     settings = LocalSettings(
         learning_rate(t.lr, round, config.federation.rounds), t.batch_size, t.local_epochs,
         t.local_steps, t.weight_decay, t.clip, t.threads, t.head_lr_scale,
+        t.b_lr_scale,
     )  # fmt: skip
 
     def make(package: bytes, patches: tuple[Patch, ...]) -> TrainRequest:

@@ -32,6 +32,7 @@ class Saved:
     frozen: Tensors  # the proxy's weights that differ from what pruning the FM gives
     patches: list[Patch]
     have: dict[str, tuple[str, ...]]
+    memory: Tensors
     run: str
 
     def restore(self, models: Models, package: Package) -> State:
@@ -61,7 +62,7 @@ class Saved:
         digests = {k: tensor_digest(t) for k, t in weights.items()}
         return State(
             self.round, self.adapter, after, digests, self.digest, list(self.patches),
-            dict(self.have), self.run,
+            dict(self.have), self.memory, self.run,
         )  # fmt: skip
 
 
@@ -87,6 +88,7 @@ class Checkpoints:
         blobs = {
             "adapter.safetensors": codec.pack(state.adapter),
             "frozen.safetensors": codec.pack(frozen),
+            "memory.safetensors": codec.pack(state.memory),
         }
         for i, patch in enumerate(state.patches):
             blobs[f"patch-{i:04d}.safetensors"] = patch.to_bytes()
@@ -163,5 +165,6 @@ def _read(folder: Path) -> Saved:
             for i, (source, target, fmt) in enumerate(meta["patches"])
         ],
         have={k: tuple(v) for k, v in meta["have"].items()},
+        memory=blobs["memory.safetensors"],
         run=meta["run"],
     )

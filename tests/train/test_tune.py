@@ -317,3 +317,16 @@ def test_features_are_means_over_real_positions(family: str) -> None:
             hidden = oracles.block_outputs(fm, row)[-1][0]
             want = torch.stack(list(hidden)).mean(0).numpy()
             np.testing.assert_allclose(found[i], want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("head", "b"), [(1.0, 1.0), (3.0, 1.0), (1.0, 4.0)])
+def test_each_part_has_a_rate_of_its_own(head: float, b: float) -> None:
+    """AdamW's first step is as long as its rate, wherever a gradient is far above its epsilon."""
+    model, _, _, _ = tiny.pair("bert")
+    before = adapters.read(model)
+    one = replace(SETTINGS, steps=1, weight_decay=0.0, clip=0.0, head_lr_scale=head, b_lr_scale=b)
+    fine_tune(model, tiny.TASK, tiny.encoded("bert", 8), one, 0)
+    moved = {k: (t - before[k]).abs().max().item() for k, t in adapters.read(model).items()}
+    for name, longest in moved.items():
+        scale = 1.0 if "lora_A" in name else b if "lora_B" in name else head
+        assert longest == pytest.approx(scale * one.lr, rel=1e-2), name
