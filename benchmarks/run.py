@@ -1,8 +1,8 @@
 """Speed as ratios, both sides taken in turn in one process: these figures survive noisy machines.
 
 `python benchmarks/run.py [NAME …]` prints a Markdown row for each: step, overhead, distil,
-average, memory. Medians over interleaved repetitions on one torch thread, in processor time of
-this process, which other processes disturb less than time on the clock.
+average, statistics, plug, memory. Medians over interleaved repetitions on one torch thread, in
+processor time of this process, which other processes disturb less than time on the clock.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from fedpft_core.aggregation.average import Average
 from fedpft_core.align import distill
 from fedpft_core.data.batches import encode, public_batches
 from fedpft_core.data.public import load_public
+from fedpft_core.head import imitate
+from fedpft_core.head.refit import last_linear, of_rows
 from fedpft_core.model import load as models
 from fedpft_core.model.plan import pruned_ffns
 from fedpft_core.proxy import cost as inspect
@@ -36,6 +38,7 @@ from fedpft_core.proxy.build import build
 from fedpft_core.proxy.choose import make_plan
 from fedpft_core.task import load_task, make
 from fedpft_core.train import tune as training
+from fedpft_core.train.evaluate import evaluate
 from fedpft_core.wire import messages as exchange
 from fedpft_core.wire.envelope import open_envelope, seal
 from fedpft_core.wire.validate import Expected, validate
@@ -218,10 +221,53 @@ def bench_average() -> list[str]:
     ]
 
 
+def bench_statistics() -> list[str]:
+    """A client's class statistics against one evaluation pass over the same rows."""
+    s = Setting()
+    rows, width, classes = s.encoded(256), last_linear(s.proxy).in_features, len(s.task.labels)
+    scoring, ours = interleaved(
+        lambda: evaluate(s.proxy, s.task, rows, 64),
+        lambda: of_rows(s.proxy, rows, classes, 64, 1024, 0),
+    )
+    numbers = sum(
+        t.numel() for t in of_rows(s.proxy, rows, classes, 64, 1024, 0).tensors().values()
+    )
+    allowed = width * (width + 1) // 2 + classes * width + classes
+    return [
+        f"| class statistics of {len(rows)} rows | evaluation {scoring:.2f} s, statistics "
+        f"{ours:.2f} s | {ours / scoring:.2f}x | ≤ one evaluation pass |",
+        f"| numbers they are | {numbers:,} | {numbers / allowed:.2f}x of D(D+1)/2 + CD + C | ≤ 1 |",
+    ]
+
+
+def bench_plug() -> list[str]:
+    """Plug-in by distillation against three rounds of the default job, all clients together."""
+    s = Setting()
+    cfg = config.from_flat({})
+    rows, f, t, p = s.encoded(400), cfg.federation, cfg.train, cfg.plug
+    how = imitate.Settings(p.distil_steps, p.distil_batch_size, p.distil_lr, p.distil_head_lr)
+    steps = 16
+    one = training.LocalSettings(1e-4, t.batch_size, 1, steps, 0.0, 1.0, 1)
+    part, full = interleaved(
+        lambda: training.fine_tune(s.proxy, s.task, rows, one, 0),
+        lambda: imitate.imitate(s.fm, s.proxy, s.task, rows, how, 0),
+        repeats=3,
+    )
+    rounds = 3 * f.clients_per_round * t.local_steps / steps * part
+    return [
+        f"| plug-in by distillation, {p.distil_steps} steps of {p.distil_batch_size} rows | three "
+        f"rounds of {f.clients_per_round} clients {rounds:.1f} s, ours {full:.1f} s | "
+        f"{full / rounds:.2f}x | ≤ three rounds |"
+    ]
+
+
 _BUILD = """
 import sys, torch, transformers
 sys.path.insert(0, ".")
-from fedpft_core import config, models, sub_fm
+from fedpft_core import config
+from fedpft_core.model import load as models
+from fedpft_core.proxy.build import build
+from fedpft_core.proxy.choose import make_plan
 torch.set_num_threads(1)
 cfg = transformers.BertConfig(hidden_size=1280, num_hidden_layers=16, num_attention_heads=20,
                               intermediate_size=5120, vocab_size=30522)
@@ -259,6 +305,8 @@ BENCHES = {
     "overhead": bench_overhead,
     "distil": bench_distil,
     "average": bench_average,
+    "statistics": bench_statistics,
+    "plug": bench_plug,
     "memory": bench_memory,
 }
 

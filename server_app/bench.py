@@ -57,17 +57,18 @@ class Rows:
         """
         return self.task.encode(examples, self.processor, self.config.data.max_length)
 
-    def public_batches(self, steps: int, *purpose: str | int) -> Iterator[Any]:
+    def public_batches(self, steps: int, *purpose: str | int, rows: int = 0) -> Iterator[Any]:
         """Serve `steps` public batches, always the same for the same purpose.
 
         Args:
             steps: number of batches.
             *purpose: names what they are for; the order of the rows is drawn from it and the seed.
+            rows: rows of each; 0 for distill.batch-size.
 
         Returns:
-            The batches, of distill.batch-size rows each, without labels.
+            The batches, without labels.
         """
-        return public_stream(self.config, self.public, self.processor, steps, *purpose)
+        return public_stream(self.config, self.public, self.processor, steps, *purpose, rows=rows)
 
     def public_rows(self, count: int, *purpose: str | int) -> Encoded:
         """About so many public rows without labels, always the same for the same purpose.
@@ -131,8 +132,9 @@ class Bench:
 
 
 def public_stream(
-    config: Config, public: list[Any], processor: Any, steps: int, *purpose: str | int
-) -> Iterator[Any]:
+    config: Config, public: list[Any], processor: Any, steps: int, *purpose: str | int,
+    rows: int = 0,
+) -> Iterator[Any]:  # fmt: skip
     """Serve `steps` public batches, a function of the run's seed and the purpose.
 
     Args:
@@ -141,10 +143,11 @@ def public_stream(
         processor: the FM's tokenizer or image processor.
         steps: number of batches.
         *purpose: names what they are for.
+        rows: rows of each; 0 for distill.batch-size.
 
     Returns:
         The batches, without labels.
     """
     d = config.distill
     seed = derive(config.run.seed, "public-batches", *purpose)
-    return public_batches(public, processor, d.batch_size, d.length, steps, seed)
+    return public_batches(public, processor, rows or d.batch_size, d.length, steps, seed)

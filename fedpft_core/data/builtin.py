@@ -35,7 +35,7 @@ from fedpft_core.data.installed import (
 from fedpft_core.disk import whole
 from fedpft_core.errors import UserError
 
-RECIPE = 6
+RECIPE = 7
 """Raised whenever a change here or in :mod:`prose` changes the rows: names the cache file."""
 
 LIBRARIES: tuple[str, ...] = (
@@ -212,7 +212,7 @@ def _files() -> list[tuple[str, Path]]:
 
 def _split_of(source: str) -> str:
     """The split that all rows of a file are in, as a function of its name."""
-    at = int(digest_of(f"split of {source}")[:8], 16) % sum(ROWS_PER_CLASS.values())
+    at = int(digest_of(f"the split of {source}")[:8], 16) % sum(ROWS_PER_CLASS.values())
     for split, rows in ROWS_PER_CLASS.items():
         if at < rows:
             return split

@@ -17,13 +17,13 @@ def due(bench: Bench) -> bool:
     """Whether distillation would change the proxy at all.
 
     Args:
-        bench: its plan, distill.method and distill.steps decide.
+        bench: its plan, distill.method and distill.budget decide.
 
     Returns:
         Whether there is anything to distil.
     """
     d = bench.config.distill
-    return alignment.needed(d.method, bench.models.plan, d.steps)
+    return alignment.needed(d.method, bench.models.plan, d.work[0])
 
 
 def distil(bench: Bench) -> None:
@@ -40,13 +40,14 @@ def distil(bench: Bench) -> None:
     if not due(bench):
         return
     d, models = bench.config.distill, bench.models
+    steps, rows = d.work
     with phase(bench.events, "distil"):
         probe = list(bench.rows.probe())
         before = distill.output_error(models.fm, models.proxy, models.plan, probe)
         job = alignment.Job(
             models.fm, models.proxy, models.plan,
-            lambda n: bench.rows.public_batches(n, "distil"), d,
-            steps=d.steps, lr=d.lr, alpha=d.alpha,
+            lambda n: bench.rows.public_batches(n, "distil", rows=rows), d,
+            steps=steps, lr=d.lr, alpha=d.alpha,
             seed=derive(bench.config.run.seed, "distil"), head_reads=bench.head_reads,
             on_step=progress(bench.events, "distil", "steps"),
         )  # fmt: skip
@@ -54,7 +55,7 @@ def distil(bench: Bench) -> None:
         after = distill.output_error(models.fm, models.proxy, models.plan, probe)
         check_finite(after, "distill.lr")
         bench.events.emit(ev.Distilled(
-            steps=d.steps, seconds=seconds, loss_first=first, loss_last=last,
+            steps=steps, seconds=seconds, loss_first=first, loss_last=last,
             error_before=before, output_error=after,
         ))  # fmt: skip
 

@@ -10,6 +10,7 @@ import tiny
 from safetensors.torch import load_file
 
 from fedpft_core import config as configs
+from server_app import bench
 from server_app.phases.load import load
 from server_app.run import proxycache
 from server_app.run.events import EventLog, read_events
@@ -134,3 +135,25 @@ def test_every_key_is_in_the_name_or_left_out_on_purpose() -> None:
     """A new section would be in the name; what is left out is listed here once more."""
     out = {"align", "train", "federation", "plug", "wire"}
     assert {p.rstrip(".") for p in proxycache._LATER} == out
+
+
+def test_a_thorough_distillation_is_another_one(
+    task: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its steps and rows are fixed, whatever distill.steps and distill.batch-size say."""
+    thorough = configs.from_flat({"distill.budget": "thorough", "distill.steps": 5}).distill
+    assert thorough.work == (2000, 16)
+    assert configs.from_flat({"distill.steps": 5, "distill.batch-size": 2}).distill.work == (5, 2)
+    monkeypatch.setattr(configs.DistillConfig, "work", property(lambda d: (3, 7)))
+    served: list[int] = []
+
+    def counted(*args: Any, rows: int = 0) -> Any:
+        served.append(rows)
+        return stream(*args, rows=rows)
+
+    stream = bench.public_stream
+    monkeypatch.setattr(bench, "public_stream", counted)
+    events = tiny.run(task | {"federation.rounds": 1}, tmp_path / "run")
+    (made,) = (e for e in events if e["event"] == "distilled")
+    assert made["steps"] == 3
+    assert 7 in served
