@@ -318,7 +318,10 @@ class Client:
         if held.reader not in self.cache.processors:
             self.cache.processors[held.reader] = from_files(held.files, held.model.task.reads)
         processor = self.cache.processors[held.reader]
-        rows = held.model.task.encode(examples, processor, held.model.max_length)
+        rows = held.model.task.encode(
+            examples, processor, held.model.max_length,
+            lambda text: log.warning("client %s: %s", self.name, text),
+        )  # fmt: skip
         folds = rowcache.folds_of(examples)
         # Not what was read while the file changed, under the digest of what it was before.
         if self.kept_rows and self.rows_digest() == source:

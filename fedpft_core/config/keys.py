@@ -65,8 +65,37 @@ class DataConfig:
     public: str = _key(
         "builtin:public", "public corpus for distillation: `builtin:public` or a file"
     )
-    text_column: str = _key("text", "column with the text")
-    text_pair_column: str = _key("", "column with the second text of a pair; empty = single text")
+    task: str = _key(
+        "",
+        "what is learned: `generate` (text), or empty = as the columns tell (generation with "
+        "`data.response-column` or `data.messages-column`, otherwise classification)",
+        choices=("", "generate"),
+    )
+    text_column: str = _key("text", "column with the text; for generation that with the prompt")
+    text_pair_column: str = _key(
+        "",
+        "column with the second text of a pair; empty = single text. For generation: what is put "
+        "behind the prompt, may be empty in a row",
+    )
+    response_column: str = _key("", "column with the response to the text; makes this generation")
+    messages_column: str = _key(
+        "",
+        "column with conversations, each a list of messages with role and content; makes this "
+        "generation",
+    )
+    source_column: str = _key(
+        "",
+        "generation: column that says where a row is from; rows are shared out among clients by it "
+        "as by a label; empty = by their length",
+    )
+    prompt_template: str = _key(
+        "",
+        "generation: how a prompt stands before its response, a text with {prompt}; empty = the "
+        "tokenizer's own chat template, or where it has none the prompt and a new line",
+    )
+    public_column: str = _key(
+        "", "column of the public corpus; empty = `data.image-column` or `data.text-column`"
+    )
     image_column: str = _key("", "column with encoded images; non-empty makes this an image task")
     label_column: str = _key("label", "column with the label (name or index)")
     labels: str = _key(
@@ -395,6 +424,13 @@ class RunConfig:
     undistilled: bool = _key(
         False, "also run the federation on the undistilled sub-FM, for the final table"
     )
+    samples: int = _key(
+        16,
+        "generation: rows to which both models write a response at each evaluation, for exact "
+        "match, ROUGE-L and the report, 0 = none",
+        low=0,
+    )
+    sample_tokens: int = _key(64, "generation: longest response written, tokens", low=1)
     gradient_rows: int = _key(
         64,
         "validation rows on which adapter gradients of both models are compared, 0 = none",

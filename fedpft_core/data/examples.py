@@ -7,8 +7,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Input = str | tuple[str, str] | bytes
-"""One example's input: a text, a pair of texts, or an encoded image file."""
+Chat = tuple[tuple[str, str], ...]
+"""The messages of a conversation in order, each a role and what was said."""
+
+Input = str | tuple[str, str] | Chat | bytes
+"""One example's input: a text, a pair of texts, a conversation, or an encoded image file."""
+
+
+def texts_of(row: Input) -> tuple[str | bytes, ...]:
+    """The texts of an example, each by itself, or its encoded image.
+
+    Args:
+        row: an example's input.
+
+    Returns:
+        One text, the two of a pair, what was said in each message, or the image.
+    """
+    if isinstance(row, tuple):
+        return tuple(part if isinstance(part, str) else part[1] for part in row)
+    return (row,)
 
 
 @dataclass(frozen=True)
@@ -16,7 +33,7 @@ class Examples:
     """Inputs with their labels; row i of one belongs to row i of the other."""
 
     inputs: tuple[Input, ...]
-    """Texts, pairs of texts, or encoded images (all of one kind)."""
+    """Texts, pairs of texts, conversations, or encoded images (all of one kind)."""
     labels: np.ndarray
     """What the task has made of the rows' label cells, first axis rows: whole numbers as int64,
     others as float32."""

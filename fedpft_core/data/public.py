@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 from fedpft_core.data import files, prose
-from fedpft_core.data.examples import Examples
+from fedpft_core.data.examples import Examples, texts_of
 from fedpft_core.data.rows import image_bytes
 from fedpft_core.errors import UserError
 
@@ -55,7 +55,7 @@ def load_public(
         raise UserError(f"{_KEY} is empty; name a file or {BUILTIN_PUBLIC!r}.")
     if max_rows < 0:
         raise UserError(f"data.max-public-rows is {max_rows}; it must be 0 (all rows) or more.")
-    taken = {_fingerprint(part) for split in avoid for row in split.inputs for part in _parts(row)}
+    taken = {_fingerprint(part) for split in avoid for row in split.inputs for part in texts_of(row)}
     if kind == "image":
         return _choose(_images(spec, column), taken, max_rows, seed, spec)
     return _choose(_texts(spec, column, cache_dir), taken, max_rows, seed, spec)
@@ -111,10 +111,6 @@ def _choose(
         chosen = np.sort(rng.choice(len(kept), size=max_rows, replace=False))
         kept = [kept[i] for i in chosen]
     return kept
-
-
-def _parts(row: str | bytes | tuple[str, str]) -> tuple[str | bytes, ...]:
-    return row if isinstance(row, tuple) else (row,)
 
 
 def _fingerprint(row: str | bytes) -> str | bytes:

@@ -33,7 +33,13 @@ class Columns:
     image: str = ""
     """Images: bytes, ``{"bytes": …}`` or a path relative to the data file's folder; "" for text."""
     label: str = "label"
-    """What is to be learned."""
+    """What is to be learned; unused for generation."""
+    response: str = ""
+    """The response to the text, for generation; "" where the text itself is to be learned."""
+    messages: str = ""
+    """Conversations, for generation: a list of messages, each with role and content."""
+    source: str = ""
+    """Where a row is from, for generation: clients and subsets are shared out by it."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ def read_table(path: str | Path, columns: Columns, key: str = "") -> Table:
             for row, value in enumerate(found[columns.image], start=1)
         ]
     else:
-        parts = [_texts(found[name], name, where) for name in names]
+        parts = [texts_in(found[name], name, where) for name in names]
         inputs = list(zip(*parts, strict=True)) if columns.text_pair else list(parts[0])
     return Table(tuple(inputs), tuple(cells), where)
 
@@ -131,7 +137,20 @@ def cell_text(value: Any) -> str:
     return str(value).strip()
 
 
-def _texts(values: Sequence[Any], column: str, where: str) -> list[str]:
+def texts_in(values: Sequence[Any], column: str, where: str) -> list[str]:
+    """The cells of a column of texts.
+
+    Args:
+        values: the cells.
+        column: its name, for messages.
+        where: key and file, put in front of messages.
+
+    Returns:
+        The same cells.
+
+    Raises:
+        UserError: a cell is empty, or no text; names the row and not what is in it.
+    """
     for row, value in enumerate(values, start=1):
         if value is None or (isinstance(value, str) and not value.strip()):
             raise UserError(f"{where}: row {row} has no text in column {column!r}.")

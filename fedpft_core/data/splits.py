@@ -53,6 +53,26 @@ class DataSettings(Protocol):
         ...
 
     @property
+    def task(self) -> str:
+        """What is learned of the rows; "" where the columns tell."""
+        ...
+
+    @property
+    def response_column(self) -> str:
+        """The column with the response to the text, for generation."""
+        ...
+
+    @property
+    def messages_column(self) -> str:
+        """The column with conversations, for generation."""
+        ...
+
+    @property
+    def source_column(self) -> str:
+        """The column that says where a row is from, for generation."""
+        ...
+
+    @property
     def labels(self) -> str:
         """Label names, or the file that has them; "" for those of the training rows."""
         ...
@@ -82,7 +102,10 @@ def columns_of(data: DataSettings) -> Columns:
     Returns:
         The names of the columns.
     """
-    return Columns(data.text_column, data.text_pair_column, data.image_column, data.label_column)
+    return Columns(
+        data.text_column, data.text_pair_column, data.image_column, data.label_column,
+        data.response_column, data.messages_column, data.source_column,
+    )  # fmt: skip
 
 
 def check_settings(data: DataSettings) -> None:

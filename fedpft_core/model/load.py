@@ -33,11 +33,13 @@ class TaskModel:
         reads: what its rows are, `text` or `image`.
         auto: name of transformers' class that makes models with this task's head.
         settings: fields of the Hugging Face config that the task sets.
+        causal: whether only decoders will do.
     """
 
     reads: str
     auto: str
     settings: Mapping[str, Any]
+    causal: bool = False
 
 
 def task_class(task: TaskModel) -> Any:
@@ -173,6 +175,12 @@ def load(cfg: ModelConfig, task: TaskModel, seed: int) -> Loaded:
         raise UserError(
             f"model.name = {cfg.name}: a {family.model_type} model reads {family.kind}s, but the "
             f"task's rows are {want}s (families for {want}s: {fitting})."
+        )
+    if task.causal and not family.causal:
+        fitting = ", ".join(f.model_type for f in FAMILIES.values() if f.causal)
+        raise UserError(
+            f"model.name = {cfg.name}: a {family.model_type} model writes no text, which the task "
+            f"is to learn (families that do: {fitting})."
         )
     shape = _shape(cfg, family, config)
     for name, value in task.settings.items():

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from fedpft_core.data.rows import Columns
 from fedpft_core.data.splits import DataSettings, check_settings, columns_of, split_rows
 from fedpft_core.errors import UserError
-from fedpft_core.task.base import Metric, Score, Task, TaskData, mean_score
+from fedpft_core.task.base import Metric, Score, Task, TaskData, Writer, mean_score
 from fedpft_core.task.classify import Classify
+from fedpft_core.task.generate import Generate
 
-KINDS = {"text": Classify, "pair": Classify, "image": Classify}
+KINDS: dict[str, Any] = {
+    "text": Classify, "pair": Classify, "image": Classify, "generate": Generate,
+}  # fmt: skip
 """Kinds of task by the name they have in packages."""
 
 
@@ -34,18 +38,23 @@ def make(name: str, labels: Iterable[str] = ()) -> Task:
     """
     if name not in KINDS:
         raise UserError(f"{name!r} is no kind of task; there are {', '.join(KINDS)}.")
-    return KINDS[name](name, tuple(labels))
+    task: Task = KINDS[name](name, tuple(labels))
+    return task
 
 
-def kind_of(columns: Columns) -> str:
+def kind_of(columns: Columns, task: str = "") -> str:
     """The kind of task that rows with these columns are for.
 
     Args:
-        columns: a named image column decides first, then a named column of second texts.
+        columns: where no task is named, a named column of responses or messages decides first, then
+            one of images, then one of second texts.
+        task: `generate`, or "" where the columns tell.
 
     Returns:
-        `image`, `pair` or `text`.
+        `generate`, `image`, `pair` or `text`.
     """
+    if task or columns.response or columns.messages:
+        return task or "generate"
     return "image" if columns.image else "pair" if columns.text_pair else "text"
 
 
@@ -64,7 +73,7 @@ def load_task(data: DataSettings, seed: int, cache_dir: Path | None = None) -> T
         UserError: anything wrong in a file or setting, naming the key, file and row.
     """
     check_settings(data)
-    kind = kind_of(columns_of(data))
+    kind = kind_of(columns_of(data), data.task)
     task, read = KINDS[kind].open(kind, data, cache_dir)
     return TaskData(data.train or data.test, task, split_rows(data, seed, read, task.strata))
 
@@ -75,6 +84,7 @@ __all__ = [
     "Score",
     "Task",
     "TaskData",
+    "Writer",
     "kind_of",
     "load_task",
     "make",

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from fedpft_core.data import files
 from fedpft_core.data.batches import Encoded, encode
+from fedpft_core.data.chat import Say
 from fedpft_core.data.examples import Examples
 from fedpft_core.data.rows import Columns, Table, cell_text, read_split, read_table
 from fedpft_core.data.splits import DataSettings, columns_of, owned_split
@@ -24,7 +25,7 @@ from fedpft_core.model.batch import Position, inputs_of
 from fedpft_core.model.device import Batch
 from fedpft_core.model.families import Family
 from fedpft_core.model.load import TaskModel
-from fedpft_core.task.base import Metric, Score
+from fedpft_core.task.base import MOST_TOKENS, Metric, Score
 
 ACCURACY = Metric("accuracy", higher_is_better=True, share=True)
 MACRO_F1 = Metric("macro-F1", higher_is_better=True, share=True)
@@ -207,18 +208,21 @@ class Classify:
         counts = np.bincount(examples.labels, minlength=len(self.labels))
         return dict(zip(self.labels, counts.tolist(), strict=True))
 
-    def encode(self, examples: Examples, processor: Any, max_length: int) -> Encoded:
+    def encode(
+        self, examples: Examples, processor: Any, max_length: int, say: Say | None = None
+    ) -> Encoded:
         """Inputs, and one class number a row.
 
         Args:
             examples: rows of this task.
             processor: a Hugging Face tokenizer for texts, an image processor for images.
             max_length: tokens per row at most, special tokens included; unused for images.
+            say: told how many rows were cut; None for nobody.
 
         Returns:
             The rows in their order.
         """
-        return encode(examples, processor, max_length)
+        return encode(examples, processor, max_length, say)
 
     def any_labels(self, rows: int) -> Tensor:
         """The first class for every row.
@@ -296,12 +300,15 @@ class Classify:
         error = sqrt(value * (1 - value) / n)
         return Score(ACCURACY, value, error, loss, rows, seconds, _macro_f1(sums), dict(sums))
 
-    def check_sums(self, sums: Mapping[str, float], rows: int) -> None:
+    def check_sums(
+        self, sums: Mapping[str, float], rows: int, tokens_per_row: int = MOST_TOKENS
+    ) -> None:
         """Right rows are whole and within the rows; the loss is a sum of what is never below 0.
 
         Args:
             sums: figures that a client has sent.
             rows: rows that the client announced it keeps from training.
+            tokens_per_row: unused; what counts is rows.
 
         Raises:
             ValueError: the figures are others than these, or those that so many rows cannot have.

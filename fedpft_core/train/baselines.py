@@ -1,4 +1,4 @@
-"""Reference points before tuning: a linear probe on the frozen FM, and TF-IDF."""
+"""Reference points before tuning: a linear probe on the frozen FM, TF-IDF, the FM as it is."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from fedpft_core.model.device import device_of, to_device
 from fedpft_core.model.families import family_of_model
 from fedpft_core.model.taps import keep
 from fedpft_core.task import Score, TaskData
+from fedpft_core.train.evaluate import evaluate
 
 
 @torch.inference_mode()
@@ -73,6 +74,9 @@ def score(fm: nn.Module, processor: Any, data: TaskData, config: Config) -> dict
     """
     task = data.task
     test = data.test if config.run.eval_split == "test" else data.validation
+    if "zero-shot" in task.baselines:
+        encoded = task.encode(test, processor, config.data.max_length)
+        return {"zero-shot": evaluate(fm, task, encoded, config.run.eval_batch_size)}
 
     def inputs(name: str, rows: Examples) -> Any:
         if name == "tf-idf":

@@ -105,7 +105,7 @@ def validate(
             f"validation row count {reply.validation_rows} is not the {held_out} announced"
         )
     try:
-        want.task.check_sums(reply.validation_sums, held_out)
+        want.task.check_sums(reply.validation_sums, held_out, want.tokens_per_row)
     except ValueError as error:
         raise ReplyError(str(error)) from error
     if reply.steps < 1:
