@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,8 @@ def hf_config(family: str, labels: int = len(LABELS), **shape: Any) -> Any:
         own = {"image_size": 16, "patch_size": 4, "num_channels": 3}
     if family == "electra":
         own["embedding_size"] = 12  # another width than the blocks', as in the published ones
+    if family_of(family).names.kv_heads:
+        own[family_of(family).names.kv_heads] = 1  # grouped-query attention
     names = family_of(family).names
     sizes = {getattr(names, ours): (_SHAPE | shape)[theirs] for ours, theirs in _OF_BERT.items()}
     rest = {k: v for k, v in shape.items() if k not in _SHAPE}
@@ -157,9 +159,33 @@ def model(family: str, seed: int = 0, **shape: Any) -> nn.Module:
             else:
                 nn.init.normal_(p, mean=float("norm" in str(p)), std=0.1)
         for m in made.modules():
-            if isinstance(m, nn.LayerNorm):
+            if isinstance(m, nn.LayerNorm) or type(m).__name__.endswith("RMSNorm"):
                 nn.init.normal_(m.weight, mean=1.0, std=0.1)
-    return made.eval()
+    return exact(made.eval())
+
+
+def exact(made: nn.Module) -> nn.Module:
+    """Let a model's root-mean-square norms compute in float64 where the model is in float64.
+
+    The library's compute in float32 whatever they are given, which hides all that checks in float64
+    are to show. In float32 they stay the library's, to the bit.
+    """
+    for m in made.modules():
+        if type(m).__name__.endswith("RMSNorm"):
+            m.__class__ = _exact_norm(type(m))
+    return made
+
+
+@cache
+def _exact_norm(cls: type) -> type:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != torch.float64:
+            return cls.forward(self, x)  # type: ignore[attr-defined, no-any-return]
+        eps = getattr(self, "variance_epsilon", None) or self.eps
+        y: torch.Tensor = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        return y * (1.0 + self.weight if "Gemma" in cls.__name__ else self.weight)
+
+    return type(cls.__name__, (cls,), {"forward": forward})
 
 
 def give_meaning(body: nn.Module) -> None:
@@ -168,20 +194,20 @@ def give_meaning(body: nn.Module) -> None:
     Without it the random body mixes a row's one telling word with its fillers beyond recovery,
     and no adapter can learn the task.
     """
-    table: Any = body.embeddings
+    table: Any = getattr(body, "embeddings", None)
     generator = torch.Generator().manual_seed(5)
     vocab = vocabulary()
     with torch.no_grad():
-        words = table.word_embeddings.weight
+        words = body.get_input_embeddings().weight  # type: ignore[operator]
         words.normal_(std=0.1, generator=generator)
         words += 0.5 * torch.randn(words.shape[1], generator=generator)
         for kind in WORDS.values():
             shared = 2.0 * torch.randn(words.shape[1], generator=generator)
             for word in kind:
                 words[vocab.index(word)] += shared
-        table.position_embeddings.weight.mul_(0.2)
-        if hasattr(table, "token_type_embeddings"):
-            table.token_type_embeddings.weight.mul_(0.2)
+        for name in ("position_embeddings", "token_type_embeddings"):
+            if hasattr(table, name):
+                getattr(table, name).weight.mul_(0.2)
 
 
 def folder(family: str, path: Path, **shape: Any) -> Path:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fedpft_core.data.batches import Encoded, batches
 from fedpft_core.head.mapped import Map, fit
 from fedpft_core.head.statistics import Statistics, projection
-from fedpft_core.model.batch import inputs_of
+from fedpft_core.model.batch import inputs_of, read_at
 from fedpft_core.model.device import Batch, device_of, to_device
 from fedpft_core.model.families import base_model, family_of_model
 from fedpft_core.model.taps import keep
@@ -66,11 +66,16 @@ def features(model: nn.Module, data: Iterable[Batch]) -> Tensor:
         float64 [N, D] on the CPU, in the order of the batches.
     """
     model.eval()
+    position = family_of_model(model).summary
     seen: list[Tensor] = []
     with keep({"head": last_linear(model)}, inputs=True) as passed:
         for batch in data:
-            model(**inputs_of(to_device(batch, device_of(model))))
-            seen.append(passed["head"].detach().to("cpu", torch.float64))
+            batch = to_device(batch, device_of(model))
+            model(**inputs_of(batch))
+            read = passed["head"].detach()
+            # A decoder's head scores every position, and the library then takes one of a row.
+            read = read_at(read, batch, position) if read.dim() == 3 else read
+            seen.append(read.to("cpu", torch.float64))
     return torch.cat(seen)
 
 
@@ -110,7 +115,7 @@ def of_rows(
     return Statistics.of(found if turn is None else found @ turn, labels, classes)
 
 
-def turned(head: nn.Linear, found: Map) -> tuple[Tensor, Tensor]:
+def turned(head: nn.Linear, found: Map) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a linear layer that reads f_S, for reading f_T instead.
 
     Args:
@@ -118,17 +123,29 @@ def turned(head: nn.Linear, found: Map) -> tuple[Tensor, Tensor]:
         found: the map from f_T to f_S.
 
     Returns:
-        Weight and bias.
-
-    Raises:
-        ValueError: it has no bias to take the shift.
+        Weight and bias. A layer without bias (decoders have such heads) takes the shift into its
+        weight, along the direction in which f_T varies least (`Map.one`).
     """
-    if head.bias is None:
-        raise ValueError("the head's last linear layer has no bias")
     old = head.weight.detach().to("cpu", torch.float64)
     weight = old @ found.turn.T
     shift = old @ found.mean_y - weight @ found.mean_x
+    if head.bias is None:
+        return (weight + shift[:, None] * found.one).to(head.weight), None
     return weight.to(head.weight), head.bias.detach() + shift.to(head.bias)
+
+
+@torch.no_grad()
+def put(head: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+    """Give a layer what :func:`turned` has made for it.
+
+    Args:
+        head: the layer, changed in place.
+        weight: as large as its own.
+        bias: likewise; None for a layer that has none.
+    """
+    head.weight.copy_(weight)
+    if bias is not None:
+        head.bias.copy_(bias)
 
 
 @dataclass(frozen=True)
@@ -189,10 +206,10 @@ def refit_head(
             after += task.merit(_outputs(f_T[unseen], *other), labels[unseen])
     taken = before is None or after is None or after > before
     if taken:
-        head.weight.copy_(weight)
-        head.bias.copy_(bias)
+        put(head, weight, bias)
     return Refit(found, before, after, taken)
 
 
-def _outputs(read: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return read @ weight.to(read).T + bias.to(read)
+def _outputs(read: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    scores = read @ weight.to(read).T
+    return scores if bias is None else scores + bias.to(read)

@@ -193,7 +193,8 @@ def write(bench: Bench, head: Head, model: torch.nn.Module) -> None:
     """
     layer = last_linear(model)
     turn = projected(bench, layer.in_features)
-    weight = head.weight if turn is None else head.weight @ turn.T
+    weight = head.weight if layer.bias is not None else head.weight + head.bias[:, None] * head.one
+    weight = weight if turn is None else weight @ turn.T
     layer.weight.copy_(weight.to(layer.weight))
     if layer.bias is not None:
         layer.bias.copy_(head.bias.to(layer.bias))

@@ -45,6 +45,8 @@ def load(config: Config, events: Events) -> Bench:
     with phase(events, "load"):
         device = pick_device(config.run.device, "run.device")
         loaded, rows = _read(config, events)
+        for note in loaded.notes:
+            events.emit(ev.Warned(text=note))
     with phase(events, "build"):
         made = _build(config, events, loaded, rows, device)
     bench = Bench(config, events, made, rows, device)

@@ -188,9 +188,7 @@ def _candidates(
     if "refit" in wanted:
         weight, bias = plug.turned(plug.last_linear(models.fm), mapped_to(f_T, f_S, p.ridge))
         layer = plug.last_linear(models.fm)
-        with torch.no_grad():
-            layer.weight.copy_(weight)
-            layer.bias.copy_(bias)
+        plug.put(layer, weight, bias)
         made["refit"] = adapters.read(models.fm)
     if sums is not None and "mapped" in wanted:
         turn = heads.projected(bench, f_S.shape[1])
