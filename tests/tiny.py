@@ -27,6 +27,7 @@ from fedpft_core.data.batches import Encoded, batches, encode
 from fedpft_core.data.examples import Examples
 from fedpft_core.model import families
 from fedpft_core.model.families import Family, family_of
+from fedpft_core.model.normalise import normalise
 from fedpft_core.model.plan import Plan
 from fedpft_core.proxy.build import build
 from fedpft_core.proxy.choose import make_plan
@@ -162,6 +163,75 @@ def model(family: str, seed: int = 0, **shape: Any) -> nn.Module:
             if isinstance(m, nn.LayerNorm) or type(m).__name__.endswith("RMSNorm"):
                 nn.init.normal_(m.weight, mean=1.0, std=0.1)
     return exact(made.eval())
+
+
+def writer(family: str, seed: int = 0, **shape: Any) -> Any:
+    """A bare causal language model of a decoder's family, as :func:`model` makes them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = hf_config(family, **shape)
+        config.update({"bos_token_id": 2, "eos_token_id": 3, "use_cache": False})
+        made = transformers.AutoModelForCausalLM.from_config(config)
+        config.architectures = [type(made).__name__]
+        for p in made.parameters():
+            nn.init.normal_(p, mean=float(p.dim() == 1), std=0.25 if p.dim() > 1 else 0.1)
+    return exact(normalise(made.eval()))
+
+
+def writer_tokenizer() -> Any:
+    """The tokenizer of decoders that write: a start token, an end token and no chat template."""
+    made = tokenizer("llama")
+    made.backend_tokenizer.post_processor = None
+    made.add_special_tokens({"bos_token": "[CLS]", "eos_token": "[SEP]"})
+    return made
+
+
+def writer_folder(family: str, path: Path, **shape: Any) -> Path:
+    """Save a tiny causal language model with its tokenizer as a Hugging Face folder."""
+    writer(family, **shape).save_pretrained(path)
+    writer_tokenizer().save_pretrained(path)
+    return path
+
+
+def dialogues(rows: int, seed: int = 0) -> list[tuple[str, str]]:
+    """(prompt, response) rows of uneven length; what a word is decides the response."""
+    says = {"animal": "seen near the", "number": "very small and old", "place": "in"}
+    found = []
+    for text, label in sentences(rows, seed):
+        word = next(w for w in text.split() if w in WORDS[label])
+        found.append((text, f"{says[label]} {word}"))
+    return found
+
+
+def write_dialogues(family: str, path: Path, rows: int = 160) -> dict[str, Any]:
+    """A decoder's folder and data files below `path`, and a run's keys for them."""
+    path.mkdir(parents=True, exist_ok=True)
+    flat = write_task("bert", path / "other")
+    flat |= {
+        "model.name": str(writer_folder(family, path / "fm")),
+        "data.text-column": "prompt",
+        "data.response-column": "response",
+        "data.public": str(path / "public.txt"),
+        "data.max-length": 24,
+        "head.start": "statistics",
+        "head.end": "better",
+        "plug.method": "best",
+        "federation.partition": "dirichlet",
+        "run.samples": 4,
+        "run.sample-tokens": 6,
+        "run.evaluate-every": 2,
+        "train.lr": 2e-2,
+    }
+    for split, (count, seed) in {"train": (rows, 0), "test": (40, 1)}.items():
+        file = path / f"{split}.csv"
+        flat[f"data.{split}"] = str(file)
+        with open(file, "w", newline="", encoding="utf-8") as out:
+            writer = csv.writer(out)
+            writer.writerow(["prompt", "response"])
+            writer.writerows(dialogues(count, seed))
+    lines = (" ".join(row) for row in dialogues(200, 2))
+    (path / "public.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return flat
 
 
 def exact(made: nn.Module) -> nn.Module:

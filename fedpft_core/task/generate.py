@@ -84,14 +84,9 @@ class Generate:
         """A causal language model of the model library.
 
         Returns:
-            The library's class; keys and values are not kept while training.
+            The library's class.
         """
-        return TaskModel(
-            reads="text",
-            auto="AutoModelForCausalLM",
-            settings={"use_cache": False},
-            causal=True,
-        )
+        return TaskModel(reads="text", auto="AutoModelForCausalLM", settings={}, causal=True)
 
     def head(self, family: Family) -> tuple[str, ...]:
         """Nothing is trained whole.
