@@ -242,9 +242,7 @@ def clip_change(
     return dict(adapter) | {k: start[k] + d * (longest / size) for k, d in change.items()}
 
 
-def export(
-    fm: PeftModel, folder: Path, base_name: str, task_type: str | None = None
-) -> list[Path]:
+def export(fm: PeftModel, folder: Path, base_name: str, task_type: str | None = None) -> list[Path]:
     """Write the adapter now on the FM as a PEFT folder.
 
     `PeftModel.from_pretrained(untouched_fm, folder)` gives the same logits.

@@ -227,9 +227,7 @@ def public_batches(
         yield from _packed_stream(texts, processor, batch_size, length, steps, seed)
 
 
-def tokenise_public(
-    texts: Sequence[Any], tokenizer: Any, ended: bool = False
-) -> list[np.ndarray]:
+def tokenise_public(texts: Sequence[Any], tokenizer: Any, ended: bool = False) -> list[np.ndarray]:
     """Tokenise a corpus that is served more than once.
 
     Args:

@@ -55,7 +55,9 @@ def load_public(
         raise UserError(f"{_KEY} is empty; name a file or {BUILTIN_PUBLIC!r}.")
     if max_rows < 0:
         raise UserError(f"data.max-public-rows is {max_rows}; it must be 0 (all rows) or more.")
-    taken = {_fingerprint(part) for split in avoid for row in split.inputs for part in texts_of(row)}
+    taken = {
+        _fingerprint(part) for split in avoid for row in split.inputs for part in texts_of(row)
+    }
     if kind == "image":
         return _choose(_images(spec, column), taken, max_rows, seed, spec)
     return _choose(_texts(spec, column, cache_dir), taken, max_rows, seed, spec)

@@ -361,9 +361,7 @@ class Generate:
 
     # --- writing ---
 
-    def prepare(
-        self, processor: Any, template: str, vocabulary: int, name: str, say: Say
-    ) -> None:
+    def prepare(self, processor: Any, template: str, vocabulary: int, name: str, say: Say) -> None:
         """Make the FM's tokenizer fit, before rows are encoded and packages made.
 
         Args:

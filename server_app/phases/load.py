@@ -53,7 +53,7 @@ def load(config: Config, events: Events) -> Bench:
     made.plug(made.start)
     # `as-trained` is asked for, and the other ways say themselves what they lack.
     by_refit = config.plug.method == "refit" or not settles(bench)
-    asked = by_refit and config.plug.refit != "none"
+    asked = by_refit and config.plug.refit != "none" and rows.task.refits
     if asked and not made.plan.is_full and not refits(bench):
         events.emit(
             ev.Warned(
@@ -69,6 +69,7 @@ def _read(config: Config, events: Events) -> tuple[models.Loaded, Rows]:
     data = load_task(config.data, config.run.seed)
     task = data.task
     loaded = models.load(config.model, task.model(), config.run.seed)
+
     def say(text: str) -> None:
         events.emit(ev.Warned(text=text))
 

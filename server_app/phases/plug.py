@@ -17,7 +17,9 @@ from fedpft_core.head.mapped import fit as mapped_to
 from fedpft_core.head.mapped import taken as taken_over
 from fedpft_core.head.statistics import Statistics
 from fedpft_core.seeds import derive, numpy_stream
+from fedpft_core.task import Writer
 from fedpft_core.tensors import Tensors
+from fedpft_core.train.evaluate import evaluate
 from server_app.bench import Bench
 from server_app.phases import heads
 from server_app.phases.reporting import progress
@@ -27,6 +29,9 @@ from server_app.strategy import Strategy
 
 METHODS = ("as-trained", "refit", "mapped", "distil")
 """The ways of plugging in that `best` chooses from, those that change less first."""
+
+HEADLESS = ("as-trained", "distil")
+"""The same for tasks that train no head."""
 
 
 def refits(bench: Bench) -> bool:
@@ -98,8 +103,15 @@ def settles(bench: Bench) -> bool:
         Whether it is.
     """
     config = bench.config
+    if config.federation.aggregate == "none":
+        return False
+    if isinstance(bench.rows.task, Writer):
+        # Between the two ways of `best` there is nothing to choose by without rows.
+        some = len(bench.rows.data.validation) > 1
+        asked = config.plug.method == "distil" or (config.plug.method == "best" and some)
+        return asked and not bench.models.plan.is_full
     late = config.head.end != "trained" or config.plug.method != "refit"
-    return late and heads.wanted(bench) and config.federation.aggregate != "none"
+    return late and heads.wanted(bench)
 
 
 def finish(bench: Bench, strategy: Strategy, state: State, events: Events) -> None:
@@ -117,6 +129,9 @@ def finish(bench: Bench, strategy: Strategy, state: State, events: Events) -> No
     models.plug(state.adapter)
     if not settles(bench):
         refit(bench, state.round, events)
+        return
+    if isinstance(bench.rows.task, Writer):
+        _finish_headless(bench, state, events)
         return
     mapped = method in ("best", "mapped") and not models.plan.is_full
     sums = heads.again(bench, strategy, state, events, force=mapped)
@@ -157,6 +172,34 @@ def finish(bench: Bench, strategy: Strategy, state: State, events: Events) -> No
     events.emit(ev.Plugged(
         round=state.round, method=taken, right=right, rows=len(judge), fitted=fitted,
         seconds=time.perf_counter() - start,
+    ))  # fmt: skip
+
+
+def _finish_headless(bench: Bench, state: State, events: Events) -> None:
+    """The same for a task that trains no head: the adapter as it is, or the FM tuned towards it.
+
+    Args:
+        bench: models with the tuned adapter, and rows.
+        state: after the last round.
+        events: where what came of it is noted.
+    """
+    start, config, models = time.perf_counter(), bench.config, bench.models
+    rows, judge = heads.split(bench)
+    if len(rows) < 2:
+        rows = bench.rows.public_rows(config.plug.rows, "plug")
+    made = _candidates(bench, None, rows, events, HEADLESS)
+    taken, losses = "distil", dict[str, float]()
+    if len(judge):
+        for name, adapter in made.items():
+            adapters.load(models.fm, adapter)
+            found = evaluate(models.fm, bench.rows.task, judge, config.run.eval_batch_size)
+            losses[name] = found.loss
+        if config.plug.method == "best":
+            taken = min(losses, key=lambda name: losses[name])
+    adapters.load(models.fm, made[taken])
+    events.emit(ev.Plugged(
+        round=state.round, method=taken, right={}, losses=losses, rows=len(judge),
+        fitted=len(rows), seconds=time.perf_counter() - start,
     ))  # fmt: skip
 
 

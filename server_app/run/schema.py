@@ -291,6 +291,30 @@ class Validation(Scored, name="validation"):
     seconds: float  # how long it took
 
 
+class Sample(TypedDict):
+    """A row with what a model wrote for it.
+
+    Attributes:
+        prompt: what the model was given.
+        reference: what the row says.
+        response: what the model wrote.
+    """
+
+    prompt: str
+    reference: str
+    response: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples(Event, name="samples"):
+    """A model has written responses; the texts are cut to what a report shows."""
+
+    round: int  # the round; 0 is before the first
+    model: str  # as of an evaluation
+    samples: list[Sample]  # the same rows each time
+    seconds: float  # how long it took
+
+
 @dataclass(frozen=True, kw_only=True)
 class Baseline(Scored, name="baseline"):
     """The score of a reference point."""
@@ -332,6 +356,8 @@ class Plugged(Event, name="plugged"):
     round: int  # rounds done
     method: str  # the candidate that was taken
     right: dict[str, int]  # rows that judge and that each candidate labels right; empty without any
+    # mean loss of each candidate on the rows that judge, where the task has no label to be right
+    losses: dict[str, float] = field(default_factory=dict)
     rows: int  # rows that judge
     fitted: int  # rows that candidates were fitted with
     seconds: float  # all candidates together

@@ -69,7 +69,9 @@ def test_loss_of_a_packed_batch_is_that_of_each_document_alone(family: str) -> N
     assert len(packed["input_ids"]) == 3  # 9, 8, 4 + 3 + 2
     want, got = plain_loss(model, batch), TASK.loss(model, batch, "sum")
     torch.testing.assert_close(got, want, rtol=1e-10, atol=0)
-    torch.testing.assert_close(TASK.loss(model, batch), want / TASK.count(batch), rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        TASK.loss(model, batch), want / TASK.count(batch), rtol=1e-10, atol=0
+    )
     a, b = gradients(model, want), gradients(model, got)
     assert a.keys() == b.keys() and len(a) > 10
     for name in a:
