@@ -32,6 +32,9 @@ NODE_KEYS: dict[str, tuple[type, Any]] = {
     "text-pair-column": (str, ""),
     "image-column": (str, ""),
     "label-column": (str, "label"),
+    "task": (str, ""),
+    "response-column": (str, ""),
+    "messages-column": (str, ""),
     "cache-dir": (str, ""),
     "validation-share": (float, 0.0),
     "device": (str, "cpu"),
@@ -117,12 +120,15 @@ def columns_of(node: Mapping[str, Any]) -> Columns:
     Returns:
         The names of the columns; empty for those that rows of its kind do not have.
     """
-    names = ("text-column", "text-pair-column", "image-column", "label-column")
+    names = (
+        "text-column", "text-pair-column", "image-column", "label-column", "response-column",
+        "messages-column",
+    )  # fmt: skip
     return Columns(*(node[name] for name in names))
 
 
 def own_task(node: Mapping[str, Any]) -> Task:
-    """The kind of task a node's rows are for, as its columns tell.
+    """The kind of task a node's rows are for, as its `task` or its columns tell.
 
     Args:
         node: a checked node config.
@@ -130,7 +136,7 @@ def own_task(node: Mapping[str, Any]) -> Task:
     Returns:
         A task without labels, which are not known yet.
     """
-    return make(kind_of(columns_of(node)))
+    return make(kind_of(columns_of(node), node["task"]))
 
 
 def own_rows(node: Mapping[str, Any], task: Task) -> Examples:
@@ -144,8 +150,14 @@ def own_rows(node: Mapping[str, Any], task: Task) -> Examples:
         All rows, in file order.
 
     Raises:
-        UserError: anything wrong in the file, naming it.
+        UserError: anything wrong in the file, naming it; or the node's rows are for another task.
     """
+    mine, free = own_task(node).name, "generate"
+    if mine != task.name and free in (mine, task.name):
+        raise UserError(
+            f"this node's rows are for the task {mine!r}, but {task.name!r} is asked for (node "
+            "config: task, response-column, messages-column)."
+        )
     return task.read(Path(node["data-path"]), columns_of(node))
 
 
@@ -197,7 +209,11 @@ def _edge_client(node: Mapping[str, Any]) -> Client:
     def rows_digest() -> str:
         if node["image-column"]:
             return ""  # a cell may name an image file, whose content the data file does not tell
-        columns = [node[key] for key in ("text-column", "text-pair-column", "label-column")]
+        named = ("text-column", "text-pair-column", "label-column")
+        columns = [node[key] for key in named]
+        # Only where they are named, so that rows kept on disk by older versions stay of use.
+        more = ("response-column", "messages-column")
+        columns += [f"{key}={node[key]}" for key in more if node[key]]
         try:
             return key_of(content_of_file(path), path.suffix.lower(), columns)
         except OSError:
