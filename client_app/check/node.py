@@ -25,7 +25,7 @@ from fedpft_core.model.processor import from_files
 from fedpft_core.proxy import size as plansize
 from fedpft_core.proxy.package import ClientModel, rebuild
 from fedpft_core.proxy.size import PlanSize
-from fedpft_core.task import make
+from fedpft_core.task import Writer, make
 from fedpft_core.wire.meta import PackageMeta
 
 # Flower's own pattern: what it does not match, Flower leaves out without a word.
@@ -179,7 +179,7 @@ def _data(
     def readable() -> str:
         task = nodes.own_task(node).learn(Path(node["data-path"]), nodes.columns_of(node))
         rows = nodes.own_rows(node, task)
-        count = Counter(task.histogram(rows)).most_common()
+        count = Counter(task.histogram(rows) or {task.name: len(rows)}).most_common()
         shown = ", ".join(f"{label} {n}" for label, n in count[:_SHOWN])
         more = f" and {len(count) - _SHOWN} more labels" if len(count) > _SHOWN else ""
         train, out = nodes.split_sizes(rows, node["validation-share"])
@@ -207,6 +207,8 @@ def _data(
         names = held.model.task.labels
     if found[0].status == FAIL:
         found.append(Finding("labels", SKIPPED, "the data cannot be read."))
+    elif isinstance(nodes.own_task(node), Writer):
+        found.append(Finding("labels", SKIPPED, "the task has none."))
     elif not names:
         found.append(
             Finding("labels", SKIPPED, "give the names with --labels to have them checked.")

@@ -20,7 +20,7 @@ from fedpft_core.model.plan import Plan
 from fedpft_core.proxy.build import build
 from fedpft_core.proxy.choose import make_plan
 from fedpft_core.proxy.package import ClientModel, blank, make_package
-from fedpft_core.task import make
+from fedpft_core.task import sketch
 from fedpft_core.task.classify import label_names
 from fedpft_core.wire.meta import PackageMeta
 
@@ -146,7 +146,7 @@ def describe(config: Config) -> PlanSize:
         UserError: the FM cannot be loaded, or settings do not fit it, as in a run.
     """
     labels = label_names(config.data.labels) if config.data.labels else ()
-    task = make(models.kind_of(config.model), labels or ("a", "b"))
+    task = sketch(config.data, models.kind_of(config.model), labels or ("a", "b"))
     loaded = models.load(config.model, task.model(), config.run.seed)
     # Sizes depend on how many neurons are kept, not on which: no public rows are read for it.
     settings = replace(config.plan, saliency="weight-norm")

@@ -58,6 +58,21 @@ def kind_of(columns: Columns, task: str = "") -> str:
     return "image" if columns.image else "pair" if columns.text_pair else "text"
 
 
+def sketch(data: DataSettings, reads: str, labels: Iterable[str] = ("a", "b")) -> Task:
+    """The task of a run's configuration without its rows, to know a model's shape by.
+
+    Args:
+        data: the run's settings of its rows.
+        reads: what the model reads, `text` or `image`.
+        labels: names that stand for those of the rows, where the task has any.
+
+    Returns:
+        A task of the kind that the settings name, or a classification of what the model reads.
+    """
+    kind = kind_of(columns_of(data), data.task)
+    return make(kind) if kind == "generate" else make(reads, labels)
+
+
 def load_task(data: DataSettings, seed: int, cache_dir: Path | None = None) -> TaskData:
     """Load the task that a run's configuration names, with its rows.
 
@@ -89,4 +104,5 @@ __all__ = [
     "load_task",
     "make",
     "mean_score",
+    "sketch",
 ]
