@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedpft_core import registry
+from fedpft_core.data.rows import TASKS
 from fedpft_core.errors import UserError
 
 Scalar = bool | int | float | str
@@ -65,10 +66,28 @@ class DataConfig:
     public: str = _key(
         "builtin:public", "public corpus for distillation: `builtin:public` or a file"
     )
-    text_column: str = _key("text", "column with the text")
+    public_column: str = _key(
+        "",
+        "column of a public file with texts or images; empty = data.image-column or "
+        "data.text-column",
+    )
+    text_column: str = _key("text", "column with the text, or with the list of words")
     text_pair_column: str = _key("", "column with the second text of a pair; empty = single text")
     image_column: str = _key("", "column with encoded images; non-empty makes this an image task")
-    label_column: str = _key("label", "column with the label (name or index)")
+    task: str = _key(
+        "classify",
+        "what is learned of a row: `classify` (one label of a set), `regress` (a number), "
+        "`multi-label` (any number of labels of a set) or `tokens` (a label for each word; "
+        "text-column and label-column then hold lists)",
+        choices=TASKS,
+    )
+    label_column: str = _key(
+        "label",
+        "column with the label: a name or index, a number, or a list of labels, by data.task",
+    )
+    label_separator: str = _key(
+        ",", "what stands between a row's labels where a multi-label cell is a text"
+    )
     labels: str = _key(
         "", "label names: JSON file or comma-separated list; empty = those of the training rows"
     )

@@ -258,16 +258,33 @@ def _encode(
             padding=False,
             return_attention_mask=False,
         )
+    return ragged(found, targets, processor)
+
+
+def ragged(found: Mapping[str, Any], labels: torch.Tensor | None, tokenizer: Any) -> Encoded:
+    """Model inputs of tokenised texts.
+
+    Args:
+        found: what a tokenizer has made of all rows without padding: `input_ids` and maybe
+            `token_type_ids`.
+        labels: first axis rows; None for rows without.
+        tokenizer: it.
+
+    Returns:
+        The rows in their order.
+    """
+    import torch
+
     rows = found["input_ids"]
     ends = np.cumsum([0, *map(len, rows)])
     types = found.get("token_type_ids")
     return Encoded(
-        labels=targets,
+        labels=labels,
         ids=torch.from_numpy(_flat(rows, np.int32)),
         offsets=torch.from_numpy(ends.astype(np.int64)),
         token_types=None if types is None else torch.from_numpy(_flat(types, np.uint8)),
-        pad_id=_pad_id(processor),
-        pad_token_type=int(getattr(processor, "pad_token_type_id", 0) or 0),
+        pad_id=_pad_id(tokenizer),
+        pad_token_type=int(getattr(tokenizer, "pad_token_type_id", 0) or 0),
     )
 
 

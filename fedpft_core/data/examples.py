@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Input = str | tuple[str, str] | bytes
-"""One example's input: a text, a pair of texts, or an encoded image file."""
+Input = str | tuple[str, ...] | bytes
+"""One example's input: a text, a pair of texts, a list of words, or an encoded image file."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Examples:
     """Inputs with their labels; row i of one belongs to row i of the other."""
 
     inputs: tuple[Input, ...]
-    """Texts, pairs of texts, or encoded images (all of one kind)."""
+    """Texts, pairs of texts, lists of words, or encoded images (all of one kind)."""
     labels: np.ndarray
     """What the task has made of the rows' label cells, first axis rows: whole numbers as int64,
     others as float32."""

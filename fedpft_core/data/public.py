@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 from fedpft_core.data import files, prose
-from fedpft_core.data.examples import Examples
+from fedpft_core.data.examples import Examples, Input
 from fedpft_core.data.rows import image_bytes
 from fedpft_core.errors import UserError
 
@@ -38,7 +38,7 @@ def load_public(
         spec: ``data.public``: "builtin:public" (texts only), a .csv, .tsv, .json, .jsonl or
             .parquet file, or a .txt file with one text per line.
         column: column with the text or image; unused for built-in data and .txt.
-        kind: the task's kind; "image" gives encoded images, "text" and "pair" give texts.
+        kind: what the task reads; "image" gives encoded images, "text" gives texts.
         avoid: the task's splits. A text is dropped if its :func:`prose.key` is that of one of
             their texts (either one of a pair), an image if its bytes are.
         max_rows: a seeded subset is taken if there are more rows; 0 for all.
@@ -113,8 +113,9 @@ def _choose(
     return kept
 
 
-def _parts(row: str | bytes | tuple[str, str]) -> tuple[str | bytes, ...]:
-    return row if isinstance(row, tuple) else (row,)
+def _parts(row: Input) -> tuple[str | bytes, ...]:
+    # A list of words stands for the text that they are.
+    return (*row, " ".join(row)) if isinstance(row, tuple) else (row,)
 
 
 def _fingerprint(row: str | bytes) -> str | bytes:

@@ -53,6 +53,16 @@ class DataSettings(Protocol):
         ...
 
     @property
+    def task(self) -> str:
+        """What is done with the rows, one of `TASKS`."""
+        ...
+
+    @property
+    def label_separator(self) -> str:
+        """What stands between several labels in one text."""
+        ...
+
+    @property
     def labels(self) -> str:
         """Label names, or the file that has them; "" for those of the training rows."""
         ...
@@ -82,7 +92,10 @@ def columns_of(data: DataSettings) -> Columns:
     Returns:
         The names of the columns.
     """
-    return Columns(data.text_column, data.text_pair_column, data.image_column, data.label_column)
+    return Columns(
+        data.text_column, data.text_pair_column, data.image_column, data.label_column,
+        data.task, data.label_separator,
+    )  # fmt: skip
 
 
 def check_settings(data: DataSettings) -> None:
@@ -110,6 +123,17 @@ def check_settings(data: DataSettings) -> None:
             raise UserError(f"{limit_key} is {limit}; it must be 0 (all rows) or more.")
     if data.image_column and data.text_pair_column:
         raise UserError("data.image-column and data.text-pair-column cannot both be set.")
+    if data.task == "tokens":
+        for key, value in (
+            ("data.image-column", data.image_column),
+            ("data.text-pair-column", data.text_pair_column),
+        ):
+            if value:
+                raise UserError(f"{key} is {value!r}, but data.task = tokens has lists of words.")
+    if data.task != "classify" and BUILTIN_DOCSTRINGS in (data.train, data.validation, data.test):
+        raise UserError(
+            f"data.task is {data.task!r}, but {BUILTIN_DOCSTRINGS} has one class a row; name files."
+        )
     if BUILTIN_DOCSTRINGS in (data.train, data.validation, data.test):
         for key, value in (
             ("data.image-column", data.image_column),

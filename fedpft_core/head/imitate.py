@@ -76,15 +76,16 @@ def outputs(model: nn.Module, task: Task, rows: Encoded, batch_size: int) -> Ten
         batch_size: rows at once.
 
     Returns:
-        float32 [N, C] on the CPU, in row order.
+        float32 [N, C] on the CPU, in row order; [N, L, C] where each position has outputs, L being
+        the longest row's and zeros behind shorter ones.
     """
     model.eval()
     found: Tensor | None = None
     for batch in batches(rows, batch_size, None):
         got = task.outputs(model, to_device(batch, device_of(model))).float().cpu()
-        if found is None:
+        if found is None:  # the longest rows come first
             found = torch.zeros(len(rows), *got.shape[1:])
-        found[batch["index"]] = got
+        found[batch["index"], : got.shape[1]] = got
     assert found is not None
     return found
 
@@ -162,8 +163,9 @@ def _steps(fm: nn.Module, task: Task, rows: Encoded, target: Tensor, settings: S
             if done == settings.steps:
                 return
             fm.eval()
-            want = target[batch["index"]].to(device)
-            loss = task.divergence(task.outputs(fm, to_device(batch, device)), want)
+            got = task.outputs(fm, to_device(batch, device))
+            want = target[batch["index"], : got.shape[1]].to(device)
+            loss = task.divergence(got, want)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(live, settings.clip)

@@ -69,8 +69,8 @@ def _read(config: Config, events: Events) -> tuple[models.Loaded, Rows]:
     loaded = models.load(config.model, task.model(), config.run.seed)
     public: list[Any] = load_public(
         config.data.public,
-        config.data.image_column or config.data.text_column,
-        task.name,
+        config.data.public_column or config.data.image_column or config.data.text_column,
+        task.reads,
         (data.train, data.validation, data.test),
         config.data.max_public_rows,
         derive(config.run.seed, "public") % 2**31,
