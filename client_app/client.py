@@ -199,10 +199,11 @@ class Client:
             raise ReplyError("the request cannot be used (no features, or no rows at once)")
         model, rows = held.model, self._rows(held).train
         put(model, codec.decode(request.adapter, request.fmt))
+        if not model.task.closed_form:
+            raise ReplyError("the request cannot be used (this task's head has no closed form)")
         found = of_rows(
-            model.model, rows, len(model.task.labels), request.batch_size, request.width,
-            request.seed,
-        )  # fmt: skip
+            model.model, rows, model.task, request.batch_size, request.width, request.seed
+        )
         return StatisticsReply(
             name=self.name,
             round=request.round,

@@ -14,7 +14,7 @@ from client_app.store import Store
 from fedpft_core import config as configs
 from fedpft_core.data.examples import Examples
 from fedpft_core.data.partition import partition
-from fedpft_core.data.rows import Columns
+from fedpft_core.data.rows import TASKS, Columns
 from fedpft_core.errors import UserError
 from fedpft_core.model.device import pick_device
 from fedpft_core.seeds import derive
@@ -32,9 +32,10 @@ NODE_KEYS: dict[str, tuple[type, Any]] = {
     "text-pair-column": (str, ""),
     "image-column": (str, ""),
     "label-column": (str, "label"),
-    "task": (str, ""),
+    "label-separator": (str, ","),
     "response-column": (str, ""),
     "messages-column": (str, ""),
+    "task": (str, "classify"),
     "cache-dir": (str, ""),
     "validation-share": (float, 0.0),
     "device": (str, "cpu"),
@@ -106,6 +107,12 @@ def checked(node_config: Mapping[str, Any]) -> dict[str, Any]:
             possible = False
         if not possible:
             raise UserError(f"node config: {key} = {node[key]!r} is a name that no file can have.")
+    if node["task"] not in TASKS:
+        raise UserError(
+            f"node config: task = {node['task']!r} is none of {', '.join(TASKS)} (data.task)."
+        )
+    if not node["label-separator"]:
+        raise UserError("node config: label-separator is empty.")
     cache_root(node)
     pick_device(node["device"], "node config: device")
     return node
@@ -121,22 +128,30 @@ def columns_of(node: Mapping[str, Any]) -> Columns:
         The names of the columns; empty for those that rows of its kind do not have.
     """
     names = (
-        "text-column", "text-pair-column", "image-column", "label-column", "response-column",
-        "messages-column",
+        "text-column", "text-pair-column", "image-column", "label-column", "task",
+        "label-separator", "response-column", "messages-column",
     )  # fmt: skip
     return Columns(*(node[name] for name in names))
 
 
 def own_task(node: Mapping[str, Any]) -> Task:
-    """The kind of task a node's rows are for, as its `task` or its columns tell.
+    """The kind of task a node's rows are for, as its task and columns tell.
 
     Args:
         node: a checked node config.
 
     Returns:
         A task without labels, which are not known yet.
+
+    Raises:
+        UserError: the columns and the task do not go together.
     """
-    return make(kind_of(columns_of(node), node["task"]))
+    if node["task"] == "tokens" and (node["image-column"] or node["text-pair-column"]):
+        raise UserError(
+            "node config: task = tokens has lists of words; image-column and text-pair-column "
+            "must be empty."
+        )
+    return make(kind_of(columns_of(node)))
 
 
 def own_rows(node: Mapping[str, Any], task: Task) -> Examples:
@@ -150,14 +165,8 @@ def own_rows(node: Mapping[str, Any], task: Task) -> Examples:
         All rows, in file order.
 
     Raises:
-        UserError: anything wrong in the file, naming it; or the node's rows are for another task.
+        UserError: anything wrong in the file, naming it.
     """
-    mine, free = own_task(node).name, "generate"
-    if mine != task.name and free in (mine, task.name):
-        raise UserError(
-            f"this node's rows are for the task {mine!r}, but {task.name!r} is asked for (node "
-            "config: task, response-column, messages-column)."
-        )
     return task.read(Path(node["data-path"]), columns_of(node))
 
 
@@ -201,6 +210,13 @@ def _edge_client(node: Mapping[str, Any]) -> Client:
     share = node["validation-share"]
 
     def load_rows(task: Task) -> Examples:
+        own = own_task(node).name
+        if own != task.name:
+            raise UserError(
+                f"this node's rows are for {own}, but the server's task is {task.name}: its node "
+                "config (task, image-column, text-pair-column, response-column, messages-column) "
+                "has to say so."
+            )
         return own_rows(node, task)
 
     def count_rows() -> tuple[int, int]:
@@ -209,11 +225,11 @@ def _edge_client(node: Mapping[str, Any]) -> Client:
     def rows_digest() -> str:
         if node["image-column"]:
             return ""  # a cell may name an image file, whose content the data file does not tell
-        named = ("text-column", "text-pair-column", "label-column")
+        named = (
+            "text-column", "text-pair-column", "label-column", "label-separator", "task",
+            "response-column", "messages-column",
+        )  # fmt: skip
         columns = [node[key] for key in named]
-        # Only where they are named, so that rows kept on disk by older versions stay of use.
-        more = ("response-column", "messages-column")
-        columns += [f"{key}={node[key]}" for key in more if node[key]]
         try:
             return key_of(content_of_file(path), path.suffix.lower(), columns)
         except OSError:

@@ -148,6 +148,7 @@ class _Held:
         self.max_length = 0
         self.bytes = 0
         self.rows: Examples | None = None
+        self.named = True  # whether labels have names
         if plan:
             self._describe(plan.meta)
             self.bytes = plan.sub_fm_bytes
@@ -186,7 +187,7 @@ def _data(
         if not train:
             raise UserError(f"validation-share leaves none of the {out} rows to train on.")
         apart = f", {out} of them kept for validation" if out else ""
-        held.rows = rows
+        held.rows, held.named = rows, bool(task.labels)
         return f"{len(rows)} rows{apart}: {shown}{more}."
 
     found = [guarded("data", readable)]
@@ -209,6 +210,8 @@ def _data(
         found.append(Finding("labels", SKIPPED, "the data cannot be read."))
     elif isinstance(nodes.own_task(node), Writer):
         found.append(Finding("labels", SKIPPED, "the task has none."))
+    elif not held.named:
+        found.append(Finding("labels", PASS, "every label is a number."))
     elif not names:
         found.append(
             Finding("labels", SKIPPED, "give the names with --labels to have them checked.")
@@ -260,7 +263,10 @@ def _row_bytes(held: _Held) -> int:
         return 0
     if shape.image_tokens:
         return shape.channels * shape.height * shape.width
-    return 5 * held.max_length + 24
+    labels = 8
+    if held.rows is not None and held.rows.labels.ndim > 1:  # of each word, or of each name
+        labels = max(held.rows.labels[:1].nbytes, 8 * held.max_length)
+    return 5 * held.max_length + 16 + labels
 
 
 def _step(node: dict[str, Any], plan: PlanSize | None, held: _Held, batch: int) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedpft_core import registry
+from fedpft_core.data.rows import TASKS
 from fedpft_core.errors import UserError
 
 Scalar = bool | int | float | str
@@ -65,23 +66,26 @@ class DataConfig:
     public: str = _key(
         "builtin:public", "public corpus for distillation: `builtin:public` or a file"
     )
-    task: str = _key(
+    public_column: str = _key(
         "",
-        "what is learned: `generate` (text), or empty = as the columns tell (generation with "
-        "`data.response-column` or `data.messages-column`, otherwise classification)",
-        choices=("", "generate"),
+        "column of a public file with texts or images; empty = data.image-column or "
+        "data.text-column",
     )
-    text_column: str = _key("text", "column with the text; for generation that with the prompt")
+    text_column: str = _key(
+        "text", "column with the text, with the list of words, or with the prompt"
+    )
     text_pair_column: str = _key(
         "",
-        "column with the second text of a pair; empty = single text. For generation: what is put "
-        "behind the prompt, may be empty in a row",
+        "column with the second text of a pair; empty = single text. With data.task = generate: "
+        "what is put behind the prompt, which may be empty in a row",
     )
-    response_column: str = _key("", "column with the response to the text; makes this generation")
+    response_column: str = _key(
+        "", "column with the response to the text; non-empty makes this generation"
+    )
     messages_column: str = _key(
         "",
-        "column with conversations, each a list of messages with role and content; makes this "
-        "generation",
+        "column with conversations, each a list of messages with role and content; non-empty makes "
+        "this generation",
     )
     source_column: str = _key(
         "",
@@ -93,11 +97,22 @@ class DataConfig:
         "generation: how a prompt stands before its response, a text with {prompt}; empty = the "
         "tokenizer's own chat template, or where it has none the prompt and a new line",
     )
-    public_column: str = _key(
-        "", "column of the public corpus; empty = `data.image-column` or `data.text-column`"
-    )
     image_column: str = _key("", "column with encoded images; non-empty makes this an image task")
-    label_column: str = _key("label", "column with the label (name or index)")
+    task: str = _key(
+        "classify",
+        "what is learned of a row: `classify` (one label of a set), `regress` (a number), "
+        "`multi-label` (any number of labels of a set), `tokens` (a label for each word; "
+        "text-column and label-column then hold lists) or `generate` (text; also where "
+        "response-column or messages-column is set)",
+        choices=TASKS,
+    )
+    label_column: str = _key(
+        "label",
+        "column with the label: a name or index, a number, or a list of labels, by data.task",
+    )
+    label_separator: str = _key(
+        ",", "what stands between a row's labels where a multi-label cell is a text"
+    )
     labels: str = _key(
         "", "label names: JSON file or comma-separated list; empty = those of the training rows"
     )

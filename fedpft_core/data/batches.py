@@ -281,22 +281,51 @@ def _encode(
             padding=False,
             return_attention_mask=False,
         )
-    cut = sum(bool(row.overflowing) for row in getattr(found, "encodings", None) or ())
+    say_cut(found, max_length, say)
+    return ragged(found, targets, processor)
+
+
+def say_cut(found: Mapping[str, Any], max_length: int, say: Callable[[str], None] | None) -> None:
+    """Say in one sentence how many rows a tokenizer has cut.
+
+    Args:
+        found: what it has made of all rows.
+        max_length: tokens of a row at most.
+        say: told, where there are any; None for nobody.
+    """
+    rows = getattr(found, "encodings", None) or ()
+    cut = sum(bool(row.overflowing) for row in rows)
     if cut and say:
         say(
-            f"{cut} of {len(inputs)} rows are longer than data.max-length = {max_length} tokens; "
+            f"{cut} of {len(rows)} rows are longer than data.max-length = {max_length} tokens; "
             "what is behind them is cut off"
         )
+
+
+def ragged(found: Mapping[str, Any], labels: torch.Tensor | None, tokenizer: Any) -> Encoded:
+    """Model inputs of tokenised texts.
+
+    Args:
+        found: what a tokenizer has made of all rows without padding: `input_ids` and maybe
+            `token_type_ids`.
+        labels: first axis rows; None for rows without.
+        tokenizer: it.
+
+    Returns:
+        The rows in their order.
+    """
+    import torch
+
     rows = found["input_ids"]
     ends = np.cumsum([0, *map(len, rows)])
     types = found.get("token_type_ids")
     return Encoded(
-        labels=targets,
+        labels=labels,
         ids=torch.from_numpy(_flat(rows, np.int32)),
         offsets=torch.from_numpy(ends.astype(np.int64)),
         token_types=None if types is None else torch.from_numpy(_flat(types, np.uint8)),
-        pad_id=pad_id(processor),
-        pad_token_type=int(getattr(processor, "pad_token_type_id", 0) or 0),
+        pad_id=pad_id(tokenizer),
+        pad_token_type=int(getattr(tokenizer, "pad_token_type_id", 0) or 0),
     )
 
 

@@ -156,7 +156,7 @@ def _chat_of(row: Input) -> Chat:
     if isinstance(row[0], str):
         prompt, response = row
         return (("user", str(prompt)), ("assistant", str(response)))
-    return row  # type: ignore[return-value]  # the only other tuple that an input can be
+    return tuple((str(role), str(said)) for role, said in row)
 
 
 def _rendered(chat: Chat, tokenizer: Any, prompt: bool) -> str:

@@ -38,7 +38,7 @@ def load_public(
         spec: ``data.public``: "builtin:public" (texts only), a .csv, .tsv, .json, .jsonl or
             .parquet file, or a .txt file with one text per line.
         column: column with the text or image; unused for built-in data and .txt.
-        kind: the task's kind; "image" gives encoded images, "text" and "pair" give texts.
+        kind: what the task reads; "image" gives encoded images, "text" gives texts.
         avoid: the task's splits. A text is dropped if its :func:`prose.key` is that of one of
             their texts (either one of a pair), an image if its bytes are.
         max_rows: a seeded subset is taken if there are more rows; 0 for all.

@@ -22,6 +22,10 @@ BUILTIN_DOCSTRINGS = "builtin:docstrings"
 """Name of the embedded text-classification data; see :mod:`fedpft_core.data.builtin`."""
 
 
+TASKS = ("classify", "regress", "multi-label", "tokens", "generate")
+"""What is done with rows: a class, a number or several labels a row, a class a word, or text."""
+
+
 @dataclass(frozen=True)
 class Columns:
     """Which columns of a file hold what."""
@@ -34,6 +38,10 @@ class Columns:
     """Images: bytes, ``{"bytes": …}`` or a path relative to the data file's folder; "" for text."""
     label: str = "label"
     """What is to be learned; unused for generation."""
+    task: str = "classify"
+    """What is done with it, one of `TASKS`."""
+    separator: str = ","
+    """What stands between several labels in one text."""
     response: str = ""
     """The response to the text, for generation; "" where the text itself is to be learned."""
     messages: str = ""
@@ -48,11 +56,13 @@ class Table:
 
     inputs: tuple[Input, ...]
     cells: tuple[Any, ...]
-    """One label cell a row, never empty."""
+    """One label cell a row; an empty text only where a row may have no label."""
     where: str
     """Key and file, put in front of messages."""
     names: tuple[str, ...] = ()
     """Label names in their order where the source knows them; empty for files."""
+    separator: str = ","
+    """What stands between several labels in one text."""
 
 
 def read_table(path: str | Path, columns: Columns, key: str = "") -> Table:
@@ -76,7 +86,8 @@ def read_table(path: str | Path, columns: Columns, key: str = "") -> Table:
     found = files.read_columns(path, [*names, columns.label], key)
     cells = found[columns.label]
     for row, value in enumerate(cells, start=1):
-        if value is None or not cell_text(value) or value != value:
+        blank = isinstance(value, str) and columns.task == "multi-label"
+        if value is None or value != value or not (blank or cell_text(value)):
             raise UserError(f"{where}: row {row} has no label in column {columns.label!r}.")
     inputs: list[Input]
     if columns.image:
@@ -85,10 +96,12 @@ def read_table(path: str | Path, columns: Columns, key: str = "") -> Table:
             image_bytes(value, folder, f"{where}: row {row}")
             for row, value in enumerate(found[columns.image], start=1)
         ]
+    elif columns.task == "tokens":
+        inputs = _words(found[columns.text], columns.text, where)
     else:
         parts = [texts_in(found[name], name, where) for name in names]
         inputs = list(zip(*parts, strict=True)) if columns.text_pair else list(parts[0])
-    return Table(tuple(inputs), tuple(cells), where)
+    return Table(tuple(inputs), tuple(cells), where, separator=columns.separator)
 
 
 def read_split(source: str, split: str, columns: Columns, cache_dir: Path | None) -> Table:
@@ -160,6 +173,22 @@ def texts_in(values: Sequence[Any], column: str, where: str) -> list[str]:
                 f"{column!r}."
             )
     return list(values)
+
+
+def _words(values: Sequence[Any], column: str, where: str) -> list[Input]:
+    out: list[Input] = []
+    for row, value in enumerate(values, start=1):
+        if not isinstance(value, list | tuple):
+            raise UserError(
+                f"{where}: row {row} holds {type(value).__name__} instead of a list of words in "
+                f"column {column!r}."
+            )
+        if not value:
+            raise UserError(f"{where}: row {row} has no words in column {column!r}.")
+        if not all(isinstance(word, str) and word.strip() for word in value):
+            raise UserError(f"{where}: row {row} has a word that is no text in column {column!r}.")
+        out.append(tuple(value))
+    return out
 
 
 def image_bytes(value: Any, folder: Path, where: str) -> bytes:

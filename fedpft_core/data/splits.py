@@ -54,7 +54,12 @@ class DataSettings(Protocol):
 
     @property
     def task(self) -> str:
-        """What is learned of the rows; "" where the columns tell."""
+        """What is done with the rows, one of `TASKS`."""
+        ...
+
+    @property
+    def label_separator(self) -> str:
+        """What stands between several labels in one text."""
         ...
 
     @property
@@ -104,7 +109,8 @@ def columns_of(data: DataSettings) -> Columns:
     """
     return Columns(
         data.text_column, data.text_pair_column, data.image_column, data.label_column,
-        data.response_column, data.messages_column, data.source_column,
+        data.task, data.label_separator, data.response_column, data.messages_column,
+        data.source_column,
     )  # fmt: skip
 
 
@@ -133,6 +139,21 @@ def check_settings(data: DataSettings) -> None:
             raise UserError(f"{limit_key} is {limit}; it must be 0 (all rows) or more.")
     if data.image_column and data.text_pair_column:
         raise UserError("data.image-column and data.text-pair-column cannot both be set.")
+    if data.image_column and (data.response_column or data.messages_column):
+        raise UserError(
+            "data.image-column cannot be set with data.response-column or data.messages-column."
+        )
+    if data.task == "tokens":
+        for key, value in (
+            ("data.image-column", data.image_column),
+            ("data.text-pair-column", data.text_pair_column),
+        ):
+            if value:
+                raise UserError(f"{key} is {value!r}, but data.task = tokens has lists of words.")
+    if data.task != "classify" and BUILTIN_DOCSTRINGS in (data.train, data.validation, data.test):
+        raise UserError(
+            f"data.task is {data.task!r}, but {BUILTIN_DOCSTRINGS} has one class a row; name files."
+        )
     if BUILTIN_DOCSTRINGS in (data.train, data.validation, data.test):
         for key, value in (
             ("data.image-column", data.image_column),

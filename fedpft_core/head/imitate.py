@@ -76,15 +76,16 @@ def outputs(model: nn.Module, task: Task, rows: Encoded, batch_size: int) -> Ten
         batch_size: rows at once.
 
     Returns:
-        float32 [N, C] on the CPU, in row order.
+        float32 [N, C] on the CPU, in row order; [N, L, C] where each position has outputs, L being
+        the longest row's and zeros behind shorter ones.
     """
     model.eval()
     found: Tensor | None = None
     for batch in batches(rows, batch_size, None):
         got = task.outputs(model, to_device(batch, device_of(model))).float().cpu()
-        if found is None:
+        if found is None:  # the longest rows come first
             found = torch.zeros(len(rows), *got.shape[1:])
-        found[batch["index"]] = got
+        found[batch["index"], : got.shape[1]] = got
     assert found is not None
     return found
 
@@ -143,8 +144,9 @@ def imitate(
             return float(task.divergence(outputs(fm, task, kept, size), judge))
 
         def loss(batch: Batch) -> Tensor:
-            want = target[batch["index"].cpu()].to(device_of(fm))
-            return task.divergence(task.outputs(fm, batch), want)
+            got = task.outputs(fm, batch)
+            want = target[batch["index"].cpu(), : got.shape[1]].to(got.device)
+            return task.divergence(got, want)
 
     best, best_step, before = adapters.read(fm), 0, distance()
     after = before

@@ -7,8 +7,8 @@ configuration names, with its rows.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from fedpft_core.data.rows import Columns
 from fedpft_core.data.splits import DataSettings, check_settings, columns_of, split_rows
@@ -16,11 +16,28 @@ from fedpft_core.errors import UserError
 from fedpft_core.task.base import Metric, Score, Task, TaskData, Writer, mean_score
 from fedpft_core.task.classify import Classify
 from fedpft_core.task.generate import Generate
+from fedpft_core.task.multi import MultiLabel
+from fedpft_core.task.regress import Regress
+from fedpft_core.task.tokens import Tokens
 
-KINDS: dict[str, Any] = {
-    "text": Classify, "pair": Classify, "image": Classify, "generate": Generate,
-}  # fmt: skip
-"""Kinds of task by the name they have in packages."""
+_Kind = type[Classify] | type[Regress] | type[MultiLabel] | type[Tokens] | type[Generate]
+
+KINDS: dict[str, _Kind] = {
+    "text": Classify,
+    "pair": Classify,
+    "image": Classify,
+    "text-regression": Regress,
+    "pair-regression": Regress,
+    "image-regression": Regress,
+    "text-labels": MultiLabel,
+    "pair-labels": MultiLabel,
+    "image-labels": MultiLabel,
+    "tokens": Tokens,
+    "generate": Generate,
+}
+"""Kinds of task by the name they have in packages: what a row is, and what is done with it."""
+
+_SUFFIX = {"classify": "", "regress": "-regression", "multi-label": "-labels"}
 
 
 def make(name: str, labels: Iterable[str] = ()) -> Task:
@@ -38,39 +55,41 @@ def make(name: str, labels: Iterable[str] = ()) -> Task:
     """
     if name not in KINDS:
         raise UserError(f"{name!r} is no kind of task; there are {', '.join(KINDS)}.")
-    task: Task = KINDS[name](name, tuple(labels))
-    return task
+    return KINDS[name](name, tuple(labels))
 
 
-def kind_of(columns: Columns, task: str = "") -> str:
+def kind_of(columns: Columns) -> str:
     """The kind of task that rows with these columns are for.
 
     Args:
-        columns: where no task is named, a named column of responses or messages decides first, then
-            one of images, then one of second texts.
-        task: `generate`, or "" where the columns tell.
+        columns: its task, and what a row is: a named image column decides first, then a named
+            column of second texts. Named responses or messages are for generation.
 
     Returns:
-        `generate`, `image`, `pair` or `text`.
+        One of `KINDS`.
     """
-    if task or columns.response or columns.messages:
-        return task or "generate"
-    return "image" if columns.image else "pair" if columns.text_pair else "text"
+    if columns.task == "generate" or columns.response or columns.messages:
+        return "generate"
+    if columns.task == "tokens":
+        return "tokens"
+    rows = "image" if columns.image else "pair" if columns.text_pair else "text"
+    return rows + _SUFFIX[columns.task]
 
 
-def sketch(data: DataSettings, reads: str, labels: Iterable[str] = ("a", "b")) -> Task:
-    """The task of a run's configuration without its rows, to know a model's shape by.
+def sample(reads: str, columns: Columns, labels: Iterable[str] = ()) -> Task:
+    """A task like that of a run, for which no rows have been read.
 
     Args:
-        data: the run's settings of its rows.
-        reads: what the model reads, `text` or `image`.
-        labels: names that stand for those of the rows, where the task has any.
+        reads: what the model reads, `text` or `image`; it decides where the columns say otherwise.
+        columns: of the run's files.
+        labels: names where they are known; else two that stand for the head's.
 
     Returns:
-        A task of the kind that the settings name, or a classification of what the model reads.
+        The task.
     """
-    kind = kind_of(columns_of(data), data.task)
-    return make(kind) if kind == "generate" else make(reads, labels)
+    image = (columns.image or "image") if reads == "image" else ""
+    name = kind_of(replace(columns, image=image))
+    return make(name, (tuple(labels) or ("a", "b")) if KINDS[name].named else ())
 
 
 def load_task(data: DataSettings, seed: int, cache_dir: Path | None = None) -> TaskData:
@@ -88,7 +107,7 @@ def load_task(data: DataSettings, seed: int, cache_dir: Path | None = None) -> T
         UserError: anything wrong in a file or setting, naming the key, file and row.
     """
     check_settings(data)
-    kind = kind_of(columns_of(data), data.task)
+    kind = kind_of(columns_of(data))
     task, read = KINDS[kind].open(kind, data, cache_dir)
     return TaskData(data.train or data.test, task, split_rows(data, seed, read, task.strata))
 
@@ -104,5 +123,5 @@ __all__ = [
     "load_task",
     "make",
     "mean_score",
-    "sketch",
+    "sample",
 ]

@@ -65,7 +65,7 @@ class Score:
     Attributes:
         metric: what `value` is.
         value: the metric's value.
-        error: standard error of `value`, by chance of which rows they were; NaN where it is unknown.
+        error: standard error of `value`, by chance of which rows they were; NaN where unknown.
         loss: mean loss over what the task counts (rows, tokens); NaN where there is none.
         rows: rows scored.
         seconds: time it took.
@@ -181,7 +181,14 @@ class Task(Protocol):
 
     @property
     def refits(self) -> bool:
-        """Whether the head ends in one linear layer over one feature vector a row."""
+        """Whether the head ends in one linear layer over one feature vector for each answer."""
+
+    @property
+    def closed_form(self) -> str:
+        """How the head follows from sums over rows: a name of `fedpft_core.head.closed.FORMS`.
+
+        Empty where it cannot be had so; otherwise the head also has `refits`.
+        """
 
     # --- rows ---
 
@@ -353,16 +360,42 @@ class Task(Protocol):
             A scalar of at least 0.
         """
 
-    def merit(self, outputs: Tensor, labels: Tensor) -> int:
-        """How good a head's outputs for some rows are; adds up over rows, more is better.
+    def each(self, values: Tensor, batch: Batch) -> Tensor:
+        """What of a model's values has an answer: one vector for each thing that is judged.
 
         Args:
-            outputs: [N, ...], as `outputs` gives them.
-            labels: of the same rows, first axis N.
+            values: features or outputs for a batch, [B, ...] as the head has them.
+            batch: the batch they are of. Where it has no labels, everything that could have one
+                is judged.
 
         Returns:
-            A whole number, such as the rows that are right.
+            [N, ...] in the order of `answers`.
         """
+
+    def answers(self, batch: Batch) -> Tensor:
+        """What is to be learned of each thing that is judged.
+
+        Args:
+            batch: with labels.
+
+        Returns:
+            First axis N.
+        """
+
+    def merit(self, outputs: Tensor, answers: Tensor) -> float:
+        """How good a head's outputs are; adds up over what is judged, more is better.
+
+        Args:
+            outputs: [N, ...], as `each` gives them.
+            answers: of the same N.
+
+        Returns:
+            A number, such as the rows that are right.
+        """
+
+    @property
+    def judged(self) -> Metric:
+        """What `merit` over N is called, and whether that is a share."""
 
     # --- reference points ---
 
@@ -377,8 +410,8 @@ class Task(Protocol):
 
         Args:
             name: one of `baselines`.
-            train: (x, labels) to fit to, x being features [rows, D] for `linear-probe` and texts
-                for `tf-idf`.
+            train: (x, labels) to fit to, x being features for `linear-probe`, one vector [D] for
+                each thing that is judged, and texts for `tf-idf`.
             test: the same, to score.
             seed: of the fit.
 

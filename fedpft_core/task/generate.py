@@ -53,6 +53,9 @@ class Generate:
     # Not the squares that the standard error needs: of few rows they would tell more than the mean.
     sent = ("rows", "tokens", "loss")
     refits = False
+    named = False
+    closed_form = ""
+    judged = Metric("tokens right", higher_is_better=True, share=True)
     baselines = ("zero-shot",)
 
     @staticmethod
@@ -347,17 +350,41 @@ class Generate:
         h = causal.read(model, batch, learned)
         return causal.divergence_sum(model, other, h, wanted), int(learned.sum())
 
-    def merit(self, outputs: Tensor, labels: Tensor) -> int:
+    def each(self, values: Tensor, batch: Batch) -> Tensor:
+        """The values at the positions from which a token is learned.
+
+        Args:
+            values: [B, L, ...].
+            batch: the batch they are of; where it has no labels, every real token is learned.
+
+        Returns:
+            [N, ...] in row order.
+        """
+        return values[(causal.next_tokens(batch) != UNLEARNED).to(values.device)]
+
+    def answers(self, batch: Batch) -> Tensor:
+        """The tokens that are learned.
+
+        Args:
+            batch: with labels.
+
+        Returns:
+            int64 [N], in row order.
+        """
+        target = causal.next_tokens(batch)
+        return target[target != UNLEARNED]
+
+    def merit(self, outputs: Tensor, answers: Tensor) -> float:
         """Tokens that the highest score tells.
 
         Args:
             outputs: scores [N, V].
-            labels: int64 [N], on any device.
+            answers: int64 [N], on any device.
 
         Returns:
             How many are right.
         """
-        return int((outputs.argmax(-1) == labels.to(outputs.device)).sum())
+        return int((outputs.argmax(-1) == answers.to(outputs.device)).sum())
 
     # --- writing ---
 

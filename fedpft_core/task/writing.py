@@ -96,8 +96,8 @@ def write(
 def exact(sample: Sample) -> bool:
     """Whether a response says what the reference does.
 
-    Where the reference is a number, or ends in one behind #### (as in GSM8K), the last number of the
-    response counts; otherwise all of it does, without regard to case and blanks.
+    Where the reference is a number, or ends in one behind #### (as in GSM8K), the last number of
+    the response counts; otherwise all of it does, without regard to case and blanks.
 
     Args:
         sample: a response with its reference.

@@ -81,7 +81,7 @@ def _read(config: Config, events: Events) -> tuple[models.Loaded, Rows]:
     public: list[Any] = load_public(
         config.data.public,
         config.data.public_column or config.data.image_column or config.data.text_column,
-        task.name,
+        task.reads,
         (data.train, data.validation, data.test),
         config.data.max_public_rows,
         derive(config.run.seed, "public") % 2**31,

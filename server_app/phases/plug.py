@@ -7,15 +7,12 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
-
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.data.batches import Encoded, batches
 from fedpft_core.head import refit as plug
+from fedpft_core.head.closed import Sums
 from fedpft_core.head.imitate import Settings, imitate
 from fedpft_core.head.mapped import fit as mapped_to
-from fedpft_core.head.mapped import taken as taken_over
-from fedpft_core.head.statistics import Statistics
 from fedpft_core.seeds import derive, numpy_stream
 from fedpft_core.task import Writer
 from fedpft_core.tensors import Tensors
@@ -153,11 +150,11 @@ def finish(bench: Bench, strategy: Strategy, state: State, events: Events) -> No
     if method == "best":
         wanted = METHODS if len(judge) else ("refit", "mapped")
     made = _candidates(bench, sums, fit_rows, events, wanted)
-    taken, right, fitted = method, dict[str, int](), len(fit_rows)
+    taken, right, fitted, judges = method, dict[str, float](), len(fit_rows), 0
     if len(judge):
         for name, adapter in made.items():
             adapters.load(models.fm, adapter)
-            right[name] = heads.merit(bench, models.fm, judge)
+            right[name], judges = heads.merit(bench, models.fm, judge)
         if method == "best":
             # Of equals the first, which changes least.
             taken = max(right, key=lambda name: right[name])
@@ -170,7 +167,8 @@ def finish(bench: Bench, strategy: Strategy, state: State, events: Events) -> No
         taken = "mapped" if "mapped" in made else "refit"
     adapters.load(models.fm, made[taken])
     events.emit(ev.Plugged(
-        round=state.round, method=taken, right=right, rows=len(judge), fitted=fitted,
+        round=state.round, method=taken, right=right, rows=judges, fitted=fitted,
+        judged=bench.rows.task.judged.name, share=bench.rows.task.judged.share,
         seconds=time.perf_counter() - start,
     ))  # fmt: skip
 
@@ -205,7 +203,7 @@ def _finish_headless(bench: Bench, state: State, events: Events) -> None:
 
 def _candidates(
     bench: Bench,
-    sums: Statistics | None,
+    sums: Sums | None,
     rows: Encoded,
     events: Events,
     wanted: Sequence[str],
@@ -227,7 +225,7 @@ def _candidates(
     made = {"as-trained": adapters.read(models.fm)}
     if "refit" in wanted or "mapped" in wanted:
         served = list(batches(rows, bench.config.run.eval_batch_size, None))
-        f_S, f_T = plug.features(models.proxy, served), plug.features(models.fm, served)
+        f_S, f_T = (plug.features(m, served, bench.rows.task) for m in (models.proxy, models.fm))
     if "refit" in wanted:
         weight, bias = plug.turned(plug.last_linear(models.fm), mapped_to(f_T, f_S, p.ridge))
         layer = plug.last_linear(models.fm)
@@ -236,9 +234,9 @@ def _candidates(
     if sums is not None and "mapped" in wanted:
         turn = heads.projected(bench, f_S.shape[1])
         x, y = (f_S, f_T) if turn is None else (f_S @ turn, f_T @ turn)
-        there = taken_over(sums, mapped_to(x, y, p.ridge), x, y)
-        labels = [batch["labels"] for batch in served if "labels" in batch]
-        head = heads.fit(bench, there, y, torch.cat(labels) if labels else None)
+        there = heads.form(bench).taken(sums, mapped_to(x, y, p.ridge), x, y)
+        known = plug.answers(served, bench.rows.task) if "labels" in served[0] else None
+        head = heads.fit(bench, there, y, known)
         heads.write(bench, head, models.fm)
         made["mapped"] = adapters.read(models.fm)
     if "distil" in wanted:

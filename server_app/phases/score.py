@@ -15,7 +15,6 @@ from server_app.phases.reporting import progress
 from server_app.run import schema as ev
 from server_app.state import State
 
-
 _SHOWN = 1000  # characters of a text that are kept for the report
 
 

@@ -23,7 +23,8 @@ TURNS = (
 # As many models have it: roles in words, and thoughts that only the last response has.
 MARKED = (
     "{{ bos_token }}{% for m in messages %}{{ 'old ' if m.role == 'user' else 'new ' }}"
-    "{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'new ' }}{% endif %}"
+    "{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'new ' }}{% endif %}"
 )
 THOUGHTS = (
     "{% for m in messages %}{% if m.role == 'assistant' and loop.last %}{{ 'some ' }}{% endif %}"
@@ -85,7 +86,7 @@ def test_a_template_of_ones_own() -> None:
         [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], tokenize=False
     )
     assert text == "[CLS]" + odd.replace("{prompt}", "x") + "y[SEP]"
-    with pytest.raises(UserError, match=r"data\.prompt-template is 'x'; it must contain \{prompt\}"):
+    with pytest.raises(UserError, match=r"data\.prompt-template is 'x'; it must contain"):
         template_of("x")
 
 

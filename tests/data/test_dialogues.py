@@ -61,7 +61,7 @@ def test_pairs_texts_and_conversations(tmp_path: Path) -> None:
         (CHATS, {"messages": []}, "row 2: 'messages' holds no list of messages"),
         (CHATS, {"messages": ["secret"]}, "row 2: message 1 lacks a role or content"),
         (CHATS, {"messages": [{"role": "user", "content": 1}]}, "row 2: message 1 lacks a role"),
-        (CHATS, {"messages": [{"role": "secret", "content": "a"}]}, "the role of message 1 is none"),
+        (CHATS, {"messages": [{"role": "secret", "content": "a"}]}, "role of message 1 is none"),
         (CHATS, said("secret", ""), "row 2: message 2 has an empty response"),
         (CHATS, said("", "secret"), "row 2: message 1 has no content"),
         (CHATS, said("secret"), "row 2: there is no response"),

@@ -107,7 +107,7 @@ def test_the_head_that_labels_more_rows_right_is_taken() -> None:
     with torch.no_grad():
         # Scores large against the bias, so that the two heads disagree on some row.
         plug.last_linear(fm).weight.mul_(50)
-        f_T, f_S = (plug.features(m, [batch]) for m in (fm, proxy))
+        f_T, f_S = (plug.features(m, [batch], tiny.TASK) for m in (fm, proxy))
         trained = logits(fm, batch).argmax(-1)
         refitted = trained.clone()
         for row in range(n):
@@ -141,7 +141,7 @@ def test_every_family(family: str) -> None:
     before = {k: t.clone() for k, t in fm.state_dict().items()}
     head = plug.last_linear(fm)
     with torch.no_grad():
-        f_T = plug.features(fm, rows())
+        f_T = plug.features(fm, rows(), tiny.task_of(family))
         # What it reads is what the scores are made of.
         torch.testing.assert_close(head(f_T.float()), logits(fm, batch), rtol=1e-5, atol=1e-5)
         weight = head.weight.double()

@@ -1,4 +1,4 @@
-"""Text generation from rows to product: a run of tiny decoders, what clients hold, what PEFT loads."""
+"""Text generation from rows to product: whole runs, what clients hold, what PEFT loads."""
 
 from __future__ import annotations
 
@@ -50,6 +50,10 @@ class Silent:
 
 def of(events: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     return [e for e in events if e["event"] == name and "arm" not in e]
+
+
+def pairs_of(node: dict[str, Any]) -> str:
+    return " ".join(f"{k}={json.dumps(v)}" for k, v in node.items())
 
 
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -212,7 +216,7 @@ def test_chats_and_texts_of_nodes_own(tmp_path: Path) -> None:
     found = of(events, "client_validation")
     assert len(found) == 2 and all(e["value"] > 1 and e["error"] is None for e in found)
     assert all(e["metric"] == "perplexity" and e["rows"] > 5 for e in found)
-    findings = check(Options(node_text(nodes[0])))
+    findings = check(Options(pairs_of(nodes[0])))
     assert not [f for f in findings if f.status == FAIL], findings
     assert any("40 rows, " in f.text for f in findings if f.name == "data")
 
@@ -243,7 +247,8 @@ def test_inspection_and_sizes_know_language_models(tmp_path: Path) -> None:
         "name": "n", "data-path": flat["data.train"], "text-column": "prompt",
         "response-column": "response", "cache-dir": str(tmp_path / "cache"),
     }  # fmt: skip
-    findings = check(node, Options(), again)
+    assert again.meta == size.meta
+    findings = check(Options(pairs_of(node), plan=tmp_path / "size.json"))
     assert not [f for f in findings if f.status == FAIL], findings
     assert any("rows of full length" in f.text for f in findings)
 
