@@ -12,6 +12,7 @@ Shape letters: N rows, D features, K labels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -85,6 +86,8 @@ def fitted(
         for scale in TEMPERATURES:
             loss = float(F.binary_cross_entropy_with_logits(raw * scale, y))
             if best is None or best.loss is None or loss < best.loss:
-                best = Head(head.weight * scale, head.bias * scale, head.shrinkage, scale, loss)
+                best = replace(
+                    head, weight=head.weight * scale, bias=head.bias * scale, scale=scale, loss=loss
+                )
     assert best is not None
     return best

@@ -11,6 +11,8 @@ Shape letters: N rows, D features, K numbers a row.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -62,7 +64,7 @@ def fitted(found: Moments, features: Tensor, labels: Tensor, share: float | None
         head = _solved(found, tried, *spectrum)
         loss = float((scores(head, features) - y).square().mean())
         if best is None or best.loss is None or loss < best.loss:
-            best = Head(head.weight, head.bias, head.shrinkage, loss=loss)
+            best = replace(head, loss=loss)
     assert best is not None
     return best
 

@@ -33,7 +33,7 @@ KINDS: dict[str, type[Classify] | type[Regress] | type[MultiLabel] | type[Tokens
 }
 """Kinds of task by the name they have in packages: what a row is, and what is done with it."""
 
-_SUFFIX = {"classify": "", "regress": "-regression", "multi-label": "-labels"}
+_SUFFIX = {"": "", "classify": "", "regress": "-regression", "multi-label": "-labels"}
 
 
 def make(name: str, labels: Iterable[str] = ()) -> Task:

@@ -30,7 +30,7 @@ class Data:
     text_pair_column: str = ""
     image_column: str = ""
     label_column: str = "label"
-    task: str = "classify"
+    task: str = ""
     label_separator: str = ","
     labels: str = ""
     validation_share: float = 0.0
