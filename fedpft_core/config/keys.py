@@ -343,9 +343,10 @@ class PlugConfig:
     method: str = _key(
         "best",
         "`best` (of the candidates that follow, the one that labels most of the validation rows "
-        "kept for it right), `as-trained` (the paper's: the adapter as it is), `refit` (the head "
-        "fitted to the FM's features, by plug.refit), `mapped` (the clients' class statistics "
-        "taken to the FM's features) or `distil` (the FM tuned towards the sub-FM's outputs)",
+        "kept for it right, or is best by another merit of the task's), `as-trained` (the paper's: "
+        "the adapter as it is), `refit` (the head fitted to the FM's features, by plug.refit), "
+        "`mapped` (the clients' class statistics taken to the FM's features) or `distil` (the FM "
+        "tuned towards the sub-FM's outputs)",
         choices=("best", "as-trained", "refit", "mapped", "distil"),
     )
     distil_steps: int = _key(100, "optimiser steps of `distil`", low=1)
