@@ -13,6 +13,7 @@ from client_app.rowcache import RowCache, content_of_file, folds_of, held_out, k
 from client_app.store import Store
 from fedpft_core import config as configs
 from fedpft_core.data.examples import Examples
+from fedpft_core.data.folders import images, is_folder
 from fedpft_core.data.partition import partition
 from fedpft_core.data.rows import TASKS, Columns
 from fedpft_core.errors import UserError
@@ -35,7 +36,7 @@ NODE_KEYS: dict[str, tuple[type, Any]] = {
     "label-separator": (str, ","),
     "response-column": (str, ""),
     "messages-column": (str, ""),
-    "task": (str, "classify"),
+    "task": (str, ""),
     "cache-dir": (str, ""),
     "validation-share": (float, 0.0),
     "device": (str, "cpu"),
@@ -107,7 +108,7 @@ def checked(node_config: Mapping[str, Any]) -> dict[str, Any]:
             possible = False
         if not possible:
             raise UserError(f"node config: {key} = {node[key]!r} is a name that no file can have.")
-    if node["task"] not in TASKS:
+    if node["task"] not in ("", *TASKS):
         raise UserError(
             f"node config: task = {node['task']!r} is none of {', '.join(TASKS)} (data.task)."
         )
@@ -127,11 +128,13 @@ def columns_of(node: Mapping[str, Any]) -> Columns:
     Returns:
         The names of the columns; empty for those that rows of its kind do not have.
     """
-    names = (
-        "text-column", "text-pair-column", "image-column", "label-column", "task",
-        "label-separator", "response-column", "messages-column",
+    # A folder has no columns: that it is one says that it has images.
+    of_folder = "image" if is_folder(node["data-path"]) else ""
+    return Columns(
+        node["text-column"], node["text-pair-column"], node["image-column"] or of_folder,
+        node["label-column"], task=node["task"], separator=node["label-separator"],
+        response=node["response-column"], messages=node["messages-column"],
     )  # fmt: skip
-    return Columns(*(node[name] for name in names))
 
 
 def own_task(node: Mapping[str, Any]) -> Task:
@@ -223,7 +226,7 @@ def _edge_client(node: Mapping[str, Any]) -> Client:
         return split_sizes(own_rows(node, own_task(node)), share)
 
     def rows_digest() -> str:
-        if node["image-column"]:
+        if columns_of(node).image:
             return ""  # a cell may name an image file, whose content the data file does not tell
         named = (
             "text-column", "text-pair-column", "label-column", "label-separator", "task",
@@ -252,6 +255,9 @@ def _edge_client(node: Mapping[str, Any]) -> Client:
 
 def _file_id(path: Path) -> tuple[object, ...]:
     """Differs when the file changes; a missing file is reported when its rows are read."""
+    if is_folder(path):
+        inside = [(str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in images(path)]
+        return (str(path), *inside)
     try:
         stat = path.stat()
     except OSError:

@@ -56,8 +56,8 @@ class DataConfig:
 
     train: str = _key(
         "builtin:docstrings",
-        "training rows: `builtin:docstrings` or a .csv, .jsonl, .json or .parquet file; empty "
-        "when only the clients have any (deployment)",
+        "training rows: `builtin:docstrings`, a .csv, .jsonl, .json or .parquet file, or a folder "
+        "with a folder of images for each class; empty when only the clients have any (deployment)",
     )
     validation: str = _key(
         "", "validation rows held by the server; empty = carved from the training file"
@@ -99,12 +99,12 @@ class DataConfig:
     )
     image_column: str = _key("", "column with encoded images; non-empty makes this an image task")
     task: str = _key(
-        "classify",
+        "",
         "what is learned of a row: `classify` (one label of a set), `regress` (a number), "
         "`multi-label` (any number of labels of a set), `tokens` (a label for each word; "
-        "text-column and label-column then hold lists) or `generate` (text; also where "
-        "response-column or messages-column is set)",
-        choices=TASKS,
+        "text-column and label-column then hold lists) or `generate` (text); empty = `generate` "
+        "where response-column or messages-column is set, else `classify`",
+        choices=("", *TASKS),
     )
     label_column: str = _key(
         "label",
@@ -317,6 +317,13 @@ class TrainConfig:
     weight_decay: float = _key(0.0, "AdamW weight decay", low=0.0)
     clip: float = _key(1.0, "largest gradient norm, 0 = no clipping", low=0.0)
     threads: int = _key(1, "torch threads of each client process", low=1)
+    augment: float = _key(
+        0.0,
+        "images: smallest share of the area that a random crop keeps at the clients, with "
+        "mirroring; 1 = mirroring alone, 0 = none",
+        low=0.0,
+        high=1.0,
+    )
 
 
 @dataclass(frozen=True)
@@ -361,9 +368,10 @@ class PlugConfig:
     method: str = _key(
         "best",
         "`best` (of the candidates that follow, the one that labels most of the validation rows "
-        "kept for it right), `as-trained` (the paper's: the adapter as it is), `refit` (the head "
-        "fitted to the FM's features, by plug.refit), `mapped` (the clients' class statistics "
-        "taken to the FM's features) or `distil` (the FM tuned towards the sub-FM's outputs)",
+        "kept for it right, or is best by another merit of the task's), `as-trained` (the paper's: "
+        "the adapter as it is), `refit` (the head fitted to the FM's features, by plug.refit), "
+        "`mapped` (the clients' class statistics taken to the FM's features) or `distil` (the FM "
+        "tuned towards the sub-FM's outputs)",
         choices=("best", "as-trained", "refit", "mapped", "distil"),
     )
     distil_steps: int = _key(100, "optimiser steps of `distil`", low=1)

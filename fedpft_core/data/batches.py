@@ -389,11 +389,21 @@ def _decode(content: bytes, row: int) -> Any:
 
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return image.convert("RGB")
+            return _colours(image)
     except Exception as error:  # PIL raises a dozen kinds, SyntaxError among them
         raise UserError(
             f"the image in row {row + 1} cannot be decoded ({type(error).__name__}: {error})."
         ) from error
+
+
+def _colours(image: Any) -> Any:
+    """An image of any mode with three channels of 8 bits."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):
+        # PIL would cut 16 bits off at 255.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def _scale_and_shift(processor: Any) -> Any:

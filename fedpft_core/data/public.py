@@ -12,6 +12,7 @@ import numpy as np
 
 from fedpft_core.data import files, prose
 from fedpft_core.data.examples import Examples, texts_of
+from fedpft_core.data.folders import images, is_folder
 from fedpft_core.data.rows import image_bytes
 from fedpft_core.errors import UserError
 
@@ -36,7 +37,7 @@ def load_public(
 
     Args:
         spec: ``data.public``: "builtin:public" (texts only), a .csv, .tsv, .json, .jsonl or
-            .parquet file, or a .txt file with one text per line.
+            .parquet file, a .txt file with one text per line, or a folder of images.
         column: column with the text or image; unused for built-in data and .txt.
         kind: what the task reads; "image" gives encoded images, "text" gives texts.
         avoid: the task's splits. A text is dropped if its :func:`prose.key` is that of one of
@@ -88,6 +89,11 @@ def _images(spec: str, column: str) -> list[bytes]:
         raise UserError(
             f"{_KEY} is {spec!r}, which is text, but the task has images; name a file with images."
         )
+    if is_folder(spec):
+        return [
+            image_bytes(str(path.resolve()), Path(spec), f"{_KEY}: {path.name}")
+            for path in images(Path(spec))
+        ]
     values = files.read_columns(spec, [column], _KEY)[column]
     folder = Path(spec).parent
     return [

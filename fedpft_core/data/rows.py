@@ -15,6 +15,7 @@ import numpy as np
 
 from fedpft_core.data import files
 from fedpft_core.data.examples import Input
+from fedpft_core.data.folders import is_folder, read_classes
 from fedpft_core.disk import plain
 from fedpft_core.errors import UserError
 
@@ -35,11 +36,12 @@ class Columns:
     text_pair: str = ""
     """The second text of a pair; "" for none."""
     image: str = ""
-    """Images: bytes, ``{"bytes": …}`` or a path relative to the data file's folder; "" for text."""
+    """Images: bytes, ``{"bytes": …}`` or a path relative to the data file's folder; "" for text.
+    Of a folder of images any name."""
     label: str = "label"
     """What is to be learned; unused for generation."""
-    task: str = "classify"
-    """What is done with it, one of `TASKS`."""
+    task: str = ""
+    """What is done with it, one of `TASKS`; "" where the columns tell."""
     separator: str = ","
     """What stands between several labels in one text."""
     response: str = ""
@@ -69,7 +71,8 @@ def read_table(path: str | Path, columns: Columns, key: str = "") -> Table:
     """All rows of one file, in file order.
 
     Args:
-        path: .csv, .tsv, .json, .jsonl or .parquet file.
+        path: .csv, .tsv, .json, .jsonl or .parquet file; or a folder with a folder of images for
+            each class, whose name then is the label cell.
         columns: which of its columns to read.
         key: configuration key to name in messages; "" for none.
 
@@ -81,6 +84,11 @@ def read_table(path: str | Path, columns: Columns, key: str = "") -> Table:
             file and, where there is one, the row (from 1).
     """
     where = f"{key}: {path}" if key else str(path)
+    if is_folder(path):
+        content, classes = read_classes(Path(path), where)
+        for row, one in enumerate(content, start=1):
+            image_bytes(one, Path(path), f"{where}: image {row}")
+        return Table(tuple(content), tuple(classes), where, separator=columns.separator)
     texts = [columns.text, columns.text_pair] if columns.text_pair else [columns.text]
     names = [columns.image] if columns.image else texts
     found = files.read_columns(path, [*names, columns.label], key)

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from fedpft_core.data.examples import Examples
+from fedpft_core.data.folders import is_folder
 from fedpft_core.data.rows import BUILTIN_DOCSTRINGS, Columns
 from fedpft_core.errors import UserError
 
@@ -54,7 +55,7 @@ class DataSettings(Protocol):
 
     @property
     def task(self) -> str:
-        """What is done with the rows, one of `TASKS`."""
+        """What is learned of a row, one of `TASKS`; "" for a class."""
         ...
 
     @property
@@ -107,10 +108,12 @@ def columns_of(data: DataSettings) -> Columns:
     Returns:
         The names of the columns.
     """
+    # A folder has no columns: that it is one says that it has images.
+    of_folder = "image" if is_folder(data.train) or is_folder(data.test) else ""
     return Columns(
-        data.text_column, data.text_pair_column, data.image_column, data.label_column,
-        data.task, data.label_separator, data.response_column, data.messages_column,
-        data.source_column,
+        data.text_column, data.text_pair_column, data.image_column or of_folder, data.label_column,
+        task=data.task, separator=data.label_separator, response=data.response_column,
+        messages=data.messages_column, source=data.source_column,
     )  # fmt: skip
 
 
@@ -150,7 +153,11 @@ def check_settings(data: DataSettings) -> None:
         ):
             if value:
                 raise UserError(f"{key} is {value!r}, but data.task = tokens has lists of words.")
-    if data.task != "classify" and BUILTIN_DOCSTRINGS in (data.train, data.validation, data.test):
+    if data.task not in ("", "classify") and BUILTIN_DOCSTRINGS in (
+        data.train,
+        data.validation,
+        data.test,
+    ):
         raise UserError(
             f"data.task is {data.task!r}, but {BUILTIN_DOCSTRINGS} has one class a row; name files."
         )

@@ -140,32 +140,88 @@ class Classes:
     one_a_row: bool = True
 
     def of(self, features: Tensor, answers: Tensor) -> Statistics:
-        """Counts and sums by class; see :class:`Form`."""
+        """Counts and sums by class.
+
+        Args:
+            features: float64 [N, D].
+            answers: of the same N.
+
+        Returns:
+            Their sums.
+        """
         return Statistics.of(features, answers, self.count)
 
     def numbers(self, width: int) -> int:
-        """A triangle, a vector and a count for each class; see :class:`Form`."""
+        """A triangle, a vector and a count for each class.
+
+        Args:
+            width: D.
+
+        Returns:
+            Numbers of 8 bytes.
+        """
         return width * (width + 1) // 2 + self.count * width + self.count
 
     def read(self, tensors: Mapping[str, Tensor], width: int) -> Statistics:
-        """Class statistics as they came; see :class:`Form`."""
+        """Class statistics as they came.
+
+        Args:
+            tensors: by name.
+            width: D.
+
+        Returns:
+            The sums.
+
+        Raises:
+            ReplyError: they are no such sums.
+        """
         return Statistics.from_tensors(tensors, self.count, width)
 
     def check(self, found: Statistics, announced: int, longest: float, most: int) -> None:
-        """Refuse class statistics that no rows can have; see :class:`Form`."""
+        """Refuse class statistics that no rows can have.
+
+        Args:
+            found: as `read` gives them.
+            announced: rows that the client said it trains on.
+            longest: largest L2 norm that a feature vector can have.
+            most: the most answers that a row can have.
+
+        Raises:
+            ReplyError: naming the first thing that is wrong.
+        """
         statistics.check(found, announced, longest, 0 if self.one_a_row else most)
 
     def fit(
         self, found: Statistics, fixed: float | None, features: Tensor, answers: Tensor
     ) -> Head:
-        """The discriminant, shrunk and scaled to suit the labelled rows; see :class:`Form`."""
+        """The discriminant, shrunk and scaled to suit the labelled rows.
+
+        Args:
+            found: of the rows to learn from.
+            fixed: the shrinkage to take; None chooses it.
+            features: float64 [N, D] of labelled rows to choose by, maybe none.
+            answers: of the same N.
+
+        Returns:
+            The head.
+        """
         if not len(answers):
             return discriminant.solve(found, fixed)
         shares = (fixed,) if fixed else discriminant.SHARES
         return discriminant.fitted(found, features, answers, shares=shares)
 
     def taken(self, found: Statistics, way: Map, x: Tensor, y: Tensor) -> Statistics:
-        """Class statistics in the other model; see :class:`Form`."""
+        """Class statistics in the other model.
+
+        Args:
+            found: in the one model.
+            way: from its features to the other's, fitted on x and y.
+            x: float64 [N, D].
+            y: float64 [N, D].
+
+        Returns:
+            Sums over as many rows.
+        """
         return mapped.taken(found, way, x, y)
 
 
@@ -182,27 +238,83 @@ class Values:
     binary = False
 
     def of(self, features: Tensor, answers: Tensor) -> Moments:
-        """First and second moments; see :class:`Form`."""
+        """First and second moments.
+
+        Args:
+            features: float64 [N, D].
+            answers: of the same N.
+
+        Returns:
+            Their sums.
+        """
         return Moments.of(features, answers)
 
     def numbers(self, width: int) -> int:
-        """A triangle, a vector for each number and one more, and counts; see :class:`Form`."""
+        """A triangle, a vector for each number and one more, and counts.
+
+        Args:
+            width: D.
+
+        Returns:
+            Numbers of 8 bytes.
+        """
         return width * (width + 1) // 2 + (self.count + 1) * width + 2 * self.count + 1
 
     def read(self, tensors: Mapping[str, Tensor], width: int) -> Moments:
-        """Moments as they came; see :class:`Form`."""
+        """Moments as they came.
+
+        Args:
+            tensors: by name.
+            width: D.
+
+        Returns:
+            The sums.
+
+        Raises:
+            ReplyError: they are no such sums.
+        """
         return Moments.from_tensors(tensors, self.count, width)
 
     def check(self, found: Moments, announced: int, longest: float, most: int) -> None:
-        """Refuse moments that no rows can have; see :class:`Form`."""
+        """Refuse moments that no rows can have.
+
+        Args:
+            found: as `read` gives them.
+            announced: rows that the client said it trains on.
+            longest: largest L2 norm that a feature vector can have.
+            most: the most answers that a row can have.
+
+        Raises:
+            ReplyError: naming the first thing that is wrong.
+        """
         moments.check(found, announced, longest, self.binary)
 
     def fit(self, found: Moments, fixed: float | None, features: Tensor, answers: Tensor) -> Head:
-        """Ridge regression, its share chosen by the labelled rows; see :class:`Form`."""
+        """Ridge regression, its share chosen by the labelled rows.
+
+        Args:
+            found: of the rows to learn from.
+            fixed: the shrinkage to take; None chooses it.
+            features: float64 [N, D] of labelled rows to choose by, maybe none.
+            answers: of the same N.
+
+        Returns:
+            The head.
+        """
         return ridge.fitted(found, features, answers, fixed)
 
     def taken(self, found: Moments, way: Map, x: Tensor, y: Tensor) -> Moments:
-        """Moments in the other model; see :class:`Form`."""
+        """Moments in the other model.
+
+        Args:
+            found: in the one model.
+            way: from its features to the other's, fitted on x and y.
+            x: float64 [N, D].
+            y: float64 [N, D].
+
+        Returns:
+            Sums over as many rows.
+        """
         return moments.taken(found, way, x, y)
 
 
@@ -213,7 +325,17 @@ class Labels(Values):
     binary = True
 
     def fit(self, found: Moments, fixed: float | None, features: Tensor, answers: Tensor) -> Head:
-        """Log odds, shrunk and scaled to suit the labelled rows; see :class:`Form`."""
+        """Log odds, shrunk and scaled to suit the labelled rows.
+
+        Args:
+            found: of the rows to learn from.
+            fixed: the shrinkage to take; None chooses it.
+            features: float64 [N, D] of labelled rows to choose by, maybe none.
+            answers: of the same N.
+
+        Returns:
+            The head.
+        """
         if not len(answers):
             return binary.solve(found, fixed)
         shares = (fixed,) if fixed else discriminant.SHARES

@@ -37,7 +37,7 @@ KINDS: dict[str, _Kind] = {
 }
 """Kinds of task by the name they have in packages: what a row is, and what is done with it."""
 
-_SUFFIX = {"classify": "", "regress": "-regression", "multi-label": "-labels"}
+_SUFFIX = {"": "", "classify": "", "regress": "-regression", "multi-label": "-labels"}
 
 
 def make(name: str, labels: Iterable[str] = ()) -> Task:
@@ -63,12 +63,13 @@ def kind_of(columns: Columns) -> str:
 
     Args:
         columns: its task, and what a row is: a named image column decides first, then a named
-            column of second texts. Named responses or messages are for generation.
+            column of second texts. Where no task is named, responses or messages are generation's.
 
     Returns:
         One of `KINDS`.
     """
-    if columns.task == "generate" or columns.response or columns.messages:
+    said = not columns.task and (columns.response or columns.messages)
+    if columns.task == "generate" or said:
         return "generate"
     if columns.task == "tokens":
         return "tokens"

@@ -68,6 +68,10 @@ def _read(config: Config, events: Events) -> tuple[models.Loaded, Rows]:
     """The FM, and the server's rows encoded with its processor."""
     data = load_task(config.data, config.run.seed)
     task = data.task
+    if config.train.augment and task.reads != "image":
+        raise UserError(
+            f"train.augment = {config.train.augment:g} is for images, but the rows are texts."
+        )
     loaded = models.load(config.model, task.model(), config.run.seed)
 
     def say(text: str) -> None:

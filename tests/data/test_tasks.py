@@ -30,8 +30,11 @@ class Data:
     text_pair_column: str = ""
     image_column: str = ""
     label_column: str = "label"
-    task: str = "classify"
+    task: str = ""
     label_separator: str = ","
+    response_column: str = ""
+    messages_column: str = ""
+    source_column: str = ""
     labels: str = ""
     validation_share: float = 0.0
     max_train_rows: int = 0

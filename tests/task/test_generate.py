@@ -19,10 +19,11 @@ from fedpft_core.data.batches import UNLEARNED, Encoded, batches
 from fedpft_core.data.chat import PLAIN, begin
 from fedpft_core.data.examples import Examples
 from fedpft_core.data.rows import Columns
+from fedpft_core.data.splits import columns_of
 from fedpft_core.errors import UserError
 from fedpft_core.model.batch import inputs_of
 from fedpft_core.model.families import FAMILIES
-from fedpft_core.task import Writer, kind_of, make, sketch
+from fedpft_core.task import Writer, kind_of, make, sample
 from fedpft_core.task.writing import Sample, exact, rouge_l, write
 from fedpft_core.train.evaluate import evaluate
 
@@ -47,7 +48,8 @@ def encoded(rows: int, seed: int = 0) -> Encoded:
 
 def test_columns_or_the_key_tell_that_it_is_generation() -> None:
     assert kind_of(Columns(response="r")) == kind_of(Columns(messages="m")) == "generate"
-    assert kind_of(Columns(), "generate") == "generate"
+    assert kind_of(Columns(task="generate")) == "generate"
+    assert kind_of(Columns(task="classify", response="r")) == "text"
     assert kind_of(Columns()) == "text"
     assert isinstance(TASK, Writer) and not isinstance(tiny.TASK, Writer)
     family = FAMILIES[DECODERS[0]]
@@ -127,7 +129,7 @@ def test_writing_is_the_likeliest_token_each_time_row_by_row(family: str) -> Non
     model, made, rows = tiny.writer(family, seed=3), tokenizer(), examples(7)
     found = write(model, rows, made, 24, 6, 3)
     assert not model.config.use_cache and not model.training
-    for sample, begun, (prompt, response) in zip(
+    for one, begun, (prompt, response) in zip(
         found, begin(rows.inputs, made, 24), rows.inputs, strict=True
     ):
         ids = list(begun.ids)
@@ -137,7 +139,7 @@ def test_writing_is_the_likeliest_token_each_time_row_by_row(family: str) -> Non
                 if ids[-1] == made.eos_token_id:
                     break
         want = made.decode(ids[len(begun.ids) :], skip_special_tokens=True).strip()
-        assert sample == Sample(str(prompt), str(response), want)
+        assert one == Sample(str(prompt), str(response), want)
     assert len({s.response for s in found}) > 1
 
 
@@ -190,13 +192,13 @@ def test_metrics_of_writing_are_those_the_task_names() -> None:
     assert TASK.judge([]) == {}
 
 
-def test_a_sketch_has_the_run_s_kind() -> None:
+def test_a_task_without_rows_has_the_kind_of_the_run() -> None:
     data = DataConfig()
-    assert sketch(data, "text") == make("text", ("a", "b"))
-    assert sketch(replace(data, response_column="r"), "text") == TASK
-    assert sketch(replace(data, task="generate"), "text") == TASK
+    assert sample("text", columns_of(data)) == make("text", ("a", "b"))
+    assert sample("text", columns_of(replace(data, response_column="r"))) == TASK
+    assert sample("text", columns_of(replace(data, task="generate")), ("x", "y")) == TASK
 
 
 def test_there_is_no_such_kind() -> None:
     with pytest.raises(UserError, match="'poem' is no kind of task"):
-        make(kind_of(Columns(), "poem"))
+        make("poem")
