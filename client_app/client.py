@@ -199,10 +199,11 @@ class Client:
             raise ReplyError("the request cannot be used (no features, or no rows at once)")
         model, rows = held.model, self._rows(held).train
         put(model, codec.decode(request.adapter, request.fmt))
+        if not model.task.closed_form:
+            raise ReplyError("the request cannot be used (this task's head has no closed form)")
         found = of_rows(
-            model.model, rows, len(model.task.labels), request.batch_size, request.width,
-            request.seed,
-        )  # fmt: skip
+            model.model, rows, model.task, request.batch_size, request.width, request.seed
+        )
         return StatisticsReply(
             name=self.name,
             round=request.round,
@@ -318,7 +319,10 @@ class Client:
         if held.reader not in self.cache.processors:
             self.cache.processors[held.reader] = from_files(held.files, held.model.task.reads)
         processor = self.cache.processors[held.reader]
-        rows = held.model.task.encode(examples, processor, held.model.max_length)
+        rows = held.model.task.encode(
+            examples, processor, held.model.max_length,
+            lambda text: log.warning("client %s: %s", self.name, text),
+        )  # fmt: skip
         folds = rowcache.folds_of(examples)
         # Not what was read while the file changed, under the digest of what it was before.
         if self.kept_rows and self.rows_digest() == source:

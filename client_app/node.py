@@ -13,8 +13,9 @@ from client_app.rowcache import RowCache, content_of_file, folds_of, held_out, k
 from client_app.store import Store
 from fedpft_core import config as configs
 from fedpft_core.data.examples import Examples
+from fedpft_core.data.folders import images, is_folder
 from fedpft_core.data.partition import partition
-from fedpft_core.data.rows import Columns
+from fedpft_core.data.rows import TASKS, Columns
 from fedpft_core.errors import UserError
 from fedpft_core.model.device import pick_device
 from fedpft_core.seeds import derive
@@ -32,6 +33,10 @@ NODE_KEYS: dict[str, tuple[type, Any]] = {
     "text-pair-column": (str, ""),
     "image-column": (str, ""),
     "label-column": (str, "label"),
+    "label-separator": (str, ","),
+    "response-column": (str, ""),
+    "messages-column": (str, ""),
+    "task": (str, ""),
     "cache-dir": (str, ""),
     "validation-share": (float, 0.0),
     "device": (str, "cpu"),
@@ -103,6 +108,12 @@ def checked(node_config: Mapping[str, Any]) -> dict[str, Any]:
             possible = False
         if not possible:
             raise UserError(f"node config: {key} = {node[key]!r} is a name that no file can have.")
+    if node["task"] not in ("", *TASKS):
+        raise UserError(
+            f"node config: task = {node['task']!r} is none of {', '.join(TASKS)} (data.task)."
+        )
+    if not node["label-separator"]:
+        raise UserError("node config: label-separator is empty.")
     cache_root(node)
     pick_device(node["device"], "node config: device")
     return node
@@ -117,19 +128,32 @@ def columns_of(node: Mapping[str, Any]) -> Columns:
     Returns:
         The names of the columns; empty for those that rows of its kind do not have.
     """
-    names = ("text-column", "text-pair-column", "image-column", "label-column")
-    return Columns(*(node[name] for name in names))
+    # A folder has no columns: that it is one says that it has images.
+    of_folder = "image" if is_folder(node["data-path"]) else ""
+    return Columns(
+        node["text-column"], node["text-pair-column"], node["image-column"] or of_folder,
+        node["label-column"], task=node["task"], separator=node["label-separator"],
+        response=node["response-column"], messages=node["messages-column"],
+    )  # fmt: skip
 
 
 def own_task(node: Mapping[str, Any]) -> Task:
-    """The kind of task a node's rows are for, as its columns tell.
+    """The kind of task a node's rows are for, as its task and columns tell.
 
     Args:
         node: a checked node config.
 
     Returns:
         A task without labels, which are not known yet.
+
+    Raises:
+        UserError: the columns and the task do not go together.
     """
+    if node["task"] == "tokens" and (node["image-column"] or node["text-pair-column"]):
+        raise UserError(
+            "node config: task = tokens has lists of words; image-column and text-pair-column "
+            "must be empty."
+        )
     return make(kind_of(columns_of(node)))
 
 
@@ -189,15 +213,26 @@ def _edge_client(node: Mapping[str, Any]) -> Client:
     share = node["validation-share"]
 
     def load_rows(task: Task) -> Examples:
+        own = own_task(node).name
+        if own != task.name:
+            raise UserError(
+                f"this node's rows are for {own}, but the server's task is {task.name}: its node "
+                "config (task, image-column, text-pair-column, response-column, messages-column) "
+                "has to say so."
+            )
         return own_rows(node, task)
 
     def count_rows() -> tuple[int, int]:
         return split_sizes(own_rows(node, own_task(node)), share)
 
     def rows_digest() -> str:
-        if node["image-column"]:
+        if columns_of(node).image:
             return ""  # a cell may name an image file, whose content the data file does not tell
-        columns = [node[key] for key in ("text-column", "text-pair-column", "label-column")]
+        named = (
+            "text-column", "text-pair-column", "label-column", "label-separator", "task",
+            "response-column", "messages-column",
+        )  # fmt: skip
+        columns = [node[key] for key in named]
         try:
             return key_of(content_of_file(path), path.suffix.lower(), columns)
         except OSError:
@@ -220,6 +255,9 @@ def _edge_client(node: Mapping[str, Any]) -> Client:
 
 def _file_id(path: Path) -> tuple[object, ...]:
     """Differs when the file changes; a missing file is reported when its rows are read."""
+    if is_folder(path):
+        inside = [(str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in images(path)]
+        return (str(path), *inside)
     try:
         stat = path.stat()
     except OSError:

@@ -28,7 +28,7 @@ FORMAT = "fedpft rows 1"
 """To be changed with anything that changes what a file holds."""
 _FOLDS = "//folds"
 _PARTS = frozenset(
-    ("labels", "ids", "offsets", "token_types", "pixels", "scale", "shift", _FOLDS)
+    ("labels", "ids", "offsets", "token_types", "token_labels", "pixels", "scale", "shift", _FOLDS)
 )  # fmt: skip
 
 

@@ -206,17 +206,19 @@ def seconds_left(record: Record) -> float | None:
 
 @lines_for.register
 def _(event: ev.HeadSet, record: Record) -> list[str]:
-    kept = "" if event.taken else "; the tuned head labels more rows right and stays"
+    kept = "" if event.taken else "; the tuned head is better on unseen rows and stays"
+    classes = f", {event.classes} classes," if event.classes else ""
     return [
-        f"head from the class statistics of {human_count(event.rows)} rows, {event.classes} "
-        f"classes, in {human_seconds(event.seconds)}{kept}"
+        f"head from the statistics of {human_count(event.rows)} rows{classes} in "
+        f"{human_seconds(event.seconds)}{kept}"
     ]
 
 
 @lines_for.register
 def _(event: ev.Plugged, record: Record) -> list[str]:
-    shares = (
-        [f"{name} {n / event.rows:.1%}" for name, n in event.right.items()] if event.rows else []
-    )
-    judged = f" (of {event.rows} unseen rows right: {', '.join(shares)})" if shares else ""
+    measure = Measure(event.judged, share=event.share)
+    found = [
+        f"{name} {measure.shown(n / event.rows)}" for name, n in event.right.items() if event.rows
+    ]
+    judged = f" ({event.judged} of {event.rows} unseen: {', '.join(found)})" if found else ""
     return [f"plugged in by {event.method}{judged}, {human_seconds(event.seconds)}"]

@@ -22,6 +22,7 @@ MODELS = {"proxy": "sub-FM", "fm": "plugged-in FM", "fm-as-trained": "FM, head a
 BASELINES = {
     "linear-probe": "linear probe on the FM",
     "tf-idf": "TF-IDF",
+    "zero-shot": "FM as it is (zero-shot)",
     "undistilled": "undistilled sub-FM, plugged in",
 }
 

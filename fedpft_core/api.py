@@ -45,7 +45,8 @@ from fedpft_core.train.tune import LocalSettings, TrainResult, train_on
 
 Batches = Iterable[Mapping[str, Tensor]]
 """Batches as a `DataLoader` gives them: `input_ids` [B, L] and `attention_mask` [B, L], or
-`pixel_values` [B, C, H, W]; `labels` [B] where a function says that it needs them."""
+`pixel_values` [B, C, H, W]; `labels` [B], for a language model [B, L] with -100 at tokens that are
+not learned, where a function says that it needs them."""
 
 
 def make_plan(
@@ -102,7 +103,7 @@ def make_plan(
         saliency=saliency, qk_rank=qk_rank, proxy=proxy, drop_to=drop_to,
     ).plan  # fmt: skip
     public = None if batches is None else _Rows(batches).once
-    return choose.make_plan(fm, settings, seed, public)
+    return choose.make_plan(fm, settings, seed, public, _task(fm).position(_family(fm)))
 
 
 def build_proxy(fm: nn.Module, plan: Plan) -> nn.Module:
@@ -199,6 +200,7 @@ def distil(
     job = alignment.Job(
         fm, proxy, plan, rows.take, settings, steps=settings.steps, lr=settings.lr,
         alpha=settings.alpha, seed=seed, on_step=on_step,
+        head_reads=_task(fm).position(_family(fm)),
     )  # fmt: skip
     return Distilled(*alignment.run(settings.method, job))
 
@@ -226,7 +228,8 @@ def attach(
         alpha: LoRA's scale; updates are scaled by alpha / rank.
         dropout: dropout on LoRA's inputs while tuning.
         modules_to_save: further modules that are trained whole, by their name in the FM, for
-            instance a pooler without trained weights (`"bert.pooler"`). The head always is.
+            instance a pooler without trained weights (`"bert.pooler"`). A classifier's head always
+            is; a language model has none that is trained.
         seed: seed of LoRA's A.
 
     Returns:
@@ -247,7 +250,8 @@ def attach(
     for name in modules_to_save:
         if name not in own:
             raise UserError(f"modules_to_save: the model has no module {name!r}.")
-    spec = lora.make_spec(family, plan, tuple(modules_to_save), settings)
+    head = _task(model).head(family)
+    spec = lora.make_spec(family, plan, tuple(modules_to_save), settings, head)
     names = plan if is_proxy else None
     wrapped = lora.attach(model, spec, names)
     lora.load(wrapped, lora.initial(wrapped, seed, names), names)
@@ -359,6 +363,8 @@ def plug_in(
     if batches is not None:
         ridge = _settings("plug", ridge=ridge).plug.ridge
         rows = _Rows(batches)
+        if not _task(fm).refits:
+            raise UserError("plug_in: the models have no head to refit; leave out `batches`.")
         judge = (lambda: iter(())) if rows.all_labelled() else None
         plug.refit_head(fm, proxy, _task(fm), rows.once, ridge, judge)
     return fm
@@ -461,7 +467,7 @@ def _family(model: nn.Module) -> Family:
             f"model types {', '.join(FAMILIES)}."
         )
     family = family_of(model_type)
-    for path in (family.blocks, *family.head):
+    for path in (family.blocks, *(() if _writes(bare, family) else family.head)):
         try:
             bare.get_submodule(path)
         except AttributeError:
@@ -472,8 +478,16 @@ def _family(model: nn.Module) -> Family:
     return family
 
 
+def _writes(bare: nn.Module, family: Family) -> bool:
+    """Whether a model is a causal language model."""
+    scorer = getattr(bare, "get_output_embeddings", None)
+    return family.causal and scorer is not None and scorer() is not None
+
+
 def _task(model: nn.Module) -> Task:
     """The task that a model with its task head is for."""
+    if _writes(base_model(model), _family(model)):
+        return make("generate")
     labels: Mapping[int, str] = getattr(base_model(model).config, "id2label", {})
     return make(_family(model).kind, labels.values())
 

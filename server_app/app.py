@@ -16,6 +16,7 @@ from fedpft_core.adapter import lora as adapters
 from fedpft_core.align import selection
 from fedpft_core.config import Config
 from fedpft_core.errors import RunError, UserError
+from fedpft_core.task import Writer
 from fedpft_core.train import baselines, server
 from server_app.bench import Bench
 from server_app.local import local_only
@@ -130,7 +131,9 @@ def _before_round_1(
     """What a run does once: reference points, distillation, the scores it starts from."""
     config, models = bench.config, bench.models
     (Path(config.run.dir) / "plan.json").write_text(models.plan.to_json(), encoding="utf-8")
-    if config.run.baselines and len(bench.rows.data.train):
+    # What is fitted to clients' rows needs some here; the FM as it is does not.
+    some = len(bench.rows.data.train) or "zero-shot" in bench.rows.task.baselines
+    if config.run.baselines and some:
         with phase(events, "baselines"):
             found = baselines.score(models.fm, bench.rows.processor, bench.rows.data, config)
             for name, value in found.items():
@@ -208,5 +211,11 @@ def _export(bench: Bench, strategy: Strategy, state: State) -> None:
             score.score_final(bench, state)
         score.score_validation(bench, state.round)
         folder = Path(config.run.dir) / "adapter"
-        adapters.export(bench.models.fm, folder, bench.models.source)
+        writes = isinstance(bench.rows.task, Writer)
+        adapters.export(
+            bench.models.fm, folder, bench.models.source, "CAUSAL_LM" if writes else None
+        )
+        if writes:
+            # With the chat template that prompts were put by.
+            bench.rows.processor.save_pretrained(folder)
         events.emit(ev.Files(paths={"adapter": str(folder), "plan": f"{config.run.dir}/plan.json"}))

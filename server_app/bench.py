@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedpft_core.config import Config
@@ -16,7 +17,7 @@ from fedpft_core.data.examples import Examples
 from fedpft_core.model.batch import Position
 from fedpft_core.model.families import family_of
 from fedpft_core.proxy.package import make_package
-from fedpft_core.seeds import derive
+from fedpft_core.seeds import derive, numpy_stream
 from fedpft_core.task import Task, TaskData
 from fedpft_core.wire.package import Package
 from server_app.models import Models
@@ -45,6 +46,13 @@ class Rows:
         if self.config.run.eval_split == "validation":
             return self.scored
         return self.encode(self.data.validation)
+
+    @cached_property
+    def samples(self) -> Examples:
+        """The rows of run.eval-split that models write responses to, drawn once for a run."""
+        scored = self.data.test if self.config.run.eval_split == "test" else self.data.validation
+        order = numpy_stream(self.config.run.seed, "samples").permutation(len(scored))
+        return scored.select(np.sort(order[: self.config.run.samples]))
 
     def encode(self, examples: Examples) -> Encoded:
         """Turn rows into model inputs.

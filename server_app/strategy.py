@@ -15,7 +15,7 @@ from pathlib import Path
 from fedpft_core.aggregation import Replies
 from fedpft_core.config import Config
 from fedpft_core.errors import RunError
-from fedpft_core.head.statistics import Statistics
+from fedpft_core.head.closed import Sums
 from fedpft_core.seeds import numpy_stream
 from fedpft_core.task import Task
 from fedpft_core.tensors import Tensors
@@ -27,7 +27,7 @@ from server_app.rounds.collect import Collection
 from server_app.rounds.nodes import Node, Nodes
 from server_app.rounds.outcome import Good, Outcome, outcome
 from server_app.rounds.requests import Request, expected, learning_rate, requests
-from server_app.rounds.statistics import Sums, statistics_requests
+from server_app.rounds.statistics import Gathered, statistics_requests
 from server_app.run import schema as ev
 from server_app.state import Events, State
 from server_app.transport import Transport
@@ -88,8 +88,8 @@ class Strategy:
             self.events.emit(ev.Warned(text=f"{text}; attempt {attempt} of {f.attempts}"))
         raise RunError(text)
 
-    def gather(self, state: State, want: ExpectedStatistics) -> Statistics:
-        """Ask every connected client for its class statistics.
+    def gather(self, state: State, want: ExpectedStatistics) -> Sums:
+        """Ask every connected client for the statistics of its rows.
 
         Args:
             state: where the run stands; what clients now have is noted in it.
@@ -105,7 +105,7 @@ class Strategy:
         for attempt in range(1, f.attempts + 1):
             if len(self.transport.nodes()) < f.min_clients:
                 self.nodes.wait()
-            got = Sums(want, self.nodes.meet(state, want.round), state, self.events)
+            got = Gathered(want, self.nodes.meet(state, want.round), state, self.events)
             sent = codec.encode(state.adapter, self.config.wire.adapter)
             self._exchange(got, statistics_requests(self.config, state, self._blob(state), sent))
             why = self.why(got.bad)
@@ -165,7 +165,7 @@ class Strategy:
             self._package_bytes = (state.digest, state.package.to_bytes())
         return self._package_bytes[1]
 
-    def _exchange(self, got: Collection | Sums, request: Request) -> None:
+    def _exchange(self, got: Collection | Gathered, request: Request) -> None:
         """Send a round's requests and collect the replies."""
         timeout = self.config.federation.round_timeout
 

@@ -31,13 +31,19 @@ def largest(scores: Sequence[float], k: int) -> tuple[int, ...]:
 
 
 def pruned_ffn(ffn: FFN, kept: Sequence[int], x: Tensor) -> Tensor:
-    """FFN(x) = Σ_{j kept} act(W1[j]·x + b1[j]) W2[:, j] + b2 for one position x [D]; one
-    in-projection."""
-    (first,) = ffn.ins
-    total = ffn.out.bias.clone()
+    """FFN(x) = Σ_{j kept} a_j W2[:, j] + b2 for one position x [D], a_j = act(W1[j]·x + b1[j]); in
+    gated FFNs times V[j]·x + c[j]."""
+
+    def row(linear: Any, j: int) -> Tensor:
+        value: Tensor = (linear.weight[j] * x).sum()
+        return value if linear.bias is None else value + linear.bias[j]
+
+    total = torch.zeros_like(x) if ffn.out.bias is None else ffn.out.bias.clone()
     for j in kept:
-        pre = (first.weight[j] * x).sum() + first.bias[j]
-        total = total + ffn.activation(pre) * ffn.out.weight[:, j]
+        a = ffn.activation(row(ffn.ins[0], j))
+        for up in ffn.ins[1:]:
+            a = a * row(up, j)
+        total = total + a * ffn.out.weight[:, j]
     return total
 
 
@@ -114,10 +120,11 @@ def hidden_error(h_T: Tensor, h_S: Tensor, mask: Tensor | None) -> float:
 
 
 def weight_error(teacher: FFN, student: FFN) -> float:
-    """mean[(P_T − P_S)²] / mean[P_T²] with P = W2 W1 entry by entry; one in-projection."""
+    """mean[(P_T − P_S)²] / mean[P_T²] with P = W2 W1 entry by entry; of gated FFNs the mean of the
+    two with gate and with up."""
 
-    def product(ffn: FFN) -> list[float]:
-        w1, w2 = ffn.ins[0].weight.tolist(), ffn.out.weight.tolist()
+    def product(ffn: FFN, i: int) -> list[float]:
+        w1, w2 = ffn.ins[i].weight.tolist(), ffn.out.weight.tolist()
         columns = list(zip(*w1, strict=True))
         return [
             math.fsum(a * b for a, b in zip(row, column, strict=True))
@@ -125,8 +132,23 @@ def weight_error(teacher: FFN, student: FFN) -> float:
             for column in columns
         ]
 
-    p, q = product(teacher), product(student)
-    return math.fsum((a - b) ** 2 for a, b in zip(p, q, strict=True)) / math.fsum(a * a for a in p)
+    errors = []
+    for i in range(len(teacher.ins)):
+        p, q = product(teacher, i), product(student, i)
+        apart = math.fsum((a - b) ** 2 for a, b in zip(p, q, strict=True))
+        errors.append(apart / math.fsum(a * a for a in p))
+    return math.fsum(errors) / len(errors)
+
+
+def head_reads(h_BLD: Tensor, batch: Mapping[str, Tensor], position: str) -> Tensor:
+    """What a head reads of a block's output, row by row: [N, D]."""
+    mask = batch.get("attention_mask")
+    rows = []
+    for b in range(len(h_BLD)):
+        real = [t for t in range(h_BLD.shape[1]) if mask is None or int(mask[b, t])]
+        places = {"first": [0], "last": real[-1:], "every": real}[position]
+        rows += [h_BLD[b, t] for t in places]
+    return torch.stack(rows)
 
 
 def round_rates(lr0: float, rounds: int) -> list[float]:

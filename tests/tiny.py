@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from fedpft_core.data.batches import Encoded, batches, encode
 from fedpft_core.data.examples import Examples
 from fedpft_core.model import families
 from fedpft_core.model.families import Family, family_of
+from fedpft_core.model.normalise import normalise
 from fedpft_core.model.plan import Plan
 from fedpft_core.proxy.build import build
 from fedpft_core.proxy.choose import make_plan
@@ -129,6 +130,8 @@ def hf_config(family: str, labels: int = len(LABELS), **shape: Any) -> Any:
         own = {"image_size": 16, "patch_size": 4, "num_channels": 3}
     if family == "electra":
         own["embedding_size"] = 12  # another width than the blocks', as in the published ones
+    if family_of(family).names.kv_heads:
+        own[family_of(family).names.kv_heads] = 1  # grouped-query attention
     names = family_of(family).names
     sizes = {getattr(names, ours): (_SHAPE | shape)[theirs] for ours, theirs in _OF_BERT.items()}
     rest = {k: v for k, v in shape.items() if k not in _SHAPE}
@@ -157,9 +160,102 @@ def model(family: str, seed: int = 0, **shape: Any) -> nn.Module:
             else:
                 nn.init.normal_(p, mean=float("norm" in str(p)), std=0.1)
         for m in made.modules():
-            if isinstance(m, nn.LayerNorm):
+            if isinstance(m, nn.LayerNorm) or type(m).__name__.endswith("RMSNorm"):
                 nn.init.normal_(m.weight, mean=1.0, std=0.1)
-    return made.eval()
+    return exact(made.eval())
+
+
+def writer(family: str, seed: int = 0, **shape: Any) -> Any:
+    """A bare causal language model of a decoder's family, as :func:`model` makes them."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = hf_config(family, **shape)
+        config.update({"bos_token_id": 2, "eos_token_id": 3, "use_cache": False})
+        made = transformers.AutoModelForCausalLM.from_config(config)
+        config.architectures = [type(made).__name__]
+        for p in made.parameters():
+            nn.init.normal_(p, mean=float(p.dim() == 1), std=0.25 if p.dim() > 1 else 0.1)
+    return exact(normalise(made.eval()))
+
+
+def writer_tokenizer() -> Any:
+    """The tokenizer of decoders that write: a start token, an end token and no chat template."""
+    made = tokenizer("llama")
+    made.backend_tokenizer.post_processor = None
+    made.add_special_tokens({"bos_token": "[CLS]", "eos_token": "[SEP]"})
+    return made
+
+
+def writer_folder(family: str, path: Path, **shape: Any) -> Path:
+    """Save a tiny causal language model with its tokenizer as a Hugging Face folder."""
+    writer(family, **shape).save_pretrained(path)
+    writer_tokenizer().save_pretrained(path)
+    return path
+
+
+def dialogues(rows: int, seed: int = 0) -> list[tuple[str, str]]:
+    """(prompt, response) rows of uneven length; what a word is decides the response."""
+    says = {"animal": "seen near the", "number": "very small and old", "place": "in"}
+    found = []
+    for text, label in sentences(rows, seed):
+        word = next(w for w in text.split() if w in WORDS[label])
+        found.append((text, f"{says[label]} {word}"))
+    return found
+
+
+def write_dialogues(family: str, path: Path, rows: int = 160) -> dict[str, Any]:
+    """A decoder's folder and data files below `path`, and a run's keys for them."""
+    path.mkdir(parents=True, exist_ok=True)
+    flat = write_task("bert", path / "other")
+    flat |= {
+        "model.name": str(writer_folder(family, path / "fm")),
+        "data.text-column": "prompt",
+        "data.response-column": "response",
+        "data.public": str(path / "public.txt"),
+        "data.max-length": 24,
+        "head.start": "statistics",
+        "head.end": "better",
+        "plug.method": "best",
+        "federation.partition": "dirichlet",
+        "run.samples": 4,
+        "run.sample-tokens": 6,
+        "run.evaluate-every": 2,
+        "train.lr": 2e-2,
+    }
+    for split, (count, seed) in {"train": (rows, 0), "test": (40, 1)}.items():
+        file = path / f"{split}.csv"
+        flat[f"data.{split}"] = str(file)
+        with open(file, "w", newline="", encoding="utf-8") as out:
+            writer = csv.writer(out)
+            writer.writerow(["prompt", "response"])
+            writer.writerows(dialogues(count, seed))
+    lines = (" ".join(row) for row in dialogues(200, 2))
+    (path / "public.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return flat
+
+
+def exact(made: nn.Module) -> nn.Module:
+    """Let a model's root-mean-square norms compute in float64 where the model is in float64.
+
+    The library's compute in float32 whatever they are given, which hides all that checks in float64
+    are to show. In float32 they stay the library's, to the bit.
+    """
+    for m in made.modules():
+        if type(m).__name__.endswith("RMSNorm"):
+            m.__class__ = _exact_norm(type(m))
+    return made
+
+
+@cache
+def _exact_norm(cls: type) -> type:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != torch.float64:
+            return cls.forward(self, x)  # type: ignore[attr-defined, no-any-return]
+        eps = getattr(self, "variance_epsilon", None) or self.eps
+        y: torch.Tensor = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        return y * (1.0 + self.weight if "Gemma" in cls.__name__ else self.weight)
+
+    return type(cls.__name__, (cls,), {"forward": forward})
 
 
 def give_meaning(body: nn.Module) -> None:
@@ -168,20 +264,20 @@ def give_meaning(body: nn.Module) -> None:
     Without it the random body mixes a row's one telling word with its fillers beyond recovery,
     and no adapter can learn the task.
     """
-    table: Any = body.embeddings
+    table: Any = getattr(body, "embeddings", None)
     generator = torch.Generator().manual_seed(5)
     vocab = vocabulary()
     with torch.no_grad():
-        words = table.word_embeddings.weight
+        words = body.get_input_embeddings().weight  # type: ignore[operator]
         words.normal_(std=0.1, generator=generator)
         words += 0.5 * torch.randn(words.shape[1], generator=generator)
         for kind in WORDS.values():
             shared = 2.0 * torch.randn(words.shape[1], generator=generator)
             for word in kind:
                 words[vocab.index(word)] += shared
-        table.position_embeddings.weight.mul_(0.2)
-        if hasattr(table, "token_type_embeddings"):
-            table.token_type_embeddings.weight.mul_(0.2)
+        for name in ("position_embeddings", "token_type_embeddings"):
+            if hasattr(table, name):
+                getattr(table, name).weight.mul_(0.2)
 
 
 def folder(family: str, path: Path, **shape: Any) -> Path:

@@ -25,7 +25,7 @@ from fedpft_core.model.processor import from_files
 from fedpft_core.proxy import size as plansize
 from fedpft_core.proxy.package import ClientModel, rebuild
 from fedpft_core.proxy.size import PlanSize
-from fedpft_core.task import make
+from fedpft_core.task import Writer, make
 from fedpft_core.wire.meta import PackageMeta
 
 # Flower's own pattern: what it does not match, Flower leaves out without a word.
@@ -148,6 +148,7 @@ class _Held:
         self.max_length = 0
         self.bytes = 0
         self.rows: Examples | None = None
+        self.named = True  # whether labels have names
         if plan:
             self._describe(plan.meta)
             self.bytes = plan.sub_fm_bytes
@@ -179,14 +180,14 @@ def _data(
     def readable() -> str:
         task = nodes.own_task(node).learn(Path(node["data-path"]), nodes.columns_of(node))
         rows = nodes.own_rows(node, task)
-        count = Counter(task.histogram(rows)).most_common()
+        count = Counter(task.histogram(rows) or {task.name: len(rows)}).most_common()
         shown = ", ".join(f"{label} {n}" for label, n in count[:_SHOWN])
         more = f" and {len(count) - _SHOWN} more labels" if len(count) > _SHOWN else ""
         train, out = nodes.split_sizes(rows, node["validation-share"])
         if not train:
             raise UserError(f"validation-share leaves none of the {out} rows to train on.")
         apart = f", {out} of them kept for validation" if out else ""
-        held.rows = rows
+        held.rows, held.named = rows, bool(task.labels)
         return f"{len(rows)} rows{apart}: {shown}{more}."
 
     found = [guarded("data", readable)]
@@ -207,6 +208,10 @@ def _data(
         names = held.model.task.labels
     if found[0].status == FAIL:
         found.append(Finding("labels", SKIPPED, "the data cannot be read."))
+    elif isinstance(nodes.own_task(node), Writer):
+        found.append(Finding("labels", SKIPPED, "the task has none."))
+    elif not held.named:
+        found.append(Finding("labels", PASS, "every label is a number."))
     elif not names:
         found.append(
             Finding("labels", SKIPPED, "give the names with --labels to have them checked.")
@@ -258,7 +263,10 @@ def _row_bytes(held: _Held) -> int:
         return 0
     if shape.image_tokens:
         return shape.channels * shape.height * shape.width
-    return 5 * held.max_length + 24
+    labels = 8
+    if held.rows is not None and held.rows.labels.ndim > 1:  # of each word, or of each name
+        labels = max(held.rows.labels[:1].nbytes, 8 * held.max_length)
+    return 5 * held.max_length + 16 + labels
 
 
 def _step(node: dict[str, Any], plan: PlanSize | None, held: _Held, batch: int) -> str:

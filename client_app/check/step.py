@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 from fedpft_core.model.families import Shape
-from fedpft_core.task import Task
+from fedpft_core.task import Task, Writer
 
 
 def step_seconds(
@@ -56,15 +56,17 @@ def full_rows(task: Task, shape: Shape, max_length: int, batch_size: int) -> Any
 
     from fedpft_core.data.batches import Encoded
 
-    labels = task.any_labels(batch_size)
+    labels = None if isinstance(task, Writer) else task.any_labels(batch_size)
     if shape.image_tokens:
         size = (batch_size, shape.channels, shape.height, shape.width)
         return Encoded(labels=labels, pixels=torch.rand(size))
     # Ids below 5 are special tokens in many vocabularies.
     first = min(5, shape.vocabulary - 1)
     count = batch_size * max_length
+    ids = torch.randint(first, shape.vocabulary, (count,), dtype=torch.int32)
     return Encoded(
         labels=labels,
-        ids=torch.randint(first, shape.vocabulary, (count,), dtype=torch.int32),
+        ids=ids,
         offsets=torch.arange(batch_size + 1) * max_length,
+        token_labels=ids if labels is None else None,
     )

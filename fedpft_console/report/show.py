@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
+import re
 from typing import TYPE_CHECKING
 
-from fedpft_console.report.tables import sheets
+from fedpft_console.report.tables import SAMPLES, sheets
 from fedpft_console.text import Measure, human_seconds, number
 from server_app.run.record import Record
 
@@ -60,7 +62,7 @@ def render(record: Record) -> list[Table]:
             caption=Text("\n".join(sheet.notes)) if sheet.notes else None,
             caption_justify="left",
         )
-        text_only = sheet.title == "Files"
+        text_only = sheet.title in ("Files", SAMPLES)
         for i, name in enumerate(sheet.columns):
             left = i == 0 or text_only
             table.add_column(
@@ -84,11 +86,12 @@ def markdown(record: Record) -> str:
     """
     lines = ["# Run report", "", headline(record), "", *_facts(record)]
     for sheet in sheets(record):
+        cell = _literal if sheet.title == SAMPLES else _md
         lines += ["", f"## {sheet.title}", ""]
         lines.append("| " + " | ".join(_md(c) for c in sheet.columns) + " |")
-        right = "---" if sheet.title == "Files" else "---:"
+        right = "---" if sheet.title in ("Files", SAMPLES) else "---:"
         lines.append("|---|" + f"{right}|" * (len(sheet.columns) - 1))
-        lines += ["| " + " | ".join(_md(c) for c in row) + " |" for row in sheet.rows]
+        lines += ["| " + " | ".join(cell(c) for c in row) + " |" for row in sheet.rows]
         lines += ["", *sheet.notes] if sheet.notes else []
     if any(r.proxy or r.fm for r in record.rounds):
         name = Measure.of(record.task).name
@@ -138,6 +141,11 @@ def _facts(record: Record) -> list[str]:
             f"loss {number(d.loss_first)} to {number(d.loss_last)}"
         )
     return lines
+
+
+def _literal(text: str) -> str:
+    """A text that anybody may have written, so that Markdown and HTML show it as it is."""
+    return re.sub(r"([\\`*_{}\[\]()#!|~:])", r"\\\1", html.escape(text))
 
 
 def _md(text: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from fedpft_console.text import (
     BASELINES,
+    MODELS,
     PHASES,
     Measure,
     human_bytes,
@@ -19,6 +20,10 @@ from server_app.run.record import DIRECTIONS, Record, Round
 
 # The order in which kinds of traffic are listed; others follow by name.
 KINDS = ("package", "patch", "adapter", "counts", "control")
+SAMPLES = "Samples"
+"""Title of the table of what models wrote."""
+_SAMPLES = 8  # rows of it
+_EXCERPT = 240  # characters of a cell
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,11 @@ def sheets(record: Record) -> list[Sheet]:
         record: a run in any state: finished, failed or still running.
 
     Returns:
-        Sizes, scores, one table for each further metric, re-alignments, traffic, time with memory,
-        and files.
+        Sizes, scores, one table for each further metric, what models wrote, re-alignments, traffic,
+        time with memory, and files.
     """
-    made = [_sizes(record), _scores(record), *_further(record), _alignments(record),
-            _traffic(record), _phases(record), _files(record)]  # fmt: skip
+    made = [_sizes(record), _scores(record), *_further(record), _samples(record),
+            _alignments(record), _traffic(record), _phases(record), _files(record)]  # fmt: skip
     return [sheet for sheet in made if sheet.rows]
 
 
@@ -109,6 +114,39 @@ def _further_of(record: Record, measure: Measure) -> Sheet:
     # A baseline or round may have been scored by the deciding metric alone.
     rows = [row for row in rows if not _EMPTY.issuperset(row[1:])]
     return Sheet(measure.title, [*columns[:i], *columns[i + 1 :]], rows, _direction(measure))
+
+
+def _samples(record: Record) -> Sheet:
+    """What sub-FM and plugged-in FM wrote last, row by row."""
+    shown = [m for m in ("proxy", "fm") if m in record.samples]
+    rows: dict[tuple[str, str], list[str]] = {}
+    for i, model in enumerate(shown):
+        for s in record.samples[model].samples[:_SAMPLES]:
+            key = (str(s.get("prompt", "")), str(s.get("reference", "")))
+            cells = rows.setdefault(key, [excerpt(text) for text in key] + ["-"] * len(shown))
+            cells[2 + i] = excerpt(str(s.get("response", "")))
+    columns = ["prompt", "reference", *(MODELS[model] for model in shown)]
+    notes = [f"Written {_when(record.samples[shown[-1]].round)}."] if shown else []
+    return Sheet(SAMPLES, columns, list(rows.values()), notes)
+
+
+def _when(round: int) -> str:
+    return f"after round {round}" if round else "before round 1"
+
+
+def excerpt(text: str) -> str:
+    """The beginning of a text that anybody may have written, on one line.
+
+    Args:
+        text: any.
+
+    Returns:
+        At most 240 characters, an ellipsis included; every character that cannot be printed (as
+        those that steer terminals) is a question mark, line ends and tabs are blanks.
+    """
+    line = " ".join(text[: 4 * _EXCERPT].split())
+    line = line if len(line) <= _EXCERPT else line[: _EXCERPT - 1] + "…"
+    return "".join(c if c.isprintable() else "?" for c in line)
 
 
 def _by_round(

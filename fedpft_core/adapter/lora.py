@@ -242,19 +242,22 @@ def clip_change(
     return dict(adapter) | {k: start[k] + d * (longest / size) for k, d in change.items()}
 
 
-def export(fm: PeftModel, folder: Path, base_name: str) -> list[Path]:
+def export(fm: PeftModel, folder: Path, base_name: str, task_type: str | None = None) -> list[Path]:
     """Write the adapter now on the FM as a PEFT folder.
 
     `PeftModel.from_pretrained(untouched_fm, folder)` gives the same logits.
 
     Args:
-        fm: the FM with the adapter. Its PEFT configuration is given `base_name`.
+        fm: the FM with the adapter. Its PEFT configuration is given `base_name` and `task_type`.
         folder: where PEFT writes its files.
         base_name: what the adapter's configuration calls the FM.
+        task_type: PEFT's name for what the FM is for, by which it chooses what it wraps the FM in;
+            None for its plain wrapper.
 
     Returns:
         The adapter's files (weights and configuration), sorted.
     """
     fm.peft_config["default"].base_model_name_or_path = base_name
+    fm.peft_config["default"].task_type = task_type
     fm.save_pretrained(str(folder), safe_serialization=True)
     return sorted(folder.glob("adapter_*"))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedpft_core import registry
+from fedpft_core.data.rows import TASKS
 from fedpft_core.errors import UserError
 
 Scalar = bool | int | float | str
@@ -55,8 +56,8 @@ class DataConfig:
 
     train: str = _key(
         "builtin:docstrings",
-        "training rows: `builtin:docstrings` or a .csv, .jsonl, .json or .parquet file; empty "
-        "when only the clients have any (deployment)",
+        "training rows: `builtin:docstrings`, a .csv, .jsonl, .json or .parquet file, or a folder "
+        "with a folder of images for each class; empty when only the clients have any (deployment)",
     )
     validation: str = _key(
         "", "validation rows held by the server; empty = carved from the training file"
@@ -65,10 +66,53 @@ class DataConfig:
     public: str = _key(
         "builtin:public", "public corpus for distillation: `builtin:public` or a file"
     )
-    text_column: str = _key("text", "column with the text")
-    text_pair_column: str = _key("", "column with the second text of a pair; empty = single text")
+    public_column: str = _key(
+        "",
+        "column of a public file with texts or images; empty = data.image-column or "
+        "data.text-column",
+    )
+    text_column: str = _key(
+        "text", "column with the text, with the list of words, or with the prompt"
+    )
+    text_pair_column: str = _key(
+        "",
+        "column with the second text of a pair; empty = single text. With data.task = generate: "
+        "what is put behind the prompt, which may be empty in a row",
+    )
+    response_column: str = _key(
+        "", "column with the response to the text; non-empty makes this generation"
+    )
+    messages_column: str = _key(
+        "",
+        "column with conversations, each a list of messages with role and content; non-empty makes "
+        "this generation",
+    )
+    source_column: str = _key(
+        "",
+        "generation: column that says where a row is from; rows are shared out among clients by it "
+        "as by a label; empty = by their length",
+    )
+    prompt_template: str = _key(
+        "",
+        "generation: how a prompt stands before its response, a text with {prompt}; empty = the "
+        "tokenizer's own chat template, or where it has none the prompt and a new line",
+    )
     image_column: str = _key("", "column with encoded images; non-empty makes this an image task")
-    label_column: str = _key("label", "column with the label (name or index)")
+    task: str = _key(
+        "",
+        "what is learned of a row: `classify` (one label of a set), `regress` (a number), "
+        "`multi-label` (any number of labels of a set), `tokens` (a label for each word; "
+        "text-column and label-column then hold lists) or `generate` (text); empty = `generate` "
+        "where response-column or messages-column is set, else `classify`",
+        choices=("", *TASKS),
+    )
+    label_column: str = _key(
+        "label",
+        "column with the label: a name or index, a number, or a list of labels, by data.task",
+    )
+    label_separator: str = _key(
+        ",", "what stands between a row's labels where a multi-label cell is a text"
+    )
     labels: str = _key(
         "", "label names: JSON file or comma-separated list; empty = those of the training rows"
     )
@@ -295,6 +339,13 @@ class TrainConfig:
     weight_decay: float = _key(0.0, "AdamW weight decay", low=0.0)
     clip: float = _key(1.0, "largest gradient norm, 0 = no clipping", low=0.0)
     threads: int = _key(1, "torch threads of each client process", low=1)
+    augment: float = _key(
+        0.0,
+        "images: smallest share of the area that a random crop keeps at the clients, with "
+        "mirroring; 1 = mirroring alone, 0 = none",
+        low=0.0,
+        high=1.0,
+    )
 
 
 @dataclass(frozen=True)
@@ -349,9 +400,10 @@ class PlugConfig:
     method: str = _key(
         "best",
         "`best` (of the candidates that follow, the one that labels most of the validation rows "
-        "kept for it right), `as-trained` (the paper's: the adapter as it is), `refit` (the head "
-        "fitted to the FM's features, by plug.refit), `mapped` (the clients' class statistics "
-        "taken to the FM's features) or `distil` (the FM tuned towards the sub-FM's outputs)",
+        "kept for it right, or is best by another merit of the task's), `as-trained` (the paper's: "
+        "the adapter as it is), `refit` (the head fitted to the FM's features, by plug.refit), "
+        "`mapped` (the clients' class statistics taken to the FM's features) or `distil` (the FM "
+        "tuned towards the sub-FM's outputs)",
         choices=("best", "as-trained", "refit", "mapped", "distil"),
     )
     distil_steps: int = _key(100, "optimiser steps of `distil`", low=1)
@@ -427,6 +479,13 @@ class RunConfig:
     undistilled: bool = _key(
         False, "also run the federation on the undistilled sub-FM, for the final table"
     )
+    samples: int = _key(
+        16,
+        "generation: rows to which both models write a response at each evaluation, for exact "
+        "match, ROUGE-L and the report, 0 = none",
+        low=0,
+    )
+    sample_tokens: int = _key(64, "generation: longest response written, tokens", low=1)
     gradient_rows: int = _key(
         64,
         "validation rows on which adapter gradients of both models are compared, 0 = none",

@@ -6,7 +6,7 @@ Shapes: rows = examples, B = batch size, L = longest row of the batch (tokens).
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ _POOL_BATCHES = 50
 _MIN_POOLS = 4
 """… and of at most a quarter of the data, so that a small client's batches still vary."""
 _IMAGES_AT_ONCE = 64
+UNLEARNED = -100
+"""The label of a token at which nothing is to be learned."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,13 +36,17 @@ class Encoded:
     """
 
     labels: torch.Tensor | None
-    """What the task has to learn of each row, first axis rows; None for unlabelled rows."""
+    """What the task has to learn of each row, first axis rows; None for unlabelled rows, and for
+    rows with token labels."""
     ids: torch.Tensor | None = None
     """int32 (all tokens,): the rows' token ids one after the other; None for images."""
     offsets: torch.Tensor | None = None
     """int64 (rows + 1,); None for images."""
     token_types: torch.Tensor | None = None
     """uint8 (all tokens,), aligned with ids; None if the tokenizer yields none."""
+    token_labels: torch.Tensor | None = None
+    """int32 (all tokens,), aligned with ids: what is to be learned at each token, -100 for nothing;
+    None where rows are learned as wholes."""
     pixels: torch.Tensor | None = None
     """(rows, channels, height, width): uint8 with ``scale`` and ``shift``, else float32; None for
     texts."""
@@ -91,8 +97,9 @@ class Encoded:
             )
             place = begin + torch.arange(len(begin))
             changes["ids"] = self.ids[place]
-            if self.token_types is not None:
-                changes["token_types"] = self.token_types[place]
+            for name in ("token_types", "token_labels"):
+                if getattr(self, name) is not None:
+                    changes[name] = getattr(self, name)[place]
         return replace(self, **changes)
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -101,7 +108,9 @@ class Encoded:
         Returns:
             The tensors themselves, not copies.
         """
-        names = ("labels", "ids", "offsets", "token_types", "pixels", "scale", "shift")
+        names = (
+            "labels", "ids", "offsets", "token_types", "token_labels", "pixels", "scale", "shift",
+        )  # fmt: skip
         values = {name: getattr(self, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -123,7 +132,12 @@ class Encoded:
         return Encoded(**fields, pad_id=pad_id, pad_token_type=pad_token_type)
 
 
-def encode(examples: Examples, processor: Any, max_length: int) -> Encoded:
+def encode(
+    examples: Examples,
+    processor: Any,
+    max_length: int,
+    say: Callable[[str], None] | None = None,
+) -> Encoded:
     """Tokenise texts, or decode and normalise images, once.
 
     Args:
@@ -131,6 +145,7 @@ def encode(examples: Examples, processor: Any, max_length: int) -> Encoded:
         processor: a Hugging Face tokenizer for texts, an image processor for images.
         max_length: tokens per row at most, special tokens included; longer rows are truncated (of
             a pair, the longer text first). Unused for images.
+        say: told in one sentence how many rows were truncated; None for nobody.
 
     Returns:
         The examples' rows in their order, with their labels.
@@ -138,7 +153,7 @@ def encode(examples: Examples, processor: Any, max_length: int) -> Encoded:
     Raises:
         UserError: an image cannot be decoded (its row is named, counting from 1).
     """
-    return _encode(examples.inputs, examples.labels, processor, max_length)
+    return _encode(examples.inputs, examples.labels, processor, max_length, say)
 
 
 def batches(
@@ -159,7 +174,8 @@ def batches(
         For texts ``input_ids``, ``attention_mask`` and, where the tokenizer has them,
         ``token_type_ids``, each int64 (B, L), padded on the right to the batch's own longest row;
         for images ``pixel_values`` float32 (B, channels, height, width). Further ``labels``
-        (B, …) unless the rows have none, and ``index`` int64 (B,): the row numbers in ``encoded``.
+        (B, …) unless the rows have none, of rows with token labels int64 (B, L) with -100 behind
+        each row's end, and ``index`` int64 (B,): the row numbers in ``encoded``.
 
     Raises:
         ValueError: the batch size is less than 1.
@@ -211,15 +227,17 @@ def public_batches(
         yield from _packed_stream(texts, processor, batch_size, length, steps, seed)
 
 
-def tokenise_public(texts: Sequence[Any], tokenizer: Any) -> list[np.ndarray]:
+def tokenise_public(texts: Sequence[Any], tokenizer: Any, ended: bool = False) -> list[np.ndarray]:
     """Tokenise a corpus that is served more than once.
 
     Args:
         texts: texts of any length; nothing is truncated.
         tokenizer: a Hugging Face tokenizer.
+        ended: put the tokenizer's end token behind each text, as a decoder knows it, so that texts
+            that are strung together do not run into one another.
 
     Returns:
-        Token ids of each text, int64, without special tokens; empty ones are left out.
+        Token ids of each text, int64, without other special tokens; empty ones are left out.
 
     Raises:
         UserError: nothing is left.
@@ -231,14 +249,19 @@ def tokenise_public(texts: Sequence[Any], tokenizer: Any) -> list[np.ndarray]:
         return_attention_mask=False,
         verbose=False,
     )
-    rows = [np.asarray(row, dtype=np.int64) for row in found["input_ids"] if len(row)]
+    end = [tokenizer.eos_token_id] if ended and tokenizer.eos_token_id is not None else []
+    rows = [np.asarray([*row, *end], dtype=np.int64) for row in found["input_ids"] if len(row)]
     if not rows:
         raise UserError("data.public has no row with a token.")
     return rows
 
 
 def _encode(
-    inputs: Sequence[Any], labels: np.ndarray | None, processor: Any, max_length: int
+    inputs: Sequence[Any],
+    labels: np.ndarray | None,
+    processor: Any,
+    max_length: int,
+    say: Callable[[str], None] | None,
 ) -> Encoded:
     import torch
 
@@ -258,20 +281,63 @@ def _encode(
             padding=False,
             return_attention_mask=False,
         )
+    say_cut(found, max_length, say)
+    return ragged(found, targets, processor)
+
+
+def say_cut(found: Mapping[str, Any], max_length: int, say: Callable[[str], None] | None) -> None:
+    """Say in one sentence how many rows a tokenizer has cut.
+
+    Args:
+        found: what it has made of all rows.
+        max_length: tokens of a row at most.
+        say: told, where there are any; None for nobody.
+    """
+    rows = getattr(found, "encodings", None) or ()
+    cut = sum(bool(row.overflowing) for row in rows)
+    if cut and say:
+        say(
+            f"{cut} of {len(rows)} rows are longer than data.max-length = {max_length} tokens; "
+            "what is behind them is cut off"
+        )
+
+
+def ragged(found: Mapping[str, Any], labels: torch.Tensor | None, tokenizer: Any) -> Encoded:
+    """Model inputs of tokenised texts.
+
+    Args:
+        found: what a tokenizer has made of all rows without padding: `input_ids` and maybe
+            `token_type_ids`.
+        labels: first axis rows; None for rows without.
+        tokenizer: it.
+
+    Returns:
+        The rows in their order.
+    """
+    import torch
+
     rows = found["input_ids"]
     ends = np.cumsum([0, *map(len, rows)])
     types = found.get("token_type_ids")
     return Encoded(
-        labels=targets,
+        labels=labels,
         ids=torch.from_numpy(_flat(rows, np.int32)),
         offsets=torch.from_numpy(ends.astype(np.int64)),
         token_types=None if types is None else torch.from_numpy(_flat(types, np.uint8)),
-        pad_id=_pad_id(processor),
-        pad_token_type=int(getattr(processor, "pad_token_type_id", 0) or 0),
+        pad_id=pad_id(tokenizer),
+        pad_token_type=int(getattr(tokenizer, "pad_token_type_id", 0) or 0),
     )
 
 
-def _pad_id(tokenizer: Any) -> int:
+def pad_id(tokenizer: Any) -> int:
+    """The token that fills rows up.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+
+    Returns:
+        Its pad token, or else its end token, or else 0.
+    """
     # Decoders often have no pad token; the mask hides whatever stands there.
     for name in ("pad_token_id", "eos_token_id"):
         value = getattr(tokenizer, name, None)
@@ -323,11 +389,21 @@ def _decode(content: bytes, row: int) -> Any:
 
     try:
         with Image.open(io.BytesIO(content)) as image:
-            return image.convert("RGB")
+            return _colours(image)
     except Exception as error:  # PIL raises a dozen kinds, SyntaxError among them
         raise UserError(
             f"the image in row {row + 1} cannot be decoded ({type(error).__name__}: {error})."
         ) from error
+
+
+def _colours(image: Any) -> Any:
+    """An image of any mode with three channels of 8 bits."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):
+        # PIL would cut 16 bits off at 255.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def _scale_and_shift(processor: Any) -> Any:
@@ -407,6 +483,9 @@ def _padded(encoded: Encoded, index: torch.Tensor) -> dict[str, torch.Tensor]:
     if encoded.token_types is not None:
         types = encoded.token_types[place].long()
         batch["token_type_ids"] = torch.where(real, types, encoded.pad_token_type)
+    if encoded.token_labels is not None:
+        learned = encoded.token_labels[place].long() if len(encoded.ids) else place
+        batch["labels"] = torch.where(real, learned, UNLEARNED)
     return batch
 
 

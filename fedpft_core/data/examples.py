@@ -7,8 +7,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Input = str | tuple[str, str] | bytes
-"""One example's input: a text, a pair of texts, or an encoded image file."""
+Chat = tuple[tuple[str, str], ...]
+"""The messages of a conversation in order, each a role and what was said."""
+
+Input = str | tuple[str, ...] | Chat | bytes
+"""An example: a text, a pair of texts, a list of words, a conversation, or an encoded image."""
+
+
+def texts_of(row: Input) -> tuple[str | bytes, ...]:
+    """The texts of an example, each by itself, or its encoded image.
+
+    Args:
+        row: an example's input.
+
+    Returns:
+        One text, the two of a pair and the text that they are together (as a list of words is one),
+        what was said in each message, or the image.
+    """
+    if not isinstance(row, tuple):
+        return (row,)
+    parts = tuple(part if isinstance(part, str) else part[1] for part in row)
+    return (*parts, " ".join(parts)) if parts == row else parts
 
 
 @dataclass(frozen=True)
@@ -16,7 +35,7 @@ class Examples:
     """Inputs with their labels; row i of one belongs to row i of the other."""
 
     inputs: tuple[Input, ...]
-    """Texts, pairs of texts, or encoded images (all of one kind)."""
+    """Texts, pairs of texts, lists of words, conversations, or encoded images (all of one kind)."""
     labels: np.ndarray
     """What the task has made of the rows' label cells, first axis rows: whole numbers as int64,
     others as float32."""

@@ -11,7 +11,8 @@ from typing import TypeVar
 import numpy as np
 
 from fedpft_core.data import files, prose
-from fedpft_core.data.examples import Examples
+from fedpft_core.data.examples import Examples, texts_of
+from fedpft_core.data.folders import images, is_folder
 from fedpft_core.data.rows import image_bytes
 from fedpft_core.errors import UserError
 
@@ -36,9 +37,9 @@ def load_public(
 
     Args:
         spec: ``data.public``: "builtin:public" (texts only), a .csv, .tsv, .json, .jsonl or
-            .parquet file, or a .txt file with one text per line.
+            .parquet file, a .txt file with one text per line, or a folder of images.
         column: column with the text or image; unused for built-in data and .txt.
-        kind: the task's kind; "image" gives encoded images, "text" and "pair" give texts.
+        kind: what the task reads; "image" gives encoded images, "text" gives texts.
         avoid: the task's splits. A text is dropped if its :func:`prose.key` is that of one of
             their texts (either one of a pair), an image if its bytes are.
         max_rows: a seeded subset is taken if there are more rows; 0 for all.
@@ -55,7 +56,9 @@ def load_public(
         raise UserError(f"{_KEY} is empty; name a file or {BUILTIN_PUBLIC!r}.")
     if max_rows < 0:
         raise UserError(f"data.max-public-rows is {max_rows}; it must be 0 (all rows) or more.")
-    taken = {_fingerprint(part) for split in avoid for row in split.inputs for part in _parts(row)}
+    taken = {
+        _fingerprint(part) for split in avoid for row in split.inputs for part in texts_of(row)
+    }
     if kind == "image":
         return _choose(_images(spec, column), taken, max_rows, seed, spec)
     return _choose(_texts(spec, column, cache_dir), taken, max_rows, seed, spec)
@@ -86,6 +89,11 @@ def _images(spec: str, column: str) -> list[bytes]:
         raise UserError(
             f"{_KEY} is {spec!r}, which is text, but the task has images; name a file with images."
         )
+    if is_folder(spec):
+        return [
+            image_bytes(str(path.resolve()), Path(spec), f"{_KEY}: {path.name}")
+            for path in images(Path(spec))
+        ]
     values = files.read_columns(spec, [column], _KEY)[column]
     folder = Path(spec).parent
     return [
@@ -111,10 +119,6 @@ def _choose(
         chosen = np.sort(rng.choice(len(kept), size=max_rows, replace=False))
         kept = [kept[i] for i in chosen]
     return kept
-
-
-def _parts(row: str | bytes | tuple[str, str]) -> tuple[str | bytes, ...]:
-    return row if isinstance(row, tuple) else (row,)
 
 
 def _fingerprint(row: str | bytes) -> str | bytes:

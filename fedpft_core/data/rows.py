@@ -15,11 +15,16 @@ import numpy as np
 
 from fedpft_core.data import files
 from fedpft_core.data.examples import Input
+from fedpft_core.data.folders import is_folder, read_classes
 from fedpft_core.disk import plain
 from fedpft_core.errors import UserError
 
 BUILTIN_DOCSTRINGS = "builtin:docstrings"
 """Name of the embedded text-classification data; see :mod:`fedpft_core.data.builtin`."""
+
+
+TASKS = ("classify", "regress", "multi-label", "tokens", "generate")
+"""What is done with rows: a class, a number or several labels a row, a class a word, or text."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,20 @@ class Columns:
     text_pair: str = ""
     """The second text of a pair; "" for none."""
     image: str = ""
-    """Images: bytes, ``{"bytes": …}`` or a path relative to the data file's folder; "" for text."""
+    """Images: bytes, ``{"bytes": …}`` or a path relative to the data file's folder; "" for text.
+    Of a folder of images any name."""
     label: str = "label"
-    """What is to be learned."""
+    """What is to be learned; unused for generation."""
+    task: str = ""
+    """What is done with it, one of `TASKS`; "" where the columns tell."""
+    separator: str = ","
+    """What stands between several labels in one text."""
+    response: str = ""
+    """The response to the text, for generation; "" where the text itself is to be learned."""
+    messages: str = ""
+    """Conversations, for generation: a list of messages, each with role and content."""
+    source: str = ""
+    """Where a row is from, for generation: clients and subsets are shared out by it."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +58,21 @@ class Table:
 
     inputs: tuple[Input, ...]
     cells: tuple[Any, ...]
-    """One label cell a row, never empty."""
+    """One label cell a row; an empty text only where a row may have no label."""
     where: str
     """Key and file, put in front of messages."""
     names: tuple[str, ...] = ()
     """Label names in their order where the source knows them; empty for files."""
+    separator: str = ","
+    """What stands between several labels in one text."""
 
 
 def read_table(path: str | Path, columns: Columns, key: str = "") -> Table:
     """All rows of one file, in file order.
 
     Args:
-        path: .csv, .tsv, .json, .jsonl or .parquet file.
+        path: .csv, .tsv, .json, .jsonl or .parquet file; or a folder with a folder of images for
+            each class, whose name then is the label cell.
         columns: which of its columns to read.
         key: configuration key to name in messages; "" for none.
 
@@ -65,12 +84,18 @@ def read_table(path: str | Path, columns: Columns, key: str = "") -> Table:
             file and, where there is one, the row (from 1).
     """
     where = f"{key}: {path}" if key else str(path)
+    if is_folder(path):
+        content, classes = read_classes(Path(path), where)
+        for row, one in enumerate(content, start=1):
+            image_bytes(one, Path(path), f"{where}: image {row}")
+        return Table(tuple(content), tuple(classes), where, separator=columns.separator)
     texts = [columns.text, columns.text_pair] if columns.text_pair else [columns.text]
     names = [columns.image] if columns.image else texts
     found = files.read_columns(path, [*names, columns.label], key)
     cells = found[columns.label]
     for row, value in enumerate(cells, start=1):
-        if value is None or not cell_text(value) or value != value:
+        blank = isinstance(value, str) and columns.task == "multi-label"
+        if value is None or value != value or not (blank or cell_text(value)):
             raise UserError(f"{where}: row {row} has no label in column {columns.label!r}.")
     inputs: list[Input]
     if columns.image:
@@ -79,10 +104,12 @@ def read_table(path: str | Path, columns: Columns, key: str = "") -> Table:
             image_bytes(value, folder, f"{where}: row {row}")
             for row, value in enumerate(found[columns.image], start=1)
         ]
+    elif columns.task == "tokens":
+        inputs = _words(found[columns.text], columns.text, where)
     else:
-        parts = [_texts(found[name], name, where) for name in names]
+        parts = [texts_in(found[name], name, where) for name in names]
         inputs = list(zip(*parts, strict=True)) if columns.text_pair else list(parts[0])
-    return Table(tuple(inputs), tuple(cells), where)
+    return Table(tuple(inputs), tuple(cells), where, separator=columns.separator)
 
 
 def read_split(source: str, split: str, columns: Columns, cache_dir: Path | None) -> Table:
@@ -131,7 +158,20 @@ def cell_text(value: Any) -> str:
     return str(value).strip()
 
 
-def _texts(values: Sequence[Any], column: str, where: str) -> list[str]:
+def texts_in(values: Sequence[Any], column: str, where: str) -> list[str]:
+    """The cells of a column of texts.
+
+    Args:
+        values: the cells.
+        column: its name, for messages.
+        where: key and file, put in front of messages.
+
+    Returns:
+        The same cells.
+
+    Raises:
+        UserError: a cell is empty, or no text; names the row and not what is in it.
+    """
     for row, value in enumerate(values, start=1):
         if value is None or (isinstance(value, str) and not value.strip()):
             raise UserError(f"{where}: row {row} has no text in column {column!r}.")
@@ -141,6 +181,22 @@ def _texts(values: Sequence[Any], column: str, where: str) -> list[str]:
                 f"{column!r}."
             )
     return list(values)
+
+
+def _words(values: Sequence[Any], column: str, where: str) -> list[Input]:
+    out: list[Input] = []
+    for row, value in enumerate(values, start=1):
+        if not isinstance(value, list | tuple):
+            raise UserError(
+                f"{where}: row {row} holds {type(value).__name__} instead of a list of words in "
+                f"column {column!r}."
+            )
+        if not value:
+            raise UserError(f"{where}: row {row} has no words in column {column!r}.")
+        if not all(isinstance(word, str) and word.strip() for word in value):
+            raise UserError(f"{where}: row {row} has a word that is no text in column {column!r}.")
+        out.append(tuple(value))
+    return out
 
 
 def image_bytes(value: Any, folder: Path, where: str) -> bytes:

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from fedpft_core.data.examples import Examples
+from fedpft_core.data.folders import is_folder
 from fedpft_core.data.rows import BUILTIN_DOCSTRINGS, Columns
 from fedpft_core.errors import UserError
 
@@ -53,6 +54,31 @@ class DataSettings(Protocol):
         ...
 
     @property
+    def task(self) -> str:
+        """What is learned of a row, one of `TASKS`; "" for a class."""
+        ...
+
+    @property
+    def label_separator(self) -> str:
+        """What stands between several labels in one text."""
+        ...
+
+    @property
+    def response_column(self) -> str:
+        """The column with the response to the text, for generation."""
+        ...
+
+    @property
+    def messages_column(self) -> str:
+        """The column with conversations, for generation."""
+        ...
+
+    @property
+    def source_column(self) -> str:
+        """The column that says where a row is from, for generation."""
+        ...
+
+    @property
     def labels(self) -> str:
         """Label names, or the file that has them; "" for those of the training rows."""
         ...
@@ -82,7 +108,13 @@ def columns_of(data: DataSettings) -> Columns:
     Returns:
         The names of the columns.
     """
-    return Columns(data.text_column, data.text_pair_column, data.image_column, data.label_column)
+    # A folder has no columns: that it is one says that it has images.
+    of_folder = "image" if is_folder(data.train) or is_folder(data.test) else ""
+    return Columns(
+        data.text_column, data.text_pair_column, data.image_column or of_folder, data.label_column,
+        task=data.task, separator=data.label_separator, response=data.response_column,
+        messages=data.messages_column, source=data.source_column,
+    )  # fmt: skip
 
 
 def check_settings(data: DataSettings) -> None:
@@ -110,6 +142,25 @@ def check_settings(data: DataSettings) -> None:
             raise UserError(f"{limit_key} is {limit}; it must be 0 (all rows) or more.")
     if data.image_column and data.text_pair_column:
         raise UserError("data.image-column and data.text-pair-column cannot both be set.")
+    if data.image_column and (data.response_column or data.messages_column):
+        raise UserError(
+            "data.image-column cannot be set with data.response-column or data.messages-column."
+        )
+    if data.task == "tokens":
+        for key, value in (
+            ("data.image-column", data.image_column),
+            ("data.text-pair-column", data.text_pair_column),
+        ):
+            if value:
+                raise UserError(f"{key} is {value!r}, but data.task = tokens has lists of words.")
+    if data.task not in ("", "classify") and BUILTIN_DOCSTRINGS in (
+        data.train,
+        data.validation,
+        data.test,
+    ):
+        raise UserError(
+            f"data.task is {data.task!r}, but {BUILTIN_DOCSTRINGS} has one class a row; name files."
+        )
     if BUILTIN_DOCSTRINGS in (data.train, data.validation, data.test):
         for key, value in (
             ("data.image-column", data.image_column),

@@ -18,12 +18,13 @@ Shape letters: N rows, D features, C classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedpft_core.head.mapped import steadiest
 from fedpft_core.head.statistics import Statistics
 
 SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
@@ -46,10 +47,12 @@ class Head:
         shrinkage: share of the identity in the covariance.
         scale: factor of the scores.
         loss: mean cross-entropy on the rows it was judged by; None without any.
+        one: float64 [D], u with u x ~ 1: what takes the place of a bias in a layer without one.
     """
 
     weight: Tensor
     bias: Tensor
+    one: Tensor
     shrinkage: float
     scale: float = 1.0
     loss: float | None = None
@@ -104,7 +107,11 @@ def solve(found: Statistics, shrinkage: float | None = None) -> Head:
     weight = torch.linalg.solve(mixed, (mu - overall).T).T
     prior = (found.counts + 0.5) / (found.rows + 0.5 * len(found.counts))
     bias = prior.log() - 0.5 * (weight * (mu + overall)).sum(1)
-    return Head(weight.contiguous(), bias, share)
+    # Over all rows: along this direction classes must not differ either.
+    shares = found.counts.to(torch.float64)[:, None] / found.rows
+    between = (mu - overall).T @ (shares * (mu - overall))
+    one = steadiest(mixed + between, overall)
+    return Head(weight.contiguous(), bias, one, share)
 
 
 def scores(head: Head, features: Tensor) -> Tensor:
@@ -149,6 +156,8 @@ def fitted(
         for scale in temperatures:
             loss = float(F.cross_entropy(raw * scale, labels))
             if best is None or best.loss is None or loss < best.loss:
-                best = Head(head.weight * scale, head.bias * scale, head.shrinkage, scale, loss)
+                best = replace(
+                    head, weight=head.weight * scale, bias=head.bias * scale, scale=scale, loss=loss
+                )
     assert best is not None
     return best

@@ -13,7 +13,7 @@ Shape letters: N rows, C outputs of the head.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.data.batches import Encoded, batches
-from fedpft_core.model.device import device_of, to_device
+from fedpft_core.model.device import Batch, device_of, to_device
 from fedpft_core.seeds import derive, numpy_stream
-from fedpft_core.task import Task
+from fedpft_core.task import Task, Writer
 
 _KEPT = 5  # one row of so many is kept from tuning
 _LOOKS = 5  # times the kept rows are looked at, the start apart
@@ -76,15 +76,16 @@ def outputs(model: nn.Module, task: Task, rows: Encoded, batch_size: int) -> Ten
         batch_size: rows at once.
 
     Returns:
-        float32 [N, C] on the CPU, in row order.
+        float32 [N, C] on the CPU, in row order; [N, L, C] where each position has outputs, L being
+        the longest row's and zeros behind shorter ones.
     """
     model.eval()
     found: Tensor | None = None
     for batch in batches(rows, batch_size, None):
         got = task.outputs(model, to_device(batch, device_of(model))).float().cpu()
-        if found is None:
+        if found is None:  # the longest rows come first
             found = torch.zeros(len(rows), *got.shape[1:])
-        found[batch["index"]] = got
+        found[batch["index"], : got.shape[1]] = got
     assert found is not None
     return found
 
@@ -124,14 +125,32 @@ def imitate(
     kept_count = max(1, len(rows) // _KEPT)
     tuned, kept = rows.select(order[kept_count:]), rows.select(order[:kept_count])
     size = 4 * settings.batch_size
-    target, judge = (outputs(proxy, task, part, size) for part in (tuned, kept))
+    loss: Callable[[Batch], Tensor]
+    if isinstance(task, Writer):
+        writer = task
 
-    def distance() -> float:
-        return float(task.divergence(outputs(fm, task, kept, size), judge))
+        def distance() -> float:
+            return _mean_apart(writer, fm, proxy, kept, size)
+
+        def loss(batch: Batch) -> Tensor:
+            total, terms = writer.apart(fm, proxy, batch)
+            return total / max(terms, 1)
+
+        proxy.eval()
+    else:
+        target, judge = (outputs(proxy, task, part, size) for part in (tuned, kept))
+
+        def distance() -> float:
+            return float(task.divergence(outputs(fm, task, kept, size), judge))
+
+        def loss(batch: Batch) -> Tensor:
+            got = task.outputs(fm, batch)
+            want = target[batch["index"].cpu(), : got.shape[1]].to(got.device)
+            return task.divergence(got, want)
 
     best, best_step, before = adapters.read(fm), 0, distance()
     after = before
-    for step, _ in enumerate(_steps(fm, task, tuned, target, settings, seed), start=1):
+    for step, _ in enumerate(_steps(fm, loss, tuned, settings, seed), start=1):
         if on_step:
             on_step(step, settings.steps)
         if step % max(1, settings.steps // _LOOKS) == 0 or step == settings.steps:
@@ -142,7 +161,22 @@ def imitate(
     return Imitated(before, after, best_step, time.perf_counter() - start)
 
 
-def _steps(fm: nn.Module, task: Task, rows: Encoded, target: Tensor, settings: Settings, seed: int):  # type: ignore[no-untyped-def]
+@torch.inference_mode()
+def _mean_apart(
+    task: Writer, fm: nn.Module, proxy: nn.Module, rows: Encoded, batch_size: int
+) -> float:
+    """Mean divergence over rows of a task whose outputs are too many to be kept."""
+    fm.eval()
+    total, terms = 0.0, 0
+    for batch in batches(rows, batch_size, None):
+        found, n = task.apart(fm, proxy, to_device(batch, device_of(fm)))
+        total, terms = total + float(found), terms + n
+    return total / max(terms, 1)
+
+
+def _steps(
+    fm: nn.Module, loss_of: Callable[[Batch], Tensor], rows: Encoded, settings: Settings, seed: int
+) -> Iterator[None]:
     """Take the optimiser steps one by one."""
     device = device_of(fm)
     named = [(name, p) for name, p in fm.named_parameters() if p.requires_grad]
@@ -162,8 +196,7 @@ def _steps(fm: nn.Module, task: Task, rows: Encoded, target: Tensor, settings: S
             if done == settings.steps:
                 return
             fm.eval()
-            want = target[batch["index"]].to(device)
-            loss = task.divergence(task.outputs(fm, to_device(batch, device)), want)
+            loss = loss_of(to_device(batch, device))
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(live, settings.clip)

@@ -28,6 +28,7 @@ class Map:
         mean_y: float64 [D].
         error_before: mean squared distance of x from y over the variance of y.
         error_after: the same of x mapped.
+        one: float64 [D], u with u x ~ 1: what takes the place of a bias in a layer without one.
     """
 
     turn: Tensor
@@ -35,6 +36,7 @@ class Map:
     mean_y: Tensor
     error_before: float
     error_after: float
+    one: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
         """Features [N, D] of the one model, as the other would have them."""
@@ -62,7 +64,22 @@ def fit(x: Tensor, y: Tensor, ridge: float) -> Map:
     spread = b.square().sum().clamp_min(torch.finfo(gram.dtype).tiny)
     before = float((x - y).square().sum() / spread)
     after = float((a @ turn - b).square().sum() / spread)
-    return Map(turn, mean_x, mean_y, before, after)
+    return Map(turn, mean_x, mean_y, before, after, steadiest(gram + pull, mean_x))
+
+
+def steadiest(spread: Tensor, mean: Tensor) -> Tensor:
+    """The linear functional that is 1 at the mean of some features and varies least around it.
+
+    Args:
+        spread: float64 [D, D], the features' covariance up to a factor, positive definite.
+        mean: float64 [D], their mean.
+
+    Returns:
+        u [D] with u mean = 1 and u' spread u least; zeros where the mean is zero.
+    """
+    u = torch.linalg.solve(spread, mean)
+    size = mean @ u
+    return u / size if size > 0 else torch.zeros_like(u)
 
 
 def taken(found: Statistics, way: Map, x: Tensor, y: Tensor) -> Statistics:

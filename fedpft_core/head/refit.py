@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from fedpft_core.data.batches import Encoded, batches
+from fedpft_core.head.closed import Sums, form_of
 from fedpft_core.head.mapped import Map, fit
-from fedpft_core.head.statistics import Statistics, projection
-from fedpft_core.model.batch import inputs_of
+from fedpft_core.head.statistics import projection
+from fedpft_core.model.batch import inputs_of, read_at
 from fedpft_core.model.device import Batch, device_of, to_device
 from fedpft_core.model.families import base_model, family_of_model
 from fedpft_core.model.taps import keep
@@ -40,77 +41,106 @@ def last_linear(model: nn.Module) -> nn.Linear:
     Raises:
         ValueError: the head has none.
     """
-    family = family_of_model(model)
-    bare = base_model(model)
+    # Heads of other tasks than the family's own (tokens) share its last module alone.
+    name = family_of_model(model).head[-1]
+    module = base_model(model).get_submodule(name)
+    # PEFT keeps the untouched head beside the trained one.
+    saved = getattr(module, "modules_to_save", None)
     found: nn.Linear | None = None
-    for name in family.head:
-        module = bare.get_submodule(name)
-        # PEFT keeps the untouched head beside the trained one.
-        saved = getattr(module, "modules_to_save", None)
-        for part in (saved["default"] if saved is not None else module).modules():
-            found = part if isinstance(part, nn.Linear) else found
+    for part in (saved["default"] if saved is not None else module).modules():
+        found = part if isinstance(part, nn.Linear) else found
     if found is None:
-        raise ValueError(f"the head {', '.join(family.head)} has no linear layer")
+        raise ValueError(f"the head {name} has no linear layer")
     return found
 
 
 @torch.inference_mode()
-def features(model: nn.Module, data: Iterable[Batch]) -> Tensor:
-    """What the last linear layer reads for each row, dropout off.
+def features(model: nn.Module, data: Iterable[Batch], task: Task) -> Tensor:
+    """What the last linear layer reads for each thing that is judged, dropout off.
 
     Args:
         model: FM or proxy, bare or with the adapter; left in eval mode.
         data: batches, at least one.
+        task: says what is judged.
 
     Returns:
         float64 [N, D] on the CPU, in the order of the batches.
     """
     model.eval()
+    position = task.position(family_of_model(model))
     seen: list[Tensor] = []
     with keep({"head": last_linear(model)}, inputs=True) as passed:
         for batch in data:
-            model(**inputs_of(to_device(batch, device_of(model))))
-            seen.append(passed["head"].detach().to("cpu", torch.float64))
+            here = to_device(batch, device_of(model))
+            model(**inputs_of(here))
+            read = passed["head"].detach()
+            if read.dim() == 3 and position != "every":
+                # A decoder's head scores every position, and the library then takes one of a row.
+                read = read_at(read, here, position)
+            seen.append(task.each(read, here).to("cpu", torch.float64))
     return torch.cat(seen)
 
 
-def labelled_features(model: nn.Module, rows: Encoded, batch_size: int) -> tuple[Tensor, Tensor]:
-    """Features as `features` gives them, with the rows' labels.
+def answers(data: Iterable[Batch], task: Task) -> Tensor:
+    """What is to be learned of each thing that is judged, in the order of `features`.
+
+    Args:
+        data: labelled batches, at least one.
+        task: says what is judged.
+
+    Returns:
+        First axis N.
+    """
+    return torch.cat([task.answers(batch) for batch in data])
+
+
+def labelled_features(
+    model: nn.Module, rows: Encoded, batch_size: int, task: Task
+) -> tuple[Tensor, Tensor]:
+    """Features as `features` gives them, with their answers.
 
     Args:
         model: FM or proxy, bare or with the adapter; left in eval mode.
         rows: at least one, with labels.
         batch_size: rows at once.
+        task: says what is judged.
 
     Returns:
-        Features float64 [N, D] and labels [N] of the same rows, the longest rows first.
+        Features float64 [N, D] and answers [N, ...], those of the longest rows first.
     """
     served = list(batches(rows, batch_size, None))
-    return features(model, served), torch.cat([batch["labels"] for batch in served])
+    return features(model, served, task), answers(served, task)
 
 
 def of_rows(
-    model: nn.Module, rows: Encoded, classes: int, batch_size: int, width: int, seed: int
-) -> Statistics:
-    """The class statistics of labelled rows, one evaluation pass, dropout off.
+    model: nn.Module, rows: Encoded, task: Task, batch_size: int, width: int, seed: int
+) -> Sums:
+    """The sums that the task's head follows from, one evaluation pass, dropout off.
 
     Args:
         model: with the adapter whose features are wanted.
         rows: labelled rows.
-        classes: C.
+        task: one whose head has a closed form.
         batch_size: rows at once.
         width: features kept at most; wider ones are projected.
         seed: the run's, which the projection is drawn from.
 
     Returns:
-        The statistics.
+        The sums.
+
+    Raises:
+        ValueError: the task's head has no closed form.
     """
-    found, labels = labelled_features(model, rows, batch_size)
+    form = form_of(task)
+    if form is None:
+        raise ValueError(f"a head for {task.name} has no closed form")
+    found, known = labelled_features(model, rows, batch_size, task)
     turn = projection(found.shape[1], width, seed)
-    return Statistics.of(found if turn is None else found @ turn, labels, classes)
+    summed: Sums = form.of(found if turn is None else found @ turn, known)
+    return summed
 
 
-def turned(head: nn.Linear, found: Map) -> tuple[Tensor, Tensor]:
+def turned(head: nn.Linear, found: Map) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a linear layer that reads f_S, for reading f_T instead.
 
     Args:
@@ -118,17 +148,29 @@ def turned(head: nn.Linear, found: Map) -> tuple[Tensor, Tensor]:
         found: the map from f_T to f_S.
 
     Returns:
-        Weight and bias.
-
-    Raises:
-        ValueError: it has no bias to take the shift.
+        Weight and bias. A layer without bias (decoders have such heads) takes the shift into its
+        weight, along the direction in which f_T varies least (`Map.one`).
     """
-    if head.bias is None:
-        raise ValueError("the head's last linear layer has no bias")
     old = head.weight.detach().to("cpu", torch.float64)
     weight = old @ found.turn.T
     shift = old @ found.mean_y - weight @ found.mean_x
+    if head.bias is None:
+        return (weight + shift[:, None] * found.one).to(head.weight), None
     return weight.to(head.weight), head.bias.detach() + shift.to(head.bias)
+
+
+@torch.no_grad()
+def put(head: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+    """Give a layer what :func:`turned` has made for it.
+
+    Args:
+        head: the layer, changed in place.
+        weight: as large as its own.
+        bias: likewise; None for a layer that has none.
+    """
+    head.weight.copy_(weight)
+    if bias is not None:
+        head.bias.copy_(bias)
 
 
 @dataclass(frozen=True)
@@ -140,8 +182,8 @@ class Refit:
     """
 
     map: Map
-    right_before: int | None
-    right_after: int | None
+    right_before: float | None
+    right_after: float | None
     taken: bool
 
 
@@ -172,15 +214,15 @@ def refit_head(
     Returns:
         What it came to.
     """
-    f_S = features(proxy, rows())
+    f_S = features(proxy, rows(), task)
     # One pass over all rows serves the fit and both heads.
-    f_T = features(fm, chain(rows(), judge() if judge else ()))
+    f_T = features(fm, chain(rows(), judge() if judge else ()), task)
     head, n = last_linear(fm), len(f_S)
     found = fit(f_T[:n], f_S, ridge)
     weight, bias = turned(head, found)
     before = after = None
     if judge is not None:
-        labels = torch.cat([batch["labels"] for batch in chain(rows(), judge())])
+        labels = answers(chain(rows(), judge()), task)
         before = task.merit(_outputs(f_T, head.weight, head.bias), labels)
         after = task.merit(_outputs(f_T[n:], weight, bias), labels[n:])
         # No row is judged by a map that was fitted to it. Rows come by length: halves alternate.
@@ -189,10 +231,10 @@ def refit_head(
             after += task.merit(_outputs(f_T[unseen], *other), labels[unseen])
     taken = before is None or after is None or after > before
     if taken:
-        head.weight.copy_(weight)
-        head.bias.copy_(bias)
+        put(head, weight, bias)
     return Refit(found, before, after, taken)
 
 
-def _outputs(read: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return read @ weight.to(read).T + bias.to(read)
+def _outputs(read: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    scores = read @ weight.to(read).T
+    return scores if bias is None else scores + bias.to(read)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -61,9 +62,27 @@ class Statistics:
         return int(self.counts.sum())
 
     @property
+    def groups(self) -> int:
+        """Classes that have any row."""
+        return int((self.counts > 0).sum())
+
+    @property
     def width(self) -> int:
         """D, the features of a row."""
         return self.sums.shape[1]
+
+    def plus(self, other: Statistics) -> Statistics:
+        """The statistics of both sets of rows.
+
+        Args:
+            other: of as many classes and features.
+
+        Returns:
+            New statistics.
+        """
+        return Statistics(
+            self.counts + other.counts, self.sums + other.sums, self.outer + other.outer
+        )
 
     def means(self) -> Tensor:
         """Mean feature of each class.
@@ -91,12 +110,7 @@ class Statistics:
         Returns:
             `counts` and `sums` as they are, and `outer` [D(D+1)/2], its upper triangle row by row.
         """
-        upper = torch.triu_indices(self.width, self.width)
-        return {
-            "counts": self.counts,
-            "sums": self.sums,
-            "outer": self.outer[upper[0], upper[1]].contiguous(),
-        }
+        return {"counts": self.counts, "sums": self.sums, "outer": packed(self.outer)}
 
     @staticmethod
     def from_tensors(tensors: Mapping[str, Tensor], classes: int, width: int) -> Statistics:
@@ -123,14 +137,47 @@ class Statistics:
         for name, (dtype, shape) in want.items():
             if tensors[name].dtype != dtype or list(tensors[name].shape) != shape:
                 raise ReplyError(f"class statistics: {name} has the wrong type or shape")
-        outer = torch.zeros(width, width, dtype=torch.float64)
-        upper = torch.triu_indices(width, width)
-        outer[upper[0], upper[1]] = tensors["outer"]
-        outer = outer + torch.triu(outer, 1).T
+        outer = unpacked(tensors["outer"], width)
         return Statistics(tensors["counts"], tensors["sums"], outer)
 
 
-def add(parts: Iterable[Statistics]) -> Statistics:
+def packed(matrix: Tensor) -> Tensor:
+    """A symmetric matrix as it travels.
+
+    Args:
+        matrix: [D, D].
+
+    Returns:
+        [D(D+1)/2], its upper triangle row by row.
+    """
+    upper = torch.triu_indices(len(matrix), len(matrix))
+    return matrix[upper[0], upper[1]].contiguous()
+
+
+def unpacked(triangle: Tensor, width: int) -> Tensor:
+    """The inverse of :func:`packed`.
+
+    Args:
+        triangle: float64 [D(D+1)/2].
+        width: D.
+
+    Returns:
+        float64 [D, D], symmetric.
+    """
+    matrix = torch.zeros(width, width, dtype=torch.float64)
+    upper = torch.triu_indices(width, width)
+    matrix[upper[0], upper[1]] = triangle
+    return matrix + torch.triu(matrix, 1).T
+
+
+_Sums = TypeVar("_Sums", bound="_Summable")
+
+
+class _Summable(Protocol):
+    def plus(self: _Sums, other: _Sums) -> _Sums: ...
+
+
+def add(parts: Iterable[_Sums]) -> _Sums:
     """The statistics of all rows together.
 
     Args:
@@ -143,23 +190,23 @@ def add(parts: Iterable[Statistics]) -> Statistics:
     Raises:
         ValueError: there is nothing to add.
     """
-    total: Statistics | None = None
+    total: _Sums | None = None
     for part in parts:
-        total = part if total is None else Statistics(
-            total.counts + part.counts, total.sums + part.sums, total.outer + part.outer
-        )  # fmt: skip
+        total = part if total is None else total.plus(part)
     if total is None:
         raise ValueError("there are no class statistics to add")
     return total
 
 
-def check(found: Statistics, announced: int, longest: float) -> None:
+def check(found: Statistics, announced: int, longest: float, most: int = 0) -> None:
     """Refuse statistics that no rows of the sub-FM can have.
 
     Args:
         found: what a client sent.
         announced: the rows that the client said it trains on.
         longest: largest L2 norm that a feature vector of this sub-FM can have.
+        most: 0 where every row is one summand; else the most summands (tokens) that a row can be,
+            of which there is one at least.
 
     Raises:
         ReplyError: naming the first thing that is wrong: a number that is not finite, counts that
@@ -168,21 +215,27 @@ def check(found: Statistics, announced: int, longest: float) -> None:
     """
     if not (bool(found.sums.isfinite().all()) and bool(found.outer.isfinite().all())):
         raise ReplyError("class statistics have values that are not finite")
-    if int(found.counts.min()) < 0 or int(found.counts.max()) > announced:
+    largest = announced * max(most, 1)
+    if int(found.counts.min()) < 0 or int(found.counts.max()) > largest:
         raise ReplyError("class counts are negative or more than the rows announced")
-    if found.rows != announced:
+    if not most and found.rows != announced:
         raise ReplyError(f"class counts sum to {found.rows}, not to the {announced} rows announced")
+    if most and not announced <= found.rows <= largest:
+        raise ReplyError(
+            f"class counts sum to {found.rows}, which {announced} rows of at most {most} tokens "
+            "cannot have"
+        )
     if bool((found.sums[found.counts == 0] != 0).any()):
         raise ReplyError("class statistics have a sum for a class without rows")
     total = float(found.outer.diagonal().sum())
-    if total > announced * longest**2:
+    if total > found.rows * longest**2:
         raise ReplyError(
-            f"the features' mean square, {total / announced:.3g}, is more than the "
+            f"the features' mean square, {total / found.rows:.3g}, is more than the "
             f"{longest**2:.3g} that the sub-FM's features can have"
         )
     # Each class's scatter sum_i (phi_i - mu)(phi_i - mu)^T has no negative direction; what
     # rounding leaves is a share of the largest entries, however many rows there are.
-    spread = found.within() * announced
+    spread = found.within() * found.rows
     lowest = float(torch.linalg.eigvalsh(spread)[0])
     if lowest < -1e-9 * max(total, torch.finfo(torch.float64).tiny):
         raise ReplyError("class statistics are those of no rows (a scatter is negative)")

@@ -19,9 +19,12 @@ def inputs_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         batch: tensors by name, as `batches` serves them.
 
     Returns:
-        The same tensors without `labels` and `index`.
+        The same tensors without `labels` and `index`. Where the batch brings positions, its rows
+        are packed: the positions begin anew with each document, which is how the model library
+        tells documents apart, but only where no mask is given, so the mask is left out too.
     """
-    return {k: v for k, v in batch.items() if k not in ("labels", "index")}
+    unread = ("labels", "index", *(("attention_mask",) if "position_ids" in batch else ()))
+    return {k: v for k, v in batch.items() if k not in unread}
 
 
 def rows_of(batch: Mapping[str, Tensor]) -> int:

@@ -33,11 +33,13 @@ class TaskModel:
         reads: what its rows are, `text` or `image`.
         auto: name of transformers' class that makes models with this task's head.
         settings: fields of the Hugging Face config that the task sets.
+        causal: whether only decoders will do.
     """
 
     reads: str
     auto: str
     settings: Mapping[str, Any]
+    causal: bool = False
 
 
 def task_class(task: TaskModel) -> Any:
@@ -64,6 +66,7 @@ class Loaded:
     processor: Any
     fresh: tuple[str, ...]  # modules with newly initialised weights
     source: str  # the name a user would load it by
+    notes: tuple[str, ...] = ()  # what a user should be told of it
 
 
 def minilm_folder() -> Path:
@@ -174,6 +177,12 @@ def load(cfg: ModelConfig, task: TaskModel, seed: int) -> Loaded:
             f"model.name = {cfg.name}: a {family.model_type} model reads {family.kind}s, but the "
             f"task's rows are {want}s (families for {want}s: {fitting})."
         )
+    if task.causal and not family.causal:
+        fitting = ", ".join(f.model_type for f in FAMILIES.values() if f.causal)
+        raise UserError(
+            f"model.name = {cfg.name}: a {family.model_type} model writes no text, which the task "
+            f"is to learn (families that do: {fitting})."
+        )
     shape = _shape(cfg, family, config)
     for name, value in task.settings.items():
         setattr(config, name, value)
@@ -195,7 +204,8 @@ def load(cfg: ModelConfig, task: TaskModel, seed: int) -> Loaded:
             ) from error
     names = [*info["missing_keys"], *(row[0] for row in info["mismatched_keys"])]
     fresh = _modules(names, family)
-    broken = [m for m in fresh if m.startswith((f"{family.blocks}.", f"{family.model_type}.embed"))]
+    body = family.blocks.partition(".")[0]
+    broken = [m for m in fresh if m.startswith((f"{family.blocks}.", f"{body}.embed"))]
     if broken:
         raise UserError(
             f"model.name = {cfg.name}: the weights do not fit the model's configuration, "
@@ -204,7 +214,8 @@ def load(cfg: ModelConfig, task: TaskModel, seed: int) -> Loaded:
     processor = load_processor(source, want, common)
     if want == "image":
         _check_size(cfg, shape, processor)
-    return Loaded(normalise(model).eval(), family, shape, processor, fresh, cfg.name)
+    notes = _pad(cfg, model, processor) if family.causal else ()
+    return Loaded(normalise(model).eval(), family, shape, processor, fresh, cfg.name, notes)
 
 
 def _shape(cfg: ModelConfig, family: Family, config: Any) -> Shape:
@@ -212,6 +223,38 @@ def _shape(cfg: ModelConfig, family: Family, config: Any) -> Shape:
         return family.shape(config)
     except ValueError as error:
         raise UserError(f"model.name = {cfg.name}: {error}.") from error
+
+
+def _pad(cfg: ModelConfig, model: Any, tokenizer: Any) -> tuple[str, ...]:
+    """Give tokenizer and model one padding token, and say so: many decoders come without.
+
+    The library's classifier takes a row's last token that is not padding for its end.
+
+    Args:
+        cfg: which model, for messages.
+        model: its config is changed.
+        tokenizer: given a padding token where it has none.
+
+    Returns:
+        What a user should be told.
+
+    Raises:
+        UserError: there is no token to pad with.
+    """
+    notes: tuple[str, ...] = ()
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f"model.name = {cfg.name}: its tokenizer has neither a padding token nor one for "
+                "the end of a text."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+        notes = (
+            "the model's tokenizer has no padding token; texts are padded with its token for the "
+            f"end of a text, {tokenizer.eos_token}",
+        )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return notes
 
 
 def _check_size(cfg: ModelConfig, shape: Shape, processor: Any) -> None:

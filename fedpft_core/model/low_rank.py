@@ -8,6 +8,22 @@ import torch
 from torch import Tensor, nn
 
 
+def factored(linear: nn.Linear, rank: int) -> bool:
+    """Whether a map takes the place of two thin ones of that rank.
+
+    Grouped-query attention has keys narrower than queries: a rank that a query can have may be more
+    than a key has, which then stays as it is.
+
+    Args:
+        linear: a query or key projection.
+        rank: the plan's.
+
+    Returns:
+        True for a rank from 1 to the smaller of the map's two sizes.
+    """
+    return 0 < rank <= min(linear.in_features, linear.out_features)
+
+
 class LowRank(nn.Linear):
     """A linear map as the product of two thin ones: y = up (down x) + bias.
 

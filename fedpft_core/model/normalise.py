@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
+from fedpft_core.model.families import FAMILIES
 
-def normalise(model: nn.Module) -> nn.Module:
+
+def normalise(model: Any) -> Any:
     """Replace every `Conv1D` of transformers (GPT-2) by the `nn.Linear` that computes the same.
 
     A `Conv1D` is a linear layer that keeps its weight transposed. The logits stay as they were to
@@ -21,6 +25,12 @@ def normalise(model: nn.Module) -> nn.Module:
     """
     from transformers.pytorch_utils import Conv1D
 
+    family = FAMILIES.get(model.config.model_type)
+    if family is not None and family.causal:
+        for part in model.modules():
+            # What a decoder remembers of earlier tokens is of no use where whole rows are read.
+            if getattr(getattr(part, "config", None), "use_cache", False):
+                part.config.use_cache = False
     for name, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
             model.set_submodule(name, _linear(module))

@@ -114,4 +114,26 @@ def run_to(model: nn.Module, batch: Batch, modules: Mapping[Key, nn.Module]) -> 
     return seen
 
 
-__all__ = ["keep", "run_to", "watch"]
+def run_up_to(model: nn.Module, batch: Batch, module: nn.Module) -> Tensor:
+    """Run a model on a batch until one of its modules is about to run.
+
+    Args:
+        model: run as it is, with or without gradients, in its present mode.
+        batch: what the model reads, and perhaps more (see `inputs_of`).
+        module: of the model; neither it nor anything after it is run.
+
+    Returns:
+        The module's first input.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def see(key: str, value: Tensor) -> None:
+        seen[key] = value
+        raise _Enough
+
+    with watch({"input": module}, see, inputs=True), suppress(_Enough):
+        model(**inputs_of(batch))
+    return seen["input"]
+
+
+__all__ = ["keep", "run_to", "run_up_to", "watch"]

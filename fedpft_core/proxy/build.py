@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpft_core.model.families import FFN, Family, family_of
-from fedpft_core.model.low_rank import LowRank
+from fedpft_core.model.low_rank import LowRank, factored
 from fedpft_core.model.plan import Plan
 
 
@@ -41,9 +41,10 @@ def build(fm: nn.Module, plan: Plan) -> nn.Module:
             ffn = family.ffns(fm)[i]
             for path, linear in _sliced(ffn, torch.tensor(entry.kept)).items():
                 memo[id(block.get_submodule(path))] = linear
-            for path in family.query_key if entry.qk_rank else ():
+            for path in family.query_key:
                 whole: Any = block.get_submodule(path)
-                memo[id(whole)] = LowRank.of(whole, entry.qk_rank)
+                if factored(whole, entry.qk_rank):
+                    memo[id(whole)] = LowRank.of(whole, entry.qk_rank)
         elif entry.state == "dropped":
             memo[id(block)] = nn.Identity()
     # deepcopy takes what the memo already holds for a module instead of copying that module.
@@ -95,8 +96,9 @@ def skeleton(model: nn.Module, plan: Plan) -> nn.Module:
         if entry.state == "pruned":
             for path, linear in ffn.resized(len(entry.kept)).items():
                 ffn.block.set_submodule(path, linear)
-            for path in family.query_key if entry.qk_rank else ():
+            for path in family.query_key:
                 old: Any = ffn.block.get_submodule(path)
-                low = LowRank(old.in_features, old.out_features, entry.qk_rank, old)
-                ffn.block.set_submodule(path, low)
+                if factored(old, entry.qk_rank):
+                    low = LowRank(old.in_features, old.out_features, entry.qk_rank, old)
+                    ffn.block.set_submodule(path, low)
     return _without_dropped(model, family, plan)

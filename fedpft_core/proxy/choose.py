@@ -128,12 +128,11 @@ def make_plan(
 
 
 def _largest_rank(family: Family, model: nn.Module) -> int:
-    """The largest rank that every query and key projection can have, by its own sizes."""
-    blocks = family.block_list(model)
+    """The largest rank that the query projections can have; narrower keys then stay whole."""
+    query, _ = family.query_key
     return min(
-        min(block.get_submodule(path).get_parameter("weight").shape)
-        for block in blocks
-        for path in family.query_key
+        min(block.get_submodule(query).get_parameter("weight").shape)
+        for block in family.block_list(model)
     )
 
 

@@ -14,11 +14,12 @@ from typing import Any
 from torch import nn
 
 from fedpft_core.config import Config
+from fedpft_core.data.splits import columns_of
 from fedpft_core.model import load as models
 from fedpft_core.model.families import Family, base_model
 from fedpft_core.proxy.build import build
 from fedpft_core.proxy.choose import make_plan
-from fedpft_core.task import make
+from fedpft_core.task import sample
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def inspect(config: Config) -> dict[str, Any]:
         UserError: the FM cannot be loaded, or the plan's settings do not fit it.
     """
     # No data are needed: the model says what it reads, and two classes stand for its head.
-    task = make(models.kind_of(config.model), ("a", "b"))
+    task = sample(models.kind_of(config.model), columns_of(config.data))
     loaded = models.load(config.model, task.model(), config.run.seed)
     # Costs depend on how many neurons are kept, not on which: no public rows are read for it.
     settings = replace(config.plan, saliency="weight-norm")

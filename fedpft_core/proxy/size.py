@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.config import Config
+from fedpft_core.data.splits import columns_of
 from fedpft_core.disk import plain
 from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.model import load as models
@@ -20,8 +21,8 @@ from fedpft_core.model.plan import Plan
 from fedpft_core.proxy.build import build
 from fedpft_core.proxy.choose import make_plan
 from fedpft_core.proxy.package import ClientModel, blank, make_package
-from fedpft_core.task import make
-from fedpft_core.task.classify import label_names
+from fedpft_core.task import sample
+from fedpft_core.task.labels import label_names
 from fedpft_core.wire.meta import PackageMeta
 
 FORMAT = "fedpft plan size 2"
@@ -146,7 +147,7 @@ def describe(config: Config) -> PlanSize:
         UserError: the FM cannot be loaded, or settings do not fit it, as in a run.
     """
     labels = label_names(config.data.labels) if config.data.labels else ()
-    task = make(models.kind_of(config.model), labels or ("a", "b"))
+    task = sample(models.kind_of(config.model), columns_of(config.data), labels)
     loaded = models.load(config.model, task.model(), config.run.seed)
     # Sizes depend on how many neurons are kept, not on which: no public rows are read for it.
     settings = replace(config.plan, saliency="weight-norm")

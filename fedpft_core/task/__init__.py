@@ -7,16 +7,37 @@ configuration names, with its rows.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from fedpft_core.data.rows import Columns
 from fedpft_core.data.splits import DataSettings, check_settings, columns_of, split_rows
 from fedpft_core.errors import UserError
-from fedpft_core.task.base import Metric, Score, Task, TaskData, mean_score
+from fedpft_core.task.base import Metric, Score, Task, TaskData, Writer, mean_score
 from fedpft_core.task.classify import Classify
+from fedpft_core.task.generate import Generate
+from fedpft_core.task.multi import MultiLabel
+from fedpft_core.task.regress import Regress
+from fedpft_core.task.tokens import Tokens
 
-KINDS = {"text": Classify, "pair": Classify, "image": Classify}
-"""Kinds of task by the name they have in packages."""
+_Kind = type[Classify] | type[Regress] | type[MultiLabel] | type[Tokens] | type[Generate]
+
+KINDS: dict[str, _Kind] = {
+    "text": Classify,
+    "pair": Classify,
+    "image": Classify,
+    "text-regression": Regress,
+    "pair-regression": Regress,
+    "image-regression": Regress,
+    "text-labels": MultiLabel,
+    "pair-labels": MultiLabel,
+    "image-labels": MultiLabel,
+    "tokens": Tokens,
+    "generate": Generate,
+}
+"""Kinds of task by the name they have in packages: what a row is, and what is done with it."""
+
+_SUFFIX = {"": "", "classify": "", "regress": "-regression", "multi-label": "-labels"}
 
 
 def make(name: str, labels: Iterable[str] = ()) -> Task:
@@ -41,12 +62,35 @@ def kind_of(columns: Columns) -> str:
     """The kind of task that rows with these columns are for.
 
     Args:
-        columns: a named image column decides first, then a named column of second texts.
+        columns: its task, and what a row is: a named image column decides first, then a named
+            column of second texts. Where no task is named, responses or messages are generation's.
 
     Returns:
-        `image`, `pair` or `text`.
+        One of `KINDS`.
     """
-    return "image" if columns.image else "pair" if columns.text_pair else "text"
+    said = not columns.task and (columns.response or columns.messages)
+    if columns.task == "generate" or said:
+        return "generate"
+    if columns.task == "tokens":
+        return "tokens"
+    rows = "image" if columns.image else "pair" if columns.text_pair else "text"
+    return rows + _SUFFIX[columns.task]
+
+
+def sample(reads: str, columns: Columns, labels: Iterable[str] = ()) -> Task:
+    """A task like that of a run, for which no rows have been read.
+
+    Args:
+        reads: what the model reads, `text` or `image`; it decides where the columns say otherwise.
+        columns: of the run's files.
+        labels: names where they are known; else two that stand for the head's.
+
+    Returns:
+        The task.
+    """
+    image = (columns.image or "image") if reads == "image" else ""
+    name = kind_of(replace(columns, image=image))
+    return make(name, (tuple(labels) or ("a", "b")) if KINDS[name].named else ())
 
 
 def load_task(data: DataSettings, seed: int, cache_dir: Path | None = None) -> TaskData:
@@ -75,8 +119,10 @@ __all__ = [
     "Score",
     "Task",
     "TaskData",
+    "Writer",
     "kind_of",
     "load_task",
     "make",
     "mean_score",
+    "sample",
 ]

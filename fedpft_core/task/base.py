@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isnan
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor, nn
 
 from fedpft_core.data.batches import Encoded
+from fedpft_core.data.chat import Say
 from fedpft_core.data.examples import Examples
 from fedpft_core.data.rows import Columns
 from fedpft_core.data.splits import Splits
@@ -24,6 +25,10 @@ from fedpft_core.model.batch import Position
 from fedpft_core.model.device import Batch
 from fedpft_core.model.families import Family
 from fedpft_core.model.load import TaskModel
+from fedpft_core.task.writing import Sample
+
+MOST_TOKENS = 2**31
+"""Tokens that no row has."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,8 @@ class Score:
     Attributes:
         metric: what `value` is.
         value: the metric's value.
-        error: standard error of `value`, by chance of which rows they were.
-        loss: mean loss over what the task counts (rows here); NaN where there is none.
+        error: standard error of `value`, by chance of which rows they were; NaN where unknown.
+        loss: mean loss over what the task counts (rows, tokens); NaN where there is none.
         rows: rows scored.
         seconds: time it took.
         more: values of the task's further metrics, by name; a metric that the sums do not give is
@@ -83,12 +88,12 @@ class Score:
         """What an event says of it; the seconds, which not every event has, are left out.
 
         Returns:
-            JSON values by the event's field names; a loss that is NaN is None.
+            JSON values by the event's field names; an error or a loss that is NaN is None.
         """
         return {
             "metric": self.metric.name,
             "value": self.value,
-            "error": self.error,
+            "error": None if isnan(self.error) else self.error,
             "loss": None if isnan(self.loss) else self.loss,
             "rows": self.rows,
             "more": dict(self.more),
@@ -176,7 +181,14 @@ class Task(Protocol):
 
     @property
     def refits(self) -> bool:
-        """Whether the head ends in one linear layer over one feature vector a row."""
+        """Whether the head ends in one linear layer over one feature vector for each answer."""
+
+    @property
+    def closed_form(self) -> str:
+        """How the head follows from sums over rows: a name of `fedpft_core.head.closed.FORMS`.
+
+        Empty where it cannot be had so; otherwise the head also has `refits`.
+        """
 
     # --- rows ---
 
@@ -230,13 +242,16 @@ class Task(Protocol):
             Rows by label, 0 included; empty where that means nothing.
         """
 
-    def encode(self, examples: Examples, processor: Any, max_length: int) -> Encoded:
+    def encode(
+        self, examples: Examples, processor: Any, max_length: int, say: Say | None = None
+    ) -> Encoded:
         """Rows as model inputs with what the loss needs.
 
         Args:
             examples: rows of this task.
             processor: a Hugging Face tokenizer for texts, an image processor for images.
             max_length: tokens per row at most, special tokens included; unused for images.
+            say: told in one sentence how many rows were cut; None for nobody.
 
         Returns:
             The rows in their order.
@@ -309,12 +324,15 @@ class Task(Protocol):
             The score, with the further metrics that follow from these figures; no rows give 0.
         """
 
-    def check_sums(self, sums: Mapping[str, float], rows: int) -> None:
+    def check_sums(
+        self, sums: Mapping[str, float], rows: int, tokens_per_row: int = MOST_TOKENS
+    ) -> None:
         """Refuse figures that so many rows cannot have; where there are no rows, none may be.
 
         Args:
             sums: figures that a client has sent.
             rows: rows that the client announced it keeps from training.
+            tokens_per_row: the most tokens that a row has.
 
         Raises:
             ValueError: saying what is wrong.
@@ -342,16 +360,42 @@ class Task(Protocol):
             A scalar of at least 0.
         """
 
-    def merit(self, outputs: Tensor, labels: Tensor) -> int:
-        """How good a head's outputs for some rows are; adds up over rows, more is better.
+    def each(self, values: Tensor, batch: Batch) -> Tensor:
+        """What of a model's values has an answer: one vector for each thing that is judged.
 
         Args:
-            outputs: [N, ...], as `outputs` gives them.
-            labels: of the same rows, first axis N.
+            values: features or outputs for a batch, [B, ...] as the head has them.
+            batch: the batch they are of. Where it has no labels, everything that could have one
+                is judged.
 
         Returns:
-            A whole number, such as the rows that are right.
+            [N, ...] in the order of `answers`.
         """
+
+    def answers(self, batch: Batch) -> Tensor:
+        """What is to be learned of each thing that is judged.
+
+        Args:
+            batch: with labels.
+
+        Returns:
+            First axis N.
+        """
+
+    def merit(self, outputs: Tensor, answers: Tensor) -> float:
+        """How good a head's outputs are; adds up over what is judged, more is better.
+
+        Args:
+            outputs: [N, ...], as `each` gives them.
+            answers: of the same N.
+
+        Returns:
+            A number, such as the rows that are right.
+        """
+
+    @property
+    def judged(self) -> Metric:
+        """What `merit` over N is called, and whether that is a share."""
 
     # --- reference points ---
 
@@ -366,13 +410,77 @@ class Task(Protocol):
 
         Args:
             name: one of `baselines`.
-            train: (x, labels) to fit to, x being features [rows, D] for `linear-probe` and texts
-                for `tf-idf`.
+            train: (x, labels) to fit to, x being features for `linear-probe`, one vector [D] for
+                each thing that is judged, and texts for `tf-idf`.
             test: the same, to score.
             seed: of the fit.
 
         Returns:
             The score on the rows of `test`.
+        """
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """What a task can besides where its models write text: its responses are shown and judged."""
+
+    def prepare(self, processor: Any, template: str, vocabulary: int, name: str, say: Say) -> None:
+        """Make the FM's tokenizer fit, before rows are encoded and packages made.
+
+        Args:
+            processor: the FM's tokenizer, changed in place.
+            template: data.prompt-template.
+            vocabulary: token ids the FM knows.
+            name: of the FM, for messages.
+            say: told in one sentence what was set.
+
+        Raises:
+            UserError: tokenizer and model do not fit, or the template cannot be used.
+        """
+
+    def apart(self, model: nn.Module, other: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        """How far a model's outputs, which are too many to be kept, are from another's.
+
+        Args:
+            model: gets gradients, where they are on.
+            other: what it should come to; run without gradients.
+            batch: on the models' device, with or without labels.
+
+        Returns:
+            The sum of the divergences, and how many terms it has.
+        """
+
+    def write(
+        self,
+        model: nn.Module,
+        examples: Examples,
+        processor: Any,
+        max_length: int,
+        new_tokens: int,
+        batch_size: int,
+    ) -> list[Sample]:
+        """Let a model respond to some rows.
+
+        Args:
+            model: FM or proxy with the adapter.
+            examples: rows of the task.
+            processor: the FM's tokenizer.
+            max_length: tokens of a prompt at most.
+            new_tokens: tokens of a response at most.
+            batch_size: rows at once.
+
+        Returns:
+            One sample for each row, in order.
+        """
+
+    def judge(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """Values of the task's further metrics.
+
+        Args:
+            samples: what a model wrote.
+
+        Returns:
+            By the metric's name; nothing without samples.
         """
 
 

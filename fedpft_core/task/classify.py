@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import inf, nan, sqrt
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,98 +12,97 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedpft_core.data import files
-from fedpft_core.data.batches import Encoded, encode
 from fedpft_core.data.examples import Examples
-from fedpft_core.data.rows import Columns, Table, cell_text, read_split, read_table
-from fedpft_core.data.splits import DataSettings, columns_of, owned_split
+from fedpft_core.data.rows import Table, cell_text
 from fedpft_core.errors import UserError
-from fedpft_core.model.batch import Position, inputs_of
 from fedpft_core.model.device import Batch
-from fedpft_core.model.families import Family
 from fedpft_core.model.load import TaskModel
-from fedpft_core.task.base import Metric, Score
+from fedpft_core.task.base import MOST_TOKENS, Metric, Score
+from fedpft_core.task.labels import LabelTable, label_names, names_from_rows, shown
+from fedpft_core.task.row import RowTask, logits
 
 ACCURACY = Metric("accuracy", higher_is_better=True, share=True)
 MACRO_F1 = Metric("macro-F1", higher_is_better=True, share=True)
-
-
-def logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Class scores of a batch.
-
-    Args:
-        model: a classifier of the model library, with or without the adapter.
-        batch: inputs, on the model's device; labels are not looked at.
-
-    Returns:
-        [B, classes].
-    """
-    out: Tensor = model(**inputs_of(batch)).logits
-    return out
+MATTHEWS = Metric("Matthews correlation", higher_is_better=True, share=False)
 
 
 @dataclass(frozen=True)
-class Classify:
+class Classify(RowTask):
     """Which of some labels a row has; see `fedpft_core.task.base.Task` for each part.
 
-    Attributes:
-        name: `text`, `pair` or `image`, by what the rows are.
-        labels: class c is called labels[c]; empty where they are not known yet: then the rows
-            of a file are read with the labels they have.
+    It is called `text`, `pair` or `image`, by what the rows are. Class c is called labels[c];
+    where labels are not known yet, the rows of a file are read with the labels they have.
     """
 
-    name: str
-    labels: tuple[str, ...] = ()
-
     metric = ACCURACY
-    further = (MACRO_F1,)
+    further = (MACRO_F1, MATTHEWS)
     # Not the figures by class: they would tell how many validation rows are of each class.
     sent = ("rows", "correct", "loss")
-    refits = True
+    closed_form = "classes"
+    judged = Metric("rows right", higher_is_better=True, share=True)
 
-    @staticmethod
-    def open(
-        name: str, data: DataSettings, cache_dir: Path | None
-    ) -> tuple[Classify, Callable[[str, str], Examples]]:
-        """The task of a run's configuration, and a reader of (source, split).
-
-        Labels are those that ``data.labels`` lists, or else those of the rows.
+    def settled(self, table: Table, setting: str = "") -> Classify:
+        """The task with the labels that are listed, or else those of the rows.
 
         Args:
-            name: `text`, `pair` or `image`.
-            data: the run's settings of its rows.
-            cache_dir: where built-in data is cached; None for the default folder.
+            table: the rows that tell them where no setting does.
+            setting: the value of ``data.labels``; "" for none.
 
         Returns:
-            The task with its labels, and a function that gives the rows of a source's split.
+            A task with two labels or more.
 
         Raises:
-            UserError: the rows cannot be read, or have fewer than two labels.
+            UserError: the rows have fewer than two labels, or the setting cannot be used.
         """
-        columns, tables = columns_of(data), dict[tuple[str, str], Table]()
-
-        def table(source: str, split: str) -> Table:
-            if (source, split) not in tables:
-                tables[source, split] = read_split(source, split, columns, cache_dir)
-            return tables[source, split]
-
-        owned = table(*owned_split(data))
-        if data.labels:
-            names = label_names(data.labels)
+        if setting:
+            names = label_names(setting)
         else:
-            names = owned.names or _names_from_rows(owned.cells, owned.where)
+            names = table.names or names_from_rows(table.cells, table.where)
         if len(names) < 2:
             raise UserError(
-                f"{owned.where}: only one label, {names[0]!r}; classification needs two or more."
+                f"{table.where}: only one label, {names[0]!r}; classification needs two or more."
             )
-        return Classify(name, names), lambda *where: _examples(table(*where), names)
+        return Classify(self.name, names)
+
+    def learned(self, table: Table) -> Classify:
+        """The task with the labels that some rows have, sorted.
+
+        Args:
+            table: rows as read.
+
+        Returns:
+            A task of the same name; this one stays as it is.
+
+        Raises:
+            UserError: there are no rows.
+        """
+        return Classify(self.name, names_from_rows(table.cells, table.where))
+
+    def examples(self, table: Table) -> Examples:
+        """Rows with their class numbers; cells are matched as `label_index` says.
+
+        Args:
+            table: rows as read.
+
+        Returns:
+            The rows in their order.
+
+        Raises:
+            UserError: a row's label is unknown.
+        """
+        known = LabelTable(self.labels)
+        numbers = np.empty(len(table.cells), dtype=np.int64)
+        for i, value in enumerate(table.cells):
+            number = known.index(value)
+            if number is None:
+                raise UserError(
+                    f"{table.where}: row {i + 1} has the unknown label {cell_text(value)!r}; "
+                    f"known are {shown(self.labels)}."
+                )
+            numbers[i] = number
+        return Examples(table.inputs, numbers)
 
     # --- the model ---
-
-    @property
-    def reads(self) -> str:
-        """What its rows are to a model."""
-        return "image" if self.name == "image" else "text"
 
     def model(self) -> TaskModel:
         """A classifier of the model library with one output a label.
@@ -115,9 +112,7 @@ class Classify:
         """
         return TaskModel(
             reads=self.reads,
-            auto="AutoModelForImageClassification"
-            if self.reads == "image"
-            else "AutoModelForSequenceClassification",
+            auto=self.auto,
             settings={
                 "num_labels": len(self.labels),
                 "id2label": dict(enumerate(self.labels)),
@@ -126,63 +121,7 @@ class Classify:
             },
         )
 
-    def head(self, family: Family) -> tuple[str, ...]:
-        """The family's classification head.
-
-        Args:
-            family: of the model.
-
-        Returns:
-            Paths of its modules in the bare task model.
-        """
-        return family.head
-
-    def position(self, family: Family) -> Position:
-        """Where the family's classification head reads.
-
-        Args:
-            family: of the model.
-
-        Returns:
-            The family's `summary`.
-        """
-        return family.summary
-
     # --- rows ---
-
-    def read(self, path: str | Path, columns: Columns, key: str = "") -> Examples:
-        """All rows of one file; cells are matched as :func:`label_index` says.
-
-        Args:
-            path: .csv, .tsv, .json, .jsonl or .parquet file.
-            columns: which of its columns hold what.
-            key: configuration key to name in messages; "" for none.
-
-        Returns:
-            The rows in file order, each with its class number.
-
-        Raises:
-            UserError: the file cannot be read, or a row's label is unknown.
-        """
-        table = read_table(path, columns, key)
-        return _examples(table, self.labels or _names_from_rows(table.cells, table.where))
-
-    def learn(self, path: str | Path, columns: Columns, key: str = "") -> Classify:
-        """The same task with the labels that a file's rows have.
-
-        Args:
-            path: as `read` takes it.
-            columns: which of its columns hold what.
-            key: configuration key to name in messages; "" for none.
-
-        Returns:
-            A task whose labels are sorted; this one stays as it is.
-
-        Raises:
-            UserError: the file cannot be read, or has no rows.
-        """
-        table = read_table(path, columns, key)
-        return Classify(self.name, _names_from_rows(table.cells, table.where))
 
     def strata(self, examples: Examples) -> np.ndarray:
         """Rows go by their label.
@@ -206,19 +145,6 @@ class Classify:
         """
         counts = np.bincount(examples.labels, minlength=len(self.labels))
         return dict(zip(self.labels, counts.tolist(), strict=True))
-
-    def encode(self, examples: Examples, processor: Any, max_length: int) -> Encoded:
-        """Inputs, and one class number a row.
-
-        Args:
-            examples: rows of this task.
-            processor: a Hugging Face tokenizer for texts, an image processor for images.
-            max_length: tokens per row at most, special tokens included; unused for images.
-
-        Returns:
-            The rows in their order.
-        """
-        return encode(examples, processor, max_length)
 
     def any_labels(self, rows: int) -> Tensor:
         """The first class for every row.
@@ -246,17 +172,6 @@ class Classify:
         """
         return F.cross_entropy(logits(model, batch), batch["labels"], reduction=reduction)
 
-    def count(self, batch: Batch) -> int:
-        """Rows of the batch.
-
-        Args:
-            batch: inputs and labels.
-
-        Returns:
-            How many labels there are.
-        """
-        return len(batch["labels"])
-
     def sums(self, model: nn.Module, batch: Batch) -> dict[str, float]:
         """Rows, rows right, the sum of their cross-entropies, and what each class's F1 needs.
 
@@ -265,7 +180,7 @@ class Classify:
             batch: inputs and labels, on the model's device.
 
         Returns:
-            `rows`, `correct`, `loss`, and for each class c `hits c` and `named c`; see
+            `rows`, `correct`, `loss`, and for each class c `hits c`, `named c` and `given c`; see
             `_by_class`.
         """
         scores, labels = logits(model, batch), batch["labels"]
@@ -277,14 +192,14 @@ class Classify:
         }
 
     def score(self, sums: Mapping[str, float], seconds: float = 0.0) -> Score:
-        """Accuracy, with the standard error of a binomial share, and macro-F1.
+        """Accuracy, with the standard error of a binomial share, macro-F1 and Matthews correlation.
 
-        Macro-F1 has no standard error: it is no mean over rows, and the figures by class do not
-        tell which class a wrong row was given.
+        The latter two have no standard error: they are no means over rows, and the figures by
+        class do not tell which class a wrong row was given.
 
         Args:
             sums: `rows`, `correct` and `loss`; one that is missing counts as 0. Where there are
-                none by class, as in what clients send, macro-F1 is left out.
+                none by class, as in what clients send, the further metrics are left out.
             seconds: time that scoring took.
 
         Returns:
@@ -294,14 +209,18 @@ class Classify:
         n = max(rows, 1)
         value, loss = sums.get("correct", 0) / n, sums.get("loss", 0.0) / n
         error = sqrt(value * (1 - value) / n)
-        return Score(ACCURACY, value, error, loss, rows, seconds, _macro_f1(sums), dict(sums))
+        more = _macro_f1(sums) | _matthews(sums)
+        return Score(ACCURACY, value, error, loss, rows, seconds, more, dict(sums))
 
-    def check_sums(self, sums: Mapping[str, float], rows: int) -> None:
+    def check_sums(
+        self, sums: Mapping[str, float], rows: int, tokens_per_row: int = MOST_TOKENS
+    ) -> None:
         """Right rows are whole and within the rows; the loss is a sum of what is never below 0.
 
         Args:
             sums: figures that a client has sent.
             rows: rows that the client announced it keeps from training.
+            tokens_per_row: unused; what counts is rows.
 
         Raises:
             ValueError: the figures are others than these, or those that so many rows cannot have.
@@ -318,18 +237,6 @@ class Classify:
         if not 0 <= sums["loss"] < inf:
             raise ValueError("the loss of the validation rows is no finite number of at least 0")
 
-    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The class scores of a batch.
-
-        Args:
-            model: a classifier, with or without the adapter.
-            batch: inputs, on the model's device; labels are not looked at.
-
-        Returns:
-            [B, classes].
-        """
-        return logits(model, batch)
-
     def divergence(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Mean Kullback-Leibler divergence of the outputs' class shares from the target's.
 
@@ -345,24 +252,19 @@ class Classify:
             log_target=True,
         )  # fmt: skip
 
-    def merit(self, outputs: Tensor, labels: Tensor) -> int:
+    def merit(self, outputs: Tensor, answers: Tensor) -> int:
         """Rows whose highest score is their label's.
 
         Args:
             outputs: class scores [N, classes].
-            labels: int64 [N], on any device.
+            answers: int64 [N], on any device.
 
         Returns:
             How many rows are right.
         """
-        return int((outputs.argmax(-1) == labels.to(outputs.device)).sum())
+        return int((outputs.argmax(-1) == answers.to(outputs.device)).sum())
 
     # --- reference points ---
-
-    @property
-    def baselines(self) -> tuple[str, ...]:
-        """A linear probe, and TF-IDF where rows are texts."""
-        return ("linear-probe",) if self.reads == "image" else ("linear-probe", "tf-idf")
 
     def fit_baseline(
         self, name: str, train: tuple[Any, np.ndarray], test: tuple[Any, np.ndarray], seed: int
@@ -409,16 +311,20 @@ def _by_class(named: Tensor, labels: Tensor, classes: int) -> dict[str, int]:
         classes: how many there are.
 
     Returns:
-        For every class c `hits c`, its rows that are right, and `named c`, how often it stands in
-        `named` or in `labels`; F1 is twice the one over the other.
+        For every class c `hits c`, its rows that are right, `named c`, how often it stands in
+        `named` or in `labels` (F1 is twice the one over the other), and `given c`, how often it
+        stands in `named`.
     """
     hits = torch.bincount(labels[named == labels], minlength=classes).tolist()
-    both = torch.bincount(torch.cat([named, labels]), minlength=classes).tolist()
+    given = torch.bincount(named, minlength=classes).tolist()
+    has = torch.bincount(labels, minlength=classes).tolist()
     return {
         name: n
         for c in range(classes)
-        for name, n in ((f"hits {c}", hits[c]), (f"named {c}", both[c]))
-    }
+        for name, n in (
+            (f"hits {c}", hits[c]), (f"named {c}", given[c] + has[c]), (f"given {c}", given[c])
+        )
+    }  # fmt: skip
 
 
 def _macro_f1(sums: Mapping[str, float]) -> dict[str, float]:
@@ -431,113 +337,24 @@ def _macro_f1(sums: Mapping[str, float]) -> dict[str, float]:
     return {MACRO_F1.name: sum(each) / len(each)} if each else {}
 
 
-def label_index(value: Any, names: Sequence[str]) -> int | None:
-    """The class number that a label cell stands for, or None if it stands for none.
-
-    A cell is first compared with the names, as text without surrounding blanks (``3``, ``3.0`` and
-    ``" 3 "`` are all the text "3"). An integer that is no name is an index into ``names``, unless
-    all names are integers themselves, where it would be a label nobody has declared.
+def _matthews(sums: Mapping[str, float]) -> dict[str, float]:
+    """The correlation of classes given and classes had; 0 where either never changes.
 
     Args:
-        value: the cell.
-        names: the task's labels in order.
+        sums: with the figures by class, or without any.
 
     Returns:
-        Its position in `names`.
+        The coefficient from the margins of the confusion matrix (Gorodkin 2004, "Comparing two
+        K-category assignments by a K-category correlation coefficient", equation 8), by the
+        metric's name; empty without figures by class.
     """
-    return _LabelTable(names).index(value)
-
-
-class _LabelTable:
-    """Looks label cells up in the list of names; see :func:`label_index`."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.by_name = {cell_text(name): i for i, name in enumerate(names)}
-        self.all_integers = all(_as_integer(name) is not None for name in names)
-        if self.all_integers:
-            self.by_name = {str(_as_integer(name)): i for i, name in enumerate(names)}
-
-    def index(self, value: Any) -> int | None:
-        text = cell_text(value)
-        number = _as_integer(text)
-        if self.all_integers:
-            return None if number is None else self.by_name.get(str(number))
-        if text in self.by_name:
-            return self.by_name[text]
-        if number is not None and 0 <= number < len(self.by_name):
-            return number
-        return None
-
-
-def _as_integer(value: Any) -> int | None:
-    """The integer a cell's text writes ("007" and "3.0" do), or None."""
-    text = cell_text(value)
-    if text.endswith(".0"):
-        text = text[:-2]
-    digits = text[1:] if text[:1] in "+-" else text
-    # No label is a number of so many digits that Python would refuse to read it.
-    return int(text) if digits.isascii() and digits.isdigit() and len(digits) < 1000 else None
-
-
-def _examples(table: Table, names: Sequence[str]) -> Examples:
-    known = _LabelTable(names)
-    numbers = np.empty(len(table.cells), dtype=np.int64)
-    for i, value in enumerate(table.cells):
-        number = known.index(value)
-        if number is None:
-            shown = ", ".join(repr(name) for name in names[:8])
-            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            raise UserError(
-                f"{table.where}: row {i + 1} has the unknown label {cell_text(value)!r}; "
-                f"known are {shown}{more}."
-            )
-        numbers[i] = number
-    return Examples(table.inputs, numbers)
-
-
-def label_names(setting: str) -> tuple[str, ...]:
-    """The label names that ``data.labels`` lists.
-
-    Args:
-        setting: a path to a JSON list of names, or names separated by commas.
-
-    Returns:
-        The names in order.
-
-    Raises:
-        UserError: it names fewer than two, one twice, or an unreadable file.
-    """
-    if setting.lower().endswith(".json"):
-        text = files.read_text(setting, "data.labels")
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"data.labels: {setting}: line {error.lineno} is not valid JSON ({error.msg})."
-            ) from error
-        if not isinstance(values, list) or not all(
-            isinstance(value, str | int) and not isinstance(value, bool) for value in values
-        ):
-            raise UserError(f"data.labels: {setting}: a JSON list of names is needed.")
-        names = tuple(cell_text(value) for value in values)
-    else:
-        names = tuple(name.strip() for name in setting.split(","))
-    if not all(names):
-        raise UserError("data.labels: a label name is empty.")
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            raise UserError(f"data.labels: the name {name!r} occurs more than once.")
-    if len(names) < 2:
-        raise UserError(f"data.labels: {setting!r} is one name; two or more are needed.")
-    return names
-
-
-def _names_from_rows(labels: Sequence[Any], where: str) -> tuple[str, ...]:
-    """Sorted unique labels; numerically, and spelt as plain integers, if all are integers."""
-    if not labels:
-        raise UserError(f"{where}: the file holds no rows.")
-    texts = {cell_text(value) for value in labels}
-    numbers = {_as_integer(text) for text in texts}
-    if None not in numbers:
-        return tuple(str(number) for number in sorted(n for n in numbers if n is not None))
-    return tuple(sorted(texts))
+    given = {name.removeprefix("given "): n for name, n in sums.items() if name.startswith("given")}
+    rows = sum(given.values())
+    if not rows:
+        return {}
+    has = {c: sums[f"named {c}"] - n for c, n in given.items()}
+    agree = rows * sum(sums[f"hits {c}"] for c in given) - sum(has[c] * given[c] for c in given)
+    spread = (rows**2 - sum(n**2 for n in given.values())) * (
+        rows**2 - sum(n**2 for n in has.values())
+    )
+    return {MATTHEWS.name: agree / sqrt(spread) if spread else 0.0}

@@ -1,4 +1,4 @@
-"""Reference points before tuning: a linear probe on the frozen FM, and TF-IDF."""
+"""Reference points before tuning: a linear probe on the frozen FM, TF-IDF, the FM as it is."""
 
 from __future__ import annotations
 
@@ -15,23 +15,29 @@ from fedpft_core.model.batch import inputs_of, real_positions
 from fedpft_core.model.device import device_of, to_device
 from fedpft_core.model.families import family_of_model
 from fedpft_core.model.taps import keep
-from fedpft_core.task import Score, TaskData
+from fedpft_core.task import Score, Task, TaskData
+from fedpft_core.train.evaluate import evaluate
 
 
 @torch.inference_mode()
-def features(model: nn.Module, data: Encoded, batch_size: int) -> np.ndarray:
-    """Mean of the last block's output over real positions, dropout off.
+def features(model: nn.Module, data: Encoded, batch_size: int, task: Task) -> np.ndarray:
+    """The last block's output, dropout off: its mean over a row's real positions.
+
+    Where the head reads every position, it is that of each position with a label.
 
     Args:
         model: FM or proxy, bare or with the adapter; left in eval mode.
         data: rows, with or without labels.
         batch_size: rows at once.
+        task: says where its head reads.
 
     Returns:
-        float32 [rows, D], in row order; [0] without rows.
+        float32 [rows, D], or [N, D] for N positions, in row order; [0] without rows.
     """
     model.eval()
     family = family_of_model(model)
+    if task.position(family) == "every":
+        return _by_position(model, data, batch_size, task)
     rows = np.empty(0)
     with keep({"last": family.block_list(model)[-1]}) as seen:
         for batch in batches(data, batch_size, None):
@@ -47,6 +53,20 @@ def features(model: nn.Module, data: Encoded, batch_size: int) -> np.ndarray:
     return rows
 
 
+def _by_position(model: nn.Module, data: Encoded, batch_size: int, task: Task) -> np.ndarray:
+    found, rows = [np.empty((0, 0), dtype=np.float32)], [np.empty(0, dtype=np.int64)]
+    with keep({"last": family_of_model(model).block_list(model)[-1]}) as seen:
+        for batch in batches(data, batch_size, None):
+            batch = to_device(batch, device_of(model))
+            model(**inputs_of(batch))
+            h = seen["last"]
+            found.append(task.each(h, batch).cpu().numpy())
+            row = batch["index"][:, None].expand(h.shape[:2])
+            rows.append(task.each(row, batch).cpu().numpy())
+    order = np.argsort(np.concatenate(rows), kind="stable")
+    return np.concatenate(found[1:])[order] if len(found) > 1 else np.empty(0)
+
+
 def texts(rows: Examples) -> list[str]:
     """Each row as one text.
 
@@ -54,9 +74,9 @@ def texts(rows: Examples) -> list[str]:
         rows: texts or pairs of texts.
 
     Returns:
-        One text a row; a pair's two texts are joined by a blank.
+        One text a row; a pair's two texts, or a list's words, are joined by blanks.
     """
-    return [" ".join(x) if isinstance(x, tuple) else str(x) for x in rows.inputs]
+    return [" ".join(map(str, x)) if isinstance(x, tuple) else str(x) for x in rows.inputs]
 
 
 def score(fm: nn.Module, processor: Any, data: TaskData, config: Config) -> dict[str, Score]:
@@ -73,19 +93,19 @@ def score(fm: nn.Module, processor: Any, data: TaskData, config: Config) -> dict
     """
     task = data.task
     test = data.test if config.run.eval_split == "test" else data.validation
+    if "zero-shot" in task.baselines:
+        encoded = task.encode(test, processor, config.data.max_length)
+        return {"zero-shot": evaluate(fm, task, encoded, config.run.eval_batch_size)}
 
-    def inputs(name: str, rows: Examples) -> Any:
+    def known(name: str, rows: Examples) -> tuple[Any, np.ndarray]:
         if name == "tf-idf":
-            return texts(rows)
+            return texts(rows), rows.labels
         encoded = task.encode(rows, processor, config.data.max_length)
-        return features(fm, encoded, config.run.eval_batch_size)
+        assert encoded.labels is not None
+        found = features(fm, encoded, config.run.eval_batch_size, task)
+        return found, encoded.labels.numpy()
 
     return {
-        name: task.fit_baseline(
-            name,
-            (inputs(name, data.train), data.train.labels),
-            (inputs(name, test), test.labels),
-            config.run.seed,
-        )
+        name: task.fit_baseline(name, known(name, data.train), known(name, test), config.run.seed)
         for name in task.baselines
     }

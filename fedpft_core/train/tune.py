@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fedpft_core.data.augment import augmented
 from fedpft_core.data.batches import Encoded, batches
 from fedpft_core.model.batch import rows_of
 from fedpft_core.model.device import Batch, device_of, to_device
@@ -31,6 +32,7 @@ class LocalSettings:
     threads: int
     head_lr_scale: float = 1.0  # the head's rate is this times lr
     b_lr_scale: float = 1.0  # the rate of LoRA's B is this times lr
+    augment: float = 0.0  # of images: smallest share of the area that a crop keeps; 0 = none
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def local_batches(data: Encoded, settings: LocalSettings, seed: int) -> Iterator
 
     Args:
         data: labelled rows.
-        settings: its batch size, steps and epochs are read.
+        settings: its batch size, steps, epochs and augmentation are read.
         seed: of the order of the rows, drawn anew for each epoch.
 
     Yields:
@@ -90,6 +92,9 @@ def local_batches(data: Encoded, settings: LocalSettings, seed: int) -> Iterator
             if left == 0:
                 return
             left -= 1
+            if settings.augment and "pixel_values" in batch:
+                moved = augmented(batch["pixel_values"], settings.augment, derive(seed, left))
+                batch = batch | {"pixel_values": moved}
             yield batch
         epoch += 1
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from fedpft_core.errors import ReplyError
-from fedpft_core.head.statistics import Statistics
-from fedpft_core.head.statistics import check as check_sums
+from fedpft_core.head.closed import Form, Sums
 from fedpft_core.task import Task
 from fedpft_core.tensors import Tensors
 from fedpft_core.train.inactivity import Counts
@@ -105,7 +104,7 @@ def validate(
             f"validation row count {reply.validation_rows} is not the {held_out} announced"
         )
     try:
-        want.task.check_sums(reply.validation_sums, held_out)
+        want.task.check_sums(reply.validation_sums, held_out, want.tokens_per_row)
     except ValueError as error:
         raise ReplyError(str(error)) from error
     if reply.steps < 1:
@@ -165,33 +164,34 @@ def _validated_counts(reply: TrainReply, want: Expected) -> Counts | None:
 
 @dataclass(frozen=True)
 class ExpectedStatistics:
-    """What good class statistics look like.
+    """What good statistics look like.
 
     Attributes:
         round: the round asked for.
         digest: the sub-FM asked for.
-        classes: C.
+        form: what is summed.
         width: features D that are summed over.
         longest: largest L2 norm that a feature vector can have.
+        most: the most answers that a row can have.
     """
 
     round: int
     digest: str
-    classes: int
+    form: Form
     width: int
     longest: float
+    most: int = 1
 
     @property
     def max_bytes(self) -> int:
         """The largest reply that can be good."""
-        d = self.width
-        return 8 * (d * (d + 1) // 2 + self.classes * d + self.classes) + _SLACK
+        return 8 * self.form.numbers(self.width) + _SLACK
 
 
 def validate_statistics(
     reply: StatisticsReply, want: ExpectedStatistics, name: str, announced: int
-) -> Statistics:
-    """Check class statistics from the node `name`, which announced so many training rows.
+) -> Sums:
+    """Check statistics from the node `name`, which announced so many training rows.
 
     Args:
         reply: what came.
@@ -215,6 +215,6 @@ def validate_statistics(
         raise ReplyError(f"example count {reply.examples} is not the {announced} announced")
     if not _at_least(reply.seconds, 0):
         raise ReplyError("seconds is not a finite number of at least 0")
-    found = Statistics.from_tensors(reply.statistics, want.classes, want.width)
-    check_sums(found, announced, want.longest)
+    found: Sums = want.form.read(reply.statistics, want.width)
+    want.form.check(found, announced, want.longest, want.most)
     return found

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.data.batches import Encoded, batches
-from fedpft_core.head.discriminant import SHARES, Head, fitted, solve
+from fedpft_core.head.closed import Form, Sums, form_of
+from fedpft_core.head.discriminant import Head
 from fedpft_core.head.refit import features, labelled_features, last_linear
-from fedpft_core.head.statistics import Statistics, projection
+from fedpft_core.head.statistics import projection
 from fedpft_core.seeds import numpy_stream
 from fedpft_core.tensors import Tensors
 from fedpft_core.wire.validate import ExpectedStatistics
@@ -31,9 +32,23 @@ def wanted(bench: Bench) -> bool:
         bench: its task decides.
 
     Returns:
-        Whether the head ends in one linear layer and there are at least two labels.
+        Whether it can.
     """
-    return bench.rows.task.refits and len(bench.rows.task.labels) > 1
+    return bool(bench.rows.task.closed_form)
+
+
+def form(bench: Bench) -> Form:
+    """How the head of the task follows from sums.
+
+    Args:
+        bench: its task is one that `wanted` is true of.
+
+    Returns:
+        What is summed, and the head that sums give.
+    """
+    found = form_of(bench.rows.task)
+    assert found is not None
+    return found
 
 
 def asked(bench: Bench) -> bool:
@@ -92,12 +107,13 @@ def read(bench: Bench, model: torch.nn.Module, rows: Encoded) -> tuple[Tensor, T
         rows: labelled rows.
 
     Returns:
-        Features float64 [N, D], projected as the clients' are, and labels int64 [N]; [0, 1] and
+        Features float64 [N, D], projected as the clients' are, and answers [N, ...]; [0, 1] and
         [0] where there are no rows.
     """
     if not len(rows):
         return torch.zeros(0, 1, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
-    found, labels = labelled_features(model, rows, bench.config.run.eval_batch_size)
+    size, task = bench.config.run.eval_batch_size, bench.rows.task
+    found, labels = labelled_features(model, rows, size, task)
     turn = projected(bench, found.shape[1])
     return (found if turn is None else found @ turn), labels
 
@@ -116,7 +132,7 @@ def projected(bench: Bench, width: int) -> Tensor | None:
     return projection(width, config.head.max_features, config.run.seed)
 
 
-def gather(bench: Bench, strategy: Strategy, state: State) -> Statistics:
+def gather(bench: Bench, strategy: Strategy, state: State) -> Sums:
     """The class statistics of all connected clients' rows, at the adapter of `state`.
 
     Args:
@@ -138,18 +154,20 @@ def gather(bench: Bench, strategy: Strategy, state: State) -> Statistics:
     served = (
         batches(own, config.run.eval_batch_size, None) if own is not None else bench.rows.probe()
     )
-    longest = _ROOM * float(features(models.proxy, served).norm(dim=1).max())
+    read = features(models.proxy, served, bench.rows.task)
+    longest = _ROOM * float(read.norm(dim=1).max())
     want = ExpectedStatistics(
         round=state.round,
         digest=state.digest,
-        classes=len(bench.rows.task.labels),
+        form=form(bench),
         width=min(width, config.head.max_features),
         longest=longest,
+        most=config.data.max_length,
     )
     return strategy.gather(state, want)
 
 
-def best(bench: Bench, found: Statistics, model: torch.nn.Module) -> Head:
+def best(bench: Bench, found: Sums, model: torch.nn.Module) -> Head:
     """The head that some statistics give, shrunk and scaled to suit the server's labelled rows.
 
     Args:
@@ -164,22 +182,22 @@ def best(bench: Bench, found: Statistics, model: torch.nn.Module) -> Head:
     return fit(bench, found, read_rows, labels)
 
 
-def fit(bench: Bench, found: Statistics, rows: Tensor, labels: Tensor | None) -> Head:
+def fit(bench: Bench, found: Sums, rows: Tensor, labels: Tensor | None) -> Head:
     """The head of some statistics, judged by labelled rows, if any.
 
     Args:
         bench: its head.shrinkage is used where it is above 0.
         found: statistics of the features.
         rows: float64 [N, D], features of the rows to judge by.
-        labels: int64 [N]; None, or N = 0, where no row judges.
+        labels: their answers [N, ...]; None, or N = 0, where no row judges.
 
     Returns:
         The head over the features as clients sum them.
     """
-    fixed = bench.config.head.shrinkage
-    if labels is None or not len(labels):
-        return solve(found, fixed or None)
-    return fitted(found, rows, labels, shares=(fixed,) if fixed else SHARES)
+    fixed = bench.config.head.shrinkage or None
+    if labels is None:
+        rows, labels = rows[:0], torch.zeros(0)
+    return form(bench).fit(found, fixed, rows, labels)
 
 
 @torch.no_grad()
@@ -193,7 +211,8 @@ def write(bench: Bench, head: Head, model: torch.nn.Module) -> None:
     """
     layer = last_linear(model)
     turn = projected(bench, layer.in_features)
-    weight = head.weight if turn is None else head.weight @ turn.T
+    weight = head.weight if layer.bias is not None else head.weight + head.bias[:, None] * head.one
+    weight = weight if turn is None else weight @ turn.T
     layer.weight.copy_(weight.to(layer.weight))
     if layer.bias is not None:
         layer.bias.copy_(head.bias.to(layer.bias))
@@ -220,7 +239,7 @@ def start(bench: Bench, strategy: Strategy, state: State, events: Events) -> Non
 
 def again(
     bench: Bench, strategy: Strategy, state: State, events: Events, force: bool = False
-) -> Statistics | None:
+) -> Sums | None:
     """Take the statistics once more, of the tuned features, and use the head they give.
 
     With `head.end = better` it is used only where the server's unseen rows prefer it.
@@ -252,10 +271,10 @@ def again(
         judge = split(bench)[1]
         if not len(judge):
             return found
-        tuned = merit(bench, bench.models.proxy, judge)
+        tuned, _ = merit(bench, bench.models.proxy, judge)
         other = _with(bench, head, state.adapter)
         bench.models.plug(other)
-        merits = (tuned, merit(bench, bench.models.proxy, judge))
+        merits = (tuned, merit(bench, bench.models.proxy, judge)[0])
         taken = merits[1] > merits[0]
     if taken:
         state.adapter = _with(bench, head, state.adapter)
@@ -264,7 +283,7 @@ def again(
     return found
 
 
-def merit(bench: Bench, model: torch.nn.Module, rows: Encoded) -> int:
+def merit(bench: Bench, model: torch.nn.Module, rows: Encoded) -> tuple[float, int]:
     """The task's merit of a model on labelled rows (rows right).
 
     Args:
@@ -273,14 +292,16 @@ def merit(bench: Bench, model: torch.nn.Module, rows: Encoded) -> int:
         rows: at least one labelled row.
 
     Returns:
-        How many of the rows it labels right.
+        How many of the rows it labels right, or whatever the task's merit is, and over how many
+        that adds up.
     """
-    read_rows, labels = labelled_features(model, rows, bench.config.run.eval_batch_size)
+    size, task = bench.config.run.eval_batch_size, bench.rows.task
+    read_rows, labels = labelled_features(model, rows, size, task)
     layer = last_linear(model)
     scores = read_rows @ layer.weight.detach().to(read_rows).T
     if layer.bias is not None:
         scores = scores + layer.bias.detach().to(read_rows)
-    return bench.rows.task.merit(scores, labels)
+    return task.merit(scores, labels), len(labels)
 
 
 def _with(bench: Bench, head: Head, adapter: Tensors) -> Tensors:
@@ -296,15 +317,15 @@ def _with(bench: Bench, head: Head, adapter: Tensors) -> Tensors:
 def _emit(
     events: Events,
     round: int,
-    found: Statistics,
+    found: Sums,
     head: Head,
-    merits: tuple[int, int] | None,
+    merits: tuple[float, float] | None,
     taken: bool,
     began: float,
 ) -> None:
     before, after = merits if merits else (None, None)
     events.emit(ev.HeadSet(
-        round=round, rows=found.rows, classes=int(np.count_nonzero(found.counts.numpy())),
+        round=round, rows=found.rows, classes=found.groups,
         shrinkage=head.shrinkage, scale=head.scale, loss=head.loss,
         right_before=before, right_after=after, taken=taken,
         seconds=time.perf_counter() - began,

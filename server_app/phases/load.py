@@ -10,7 +10,7 @@ from torch import nn
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.adapter.start import by_inputs, orthonormal
 from fedpft_core.config import Config
-from fedpft_core.data.batches import tokenise_public
+from fedpft_core.data.batches import UNLEARNED, tokenise_public
 from fedpft_core.data.public import load_public
 from fedpft_core.errors import UserError
 from fedpft_core.model import load as models
@@ -20,7 +20,7 @@ from fedpft_core.proxy import cost as inspect
 from fedpft_core.proxy.build import build
 from fedpft_core.proxy.choose import make_plan
 from fedpft_core.seeds import derive, numpy_stream
-from fedpft_core.task import load_task
+from fedpft_core.task import Writer, load_task
 from fedpft_core.tensors import Tensors
 from server_app.bench import Bench, Rows, public_stream
 from server_app.models import Models
@@ -49,13 +49,15 @@ def load(config: Config, events: Events) -> Bench:
     with phase(events, "load"):
         device = pick_device(config.run.device, "run.device")
         loaded, rows = _read(config, events)
+        for note in loaded.notes:
+            events.emit(ev.Warned(text=note))
     with phase(events, "build"):
         made = _build(config, events, loaded, rows, device)
     bench = Bench(config, events, made, rows, device)
     made.plug(made.start)
     # `as-trained` is asked for, and the other ways say themselves what they lack.
     by_refit = config.plug.method == "refit" or not settles(bench)
-    asked = by_refit and config.plug.refit != "none"
+    asked = by_refit and config.plug.refit != "none" and rows.task.refits
     if asked and not made.plan.is_full and not refits(bench):
         events.emit(
             ev.Warned(
@@ -70,18 +72,31 @@ def _read(config: Config, events: Events) -> tuple[models.Loaded, Rows]:
     """The FM, and the server's rows encoded with its processor."""
     data = load_task(config.data, config.run.seed)
     task = data.task
+    if config.train.augment and task.reads != "image":
+        raise UserError(
+            f"train.augment = {config.train.augment:g} is for images, but the rows are texts."
+        )
     loaded = models.load(config.model, task.model(), config.run.seed)
+
+    def say(text: str) -> None:
+        events.emit(ev.Warned(text=text))
+
+    if isinstance(task, Writer):
+        task.prepare(
+            loaded.processor, config.data.prompt_template, loaded.shape.vocabulary,
+            loaded.source, say,
+        )  # fmt: skip
     public: list[Any] = load_public(
         config.data.public,
-        config.data.image_column or config.data.text_column,
-        task.name,
+        config.data.public_column or config.data.image_column or config.data.text_column,
+        task.reads,
         (data.train, data.validation, data.test),
         config.data.max_public_rows,
         derive(config.run.seed, "public") % 2**31,
     )
     _check_lengths(config, loaded)
     if task.reads == "text":
-        public = tokenise_public(public, loaded.processor)
+        public = tokenise_public(public, loaded.processor, ended=loaded.family.causal)
     if config.run.eval_split == "validation" and not len(data.validation):
         raise UserError(
             "run.eval-split = validation, but there are no validation rows: set "
@@ -101,10 +116,17 @@ def _read(config: Config, events: Events) -> tuple[models.Loaded, Rows]:
             for m in task.further
         ],
     ))  # fmt: skip
+    # What is cut is said of the rows that are scored, and of the others at the clients.
     encoded = [
-        task.encode(rows, loaded.processor, length)
-        for rows in (scored, data.validation.select(drawn))
+        task.encode(scored, loaded.processor, length, say),
+        task.encode(data.validation.select(drawn), loaded.processor, length),
     ]
+    told = encoded[0].token_labels
+    if isinstance(task, Writer) and told is not None and not (told != UNLEARNED).any():
+        raise UserError(
+            f"data.max-length = {length} leaves nothing of the responses of the "
+            f"{config.run.eval_split} rows to score."
+        )
     return loaded, Rows(config, data, public, loaded.processor, *encoded)
 
 

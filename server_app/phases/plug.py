@@ -7,17 +7,16 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
-
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.data.batches import Encoded, batches
 from fedpft_core.head import refit as plug
+from fedpft_core.head.closed import Sums
 from fedpft_core.head.imitate import Settings, imitate
 from fedpft_core.head.mapped import fit as mapped_to
-from fedpft_core.head.mapped import taken as taken_over
-from fedpft_core.head.statistics import Statistics
 from fedpft_core.seeds import derive, numpy_stream
+from fedpft_core.task import Writer
 from fedpft_core.tensors import Tensors
+from fedpft_core.train.evaluate import evaluate
 from server_app.bench import Bench
 from server_app.phases import heads
 from server_app.phases.reporting import progress
@@ -27,6 +26,9 @@ from server_app.strategy import Strategy
 
 METHODS = ("as-trained", "refit", "mapped", "distil")
 """The ways of plugging in that `best` chooses from, those that change less first."""
+
+HEADLESS = ("as-trained", "distil")
+"""The same for tasks that train no head."""
 
 
 def refits(bench: Bench) -> bool:
@@ -98,8 +100,15 @@ def settles(bench: Bench) -> bool:
         Whether it is.
     """
     config = bench.config
+    if config.federation.aggregate == "none":
+        return False
+    if isinstance(bench.rows.task, Writer):
+        # Between the two ways of `best` there is nothing to choose by without rows.
+        some = len(bench.rows.data.validation) > 1
+        asked = config.plug.method == "distil" or (config.plug.method == "best" and some)
+        return asked and not bench.models.plan.is_full
     late = config.head.end != "trained" or config.plug.method != "refit"
-    return late and heads.wanted(bench) and config.federation.aggregate != "none"
+    return late and heads.wanted(bench)
 
 
 def finish(bench: Bench, strategy: Strategy, state: State, events: Events) -> None:
@@ -117,6 +126,9 @@ def finish(bench: Bench, strategy: Strategy, state: State, events: Events) -> No
     models.plug(state.adapter)
     if not settles(bench):
         refit(bench, state.round, events)
+        return
+    if isinstance(bench.rows.task, Writer):
+        _finish_headless(bench, state, events)
         return
     mapped = method in ("best", "mapped") and not models.plan.is_full
     sums = heads.again(bench, strategy, state, events, force=mapped)
@@ -138,11 +150,11 @@ def finish(bench: Bench, strategy: Strategy, state: State, events: Events) -> No
     if method == "best":
         wanted = METHODS if len(judge) else ("refit", "mapped")
     made = _candidates(bench, sums, fit_rows, events, wanted)
-    taken, right, fitted = method, dict[str, int](), len(fit_rows)
+    taken, right, fitted, judges = method, dict[str, float](), len(fit_rows), 0
     if len(judge):
         for name, adapter in made.items():
             adapters.load(models.fm, adapter)
-            right[name] = heads.merit(bench, models.fm, judge)
+            right[name], judges = heads.merit(bench, models.fm, judge)
         if method == "best":
             # Of equals the first, which changes least.
             taken = max(right, key=lambda name: right[name])
@@ -155,14 +167,43 @@ def finish(bench: Bench, strategy: Strategy, state: State, events: Events) -> No
         taken = "mapped" if "mapped" in made else "refit"
     adapters.load(models.fm, made[taken])
     events.emit(ev.Plugged(
-        round=state.round, method=taken, right=right, rows=len(judge), fitted=fitted,
+        round=state.round, method=taken, right=right, rows=judges, fitted=fitted,
+        judged=bench.rows.task.judged.name, share=bench.rows.task.judged.share,
         seconds=time.perf_counter() - start,
+    ))  # fmt: skip
+
+
+def _finish_headless(bench: Bench, state: State, events: Events) -> None:
+    """The same for a task that trains no head: the adapter as it is, or the FM tuned towards it.
+
+    Args:
+        bench: models with the tuned adapter, and rows.
+        state: after the last round.
+        events: where what came of it is noted.
+    """
+    start, config, models = time.perf_counter(), bench.config, bench.models
+    rows, judge = heads.split(bench)
+    if len(rows) < 2:
+        rows = bench.rows.public_rows(config.plug.rows, "plug")
+    made = _candidates(bench, None, rows, events, HEADLESS)
+    taken, losses = "distil", dict[str, float]()
+    if len(judge):
+        for name, adapter in made.items():
+            adapters.load(models.fm, adapter)
+            found = evaluate(models.fm, bench.rows.task, judge, config.run.eval_batch_size)
+            losses[name] = found.loss
+        if config.plug.method == "best":
+            taken = min(losses, key=lambda name: losses[name])
+    adapters.load(models.fm, made[taken])
+    events.emit(ev.Plugged(
+        round=state.round, method=taken, right={}, losses=losses, rows=len(judge),
+        fitted=len(rows), seconds=time.perf_counter() - start,
     ))  # fmt: skip
 
 
 def _candidates(
     bench: Bench,
-    sums: Statistics | None,
+    sums: Sums | None,
     rows: Encoded,
     events: Events,
     wanted: Sequence[str],
@@ -184,20 +225,18 @@ def _candidates(
     made = {"as-trained": adapters.read(models.fm)}
     if "refit" in wanted or "mapped" in wanted:
         served = list(batches(rows, bench.config.run.eval_batch_size, None))
-        f_S, f_T = plug.features(models.proxy, served), plug.features(models.fm, served)
+        f_S, f_T = (plug.features(m, served, bench.rows.task) for m in (models.proxy, models.fm))
     if "refit" in wanted:
         weight, bias = plug.turned(plug.last_linear(models.fm), mapped_to(f_T, f_S, p.ridge))
         layer = plug.last_linear(models.fm)
-        with torch.no_grad():
-            layer.weight.copy_(weight)
-            layer.bias.copy_(bias)
+        plug.put(layer, weight, bias)
         made["refit"] = adapters.read(models.fm)
     if sums is not None and "mapped" in wanted:
         turn = heads.projected(bench, f_S.shape[1])
         x, y = (f_S, f_T) if turn is None else (f_S @ turn, f_T @ turn)
-        there = taken_over(sums, mapped_to(x, y, p.ridge), x, y)
-        labels = [batch["labels"] for batch in served if "labels" in batch]
-        head = heads.fit(bench, there, y, torch.cat(labels) if labels else None)
+        there = heads.form(bench).taken(sums, mapped_to(x, y, p.ridge), x, y)
+        known = plug.answers(served, bench.rows.task) if "labels" in served[0] else None
+        head = heads.fit(bench, there, y, known)
         heads.write(bench, head, models.fm)
         made["mapped"] = adapters.read(models.fm)
     if "distil" in wanted:

@@ -6,13 +6,16 @@ import time
 from dataclasses import replace
 
 from fedpft_core.adapter import lora as adapters
-from fedpft_core.task import Score
+from fedpft_core.model.families import base_model, family_of
+from fedpft_core.task import Score, Writer
 from fedpft_core.train.evaluate import evaluate
 from server_app.bench import Bench
 from server_app.phases.plug import refit, refits
 from server_app.phases.reporting import progress
 from server_app.run import schema as ev
 from server_app.state import State
+
+_SHOWN = 1000  # characters of a text that are kept for the report
 
 
 def score(bench: Bench, round: int, which: str) -> Score:
@@ -35,8 +38,40 @@ def score(bench: Bench, round: int, which: str) -> Score:
         model, bench.rows.task, rows, bench.config.run.eval_batch_size,
         lambda n: report(n, len(rows)),
     )  # fmt: skip
+    result = _written(bench, round, which, result)
     _emit(bench, round, which, result)
     return result
+
+
+def _written(bench: Bench, round: int, which: str, result: Score) -> Score:
+    """The score with what the model's writing adds to it, where the task is to write."""
+    task, config = bench.rows.task, bench.config
+    rows = bench.rows.samples
+    if not isinstance(task, Writer) or not len(rows):
+        return result
+    start = time.perf_counter()
+    model = bench.models.proxy if which == "proxy" else bench.models.fm
+    # What is written must fit behind the prompt.
+    shape = family_of(bench.models.plan.model_type).shape(base_model(model).config)
+    written = min(config.run.sample_tokens, shape.positions - 1)
+    longest = min(config.data.max_length, shape.positions - written)
+    found = task.write(
+        model, rows, bench.rows.processor, longest, written, config.run.eval_batch_size
+    )
+    seconds = time.perf_counter() - start
+    bench.events.emit(ev.Samples(
+        round=round, model=which, seconds=seconds,
+        samples=[
+            ev.Sample(
+                prompt=s.prompt[-_SHOWN:], reference=s.reference[:_SHOWN],
+                response=s.response[:_SHOWN],
+            )
+            for s in found
+        ],
+    ))  # fmt: skip
+    return replace(
+        result, more={**result.more, **task.judge(found)}, seconds=result.seconds + seconds
+    )
 
 
 def _emit(bench: Bench, round: int, which: str, result: Score) -> None:

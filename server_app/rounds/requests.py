@@ -69,8 +69,8 @@ def requests(
     t, wire = config.train, config.wire
     settings = LocalSettings(
         learning_rate(t.lr, round, config.federation.rounds), t.batch_size, t.local_epochs,
-        t.local_steps, t.weight_decay, t.clip, t.threads, t.head_lr_scale,
-        t.b_lr_scale,
+        t.local_steps, t.weight_decay, t.clip, t.threads, t.head_lr_scale, t.b_lr_scale,
+        t.augment,
     )  # fmt: skip
 
     def make(package: bytes, patches: tuple[Patch, ...]) -> TrainRequest:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from fedpft_core.config import Config
 from fedpft_core.errors import ReplyError
-from fedpft_core.head.statistics import Statistics, add
+from fedpft_core.head.closed import Sums
+from fedpft_core.head.statistics import add
 from fedpft_core.tensors import Tensors
 from fedpft_core.wire.envelope import Envelope
 from fedpft_core.wire.messages import Failure, StatisticsReply, StatisticsRequest
@@ -20,7 +21,7 @@ from server_app.rounds.requests import Request, by_need
 from server_app.state import Events, State
 
 
-class Sums(Awaited):
+class Gathered(Awaited):
     """The clients' statistics as they come in, and the reasons of those that were refused.
 
     They are added at the end, in the order of the names, so that the sums are the same to the bit
@@ -32,7 +33,7 @@ class Sums(Awaited):
     ) -> None:
         super().__init__(nodes, state, want.round, events)
         self.want = want
-        self.good: dict[str, Statistics] = {}  # by client name
+        self.good: dict[str, Sums] = {}  # by client name
 
     def judge(self, node: Node, reply: Envelope | Failure) -> None:
         """Keep the statistics of a reply, or why there are none."""
@@ -47,7 +48,7 @@ class Sums(Awaited):
             return
         self.state.have[node.name] = (self.state.digest,)
 
-    def total(self) -> Statistics:
+    def total(self) -> Sums:
         """The statistics of all rows together.
 
         Returns:
@@ -89,4 +90,4 @@ def statistics_requests(config: Config, state: State, package: bytes, adapter: T
     return by_need(state, package, make)
 
 
-__all__ = ["Sums", "statistics_requests"]
+__all__ = ["Gathered", "statistics_requests"]

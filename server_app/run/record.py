@@ -110,6 +110,7 @@ class Record:
     nodes: ev.Nodes | None = None
     distilled: ev.Distilled | None = None
     baselines: dict[str, ev.Baseline] = field(default_factory=dict)
+    samples: dict[str, ev.Samples] = field(default_factory=dict)  # the last of each model
     validation: dict[str, ev.Validation] = field(default_factory=dict)  # by model
     phase_seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)  # by process
@@ -234,6 +235,8 @@ class Record:
                 at.finished, at.ended = event, now
             case ev.Evaluation():
                 self.round(event.round).scores[event.model] = event
+            case ev.Samples():
+                self.samples[event.model] = event
             case ev.ClientValidation():
                 self.round(event.round).clients = event
             case ev.Refit():

@@ -291,6 +291,30 @@ class Validation(Scored, name="validation"):
     seconds: float  # how long it took
 
 
+class Sample(TypedDict):
+    """A row with what a model wrote for it.
+
+    Attributes:
+        prompt: what the model was given.
+        reference: what the row says.
+        response: what the model wrote.
+    """
+
+    prompt: str
+    reference: str
+    response: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples(Event, name="samples"):
+    """A model has written responses; the texts are cut to what a report shows."""
+
+    round: int  # the round; 0 is before the first
+    model: str  # as of an evaluation
+    samples: list[Sample]  # the same rows each time
+    seconds: float  # how long it took
+
+
 @dataclass(frozen=True, kw_only=True)
 class Baseline(Scored, name="baseline"):
     """The score of a reference point."""
@@ -311,16 +335,17 @@ class ClientValidation(Scored, name="client_validation"):
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSet(Event, name="head"):
-    """The head has been computed from the clients' class statistics."""
+    """The head has been computed from the clients' statistics."""
 
     round: int  # rounds done
-    rows: int  # rows summed over, at the clients
-    classes: int  # classes that any of them has
+    rows: int  # rows summed over, at the clients; tokens where each has a label
+    classes: int  # classes that any of them has; 0 where there are none
     shrinkage: float  # share of the identity in the covariance
     scale: float  # factor of the scores
-    loss: float | None  # cross-entropy on the server's rows that shrinkage and scale were chosen by
-    right_before: int | None  # of the rows that judge, those the tuned head labels right
-    right_after: int | None  # the same, of the head computed
+    loss: float | None  # on the server's rows that shrinkage and scale were chosen by
+    # of the rows that judge, those the tuned head labels right, or another merit of the task's
+    right_before: float | None
+    right_after: float | None  # the same, of the head computed
     taken: bool  # whether the computed head is used
     seconds: float  # the exchange and the computation
 
@@ -331,8 +356,14 @@ class Plugged(Event, name="plugged"):
 
     round: int  # rounds done
     method: str  # the candidate that was taken
-    right: dict[str, int]  # rows that judge and that each candidate labels right; empty without any
-    rows: int  # rows that judge
+    # rows that judge and that each candidate labels right, or another merit of the task's that
+    # adds up over them; empty without any
+    right: dict[str, float]
+    # mean loss of each candidate on the rows that judge, where the task has no label to be right
+    losses: dict[str, float] = field(default_factory=dict)
+    rows: int  # rows that judge; tokens where each has a label
+    judged: str = "rows right"  # what `right` over `rows` is called
+    share: bool = True  # whether that is a share in [0, 1], shown as percent
     fitted: int  # rows that candidates were fitted with
     seconds: float  # all candidates together
 

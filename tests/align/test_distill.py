@@ -224,9 +224,16 @@ def test_alignment_patch_moves_the_digest_and_only_chosen_neurons_travel(family:
     assert patch.source == package.digest()
     assert patch.target == after.digest() != patch.source
     neurons = sum(len(i) for i in chosen.values())
-    shared = 2 * (16 + (32 if family in tiny.TEXT_FAMILIES else 0))
+    row = family_of(family)
+    per_neuron, shared = 0, 0
+    for part, p in pruned_ffns(student, plan)[1].parts().items():
+        if FFN.neuron_axis(part) is None:
+            shared += 2 * p.numel()
+        else:
+            per_neuron += 16 if part.endswith("weight") else 1
+    assert per_neuron >= 16 * (len(row.ffn_in) + 1)
     floats = sum(t.numel() for n, t in patch.tensors.items() if not n.endswith("/index"))
-    assert floats == neurons * (16 + 1 + 16) + shared
+    assert floats == neurons * per_neuron + shared
     arrived = patches.apply_patch(package, patch, dict(digests))
     assert tiny.same_bits(arrived.weights, after.weights)
     live = dict(student.get_base_model().named_parameters())

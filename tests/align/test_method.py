@@ -150,16 +150,17 @@ def _lstsq(
     """New W2 and b2 by NumPy's least squares on the tokens themselves, the ridge as extra rows."""
     picked = a[:, index]
     lam = ridge * (picked**2).sum(0).mean()
-    rows = np.concatenate([picked, np.ones((len(a), 1))], 1)
-    extra = np.concatenate([np.sqrt(lam) * np.eye(len(index)), np.zeros((len(index), 1))], 1)
+    free = int(ffn.out.bias is not None)  # columns for b2
+    rows = np.concatenate([picked, np.ones((len(a), free))], 1)
+    extra = np.concatenate([np.sqrt(lam) * np.eye(len(index)), np.zeros((len(index), free))], 1)
     delta, *_ = np.linalg.lstsq(
         np.concatenate([rows, extra]),
         np.concatenate([residual, np.zeros((len(index), residual.shape[1]))]),
         rcond=None,
     )
     w = ffn.out.weight.detach().numpy().copy()
-    w[:, index] += delta[:-1].T
-    return w, ffn.out.bias.detach().numpy() + delta[-1]
+    w[:, index] += delta[: len(index)].T
+    return w, ffn.out.bias.detach().numpy() + delta[-1] if free else np.zeros(len(w))
 
 
 def _tokens(
@@ -197,16 +198,16 @@ def test_closed_form_equals_numpys_least_squares(family: str, index: list[int] |
     for block, ffn in pruned_ffns(job.student, job.plan).items():
         x, y = _tokens(job.teacher, family, block, batches)
         with torch.no_grad():
-            pre = ffn.ins[0](torch.tensor(x))
-            a = ffn.activation(pre).numpy()
-        mine = a @ ffn.out.weight.detach().numpy().T + ffn.out.bias.detach().numpy()
+            a = ffn.inner(torch.tensor(x)).numpy()
+            mine = ffn(torch.tensor(x)).numpy()
         want[block] = _lstsq(ffn, a, y - mine, 0.05, index or list(range(ffn.neurons)))
     first, last, _ = alignment.run("closed-form", job)
     errors = []
     for block, ffn in pruned_ffns(job.student, job.plan).items():
         w, b = want[block]
         np.testing.assert_allclose(ffn.out.weight.detach().numpy(), w, rtol=1e-8, atol=1e-10)
-        np.testing.assert_allclose(ffn.out.bias.detach().numpy(), b, rtol=1e-8, atol=1e-10)
+        if ffn.out.bias is not None:
+            np.testing.assert_allclose(ffn.out.bias.detach().numpy(), b, rtol=1e-8, atol=1e-10)
         x, y = _tokens(job.teacher, family, block, batches)
         with torch.no_grad():
             errors.append(((y - ffn(torch.tensor(x)).numpy()) ** 2).sum() / (y**2).sum())
@@ -229,7 +230,8 @@ def test_sequential_fits_the_last_block_to_the_students_own_inputs(family: str) 
         ones = ones + r.sum(0)
     scale = float(job.teacher.get_base_model().num_labels)  # of order 1
     assert float(torch.as_tensor(cross).abs().max()) < 1e-5 * scale
-    assert float(torch.as_tensor(ones).abs().max()) < 1e-5 * scale
+    if pruned_ffns(job.student, job.plan)[block].out.bias is not None:
+        assert float(torch.as_tensor(ones).abs().max()) < 1e-5 * scale
 
 
 def test_sequential_mends_what_earlier_blocks_left() -> None:
@@ -296,14 +298,13 @@ def test_gradient_objective_is_output_error_plus_squared_relative_distance(
     )
     with distill.only_trained(job.student, distill.moving_parts(job.student, job.plan).values()):
         found = float(objective(batch).detach())
-    v = torch.randn(
-        len(next(iter(batch.values()))), 16,
-        generator=distill.torch_stream(4, "gradient-matching"),
-    )  # fmt: skip
     flat = []
     for model, plan in ((job.teacher, None), (job.student, job.plan)):
         live = {n: p for n, p in adapters.parameters(model, plan).items() if ".lora_" in n}
-        h = oracles.block_outputs(model, batch)[-1][:, 0]
+        h = oracles.block_outputs(model, batch)[-1]
+        h = oracles.head_reads(h, batch, family_of(family).summary)
+        stream = distill.torch_stream(4, "gradient-matching")
+        v = torch.randn(h.shape, generator=stream)
         grads = torch.autograd.grad((h * v.double()).sum(), list(live.values()))
         flat.append([x for g in grads for x in g.flatten().tolist()])
     _, distance = oracles.cosine_and_distance(*flat)
@@ -373,7 +374,7 @@ def test_layer_drop_trains_the_inner_blocks_to_stand_for_those_dropped(
         if not inside:
             assert torch.equal(value, mine[name]), name
     moved = [n for n, v in tiny.weights(job.student).items() if not torch.equal(v, mine[n])]
-    assert any("attention" in n for n in moved)
+    assert any(family_of(family).attention[3] in n for n in moved)
 
 
 def test_layer_drop_without_inner_blocks_has_nothing_to_train() -> None:

@@ -49,7 +49,10 @@ def test_each_round_reports_what_clients_keep_back(tmp_path: Path) -> None:
     # No row is in both parts, and none is lost: the training file has 240 less those of the server.
     total = sum(m.examples + m.validation_rows for m in replies[1])
     (task,) = tiny.main_run(events, "task")
-    further = [{"name": "macro-F1", "higher_is_better": True, "share": True}]
+    further = [
+        {"name": "macro-F1", "higher_is_better": True, "share": True},
+        {"name": "Matthews correlation", "higher_is_better": True, "share": False},
+    ]
     assert task["further"] == further
     assert all(0 <= e["more"]["macro-F1"] <= 1 for e in tiny.main_run(events, "evaluation"))
     assert total == task["train"]

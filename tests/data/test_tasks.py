@@ -18,7 +18,7 @@ from fedpft_core.data.rows import Columns
 from fedpft_core.data.splits import stratified_subset
 from fedpft_core.errors import UserError
 from fedpft_core.task import load_task, make
-from fedpft_core.task.classify import label_index
+from fedpft_core.task.labels import label_index
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ class Data:
     text_pair_column: str = ""
     image_column: str = ""
     label_column: str = "label"
+    task: str = ""
+    label_separator: str = ","
+    response_column: str = ""
+    messages_column: str = ""
+    source_column: str = ""
     labels: str = ""
     validation_share: float = 0.0
     max_train_rows: int = 0

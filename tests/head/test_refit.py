@@ -9,6 +9,7 @@ from torch import nn
 
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.head import refit as plug
+from fedpft_core.head.mapped import steadiest
 from fedpft_core.task.classify import logits
 
 
@@ -62,10 +63,28 @@ def test_few_rows_turn_little_and_one_only_shifts() -> None:
     torch.testing.assert_close(f_T @ weight.T + bias, wanted)
 
 
-def test_a_head_without_bias_is_refused() -> None:
-    found = plug.fit(draw(9, 4), draw(9, 4, seed=1), 1.0)
-    with pytest.raises(ValueError, match="no bias"):
-        plug.turned(nn.Linear(4, 2, bias=False), found)
+def test_a_head_without_bias_takes_the_shift_along_what_varies_least() -> None:
+    """A feature that is always 2 serves as the bias, exactly."""
+    f_S, shift = draw(200, 8), draw(8, seed=2)
+    f_S[:, 3] = 2.0
+    shift[3] = 0.0
+    head = nn.Linear(8, 3, bias=False).double()
+    f_T = f_S + shift
+    weight, bias = plug.turned(head, plug.fit(f_T[:100], f_S[:100], 1e-12))
+    assert bias is None
+    torch.testing.assert_close(f_T @ weight.T, head(f_S).detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_the_steadiest_functional_is_one_at_the_mean_and_varies_least() -> None:
+    x = draw(50, 5) + draw(5, seed=1)
+    spread, mean = torch.cov(x.T), x.mean(0)
+    u = steadiest(spread, mean)
+    assert float(u @ mean) == pytest.approx(1.0)
+    for seed in range(20):
+        other = draw(5, seed=10 + seed)
+        other = other / (other @ mean)
+        assert float(u @ spread @ u) <= float(other @ spread @ other)
+    assert not steadiest(spread, torch.zeros_like(mean)).any()
 
 
 def test_the_head_that_labels_more_rows_right_is_taken() -> None:
@@ -88,7 +107,7 @@ def test_the_head_that_labels_more_rows_right_is_taken() -> None:
     with torch.no_grad():
         # Scores large against the bias, so that the two heads disagree on some row.
         plug.last_linear(fm).weight.mul_(50)
-        f_T, f_S = (plug.features(m, [batch]) for m in (fm, proxy))
+        f_T, f_S = (plug.features(m, [batch], tiny.TASK) for m in (fm, proxy))
         trained = logits(fm, batch).argmax(-1)
         refitted = trained.clone()
         for row in range(n):
@@ -122,20 +141,24 @@ def test_every_family(family: str) -> None:
     before = {k: t.clone() for k, t in fm.state_dict().items()}
     head = plug.last_linear(fm)
     with torch.no_grad():
-        f_T = plug.features(fm, rows())
+        f_T = plug.features(fm, rows(), tiny.task_of(family))
         # What it reads is what the scores are made of.
-        torch.testing.assert_close(head(f_T.float()), logits(fm, batch))
-        weight, bias = head.weight.double(), head.bias.double()
+        torch.testing.assert_close(head(f_T.float()), logits(fm, batch), rtol=1e-5, atol=1e-5)
+        weight = head.weight.double()
+        bias = weight.new_zeros(3) if head.bias is None else head.bias.double()
         found = plug.refit_head(fm, proxy, tiny.TASK, rows, 1.0).map
         mapped = (f_T - found.mean_x) @ found.turn + found.mean_y
-        torch.testing.assert_close(
-            logits(fm, batch).double(), mapped @ weight.T + bias, rtol=1e-4, atol=1e-4
-        )
+        want = mapped @ weight.T + bias
+        if head.bias is None:  # the shift is met in the mean, and elsewhere by what varies least
+            shift = weight @ found.mean_y - weight @ found.turn.T @ found.mean_x
+            want = want + (f_T @ found.one - 1)[:, None] * shift
+            assert float(found.mean_x @ found.one) == pytest.approx(1.0)
+        torch.testing.assert_close(logits(fm, batch).double(), want, rtol=1e-4, atol=1e-4)
     assert found.error_after < found.error_before
     for k, t in proxy.state_dict().items():
         assert torch.equal(t, kept[k]), k
     changed = {k for k, t in fm.state_dict().items() if not torch.equal(t, before[k])}
     trained = {f"base_model.model.{k}" for k in adapters.parameters(fm)}
-    assert len(changed) == 2
+    assert len(changed) == (1 if head.bias is None else 2)
     for k in changed:
         assert k.replace(".modules_to_save.default", "") in trained

@@ -32,7 +32,7 @@ def _activations(fm: nn.Module, family: str, batch: dict[str, torch.Tensor]) -> 
     """What enters each block's out-projection, [B, L, F]."""
     seen: list[torch.Tensor] = []
     handles = [
-        ffn.activation.register_forward_hook(lambda _m, _i, out: seen.append(out))
+        ffn.out.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
         for ffn in family_of(family).ffns(fm)
     ]
     with torch.no_grad():
@@ -65,20 +65,34 @@ def test_activation_is_the_rms_of_what_a_neuron_adds(family: str) -> None:
         torch.testing.assert_close(score, want, rtol=1e-10, atol=0)
 
 
+def _row_sums(values: torch.Tensor, batch: dict[str, torch.Tensor], position: str) -> torch.Tensor:
+    """The sum over the positions of each row; with one position a row, the values themselves."""
+    if position != "every":
+        return values
+    lengths = (
+        batch["attention_mask"].sum(1).tolist()
+        if "attention_mask" in batch
+        else [len(values) // len(next(iter(batch.values())))] * len(next(iter(batch.values())))
+    )
+    return torch.stack([part.sum() for part in values.split([int(n) for n in lengths])])
+
+
 @families
 def test_gradient_is_the_first_order_change_when_a_neuron_is_removed(family: str) -> None:
     """Finite differences: each neuron's out-column scaled by 1 ± ε, row by row."""
     probe, batches = _probe(family)
     found = saliency.scores("gradient", probe)
-    stream, step = torch_stream(3, "saliency-gradient"), 1e-5
-    draws = [torch.randn(len(next(iter(b.values()))), 16, generator=stream) for b in batches]
+    step = 1e-5
+    position = family_of(family).summary
 
     def rows(fm: nn.Module) -> torch.Tensor:
+        stream = torch_stream(3, "saliency-gradient")
+        values = []
         with torch.no_grad():
-            values = [
-                (oracles.block_outputs(fm, b)[-1][:, 0] * v.double()).sum(1)
-                for b, v in zip(batches, draws, strict=True)
-            ]
+            for b in batches:
+                read = oracles.head_reads(oracles.block_outputs(fm, b)[-1], b, position)
+                v = torch.randn(read.shape, generator=stream).double()
+                values.append(_row_sums((read * v).sum(1), b, position))
         return torch.cat(values)
 
     for i in (0, 2, 3):

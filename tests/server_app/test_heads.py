@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from client_app.client import Client
 from fedpft_core.errors import ReplyError, RunError
+from fedpft_core.head.closed import Classes, Labels, Values
 from fedpft_core.head.discriminant import solve
 from fedpft_core.head.statistics import Statistics
 from fedpft_core.wire import codec
@@ -170,7 +171,7 @@ def test_messages_open_as_they_were_sealed() -> None:
 def test_a_reply_to_something_else_is_refused(change: dict[str, Any], reason: str) -> None:
     f = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).double()
     sums = Statistics.of(f, torch.arange(9) % 3, 3)
-    want = ExpectedStatistics(0, "0" * 64, 3, 4, float(f.norm(dim=1).max()))
+    want = ExpectedStatistics(0, "0" * 64, Classes(3), 4, float(f.norm(dim=1).max()))
     good = {"name": "a", "round": 0, "digest": "0" * 64, "examples": 9, "seconds": 0.1}
     found = validate_statistics(StatisticsReply(**good, statistics=sums.tensors()), want, "a", 9)
     assert torch.equal(solve(found).weight, solve(sums).weight)
@@ -178,3 +179,42 @@ def test_a_reply_to_something_else_is_refused(change: dict[str, Any], reason: st
         validate_statistics(
             StatisticsReply(**good | change, statistics=sums.tensors()), want, "a", 9
         )
+
+
+def test_the_order_of_replies_does_not_change_a_bit() -> None:
+    """Clients' sums are added in the order of names, whatever order they came in."""
+    from server_app.rounds.nodes import Node
+    from server_app.rounds.statistics import Gathered
+    from server_app.state import State
+
+    class Silent:
+        def emit(self, event: Any) -> None:
+            pass
+
+    generator = torch.Generator().manual_seed(0)
+    rows = {
+        f"c{k}": (
+            10.0**k * torch.randn(9, 4, generator=generator, dtype=torch.float64),
+            torch.randn(9, generator=generator, dtype=torch.float64),
+        )
+        for k in range(5)
+    }
+    for form, learned in (
+        (Values(1), lambda y: y), (Labels(2), lambda y: torch.stack([y > 0, y > 1], 1).double()),
+        (Classes(2), lambda y: (y > 0).long()),
+    ):  # fmt: skip
+        totals = []
+        for names in (sorted(rows), sorted(rows)[::-1], ["c3", "c0", "c4", "c2", "c1"]):
+            nodes = [Node(i, name, 9) for i, name in enumerate(names)]
+            state = State.__new__(State)
+            state.have, state.digest = {}, "0" * 64
+            want = ExpectedStatistics(0, "0" * 64, form, 4, 1e6)
+            got = Gathered(want, nodes, state, Silent())
+            for node in nodes:
+                x, y = rows[node.name]
+                sums = form.of(x, learned(y)).tensors()
+                reply = StatisticsReply(node.name, 0, "0" * 64, 9, 1.0, sums)
+                got.judge(node, seal(reply))
+            assert not got.bad, got.bad
+            totals.append(got.total().tensors())
+        assert all(tiny.same_bits(totals[0], other) for other in totals[1:])

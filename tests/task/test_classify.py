@@ -12,12 +12,12 @@ import torch
 
 from fedpft_core.data.batches import batches
 from fedpft_core.data.examples import Examples
-from fedpft_core.data.rows import Columns
+from fedpft_core.data.rows import TASKS, Columns
 from fedpft_core.errors import UserError
 from fedpft_core.model.batch import Position, read_at
 from fedpft_core.model.families import FAMILIES
 from fedpft_core.task import KINDS, kind_of, make, mean_score
-from fedpft_core.task.classify import _by_class, _macro_f1, logits
+from fedpft_core.task.classify import _by_class, _macro_f1, _matthews, logits
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 
@@ -27,7 +27,7 @@ def test_looked_up_by_the_name_in_packages() -> None:
         task = make(name, ["a", "b"])
         assert (task.name, task.labels) == (name, ("a", "b"))
         assert task == make(name, ("a", "b")) and hash(task) == hash(make(name, ("a", "b")))
-        assert task.reads == ("image" if name == "image" else "text")
+        assert task.reads == ("image" if name.startswith("image") else "text")
     with pytest.raises(UserError, match="'poem' is no kind of task; there are text, pair, image"):
         make("poem")
 
@@ -36,6 +36,10 @@ def test_columns_tell_the_kind() -> None:
     assert kind_of(Columns()) == "text"
     assert kind_of(Columns(text_pair="other")) == "pair"
     assert kind_of(Columns(image="image")) == "image"
+    assert kind_of(Columns(task="regress", text_pair="other")) == "pair-regression"
+    assert kind_of(Columns(task="multi-label")) == "text-labels"
+    assert kind_of(Columns(task="tokens")) == "tokens"
+    assert {kind_of(Columns(task=task)) for task in TASKS} <= KINDS.keys()
 
 
 def test_score_is_the_share_right_with_its_standard_error() -> None:
@@ -58,7 +62,7 @@ def test_score_is_the_share_right_with_its_standard_error() -> None:
 @families
 def test_macro_f1_is_scikit_learns(family: str) -> None:
     """Over batches of uneven size, and where a class is neither in the rows nor named."""
-    from sklearn.metrics import f1_score
+    from sklearn.metrics import f1_score, matthews_corrcoef
 
     from fedpft_core.train.evaluate import evaluate
 
@@ -71,13 +75,16 @@ def test_macro_f1_is_scikit_learns(family: str) -> None:
             with torch.no_grad():
                 named += logits(model, batch).argmax(-1).tolist()
             labels += batch["labels"].tolist()
-        assert score.more == {"macro-F1": pytest.approx(f1_score(labels, named, average="macro"))}
+        assert score.more == {
+            "macro-F1": pytest.approx(f1_score(labels, named, average="macro")),
+            "Matthews correlation": pytest.approx(matthews_corrcoef(labels, named)),
+        }
         assert score.fields()["more"] == dict(score.more)
         assert list(score.more) == [metric.name for metric in task.further]
 
 
 def test_macro_f1_of_made_up_predictions() -> None:
-    from sklearn.metrics import f1_score
+    from sklearn.metrics import f1_score, matthews_corrcoef
 
     rng = np.random.default_rng(0)
     for classes in (2, 3, 10):
@@ -86,7 +93,9 @@ def test_macro_f1_of_made_up_predictions() -> None:
             sums = _by_class(torch.as_tensor(named), torch.as_tensor(labels), classes)
             want = f1_score(labels, named, average="macro")
             assert _macro_f1(sums) == {"macro-F1": pytest.approx(want)}
-    assert _macro_f1({}) == {}
+            want = matthews_corrcoef(labels, named)
+            assert _matthews(sums) == {"Matthews correlation": pytest.approx(want)}
+    assert _macro_f1({}) == _matthews({}) == {}
 
 
 def test_a_baselines_macro_f1_is_scikit_learns() -> None:
@@ -103,7 +112,7 @@ def test_a_baselines_macro_f1_is_scikit_learns() -> None:
     probe = LogisticRegression(C=0.1, max_iter=300, random_state=0)
     found = make_pipeline(StandardScaler(), probe).fit(*train)
     want = f1_score(test[1], found.predict(test[0]), average="macro")
-    assert score.more == {"macro-F1": pytest.approx(want)}
+    assert score.more["macro-F1"] == pytest.approx(want)
 
 
 @families
@@ -111,10 +120,10 @@ def test_what_a_client_may_send_gives_the_accuracy_and_nothing_by_class(family: 
     model, task = tiny.model(family), tiny.task_of(family)
     with torch.no_grad():
         sums = task.sums(model, tiny.batch_of(family))
-    assert set(task.sent) == {"rows", "correct", "loss"} and len(sums) == 3 + 2 * len(task.labels)
+    assert set(task.sent) == {"rows", "correct", "loss"} and len(sums) == 3 + 3 * len(task.labels)
     sent = {name: sums[name] for name in task.sent}
     task.check_sums(sent, 7)
-    with pytest.raises(ValueError, match="the figures of validation rows are correct, hits 0"):
+    with pytest.raises(ValueError, match="the figures of validation rows are correct, given 0"):
         task.check_sums(sums, 7)
     whole, part = task.score(sums), task.score(sent)
     assert (part.value, part.error, part.loss, part.rows) == (

@@ -59,10 +59,10 @@ def _double(data: Encoded) -> Encoded:
 
 
 def _reach_exact_zero(model: torch.nn.Module, plan: Plan) -> None:
-    """Some neurons far below -8.3, where GELU is exactly 0, in float64 too."""
+    """Some neurons far below -8.3, where GELU is exactly 0, or -745, where SiLU is, in float64."""
     with torch.no_grad():
         for ffn in pruned_ffns(model, plan).values():
-            ffn.ins[0].weight[:3].mul_(40.0)
+            ffn.ins[0].weight[:3].mul_(40.0 if len(ffn.ins) == 1 else 4000.0)
 
 
 @families

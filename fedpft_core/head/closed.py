@@ -1,0 +1,363 @@
+"""Heads in closed form by the task's kind: what is summed, and the head that follows from sums.
+
+A task names its form (`Task.closed_form`); nothing else tells them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+from torch import Tensor
+
+from fedpft_core.head import binary, discriminant, mapped, moments, ridge, statistics
+from fedpft_core.head.discriminant import Head
+from fedpft_core.head.mapped import Map
+from fedpft_core.head.moments import Moments
+from fedpft_core.head.statistics import Statistics
+from fedpft_core.task import Task
+from fedpft_core.tensors import Tensors
+
+
+class Sums(Protocol):
+    """Sums over rows that add up over clients; `Statistics` and `Moments` are such."""
+
+    @property
+    def rows(self) -> int:
+        """What is summed over: rows, or whatever the task judges."""
+
+    @property
+    def groups(self) -> int:
+        """Classes that have any; 0 where there are no classes."""
+
+    def plus(self, other: Self) -> Self:
+        """The sums of both.
+
+        Args:
+            other: of the same form.
+
+        Returns:
+            New sums.
+        """
+
+    def tensors(self) -> Tensors:
+        """As they travel.
+
+        Returns:
+            Tensors by name.
+        """
+
+
+class Form(Protocol):
+    """How the head of one kind of task follows from sums."""
+
+    def of(self, features: Tensor, answers: Tensor) -> Any:
+        """The sums of some rows.
+
+        Args:
+            features: float64 [N, D].
+            answers: of the same N, as the task has them.
+
+        Returns:
+            Their sums.
+        """
+
+    def numbers(self, width: int) -> int:
+        """How many numbers of 8 bytes the sums are.
+
+        Args:
+            width: D.
+
+        Returns:
+            As they travel.
+        """
+
+    def read(self, tensors: Mapping[str, Tensor], width: int) -> Any:
+        """Sums as they came.
+
+        Args:
+            tensors: by name.
+            width: D.
+
+        Returns:
+            The sums.
+
+        Raises:
+            ReplyError: they are no such sums.
+        """
+
+    def check(self, found: Any, announced: int, longest: float, most: int) -> None:
+        """Refuse sums that no rows can have.
+
+        Args:
+            found: as `read` gives them.
+            announced: rows that the client said it trains on.
+            longest: largest L2 norm that a feature vector can have.
+            most: the most answers that a row can have.
+
+        Raises:
+            ReplyError: naming the first thing that is wrong.
+        """
+
+    def fit(self, found: Any, fixed: float | None, features: Tensor, answers: Tensor) -> Head:
+        """The head that sums give.
+
+        Args:
+            found: of the rows to learn from.
+            fixed: the shrinkage to take; None chooses it.
+            features: float64 [N, D] of labelled rows to choose by, maybe none.
+            answers: of the same N.
+
+        Returns:
+            The head.
+        """
+
+    def taken(self, found: Any, way: Map, x: Tensor, y: Tensor) -> Any:
+        """The sums that the same rows would have in another model.
+
+        Args:
+            found: in the one model.
+            way: from its features to the other's, fitted on x and y.
+            x: float64 [N, D].
+            y: float64 [N, D].
+
+        Returns:
+            Sums over as many rows.
+        """
+
+
+@dataclass(frozen=True)
+class Classes:
+    """One of C classes for each answer: the shrunken linear discriminant.
+
+    Attributes:
+        count: C.
+        one_a_row: whether every row has one answer and no more.
+    """
+
+    count: int
+    one_a_row: bool = True
+
+    def of(self, features: Tensor, answers: Tensor) -> Statistics:
+        """Counts and sums by class.
+
+        Args:
+            features: float64 [N, D].
+            answers: of the same N.
+
+        Returns:
+            Their sums.
+        """
+        return Statistics.of(features, answers, self.count)
+
+    def numbers(self, width: int) -> int:
+        """A triangle, a vector and a count for each class.
+
+        Args:
+            width: D.
+
+        Returns:
+            Numbers of 8 bytes.
+        """
+        return width * (width + 1) // 2 + self.count * width + self.count
+
+    def read(self, tensors: Mapping[str, Tensor], width: int) -> Statistics:
+        """Class statistics as they came.
+
+        Args:
+            tensors: by name.
+            width: D.
+
+        Returns:
+            The sums.
+
+        Raises:
+            ReplyError: they are no such sums.
+        """
+        return Statistics.from_tensors(tensors, self.count, width)
+
+    def check(self, found: Statistics, announced: int, longest: float, most: int) -> None:
+        """Refuse class statistics that no rows can have.
+
+        Args:
+            found: as `read` gives them.
+            announced: rows that the client said it trains on.
+            longest: largest L2 norm that a feature vector can have.
+            most: the most answers that a row can have.
+
+        Raises:
+            ReplyError: naming the first thing that is wrong.
+        """
+        statistics.check(found, announced, longest, 0 if self.one_a_row else most)
+
+    def fit(
+        self, found: Statistics, fixed: float | None, features: Tensor, answers: Tensor
+    ) -> Head:
+        """The discriminant, shrunk and scaled to suit the labelled rows.
+
+        Args:
+            found: of the rows to learn from.
+            fixed: the shrinkage to take; None chooses it.
+            features: float64 [N, D] of labelled rows to choose by, maybe none.
+            answers: of the same N.
+
+        Returns:
+            The head.
+        """
+        if not len(answers):
+            return discriminant.solve(found, fixed)
+        shares = (fixed,) if fixed else discriminant.SHARES
+        return discriminant.fitted(found, features, answers, shares=shares)
+
+    def taken(self, found: Statistics, way: Map, x: Tensor, y: Tensor) -> Statistics:
+        """Class statistics in the other model.
+
+        Args:
+            found: in the one model.
+            way: from its features to the other's, fitted on x and y.
+            x: float64 [N, D].
+            y: float64 [N, D].
+
+        Returns:
+            Sums over as many rows.
+        """
+        return mapped.taken(found, way, x, y)
+
+
+@dataclass(frozen=True)
+class Values:
+    """Numbers for each row: ridge regression.
+
+    Attributes:
+        count: K.
+    """
+
+    count: int
+
+    binary = False
+
+    def of(self, features: Tensor, answers: Tensor) -> Moments:
+        """First and second moments.
+
+        Args:
+            features: float64 [N, D].
+            answers: of the same N.
+
+        Returns:
+            Their sums.
+        """
+        return Moments.of(features, answers)
+
+    def numbers(self, width: int) -> int:
+        """A triangle, a vector for each number and one more, and counts.
+
+        Args:
+            width: D.
+
+        Returns:
+            Numbers of 8 bytes.
+        """
+        return width * (width + 1) // 2 + (self.count + 1) * width + 2 * self.count + 1
+
+    def read(self, tensors: Mapping[str, Tensor], width: int) -> Moments:
+        """Moments as they came.
+
+        Args:
+            tensors: by name.
+            width: D.
+
+        Returns:
+            The sums.
+
+        Raises:
+            ReplyError: they are no such sums.
+        """
+        return Moments.from_tensors(tensors, self.count, width)
+
+    def check(self, found: Moments, announced: int, longest: float, most: int) -> None:
+        """Refuse moments that no rows can have.
+
+        Args:
+            found: as `read` gives them.
+            announced: rows that the client said it trains on.
+            longest: largest L2 norm that a feature vector can have.
+            most: the most answers that a row can have.
+
+        Raises:
+            ReplyError: naming the first thing that is wrong.
+        """
+        moments.check(found, announced, longest, self.binary)
+
+    def fit(self, found: Moments, fixed: float | None, features: Tensor, answers: Tensor) -> Head:
+        """Ridge regression, its share chosen by the labelled rows.
+
+        Args:
+            found: of the rows to learn from.
+            fixed: the shrinkage to take; None chooses it.
+            features: float64 [N, D] of labelled rows to choose by, maybe none.
+            answers: of the same N.
+
+        Returns:
+            The head.
+        """
+        return ridge.fitted(found, features, answers, fixed)
+
+    def taken(self, found: Moments, way: Map, x: Tensor, y: Tensor) -> Moments:
+        """Moments in the other model.
+
+        Args:
+            found: in the one model.
+            way: from its features to the other's, fitted on x and y.
+            x: float64 [N, D].
+            y: float64 [N, D].
+
+        Returns:
+            Sums over as many rows.
+        """
+        return moments.taken(found, way, x, y)
+
+
+@dataclass(frozen=True)
+class Labels(Values):
+    """Labels that may hold at once, each 0 or 1: a discriminant for each."""
+
+    binary = True
+
+    def fit(self, found: Moments, fixed: float | None, features: Tensor, answers: Tensor) -> Head:
+        """Log odds, shrunk and scaled to suit the labelled rows.
+
+        Args:
+            found: of the rows to learn from.
+            fixed: the shrinkage to take; None chooses it.
+            features: float64 [N, D] of labelled rows to choose by, maybe none.
+            answers: of the same N.
+
+        Returns:
+            The head.
+        """
+        if not len(answers):
+            return binary.solve(found, fixed)
+        shares = (fixed,) if fixed else discriminant.SHARES
+        return binary.fitted(found, features, answers, shares)
+
+
+FORMS: dict[str, Callable[[int], Form]] = {
+    "classes": Classes,
+    "token-classes": lambda count: Classes(count, one_a_row=False),
+    "values": lambda count: Values(max(count, 1)),
+    "labels": Labels,
+}
+"""Forms by the name that tasks have for them, made from the number of labels."""
+
+
+def form_of(task: Task) -> Form | None:
+    """How the head of a task follows from sums.
+
+    Args:
+        task: with its labels.
+
+    Returns:
+        Its form; None where the head cannot be had so.
+    """
+    return FORMS[task.closed_form](len(task.labels)) if task.closed_form else None

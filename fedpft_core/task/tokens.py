@@ -1,0 +1,516 @@
+"""Token classification: one label for each word of a text, such as the entity that it belongs to.
+
+A word's label is learned at the first of its sub-words; the others have the label -100, which
+nothing counts. Words behind the longest input are not counted either. Rows that the head reads at
+every position give one feature vector a word, so that its head too follows from class statistics,
+with words in the place of rows.
+
+Shape letters: B rows, L positions, N words, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import inf, nan
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedpft_core.data.batches import Encoded, ragged, say_cut
+from fedpft_core.data.chat import Say
+from fedpft_core.data.examples import Examples
+from fedpft_core.data.rows import Table
+from fedpft_core.errors import UserError
+from fedpft_core.model.batch import Position, real_positions
+from fedpft_core.model.device import Batch
+from fedpft_core.model.families import Family
+from fedpft_core.model.load import TaskModel
+from fedpft_core.task.base import MOST_TOKENS, Metric, Score
+from fedpft_core.task.labels import LabelTable, label_names, names_from_rows, shown
+from fedpft_core.task.ratio import check_ratio, ratio_sums, ratio_with_error
+from fedpft_core.task.row import logits
+from fedpft_core.task.spans import are_tags, entities
+from fedpft_core.task.table import TableTask
+
+ENTITY_F1 = Metric("entity F1", higher_is_better=True, share=True)
+TOKEN_ACCURACY = Metric("token accuracy", higher_is_better=True, share=True)
+TOKEN_F1 = Metric("token macro-F1", higher_is_better=True, share=True)
+
+_NONE = -100  # the label of what has none
+_WORDS = 4096  # words of a row that are looked at, more than any model reads
+
+
+@dataclass(frozen=True)
+class Tokens(TableTask):
+    """Which label each word has; see `fedpft_core.task.base.Task` for each part.
+
+    It is called `tokens`. A row is a list of words and a list of as many labels. Where the labels
+    are tags that mark entities (`B-`, `I-`, `O`), entity F1 decides, else token accuracy.
+    """
+
+    refits = True
+    closed_form = "token-classes"
+    judged = Metric("words right", higher_is_better=True, share=True)
+    baselines = ("linear-probe",)
+    # Not the figures by class. The sums of rows with these numbers of entities, or of right words,
+    # tell no more of any row than a standard error needs.
+    sent = ("rows", "loss", "words", "top", "below", "top^2", "top*below", "below^2")
+
+    @property
+    def metric(self) -> Metric:
+        """Entity F1 where labels are tags, else token accuracy."""
+        return ENTITY_F1 if are_tags(self.labels) else TOKEN_ACCURACY
+
+    @property
+    def further(self) -> tuple[Metric, ...]:
+        """Token accuracy where it does not decide, and macro-F1 over words."""
+        return (TOKEN_ACCURACY, TOKEN_F1) if are_tags(self.labels) else (TOKEN_F1,)
+
+    def settled(self, table: Table, setting: str = "") -> Tokens:
+        """The task with the labels that are listed, or else those of the rows.
+
+        Args:
+            table: the rows that tell them where no setting does.
+            setting: the value of ``data.labels``; "" for none.
+
+        Returns:
+            A task with two labels or more.
+
+        Raises:
+            UserError: the rows have fewer than two labels, or the setting cannot be used.
+        """
+        found = Tokens(self.name, label_names(setting)) if setting else self.learned(table)
+        if len(found.labels) < 2:
+            raise UserError(
+                f"{table.where}: only one label, {found.labels[0]!r}; data.task = tokens needs two "
+                "or more."
+            )
+        return found
+
+    def learned(self, table: Table) -> Tokens:
+        """The task with the labels that the words of some rows have, sorted.
+
+        Args:
+            table: rows as read.
+
+        Returns:
+            A task of the same name; this one stays as it is.
+
+        Raises:
+            UserError: there are no rows, or a row has not as many labels as words.
+        """
+        cells = [label for row in _labels(table) for label in row]
+        return Tokens(self.name, names_from_rows(cells, table.where))
+
+    def examples(self, table: Table) -> Examples:
+        """Rows with a class number for each word.
+
+        Args:
+            table: rows as read.
+
+        Returns:
+            The rows in their order, labels int64 [rows, words of the longest], -100 behind a row's
+            last word.
+
+        Raises:
+            UserError: a label is unknown, or a row has not as many labels as words; no cell is
+                quoted.
+        """
+        known, rows = LabelTable(self.labels), _labels(table)
+        index = {
+            str(value): known.index(value)
+            for value in {str(v): v for r in rows for v in r}.values()
+        }
+        longest = min(max(map(len, rows), default=1), _WORDS)
+        found = np.full((len(rows), longest), _NONE, dtype=np.int64)
+        for i, row in enumerate(rows):
+            for j, value in enumerate(row[:longest]):
+                number = index[str(value)]
+                if number is None:
+                    raise UserError(
+                        f"{table.where}: row {i + 1} has an unknown label at word {j + 1}; known "
+                        f"are {shown(self.labels)}."
+                    )
+                found[i, j] = number
+        return Examples(table.inputs, found)
+
+    # --- the model ---
+
+    def model(self) -> TaskModel:
+        """A token classifier of the model library.
+
+        Returns:
+            The library's class and the config's fields that name the labels.
+        """
+        return TaskModel(
+            reads=self.reads,
+            auto="AutoModelForTokenClassification",
+            settings={
+                "num_labels": len(self.labels),
+                "id2label": dict(enumerate(self.labels)),
+                "label2id": {name: i for i, name in enumerate(self.labels)},
+            },
+        )
+
+    def head(self, family: Family) -> tuple[str, ...]:
+        """The last module of the family's head: token classifiers have no more than that.
+
+        Args:
+            family: of the model.
+
+        Returns:
+            Its path in the bare task model.
+        """
+        return family.head[-1:]
+
+    def position(self, family: Family) -> Position:
+        """Every position.
+
+        Args:
+            family: not looked at.
+
+        Returns:
+            `every`.
+        """
+        return "every"
+
+    # --- rows ---
+
+    def strata(self, examples: Examples) -> np.ndarray:
+        """Rows go by the rarest label that a word of theirs has.
+
+        Args:
+            examples: rows of this task.
+
+        Returns:
+            Its number for each row, int64 (rows,).
+        """
+        labels = examples.labels
+        if not len(labels):
+            return np.zeros(0, dtype=np.int64)
+        has = np.stack([(labels == c).any(1) for c in range(len(self.labels))], axis=1)
+        order = np.argsort(has.sum(0), kind="stable")
+        return order[has[:, order].argmax(1)].astype(np.int64)
+
+    def histogram(self, examples: Examples) -> dict[str, int]:
+        """Words of each label.
+
+        Args:
+            examples: rows of this task.
+
+        Returns:
+            By label in the task's order, 0 included.
+        """
+        found = examples.labels[examples.labels != _NONE].astype(np.int64)
+        counts = np.bincount(found, minlength=len(self.labels))
+        return dict(zip(self.labels, counts.tolist(), strict=True))
+
+    def encode(
+        self, examples: Examples, processor: Any, max_length: int, say: Say | None = None
+    ) -> Encoded:
+        """Inputs, and the class number of each word at its first sub-word.
+
+        Args:
+            examples: rows of this task.
+            processor: a fast Hugging Face tokenizer.
+            max_length: tokens per row at most, special tokens included.
+            say: told how many rows were cut; None for nobody.
+
+        Returns:
+            The rows in their order, labels int64 [rows, positions of the longest].
+
+        Raises:
+            UserError: the tokenizer does not tell where its sub-words come from.
+        """
+        if not getattr(processor, "is_fast", False):
+            raise UserError(
+                "model.name: data.task = tokens needs a tokenizer that tells where its sub-words "
+                "come from (a fast one, with a tokenizer.json)."
+            )
+        rows = [words for words in examples.inputs if isinstance(words, tuple)]
+        texts = [" ".join(map(str, words)) for words in rows]
+        found: Mapping[str, Any] = {"input_ids": [], "offset_mapping": []}
+        if texts:
+            found = processor(
+                texts, truncation=True, max_length=max_length, padding=False,
+                return_attention_mask=False, return_offsets_mapping=True,
+            )  # fmt: skip
+        say_cut(found, max_length, say)
+        width = max(map(len, found["input_ids"]), default=1)
+        labels = np.full((len(texts), width), _NONE, dtype=np.int64)
+        for i, spans in enumerate(found["offset_mapping"]):
+            ends = np.cumsum([len(word) + 1 for word in rows[i]]) - 1
+            before = -1
+            for j, (begin, end) in enumerate(spans):
+                if begin == end:
+                    continue  # a special token
+                # By its last character: some tokenizers count the blank before a word to it.
+                word = int(np.searchsorted(ends, end - 1, side="right"))
+                if word != before and word < examples.labels.shape[1]:
+                    labels[i, j] = examples.labels[i, word]
+                before = word
+        return ragged(found, torch.from_numpy(labels), processor)
+
+    def any_labels(self, rows: int) -> Tensor:
+        """The first class for the first position of every row.
+
+        Args:
+            rows: how many labels are wanted.
+
+        Returns:
+            int64 (rows, 1), zeros.
+        """
+        return torch.zeros(rows, 1, dtype=torch.int64)
+
+    # --- training and scoring ---
+
+    def loss(self, model: nn.Module, batch: Batch, reduction: str = "mean") -> Tensor:
+        """Cross-entropy over the classes.
+
+        Args:
+            model: a token classifier, with or without the adapter.
+            batch: inputs and labels, on the model's device.
+            reduction: `mean` over words, or `sum`; 0 where there is no word.
+
+        Returns:
+            A scalar.
+        """
+        scores, labels = logits(model, batch), _fitted(batch)
+        total = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="sum")
+        return total / max(self.count(batch), 1) if reduction == "mean" else total
+
+    def count(self, batch: Batch) -> int:
+        """Words of the batch.
+
+        Args:
+            batch: inputs and labels.
+
+        Returns:
+            How many labels there are.
+        """
+        return int((_fitted(batch) != _NONE).sum())
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The class scores of every position; 0 where there is padding.
+
+        Args:
+            model: a token classifier, with or without the adapter.
+            batch: inputs, on the model's device; labels are not looked at.
+
+        Returns:
+            [B, L, C].
+        """
+        scores = logits(model, batch)
+        return scores * real_positions(batch, scores.shape[1])[..., None]
+
+    def each(self, values: Tensor, batch: Batch) -> Tensor:
+        """The values at each word's label; at every real position where there are no labels.
+
+        Args:
+            values: [B, L, ...].
+            batch: the batch they are of.
+
+        Returns:
+            [N, ...].
+        """
+        if "labels" not in batch:
+            return values[real_positions(batch, values.shape[1])]
+        return values[_fitted(batch) != _NONE]
+
+    def answers(self, batch: Batch) -> Tensor:
+        """The words' class numbers.
+
+        Args:
+            batch: with labels.
+
+        Returns:
+            int64 [N].
+        """
+        labels = _fitted(batch)
+        return labels[labels != _NONE]
+
+    def sums(self, model: nn.Module, batch: Batch) -> dict[str, float]:
+        """Rows, words, loss, and what each metric needs.
+
+        Args:
+            model: a token classifier in eval mode.
+            batch: inputs and labels, on the model's device.
+
+        Returns:
+            What `sent` names (see `ratio.ratio_sums` for the metric that decides), `correct`, and
+            for each class c `hits c` and `named c`.
+        """
+        scores, labels = logits(model, batch), _fitted(batch)
+        loss = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="sum")
+        rows = [
+            (given[has != _NONE], has[has != _NONE])
+            for given, has in zip(
+                scores.argmax(-1).cpu().numpy(), labels.cpu().numpy(), strict=True
+            )
+        ]
+        return {"loss": float(loss), **self._figures(rows)}
+
+    def score(self, sums: Mapping[str, float], seconds: float = 0.0) -> Score:
+        """The metric that decides with its standard error, by rows, and the further ones.
+
+        Args:
+            sums: as `sums` gives them, added up; what does not follow from them is left out.
+            seconds: time that scoring took.
+
+        Returns:
+            The score, its loss a mean over words; no rows give 0.
+        """
+        rows, words = int(sums.get("rows", 0)), max(sums.get("words", 0), 1)
+        value, error = ratio_with_error(sums, 2.0 if are_tags(self.labels) else 1.0, rows)
+        more: dict[str, float] = {}
+        if are_tags(self.labels) and "correct" in sums:
+            more[TOKEN_ACCURACY.name] = sums["correct"] / words
+        each = [
+            2 * sums[f"hits {name.removeprefix('named ')}"] / count
+            for name, count in sums.items()
+            if name.startswith("named ") and count
+        ]
+        if each:
+            more[TOKEN_F1.name] = sum(each) / len(each)
+        loss = sums.get("loss", 0.0) / words
+        return Score(self.metric, value, error, loss, rows, seconds, more, dict(sums))
+
+    def check_sums(
+        self, sums: Mapping[str, float], rows: int, tokens_per_row: int = MOST_TOKENS
+    ) -> None:
+        """Counts are whole and within what rows and words allow; the loss is at least 0.
+
+        Args:
+            sums: figures that a client has sent.
+            rows: rows that the client announced it keeps from training.
+            tokens_per_row: the most tokens that a row has.
+
+        Raises:
+            ValueError: the figures are others than these, or those that so many rows cannot have.
+        """
+        if not sums and not rows:
+            return
+        if sums.keys() != set(self.sent):
+            raise ValueError(f"the figures of validation rows are {', '.join(sorted(sums))[:100]}")
+        if sums["rows"] != rows:
+            raise ValueError(f"validation row count {sums['rows']} is not the {rows} announced")
+        words = sums["words"]
+        if type(words) is not int or not 0 <= words <= rows * _WORDS:
+            raise ValueError(f"{rows} validation rows cannot have {words} words")
+        tags = are_tags(self.labels)
+        check_ratio(sums, rows, 2 * _WORDS, 2 if tags else 1)
+        if sums["below"] > 2 * words or (not tags and sums["below"] != words):
+            raise ValueError(f"{words} words cannot have these counts")
+        if not 0 <= sums["loss"] < inf:
+            raise ValueError("the loss of the validation rows is no finite number of at least 0")
+
+    def divergence(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """Kullback-Leibler divergence of the class shares from the target's, the mean over rows.
+
+        Args:
+            outputs: class scores [B, L, C], 0 where there is padding in both.
+            target: class scores of the same rows and shape.
+
+        Returns:
+            A scalar of at least 0, the sum over a row's positions.
+        """
+        return F.kl_div(
+            F.log_softmax(outputs, -1), F.log_softmax(target, -1), reduction="batchmean",
+            log_target=True,
+        )  # fmt: skip
+
+    def merit(self, outputs: Tensor, answers: Tensor) -> float:
+        """Words whose highest score is their label's.
+
+        Args:
+            outputs: class scores [N, C].
+            answers: int64 [N], on any device.
+
+        Returns:
+            How many words are right.
+        """
+        return int((outputs.argmax(-1) == answers.to(outputs.device)).sum())
+
+    # --- reference points ---
+
+    def fit_baseline(
+        self, name: str, train: tuple[Any, np.ndarray], test: tuple[Any, np.ndarray], seed: int
+    ) -> Score:
+        """A logistic regression on each word's features.
+
+        Args:
+            name: `linear-probe`.
+            train: features [words, D] and labels [rows, positions] to fit to.
+            test: the same, to score.
+            seed: of the solver.
+
+        Returns:
+            The score on the rows of `test`; there is no loss.
+        """
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        probe = LogisticRegression(C=0.1, max_iter=300, random_state=seed)
+        known = train[1][train[1] != _NONE]
+        found = make_pipeline(StandardScaler(), probe).fit(train[0], known)
+        given = np.full(test[1].shape, _NONE)
+        given[test[1] != _NONE] = found.predict(test[0])
+        rows = [(g[y != _NONE], y[y != _NONE]) for g, y in zip(given, test[1], strict=True)]
+        return replace(self.score(self._figures(rows)), loss=nan)
+
+    def _figures(self, rows: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+        """All figures but the loss, from class numbers given and had for each row's words."""
+        hits, both = np.zeros((2, len(self.labels)), dtype=np.int64)
+        top, below = [], []
+        for given, has in rows:
+            right = given == has
+            np.add.at(hits, has[right], 1)
+            np.add.at(both, np.concatenate([given, has]), 1)
+            if are_tags(self.labels):
+                a, b = (entities([self.labels[c] for c in part]) for part in (given, has))
+                top.append(len(a & b))
+                below.append(len(a) + len(b))
+            else:
+                top.append(int(right.sum()))
+                below.append(len(has))
+        return {
+            "rows": len(rows),
+            "words": int(sum(len(has) for _, has in rows)),
+            "correct": int(hits.sum()),
+            **ratio_sums(np.array(top), np.array(below)),
+            **{f"hits {c}": int(n) for c, n in enumerate(hits)},
+            **{f"named {c}": int(n) for c, n in enumerate(both)},
+        }
+
+
+def _labels(table: Table) -> list[list[Any]]:
+    """The labels of each row's words; UserError where a row has not one for each word."""
+    out: list[list[Any]] = []
+    for row, (words, value) in enumerate(zip(table.inputs, table.cells, strict=True), start=1):
+        if not isinstance(words, tuple) or not isinstance(value, list | tuple):
+            what = type(words if not isinstance(words, tuple) else value).__name__
+            raise UserError(
+                f"{table.where}: row {row} holds {what} instead of a list of words and a list of "
+                "their labels."
+            )
+        if len(words) != len(value):
+            raise UserError(
+                f"{table.where}: row {row} has {len(words)} words but {len(value)} labels."
+            )
+        for label in value:
+            if not isinstance(label, str | int) or isinstance(label, bool) or label == "":
+                raise UserError(f"{table.where}: row {row} has a word whose label is no name.")
+        out.append(list(value))
+    return out
+
+
+def _fitted(batch: Batch) -> Tensor:
+    """The labels of a batch, as long as its inputs."""
+    length = batch["input_ids"].shape[1]
+    labels = batch["labels"][:, :length]
+    return F.pad(labels, (0, length - labels.shape[1]), value=_NONE)
