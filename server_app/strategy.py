@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from fedpft_core.aggregation import Replies
+from fedpft_core.aggregation import Replies, RuleSettings
 from fedpft_core.config import Config
 from fedpft_core.errors import RunError
 from fedpft_core.head.statistics import Statistics
@@ -70,7 +70,7 @@ class Strategy:
             ))  # fmt: skip
             sent = codec.encode(state.adapter, self.config.wire.adapter)
             base = codec.decode(sent, self.config.wire.adapter)
-            with Replies(base, self._folder()) as replies:
+            with Replies(base, self._folder(), self._rule(state)) as replies:
                 want = expected(self.config, state, round, base, count_rule)
                 asked = Asked(want, f.clip_update_norm, replies)
                 got = Collection(asked, nodes, state, round, self.events)
@@ -149,6 +149,13 @@ class Strategy:
         """
         out = {f"node {i}": why for i, why in self.nodes.left_out.items()}
         return "; ".join(f"{name}: {reason}" for name, reason in sorted((out | dict(bad)).items()))
+
+    def _rule(self, state: State) -> RuleSettings:
+        """What the rule of aggregation may know besides the replies."""
+        f, spec = self.config.federation, state.package.meta.adapter
+        return RuleSettings(
+            f.weighting, f.weight_cap, f.attackers, f.distance, spec.alpha / spec.rank
+        )
 
     def _folder(self) -> Path | None:
         """Where a round's replies lie until they are aggregated."""

@@ -287,6 +287,33 @@ class FederationConfig:
         "federation.clients-per-round clients tunes alone for all rounds; their mean is scored)",
         choices=(*registry.names("aggregation"), "none"),
     )
+    weighting: str = _key(
+        "examples",
+        "what a client's adapter weighs in an average, and its figures in the round's: `examples` "
+        "(the rows it says it trains on), `capped` (the same, nobody above federation.weight-cap) "
+        "or `uniform`",
+        choices=("examples", "capped", "uniform"),
+    )
+    weight_cap: float = _key(
+        0.5,
+        "largest share of a round that one client has when weights are `capped`; with `examples` "
+        "a larger share is warned of",
+        above=0.0,
+        high=1.0,
+    )
+    attackers: float = _key(
+        0.2,
+        "share of a round's clients that a robust federation.aggregate takes to be hostile, "
+        "rounded up",
+        low=0.0,
+        high=0.49,
+    )
+    distance: str = _key(
+        "product",
+        "where a robust federation.aggregate measures distances between adapters: `product` (of "
+        "LoRA's product BA, and of the head) or `factors` (of A, B and the head as they are)",
+        choices=("product", "factors"),
+    )
     clip_update_norm: float = _key(
         0.0,
         "largest L2 norm of a client's change of LoRA's factors in a round; a longer one is scaled "
