@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 from fedpft_core.aggregation import Replies, RuleSettings
@@ -32,14 +33,20 @@ from server_app.run import schema as ev
 from server_app.state import Events, State
 from server_app.transport import Transport
 
+# The server's own adapter: trained from the one given, in the round of that number.
+Own = Callable[[Tensors, int], Tensors]
+
 
 class Strategy:
     """The rounds of one federation of clients."""
 
-    def __init__(self, config: Config, transport: Transport, events: Events) -> None:
+    def __init__(
+        self, config: Config, transport: Transport, events: Events, own: Own | None = None
+    ) -> None:
         self.config = config
         self.transport = transport
         self.events = events
+        self.own = own
         self.nodes = Nodes(config.federation, transport, events)
         self._package_bytes: tuple[str, bytes] = ("", b"")
 
@@ -70,7 +77,7 @@ class Strategy:
             ))  # fmt: skip
             sent = codec.encode(state.adapter, self.config.wire.adapter)
             base = codec.decode(sent, self.config.wire.adapter)
-            with Replies(base, self._folder(), self._rule(state)) as replies:
+            with Replies(base, self._folder(), self._rule(state, base, round)) as replies:
                 want = expected(self.config, state, round, base, count_rule)
                 asked = Asked(want, f.clip_update_norm, replies)
                 got = Collection(asked, nodes, state, round, self.events)
@@ -150,11 +157,12 @@ class Strategy:
         out = {f"node {i}": why for i, why in self.nodes.left_out.items()}
         return "; ".join(f"{name}: {reason}" for name, reason in sorted((out | dict(bad)).items()))
 
-    def _rule(self, state: State) -> RuleSettings:
+    def _rule(self, state: State, start: Tensors, round: int) -> RuleSettings:
         """What the rule of aggregation may know besides the replies."""
+        own = partial(self.own, start, round) if self.own else None
         f, spec = self.config.federation, state.package.meta.adapter
         return RuleSettings(
-            f.weighting, f.weight_cap, f.attackers, f.distance, spec.alpha / spec.rank
+            f.weighting, f.weight_cap, f.attackers, f.distance, spec.alpha / spec.rank, own
         )
 
     def _folder(self) -> Path | None:

@@ -37,7 +37,7 @@ class RuleSettings:
         weight_cap: federation.weight-cap, the largest share of one reply when weights are capped.
         attackers: federation.attackers, the share of replies that are taken to be hostile.
         distance: federation.distance, where a rule measures distances: `product` (of LoRA's
-            product BA, and of the head) or `factors` (of all values as they are).
+            product BA, and of the head), `factors` (of all values as they are) or `both`.
         scaling: LoRA's alpha / rank, by which its product is multiplied in the model.
         own: gives the server's own adapter, trained from `Replies.start` on the server's
             validation rows; None where it has none.
@@ -46,7 +46,7 @@ class RuleSettings:
     weighting: str = "examples"
     weight_cap: float = 0.5
     attackers: float = 0.0
-    distance: str = "product"
+    distance: str = "both"
     scaling: float = 1.0
     own: Callable[[], Tensors] | None = None
 
@@ -236,3 +236,29 @@ def aggregate(rule: str, replies: Replies) -> Tensors:
         raise ValueError("nothing to aggregate")
     made: Tensors = registry.load("aggregation", rule).aggregate(replies)
     return made
+
+
+def needs_own(rule: str) -> bool:
+    """Whether a rule calls `RuleSettings.own`.
+
+    Args:
+        rule: its name.
+
+    Returns:
+        True if its file says so.
+    """
+    return bool(getattr(registry.load("aggregation", rule), "NEEDS_OWN", False))
+
+
+def withstands(rule: str, replies: int) -> int | None:
+    """How many hostile replies a rule stands.
+
+    Args:
+        rule: its name.
+        replies: how many there are in all.
+
+    Returns:
+        The number its file gives; None where it makes no such claim.
+    """
+    claim = getattr(registry.load("aggregation", rule), "withstands", None)
+    return None if claim is None else int(claim(replies))

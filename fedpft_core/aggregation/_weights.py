@@ -52,7 +52,7 @@ def capped(examples: Sequence[int], cap: float) -> list[float]:
             break
         # `over` of them at the limit t, and t is the share `cap` of over * t + rest.
         limit = cap * rest / free
-        if over == len(ordered) or limit >= ordered[over]:
+        if over < len(ordered) and limit >= ordered[over]:
             return [min(float(n), limit) for n in examples]
     return [1.0 for _ in examples]
 

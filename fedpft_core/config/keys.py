@@ -309,10 +309,11 @@ class FederationConfig:
         high=0.49,
     )
     distance: str = _key(
-        "product",
+        "both",
         "where a robust federation.aggregate measures distances between adapters: `product` (of "
-        "LoRA's product BA, and of the head) or `factors` (of A, B and the head as they are)",
-        choices=("product", "factors"),
+        "LoRA's product BA, and of the head), `factors` (of A, B and the head as they are) or "
+        "`both` (their sum, each relative to the round's median)",
+        choices=("both", "product", "factors"),
     )
     clip_update_norm: float = _key(
         0.0,
