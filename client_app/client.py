@@ -14,6 +14,7 @@ import torch
 
 from client_app import rowcache
 from client_app.chain import Work, put, work_through
+from client_app.disclosure import reason
 from client_app.rowcache import RowCache
 from client_app.startup import collector_paused
 from client_app.store import Residuals, Store
@@ -44,7 +45,6 @@ from fedpft_core.wire.messages import (
 from fedpft_core.wire.package import Package
 
 log = logging.getLogger("fedpft")
-_REASON = 1000  # characters of a refusal's reason
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,9 @@ class Client:
     for equal rows and differs for others (another seed, another file), so that encoded rows kept
     in this process are never taken for those of another run.
 
+    `own_rows` says that the rows are the node's and not the run's: then nothing of a row and no
+    path is in a refusal.
+
     With `kept_rows` encoded rows also outlive the process. `rows_digest()` is then a digest of all
     the rows depend on at the source (a file's content, the columns), or empty where only the rows
     themselves can tell (a file that names image files).
@@ -124,6 +127,7 @@ class Client:
     validation_share: float = 0.0
     kept_rows: RowCache | None = None
     rows_digest: Callable[[], str] = str
+    own_rows: bool = True
     cache: ProcessCache = field(default_factory=lambda: PROCESS_CACHE)
 
     def handle(self, envelope: Envelope) -> Envelope:
@@ -137,11 +141,14 @@ class Client:
         """
         try:
             return seal(self._answer(open_envelope(envelope)))
-        except (UserError, ReplyError) as error:
-            reason = str(error)
-        except OSError as error:
-            reason = f"disk or file error: {error}"
-        return seal(RefusalReply(self.name, reason[:_REASON]))
+        except (UserError, ReplyError, OSError) as error:
+            why = reason(error, self.name, self.own_rows)
+        except Exception as error:
+            if not self.own_rows:
+                raise
+            # Flower would send the traceback's last line, whatever it quotes.
+            why = reason(error, self.name)
+        return seal(RefusalReply(self.name, why))
 
     def _answer(self, message: Message) -> Message:
         if isinstance(message, Hello):
@@ -288,10 +295,11 @@ class Client:
             encoded, folds = self._encoded(held)
             out = rowcache.held_out(folds, share)
             if out.all():
-                raise UserError(
+                text = (
                     f"client {self.name}: validation-share = {share:g} leaves none of its "
                     f"{len(out)} rows to train on."
                 )
+                raise UserError(text, public=text)
             rows = Rows(encoded, encoded.select(np.empty(0, np.int64)))
             if out.any():
                 rows = Rows(
@@ -309,7 +317,7 @@ class Client:
             return found
         examples = self.load_rows(held.model.task)
         if not len(examples):
-            raise UserError(f"client {self.name} has no rows.")
+            raise UserError(f"client {self.name} has no rows.", public="this node has no rows")
         if self.kept_rows and not source:
             key = self._rows_key(held, rowcache.content_of(examples))
             found = self.kept_rows.get(key)

@@ -293,5 +293,6 @@ def _simulated_client(node: Mapping[str, Any], config: configs.Config) -> Client
         max_threads=node["max-threads"],
         shared_store=True,
         rows_id=(config.data, config.federation, config.run.seed, index, count),
+        own_rows=False,
         validation_share=share,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from fedpft_console.report.tables import sheets
@@ -82,7 +83,7 @@ def markdown(record: Record) -> str:
     Returns:
         Markdown, which ends with a newline and links plot.png where a round was scored.
     """
-    lines = ["# Run report", "", headline(record), "", *_facts(record)]
+    lines = ["# Run report", "", _md(headline(record)), "", *(_md(f) for f in _facts(record))]
     for sheet in sheets(record):
         lines += ["", f"## {sheet.title}", ""]
         lines.append("| " + " | ".join(_md(c) for c in sheet.columns) + " |")
@@ -110,13 +111,13 @@ def bad_replies(record: Record) -> list[str]:
 
     Returns:
         Round, client, status and reason of each, in order of arrival; a request for the sub-FM is
-        none.
+        none, nor is one that was not waited for.
     """
     return [
         f"round {x.round}, client {x.client}: {x.status}, {x.reason or 'no reason'}"
         for r in record.rounds
         for x in r.replies
-        if x.status not in ("ok", "need")
+        if x.status not in ("ok", "need", "late")
     ]
 
 
@@ -140,5 +141,17 @@ def _facts(record: Record) -> list[str]:
     return lines
 
 
+# What starts a tag, a link, an image, code or emphasis; clients' words are shown, never obeyed.
+_ACTIVE = re.compile(r"[\\`*\[\]<>|!]|(?<=\W)_|_(?=\W)|&(?=[#\w])|(?:https?|ftp)(?=://)|www(?=\.)")
+
+
 def _md(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return _ACTIVE.sub(_escaped, " ".join(text.splitlines()))
+
+
+def _escaped(found: re.Match[str]) -> str:
+    what = found.group()
+    named = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}.get(what)
+    if named:
+        return named
+    return f"\\{what}" if len(what) == 1 else f"{what[0]}&#{ord(what[1])};{what[2:]}"

@@ -489,7 +489,8 @@ def _examples(table: Table, names: Sequence[str]) -> Examples:
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
             raise UserError(
                 f"{table.where}: row {i + 1} has the unknown label {cell_text(value)!r}; "
-                f"known are {shown}{more}."
+                f"known are {shown}{more}.",
+                public="a row of this node has a label that is none of the run's",
             )
         numbers[i] = number
     return Examples(table.inputs, numbers)

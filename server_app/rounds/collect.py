@@ -49,7 +49,11 @@ class Awaited:
         raise NotImplementedError
 
     def done(self) -> bool:
-        """Whether no more replies are waited for although there are some to come."""
+        """Whether no more replies are waited for although there are some to come.
+
+        Returns:
+            False here; a subclass may know better.
+        """
         return False
 
     def on_reply(self, node_id: int, reply: Envelope | Failure) -> bool:
@@ -111,7 +115,11 @@ class Collection(Awaited):
         self._started = time.perf_counter()
 
     def done(self) -> bool:
-        """Whether the round has as many good replies as it waits for."""
+        """Whether the round has as many good replies as it waits for.
+
+        Returns:
+            True at federation.enough of them.
+        """
         return bool(self.enough) and len(self.good) >= self.enough
 
     def leave_out(self, steps: Mapping[str, int], most: float) -> None:
