@@ -16,6 +16,7 @@ from client_app.startup import collector_paused
 with collector_paused(freeze=True):
     import transformers.modeling_utils  # noqa: F401
 
+    from client_app.disclosure import reason
     from client_app.node import client_for
     from fedpft_core.errors import ReplyError, UserError
     from fedpft_core.wire import flower as wire
@@ -27,12 +28,17 @@ app = ClientApp()
 
 def _answer(message: Message, context: Context) -> Message:
     name = "?"
+    own_rows = bool(context.node_config.get("data-path"))
     try:
         client = client_for(dict(context.node_config), dict(context.run_config))
         name = client.name
         reply: Envelope = client.handle(wire.from_record(message.content))
-    except (UserError, ReplyError) as error:
-        reply = seal(RefusalReply(name, str(error)))
+    except (UserError, ReplyError, OSError) as error:
+        reply = seal(RefusalReply(name, reason(error, name, own_rows)))
+    except Exception as error:
+        if not own_rows:
+            raise
+        reply = seal(RefusalReply(name, reason(error, name)))
     return Message(wire.to_record(reply), reply_to=message)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ import torch
 
 from client_app import rowcache
 from client_app.chain import Work, put, work_through
+from client_app.disclosure import reason
+from client_app.policy import Policy
 from client_app.rowcache import RowCache
 from client_app.startup import collector_paused
 from client_app.store import Residuals, Store
@@ -27,6 +30,7 @@ from fedpft_core.model.processor import from_files
 from fedpft_core.proxy.package import ClientModel, rebuild
 from fedpft_core.proxy.patch import apply_patch
 from fedpft_core.task import Task
+from fedpft_core.train.tune import LocalSettings
 from fedpft_core.wire import codec
 from fedpft_core.wire.envelope import Envelope, open_envelope, seal
 from fedpft_core.wire.identity import combine_digest, is_digest
@@ -44,7 +48,7 @@ from fedpft_core.wire.messages import (
 from fedpft_core.wire.package import Package
 
 log = logging.getLogger("fedpft")
-_REASON = 1000  # characters of a refusal's reason
+_MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,9 @@ class Client:
     for equal rows and differs for others (another seed, another file), so that encoded rows kept
     in this process are never taken for those of another run.
 
+    `policy` is what the node's owner lets a server ask for. `own_rows` says that the rows are the
+    node's and not the run's: then nothing of a row and no path is in a refusal.
+
     With `kept_rows` encoded rows also outlive the process. `rows_digest()` is then a digest of all
     the rows depend on at the source (a file's content, the columns), or empty where only the rows
     themselves can tell (a file that names image files).
@@ -124,6 +131,8 @@ class Client:
     validation_share: float = 0.0
     kept_rows: RowCache | None = None
     rows_digest: Callable[[], str] = str
+    own_rows: bool = True
+    policy: Policy = field(default_factory=Policy)
     cache: ProcessCache = field(default_factory=lambda: PROCESS_CACHE)
 
     def handle(self, envelope: Envelope) -> Envelope:
@@ -136,12 +145,16 @@ class Client:
             The sealed answer: a reply, what the client lacks, or a refusal with the reason.
         """
         try:
+            self.policy.check_size(envelope)
             return seal(self._answer(open_envelope(envelope)))
-        except (UserError, ReplyError) as error:
-            reason = str(error)
-        except OSError as error:
-            reason = f"disk or file error: {error}"
-        return seal(RefusalReply(self.name, reason[:_REASON]))
+        except (UserError, ReplyError, OSError) as error:
+            why = reason(error, self.name, self.own_rows)
+        except Exception as error:
+            if not self.own_rows:
+                raise
+            # Flower would send the traceback's last line, whatever it quotes.
+            why = reason(error, self.name)
+        return seal(RefusalReply(self.name, why))
 
     def _answer(self, message: Message) -> Message:
         if isinstance(message, Hello):
@@ -156,11 +169,14 @@ class Client:
 
     def _train(self, request: TrainRequest) -> Message:
         start = time.perf_counter()
+        _check_settings(request.settings)
+        self.policy.check_request(request)
         self._use(request.settings.threads)
         held = self._held(request)
         if held is None:
             return self._need(request.digest)
         rows = self._rows(held)
+        self.policy.check_rows(request, len(rows.train))
         work = work_through(
             Work(
                 name=self.name,
@@ -191,13 +207,19 @@ class Client:
 
     def _statistics(self, request: StatisticsRequest) -> Message:
         start = time.perf_counter()
+        if request.width < 1 or request.batch_size < 1:
+            raise ReplyError("the request cannot be used (no features, or no rows at once)")
+        if not 1 <= request.threads <= _MOST_THREADS:
+            raise ReplyError(f"the request cannot be used (threads = {request.threads})")
+        self.policy.check_request(request)
         self._use(request.threads)
         held = self._held(request)
         if held is None:
             return self._need(request.digest)
-        if request.width < 1 or request.batch_size < 1:
-            raise ReplyError("the request cannot be used (no features, or no rows at once)")
         model, rows = held.model, self._rows(held).train
+        self.policy.check_rows(request, len(rows))
+        assert rows.labels is not None
+        self.policy.check_classes(rows.labels.numpy())
         put(model, codec.decode(request.adapter, request.fmt))
         if not model.task.closed_form:
             raise ReplyError("the request cannot be used (this task's head has no closed form)")
@@ -237,6 +259,7 @@ class Client:
         package = self._package(request)
         if package is None:
             return None
+        self.policy.check_package(package.meta)  # what lies on the disk may be of before the rule
         with collector_paused():  # a family's own module is imported here
             model = rebuild(package)
         model.model.to(self.device)
@@ -250,6 +273,7 @@ class Client:
             package = Package.from_bytes(request.package)
             if package.digest() != request.digest:
                 raise ReplyError("the package received does not have the digest it was sent under")
+            self.policy.check_package(package.meta)
             self._keep(request.digest, package)
             return package
         here = self.store.get(request.digest)
@@ -289,10 +313,11 @@ class Client:
             encoded, folds = self._encoded(held)
             out = rowcache.held_out(folds, share)
             if out.all():
-                raise UserError(
+                text = (
                     f"client {self.name}: validation-share = {share:g} leaves none of its "
                     f"{len(out)} rows to train on."
                 )
+                raise UserError(text, public=text)
             rows = Rows(encoded, encoded.select(np.empty(0, np.int64)))
             if out.any():
                 rows = Rows(
@@ -310,7 +335,7 @@ class Client:
             return found
         examples = self.load_rows(held.model.task)
         if not len(examples):
-            raise UserError(f"client {self.name} has no rows.")
+            raise UserError(f"client {self.name} has no rows.", public="this node has no rows")
         if self.kept_rows and not source:
             key = self._rows_key(held, rowcache.content_of(examples))
             found = self.kept_rows.get(key)
@@ -339,3 +364,17 @@ class Client:
             source, held.reader, task.labels, held.model.max_length, task.name,
             version("transformers"), version("tokenizers"), version("pillow"),
         )  # fmt: skip
+
+
+def _check_settings(s: LocalSettings) -> None:
+    """Refuse work that cannot be done before anything is set up for it."""
+    whole = {"batch_size": (1, 2**31), "epochs": (0, 2**31), "steps": (0, 2**31),
+             "threads": (1, _MOST_THREADS)}  # fmt: skip
+    for name, (least, most) in whole.items():
+        if not least <= getattr(s, name) <= most:
+            raise ReplyError(f"the request cannot be used ({name} = {getattr(s, name)})")
+    if not (s.steps or s.epochs):
+        raise ReplyError("the request cannot be used (neither steps nor epochs)")
+    for name in ("lr", "weight_decay", "clip", "head_lr_scale"):
+        if not 0 <= getattr(s, name) < math.inf:
+            raise ReplyError(f"the request cannot be used ({name} = {getattr(s, name)})")

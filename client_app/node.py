@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from client_app import policy
 from client_app.client import Client
 from client_app.rowcache import RowCache, content_of_file, folds_of, held_out, key_of
 from client_app.store import Store
@@ -41,6 +42,7 @@ NODE_KEYS: dict[str, tuple[type, Any]] = {
     "validation-share": (float, 0.0),
     "device": (str, "cpu"),
     "max-threads": (int, 0),
+    **{key: (kind, default) for key, (kind, default, _) in policy.KEYS.items()},
 }
 
 
@@ -114,6 +116,7 @@ def checked(node_config: Mapping[str, Any]) -> dict[str, Any]:
         )
     if not node["label-separator"]:
         raise UserError("node config: label-separator is empty.")
+    policy.Policy.of(node)
     cache_root(node)
     pick_device(node["device"], "node config: device")
     return node
@@ -250,6 +253,7 @@ def _edge_client(node: Mapping[str, Any]) -> Client:
         validation_share=share,
         kept_rows=RowCache(root / "rows"),
         rows_digest=rows_digest,
+        policy=policy.Policy.of(node),
     )
 
 
@@ -331,5 +335,6 @@ def _simulated_client(node: Mapping[str, Any], config: configs.Config) -> Client
         max_threads=node["max-threads"],
         shared_store=True,
         rows_id=(config.data, config.federation, config.run.seed, index, count),
+        own_rows=False,
         validation_share=share,
     )

@@ -2,7 +2,16 @@
 
 
 class UserError(Exception):
-    """Something the user can put right; the message is one sentence naming key, file or row."""
+    """Something the user can put right; the message is one sentence naming key, file or row.
+
+    Attributes:
+        public: what of it a node may tell the server: nothing from a cell, no path. Empty where
+            that is only that there is a fault.
+    """
+
+    def __init__(self, text: str = "", *, public: str = "") -> None:
+        super().__init__(text)
+        self.public = public
 
 
 class RunError(Exception):

@@ -20,7 +20,7 @@ from fedpft_core.task import Writer
 from fedpft_core.train import baselines, server
 from server_app.bench import Bench
 from server_app.local import local_only
-from server_app.phases import agree, align, heads, load, plug, score
+from server_app.phases import agree, align, heads, load, own, plug, score
 from server_app.phases.reporting import peak_rss_bytes, phase
 from server_app.phases.undistilled import undistilled
 from server_app.run import proxycache
@@ -104,7 +104,7 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
     ))  # fmt: skip
 
     bench = load.load(config, events)
-    strategy = Strategy(config, transport, events)
+    strategy = Strategy(config, transport, events, own.update_of(bench))
     if saved is not None:
         state = saved.restore(bench.models, bench.package())
     else:

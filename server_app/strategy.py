@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
-from fedpft_core.aggregation import Replies
+from fedpft_core.aggregation import Replies, RuleSettings
 from fedpft_core.config import Config
 from fedpft_core.errors import RunError
 from fedpft_core.head.closed import Sums
@@ -21,7 +22,7 @@ from fedpft_core.task import Task
 from fedpft_core.tensors import Tensors
 from fedpft_core.wire import codec
 from fedpft_core.wire.validate import ExpectedStatistics
-from server_app.rounds import ledger
+from server_app.rounds import caution, ledger
 from server_app.rounds.chain import Asked
 from server_app.rounds.collect import Collection
 from server_app.rounds.nodes import Node, Nodes
@@ -32,14 +33,26 @@ from server_app.run import schema as ev
 from server_app.state import Events, State
 from server_app.transport import Transport
 
+_AGAIN = 0.25  # share of a round's time that a client served again has at least
+_LEARNED = 3  # the first round whose time follows from the rounds before
+_SHORTEST = 10.0  # seconds that every round waits
+
+# The server's own adapter: trained from the one given, in the round of that number.
+Own = Callable[[Tensors, int], Tensors]
+
 
 class Strategy:
     """The rounds of one federation of clients."""
 
-    def __init__(self, config: Config, transport: Transport, events: Events) -> None:
+    def __init__(
+        self, config: Config, transport: Transport, events: Events, own: Own | None = None
+    ) -> None:
         self.config = config
         self.transport = transport
         self.events = events
+        self.own = own
+        self._said: set[str] = set()  # warnings that need no repetition
+        self._slowest = 0.0  # seconds until the slowest good reply of all rounds so far
         self.nodes = Nodes(config.federation, transport, events)
         self._package_bytes: tuple[str, bytes] = ("", b"")
 
@@ -70,16 +83,16 @@ class Strategy:
             ))  # fmt: skip
             sent = codec.encode(state.adapter, self.config.wire.adapter)
             base = codec.decode(sent, self.config.wire.adapter)
-            with Replies(base, self._folder()) as replies:
+            with Replies(base, self._folder(), self._rule(state, base, round)) as replies:
                 want = expected(self.config, state, round, base, count_rule)
-                asked = Asked(want, f.clip_update_norm, replies)
-                got = Collection(asked, nodes, state, round, self.events)
+                asked = Asked(want, f.clip_update_norm, replies, replies.settings.scaling)
+                got = Collection(asked, nodes, state, round, self.events, f.enough)
                 self._exchange(got, self._requests(state, round, sent, count_rule))
+                got.leave_out(self._steps(nodes), f.largest_change)
                 if len(got.good) >= f.min_clients:
-                    self._report_validation(want.task, round, got.good.values())
-                    return outcome(
-                        f.aggregate, base, replies, got.good, got.counts, len(got.bad), start
-                    )
+                    self._note(round, got)
+                    self._report_validation(want.task, round, got.good)
+                    return outcome(f, replies, got.good, len(got.bad), start)
             why = self.why(got.bad)
             text = (
                 f"round {round}: {len(got.good)} good replies of the federation.min-clients = "
@@ -112,7 +125,8 @@ class Strategy:
             if len(got.good) >= f.min_clients:
                 if got.bad:
                     self.events.emit(ev.Warned(text=f"class statistics without {why}"))
-                return got.total()
+                self._warn_of("class statistics", {name: s.rows for name, s in got.good.items()})
+                return got.total(f)
             text = (
                 f"class statistics: {len(got.good)} good replies of the federation.min-clients = "
                 f"{f.min_clients} needed ({why or 'no other clients are connected'})"
@@ -152,6 +166,14 @@ class Strategy:
         out = {f"node {i}": why for i, why in self.nodes.left_out.items()}
         return "; ".join(f"{name}: {reason}" for name, reason in sorted((out | dict(bad)).items()))
 
+    def _rule(self, state: State, start: Tensors, round: int) -> RuleSettings:
+        """What the rule of aggregation may know besides the replies."""
+        own = partial(self.own, start, round) if self.own else None
+        f, spec = self.config.federation, state.package.meta.adapter
+        return RuleSettings(
+            f.weighting, f.weight_cap, f.attackers, f.distance, spec.alpha / spec.rank, own
+        )
+
     def _folder(self) -> Path | None:
         """Where a round's replies lie until they are aggregated."""
         return Path(self.config.run.dir) if self.config.run.dir else None
@@ -167,7 +189,7 @@ class Strategy:
 
     def _exchange(self, got: Collection | Gathered, request: Request) -> None:
         """Send a round's requests and collect the replies."""
-        timeout = self.config.federation.round_timeout
+        timeout = self._timeout(got.round)
 
         def send(wanted: Mapping[int, Iterable[str]], deadline: float) -> None:
             messages = {node_id: request(have) for node_id, have in wanted.items()}
@@ -178,21 +200,55 @@ class Strategy:
             self.transport.exchange(messages, got.round, left, got.on_reply)
 
         have = got.state.have
-        send({i: have.get(n.name, ()) for i, n in got.nodes.items()}, time.monotonic() + timeout)
-        if got.again:
-            # They lack the weights they were asked to train on: serve them within this round.
-            # A straggler may have used up the time, so they get as much again.
+        deadline = time.monotonic() + timeout
+        send({i: have.get(n.name, ()) for i, n in got.nodes.items()}, deadline)
+        if got.again and not got.done():
+            # They lack the weights they were asked to train on: serve them within this round. What
+            # a straggler left of its time is theirs, and a little where it left none.
             got.serving_again = True
-            send(got.again, time.monotonic() + timeout)
+            send(got.again, max(deadline, time.monotonic() + _AGAIN * timeout))
 
-    def _report_validation(self, task: Task, round: int, replies: Iterable[Good]) -> None:
+    def _timeout(self, round: int) -> float:
+        """How long a round waits: what was set, or what past rounds have taught."""
+        f = self.config.federation
+        if not f.patience or round < _LEARNED or not self._slowest:
+            return f.round_timeout
+        return min(f.round_timeout, max(_SHORTEST, f.patience * self._slowest))
+
+    def _steps(self, nodes: Iterable[Node]) -> dict[str, int]:
+        """The steps that a round asks of each client, by what it says it has."""
+        t = self.config.train
+        return {
+            n.name: t.local_steps or t.local_epochs * math.ceil(n.examples / t.batch_size)
+            for n in nodes
+        }
+
+    def _note(self, round: int, got: Collection) -> None:
+        """Warn of a client that outweighs the others; remember how long a reply can take."""
+        self._warn_of(f"round {round}", {n: r.examples for n, r in got.good.items()})
+        self._slowest = max(self._slowest, *(r.arrived for r in got.good.values()))
+
+    def _warn_of(self, what: str, claims: Mapping[str, int]) -> None:
+        text = caution.dominating(what, claims, self.config.federation)
+        if text and text.partition(": ")[2] not in self._said:
+            self._said.add(text.partition(": ")[2])
+            self.events.emit(ev.Warned(text=text))
+
+    def _report_validation(self, task: Task, round: int, replies: Mapping[str, Good]) -> None:
         """Report what clients found on rows they keep from training.
 
         That is of the adapter the round began with, so of the round before.
         """
-        having = [r.validation_sums for r in replies if r.validation_rows]
+        having = [replies[n] for n in sorted(replies) if replies[n].validation_rows]
         if having:
+            f = self.config.federation
+            parts = caution.scales([r.validation_rows for r in having], f)
             # Exact, so that the order in which replies came in cannot change the last bit.
-            total = {name: math.fsum(sums[name] for sums in having) for name in having[0]}
+            total = {
+                name: math.fsum(
+                    r.validation_sums[name] * part for r, part in zip(having, parts, strict=True)
+                )
+                for name in having[0].validation_sums
+            }
             fields = task.score(total).fields()
             self.events.emit(ev.ClientValidation(round=round - 1, clients=len(having), **fields))

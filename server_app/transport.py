@@ -16,7 +16,8 @@ from fedpft_core.wire import flower as wire
 from fedpft_core.wire.envelope import Envelope
 from fedpft_core.wire.messages import Failure
 
-OnReply = Callable[[int, "Envelope | Failure"], None]
+# Takes a node's id and its reply; True where no more replies are waited for.
+OnReply = Callable[[int, "Envelope | Failure"], "bool | None"]
 
 _AT_ONCE = 4  # replies asked of Flower at once, which it gives all together
 
@@ -41,7 +42,8 @@ class Transport(Protocol):
         """Send one message to each node and wait for the replies, at most `timeout` seconds.
 
         Each reply is handed to `on_reply` as it comes and is not kept. That is called for every
-        node addressed; for one that did not answer with a Failure.
+        node addressed; for one that did not answer, or that was not waited for because `on_reply`
+        said so, with a Failure.
 
         Args:
             messages: what each node gets, by node id.
@@ -98,7 +100,8 @@ class FlowerTransport:
                 continue
             on_reply(node, Failure(_ERRORS[5]))
         deadline = time.monotonic() + timeout
-        while waiting and time.monotonic() < deadline:
+        done = False
+        while waiting and not done and time.monotonic() < deadline:
             got = False
             asked = list(waiting)
             for start in range(0, len(asked), _AT_ONCE):
@@ -107,11 +110,12 @@ class FlowerTransport:
                     sent = reply.metadata.reply_to_message_id
                     if sent in waiting:
                         got = True
-                        on_reply(waiting.pop(sent), _opened(reply))
+                        done = bool(on_reply(waiting.pop(sent), _opened(reply))) or done
             if waiting and not got:
                 time.sleep(self.poll_seconds)
+        why = "not waited for" if done else f"no reply within {timeout:.1f} s"
         for node in waiting.values():
-            on_reply(node, Failure(f"no reply within {timeout:.1f} s"))
+            on_reply(node, Failure(why, late=True))
 
 
 _ERRORS = {
@@ -169,7 +173,11 @@ class LocalTransport:
         """
         # Clients pin their threads, which in one process would be the server's as well.
         threads = torch.get_num_threads()
+        done = False
         for node, envelope in messages.items():
+            if done:
+                on_reply(node, Failure("not waited for", late=True))
+                continue
             sent = wire.from_record(wire.to_record(envelope))
-            on_reply(node, wire.from_record(wire.to_record(self.clients[node](sent))))
+            done = bool(on_reply(node, wire.from_record(wire.to_record(self.clients[node](sent)))))
         torch.set_num_threads(threads)

@@ -305,11 +305,12 @@ class Network:
         queue = [n for n in replies for _ in range(times)]
         if self.chaos:
             self.chaos.shuffle(queue)
+        done = False
         for node in queue:
-            got = replies[node]
+            got = Failure("not waited for", late=True) if done else replies[node]
             if isinstance(got, Envelope):
                 self.log.append(("up", node, got))
-            on_reply(node, got)
+            done = bool(on_reply(node, got)) or done
 
 
 def network(*names: str, **keys: Any) -> Network:

@@ -84,7 +84,7 @@ def markdown(record: Record) -> str:
     Returns:
         Markdown, which ends with a newline and links plot.png where a round was scored.
     """
-    lines = ["# Run report", "", headline(record), "", *_facts(record)]
+    lines = ["# Run report", "", _md(headline(record)), "", *(_md(f) for f in _facts(record))]
     for sheet in sheets(record):
         cell = _literal if sheet.title == SAMPLES else _md
         lines += ["", f"## {sheet.title}", ""]
@@ -113,13 +113,13 @@ def bad_replies(record: Record) -> list[str]:
 
     Returns:
         Round, client, status and reason of each, in order of arrival; a request for the sub-FM is
-        none.
+        none, nor is one that was not waited for.
     """
     return [
         f"round {x.round}, client {x.client}: {x.status}, {x.reason or 'no reason'}"
         for r in record.rounds
         for x in r.replies
-        if x.status not in ("ok", "need")
+        if x.status not in ("ok", "need", "late")
     ]
 
 
@@ -148,5 +148,17 @@ def _literal(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]()#!|~:])", r"\\\1", html.escape(text))
 
 
+# What starts a tag, a link, an image, code or emphasis; clients' words are shown, never obeyed.
+_ACTIVE = re.compile(r"[\\`*\[\]<>|!]|(?<=\W)_|_(?=\W)|&(?=[#\w])|(?:https?|ftp)(?=://)|www(?=\.)")
+
+
 def _md(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return _ACTIVE.sub(_escaped, " ".join(text.splitlines()))
+
+
+def _escaped(found: re.Match[str]) -> str:
+    what = found.group()
+    named = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}.get(what)
+    if named:
+        return named
+    return f"\\{what}" if len(what) == 1 else f"{what[0]}&#{ord(what[1])};{what[2:]}"

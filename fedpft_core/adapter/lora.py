@@ -219,6 +219,36 @@ def norm(tensors: Mapping[str, Tensor]) -> float:
     return math.sqrt(math.fsum(float(t.double().square().sum()) for t in tensors.values()))
 
 
+def change_norms(
+    adapter: Mapping[str, Tensor], start: Mapping[str, Tensor], scaling: float
+) -> dict[str, float]:
+    """How far an adapter has moved, in the measures that matter apart.
+
+    Args:
+        adapter: what a client has made of `start`, by FM name.
+        start: the adapter that the client was sent.
+        scaling: alpha / rank, by which LoRA's product is multiplied.
+
+    Returns:
+        L2 norms of the change: of `LoRA's product` s·BA over all layers, of `LoRA's factors` A and
+        B, and of `the head`, which is all other tensors.
+    """
+    change = {k: t.double() - start[k].double() for k, t in adapter.items()}
+    squares = []
+    for key in adapter:
+        if is_lora(key) and key.endswith("lora_A.weight"):
+            other = key.removesuffix("lora_A.weight") + "lora_B.weight"
+            # BA - B'A' = [B, -B'] [A; A'], whose norm follows from two small matrices.
+            right = torch.cat([adapter[key].double(), start[key].double()])
+            left = torch.cat([adapter[other].double(), -start[other].double()], dim=1)
+            squares.append(float(((left.T @ left) * (right @ right.T)).sum()))
+    return {
+        "LoRA's product": scaling * math.sqrt(max(0.0, math.fsum(squares))),
+        "LoRA's factors": norm({k: t for k, t in change.items() if is_lora(k)}),
+        "the head": norm({k: t for k, t in change.items() if not is_lora(k)}),
+    }
+
+
 def clip_change(
     adapter: Mapping[str, Tensor], start: Mapping[str, Tensor], longest: float
 ) -> Tensors:

@@ -1,13 +1,18 @@
 """Aggregation: how the clients' adapters become the next one, one file a rule.
 
 A rule is a function `aggregate(replies)` that returns the next adapter. It never holds all
-replies: they lie on disk and are read one at a time, or all of them a slice at a time.
+replies: they lie on disk and are read one at a time, or all of them a slice at a time. What it
+may know besides them is `replies.start`, the adapter that the clients were sent, and
+`replies.settings`. A file may have a function `withstands(replies)`, how many hostile ones among so
+many replies it stands, and `NEEDS_OWN = True` where it calls `replies.settings.own`.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -17,9 +22,33 @@ import torch
 from torch import Tensor
 
 from fedpft_core import registry
+from fedpft_core.aggregation._weights import weights_of
 from fedpft_core.tensors import Tensors
 
 _SLICE = 2**20  # values a coordinate-wise rule is given at once, over all replies
+
+
+@dataclass(frozen=True)
+class RuleSettings:
+    """What a rule may know besides the replies.
+
+    Attributes:
+        weighting: federation.weighting, what a reply weighs.
+        weight_cap: federation.weight-cap, the largest share of one reply when weights are capped.
+        attackers: federation.attackers, the share of replies that are taken to be hostile.
+        distance: federation.distance, where a rule measures distances: `product` (of LoRA's
+            product BA, and of the head), `factors` (of all values as they are) or `both`.
+        scaling: LoRA's alpha / rank, by which its product is multiplied in the model.
+        own: gives the server's own adapter, trained from `Replies.start` on the server's
+            validation rows; None where it has none.
+    """
+
+    weighting: str = "examples"
+    weight_cap: float = 0.5
+    attackers: float = 0.0
+    distance: str = "both"
+    scaling: float = 1.0
+    own: Callable[[], Tensors] | None = None
 
 
 class Replies:
@@ -31,13 +60,22 @@ class Replies:
 
     Args:
         like: an adapter with the names and shapes of all that will be added, float32.
+            It is what the clients were sent.
         folder: where the file lies; the system's folder for temporary files when None.
+        settings: what a rule may know besides.
 
     Raises:
         OSError: when the folder cannot be written.
     """
 
-    def __init__(self, like: Mapping[str, Tensor], folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        like: Mapping[str, Tensor],
+        folder: Path | None = None,
+        settings: RuleSettings | None = None,
+    ) -> None:
+        self.start = {name: like[name] for name in sorted(like)}
+        self.settings = settings or RuleSettings()
         self.shapes = {name: tuple(like[name].shape) for name in sorted(like)}
         self._at: dict[str, int] = {}  # values before each tensor, in a slot
         self._size = 0
@@ -45,6 +83,7 @@ class Replies:
             self._at[name] = self._size
             self._size += like[name].numel()
         self._slots: dict[str, tuple[int, int]] = {}  # by client: slot, examples
+        self._used = 0  # slots written so far
         self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
 
     def __enter__(self) -> Replies:
@@ -75,7 +114,7 @@ class Replies:
         """
         if name in self._slots or adapter.keys() != self.shapes.keys():
             raise ValueError(f"the reply of {name} does not fit the round")
-        slot = len(self._slots)
+        slot = self._used
         self._file.seek(4 * slot * self._size)
         for key, shape in self.shapes.items():
             t = adapter[key]
@@ -83,25 +122,67 @@ class Replies:
                 raise ValueError(f"{key} is {t.dtype}{list(t.shape)}, not float32{list(shape)}")
             self._file.write(t.detach().contiguous().numpy().reshape(-1).view(np.uint8).data)
         self._slots[name] = slot, examples
+        self._used = slot + 1
+
+    def drop(self, name: str) -> None:
+        """Leave out a reply that was added.
+
+        Args:
+            name: whose it is.
+
+        Raises:
+            KeyError: there is none of that client.
+        """
+        del self._slots[name]
+
+    @property
+    def names(self) -> list[str]:
+        """The clients whose replies there are, in the order in which they are read."""
+        return sorted(self._slots)
+
+    @property
+    def weights(self) -> list[float]:
+        """What each reply weighs by `settings.weighting`, in the order of the names."""
+        return weights_of(self.examples, self.settings.weighting, self.settings.weight_cap)
+
+    @property
+    def hostile(self) -> int:
+        """How many replies are taken to be hostile: `settings.attackers` of them, rounded up."""
+        return math.ceil(self.settings.attackers * len(self) - 1e-9)
 
     @property
     def examples(self) -> list[int]:
         """How many examples each reply was trained on, in the order of the names."""
         return [self._slots[name][1] for name in sorted(self._slots)]
 
-    def __iter__(self) -> Iterator[tuple[Tensors, int]]:
-        """(adapter, examples) of one reply after the other, in the order of the names."""
-        for name in sorted(self._slots):
-            slot, examples = self._slots[name]
+    def __iter__(self) -> Iterator[tuple[Tensors, float]]:
+        """(adapter, weight) of one reply after the other, in the order of the names."""
+        for name, weight in zip(self.names, self.weights, strict=True):
+            slot, _ = self._slots[name]
             values = self._read(slot * self._size, self._size)
             yield (
                 {
                     key: values[at : at + _count(self.shapes[key])].reshape(self.shapes[key])
                     for key, at in self._at.items()
                 },
-                examples,
+                weight,
             )
             del values
+
+    def stacked(self, key: str) -> Tensor:
+        """One tensor of every reply.
+
+        Args:
+            key: the tensor's name.
+
+        Returns:
+            float32 [replies, *shape], in the order of the names: memory for this tensor of all.
+        """
+        count = _count(self.shapes[key])
+        found = [
+            self._read(self._slots[n][0] * self._size + self._at[key], count) for n in self.names
+        ]
+        return torch.stack(found).reshape(len(found), *self.shapes[key])
 
     def coordinatewise(self, rule: Callable[[Tensor], Tensor]) -> Tensors:
         """An adapter each of whose values follows from the same value in every reply.
@@ -155,3 +236,29 @@ def aggregate(rule: str, replies: Replies) -> Tensors:
         raise ValueError("nothing to aggregate")
     made: Tensors = registry.load("aggregation", rule).aggregate(replies)
     return made
+
+
+def needs_own(rule: str) -> bool:
+    """Whether a rule calls `RuleSettings.own`.
+
+    Args:
+        rule: its name.
+
+    Returns:
+        True if its file says so.
+    """
+    return bool(getattr(registry.load("aggregation", rule), "NEEDS_OWN", False))
+
+
+def withstands(rule: str, replies: int) -> int | None:
+    """How many hostile replies a rule stands.
+
+    Args:
+        rule: its name.
+        replies: how many there are in all.
+
+    Returns:
+        The number its file gives; None where it makes no such claim.
+    """
+    claim = getattr(registry.load("aggregation", rule), "withstands", None)
+    return None if claim is None else int(claim(replies))

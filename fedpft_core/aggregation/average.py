@@ -1,4 +1,4 @@
-"""FedAvg: the mean weighted by examples (paper equation 2)."""
+"""FedAvg: the mean weighted by federation.weighting (paper equation 2)."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ class Average:
     Source: FedPFT, eq. (2).
 
     Attributes:
-        examples: |D|, the examples of all clients added so far.
+        weight: |D|, the weights of all clients added so far; their examples in the paper.
     """
 
     def __init__(self) -> None:
         self._sum: dict[str, np.ndarray] = {}
-        self.examples = 0
+        self.weight: float = 0
 
-    def add(self, adapter: Mapping[str, Tensor], examples: int) -> None:
+    def add(self, adapter: Mapping[str, Tensor], weight: float) -> None:
         """Take one client's float32 adapter into the sum.
 
         Args:
             adapter: tensors on the CPU by name, the same names for every client.
-            examples: |D_i|, the client's weight.
+            weight: |D_i|, the client's weight.
         """
         for name, t in adapter.items():
             value = t.numpy().astype(np.float64)
-            value *= examples
+            value *= weight
             if name in self._sum:
                 self._sum[name] += value
             else:
                 self._sum[name] = value
-        self.examples += examples
+        self.weight += weight
 
     def result(self) -> Tensors:
         """The weighted mean as float32.
@@ -50,13 +50,12 @@ class Average:
             Tensors by name; what was added stays, so that more can be added.
 
         Raises:
-            ValueError: when nothing was added, or only clients without examples.
+            ValueError: when nothing was added, or only clients without weight.
         """
-        if not self.examples:
+        if not self.weight:
             raise ValueError("nothing to average")
         return {
-            k: torch.from_numpy((v / self.examples).astype(np.float32))
-            for k, v in self._sum.items()
+            k: torch.from_numpy((v / self.weight).astype(np.float32)) for k, v in self._sum.items()
         }
 
 
@@ -66,12 +65,12 @@ def aggregate(replies: Replies) -> Tensors:
     Source: FedPFT, eq. (2).
 
     Args:
-        replies: at least one, each weighing as its examples.
+        replies: at least one; `replies.weights` is what each weighs.
 
     Returns:
         The weighted mean, float32 tensors by FM name.
     """
     average = Average()
-    for adapter, examples in replies:
-        average.add(adapter, examples)
+    for adapter, weight in replies:
+        average.add(adapter, weight)
     return average.result()

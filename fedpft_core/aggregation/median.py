@@ -13,6 +13,18 @@ from fedpft_core.aggregation import Replies
 from fedpft_core.tensors import Tensors
 
 
+def withstands(replies: int) -> int:
+    """How many hostile replies the rule stands: fewer than half.
+
+    Args:
+        replies: how many there are.
+
+    Returns:
+        The largest number below half of them.
+    """
+    return max(0, (replies - 1) // 2)
+
+
 def aggregate(replies: Replies) -> Tensors:
     """The median of each value over the replies.
 

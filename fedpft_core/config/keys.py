@@ -370,6 +370,40 @@ class FederationConfig:
     server_momentum: float = _key(
         0.9, "share of its last step that the server's optimiser keeps", low=0.0, high=0.999
     )
+    weighting: str = _key(
+        "examples",
+        "what a client's adapter weighs in an average, and its figures in the round's: `examples` "
+        "(the rows it says it trains on), `capped` (the same, nobody above federation.weight-cap) "
+        "or `uniform`",
+        choices=("examples", "capped", "uniform"),
+    )
+    weight_cap: float = _key(
+        0.5,
+        "largest share of a round that one client has when weights are `capped`; with `examples` "
+        "a larger share is warned of",
+        above=0.0,
+        high=1.0,
+    )
+    attackers: float = _key(
+        0.2,
+        "share of a round's clients that a robust federation.aggregate takes to be hostile, "
+        "rounded up",
+        low=0.0,
+        high=0.49,
+    )
+    distance: str = _key(
+        "both",
+        "where a robust federation.aggregate measures distances between adapters: `product` (of "
+        "LoRA's product BA, and of the head), `factors` (of A, B and the head as they are) or "
+        "`both` (their sum, each relative to the round's median)",
+        choices=("both", "product", "factors"),
+    )
+    largest_change: float = _key(
+        10.0,
+        "a reply is left out when its change (of LoRA's product, of LoRA's factors or of the head) "
+        "is more than so many times the median of the round's replies; 0 = no limit",
+        low=0.0,
+    )
     clip_update_norm: float = _key(
         0.0,
         "largest L2 norm of a client's change of LoRA's factors in a round; a longer one is scaled "
@@ -379,6 +413,18 @@ class FederationConfig:
     clients: int = _key(5, "simulated clients started by `fedpft run`", low=1)
     clients_per_round: int = _key(5, "clients sampled per round", low=1)
     min_clients: int = _key(2, "good replies a round needs", low=1)
+    enough: int = _key(
+        0,
+        "good replies at which a round ends without waiting for the others (sample more with "
+        "federation.clients-per-round); 0 = wait for all. Which replies these are depends on time",
+        low=0,
+    )
+    patience: float = _key(
+        0.0,
+        "from round 3 on a round waits no longer than so many times the slowest good reply so "
+        "far, and 10 s at least; 0 = federation.round-timeout alone",
+        low=0.0,
+    )
     attempts: int = _key(2, "times a round is tried before the run fails", low=1)
     round_timeout: float = _key(3600.0, "longest wait for a round's replies, seconds", above=0.0)
     node_timeout: float = _key(
@@ -534,6 +580,11 @@ class Config:
             raise UserError(
                 f"federation.server-optimiser = {f.server_optimiser} makes a step of the clients' "
                 "mean, and with federation.aggregate = none there is none."
+            )
+        if f.enough and not f.min_clients <= f.enough <= f.clients_per_round:
+            raise UserError(
+                f"federation.enough = {f.enough} is not between federation.min-clients = "
+                f"{f.min_clients} and federation.clients-per-round = {f.clients_per_round}."
             )
         gradient = self.align.disagreement != "output-error"
         if self.align.threshold > 0 and gradient and not self.run.gradient_rows:

@@ -50,7 +50,9 @@ def read_columns(path: str | Path, columns: Sequence[str], key: str = "") -> Col
     wanted = list(dict.fromkeys(columns))
     try:
         if not path.exists():
-            raise UserError(f"{where}: there is no such file.")
+            raise UserError(
+                f"{where}: there is no such file.", public="the node's data file is not there"
+            )
         if not path.is_file():
             what = "folder" if path.is_dir() else "pipe or a device"
             raise UserError(f"{where}: this is a {what}, a file is needed.")
@@ -106,7 +108,8 @@ def _check_columns(wanted: Sequence[str], present: Sequence[str], where: str) ->
     if missing:
         listed = ", ".join(repr(name) for name in present) or "none"
         raise UserError(
-            f"{where}: no column named {missing[0]!r}; the columns present are {listed}."
+            f"{where}: no column named {missing[0]!r}; the columns present are {listed}.",
+            public="a column that the node config names is not in the node's data file",
         )
 
 

@@ -41,6 +41,16 @@ class Sums(Protocol):
             New sums.
         """
 
+    def part(self, share: float) -> Self:
+        """The same means and covariances, over a part of the rows.
+
+        Args:
+            share: in (0, 1].
+
+        Returns:
+            New sums; these where the share is 1.
+        """
+
     def tensors(self) -> Tensors:
         """As they travel.
 

@@ -34,7 +34,7 @@ class Moments:
     """Sums over rows.
 
     Attributes:
-        count: N, int64 [1].
+        count: N, int64 [1]; float64 where a client counts in part.
         features: sum of phi, float64 [D].
         labels: sum of y, float64 [K].
         squares: sum of y^2, float64 [K].
@@ -89,7 +89,7 @@ class Moments:
         Returns:
             float64 [D, D], symmetric; zeros without rows.
         """
-        n = max(self.rows, 1)
+        n = max(float(self.count), 1.0)
         mu = self.features / n
         spread = self.outer / n - torch.outer(mu, mu)
         return (spread + spread.T) / 2
@@ -100,7 +100,7 @@ class Moments:
         Returns:
             float64 [K, D].
         """
-        n = max(self.rows, 1)
+        n = max(float(self.count), 1.0)
         return self.cross / n - torch.outer(self.labels / n, self.features / n)
 
     def variance(self) -> Tensor:
@@ -109,7 +109,7 @@ class Moments:
         Returns:
             float64 [K].
         """
-        n = max(self.rows, 1)
+        n = max(float(self.count), 1.0)
         return (self.squares / n - (self.labels / n).square()).clamp_min(0)
 
     def plus(self, other: Moments) -> Moments:
@@ -122,6 +122,19 @@ class Moments:
             New sums.
         """
         return Moments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def part(self, share: float) -> Moments:
+        """The same means and covariances, over a part of the rows.
+
+        Args:
+            share: in (0, 1].
+
+        Returns:
+            The sums, their count float64; those given where the share is 1.
+        """
+        if share == 1:
+            return self
+        return Moments(*(getattr(self, f.name).double() * share for f in fields(self)))
 
     def tensors(self) -> Tensors:
         """As they travel: D(D+1)/2 + KD + D + 2K numbers in float64 and N.

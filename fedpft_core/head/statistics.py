@@ -28,7 +28,7 @@ class Statistics:
     """Sums over rows, by class.
 
     Attributes:
-        counts: rows of each class, int64 [C].
+        counts: rows of each class, int64 [C]; float64 where a client counts in part.
         sums: sum of the features of each class's rows, float64 [C, D].
         outer: sum of phi phi^T over all rows, float64 [D, D], symmetric.
     """
@@ -90,7 +90,7 @@ class Statistics:
         Returns:
             float64 [C, D]; a class nobody has gets the mean of all rows.
         """
-        found = self.sums / self.counts.clamp_min(1)[:, None]
+        found = self.sums / torch.where(self.counts > 0, self.counts, 1)[:, None]
         overall = self.sums.sum(0) / max(self.rows, 1)
         return torch.where(self.counts[:, None] > 0, found, overall)
 
@@ -103,6 +103,19 @@ class Statistics:
         mu = self.means()
         spread = self.outer - (mu.T * self.counts) @ mu
         return (spread + spread.T) / (2 * max(self.rows, 1))
+
+    def part(self, share: float) -> Statistics:
+        """The same means and covariances, over a part of the rows.
+
+        Args:
+            share: in (0, 1].
+
+        Returns:
+            The statistics, its counts float64; those given where the share is 1.
+        """
+        if share == 1:
+            return self
+        return Statistics(self.counts.double() * share, self.sums * share, self.outer * share)
 
     def tensors(self) -> Tensors:
         """As they travel: D(D+1)/2 + CD numbers in float64 and C counts.

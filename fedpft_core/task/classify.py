@@ -18,7 +18,7 @@ from fedpft_core.errors import UserError
 from fedpft_core.model.device import Batch
 from fedpft_core.model.load import TaskModel
 from fedpft_core.task.base import MOST_TOKENS, Metric, Score
-from fedpft_core.task.labels import LabelTable, label_names, names_from_rows, shown
+from fedpft_core.task.labels import STRANGE, LabelTable, label_names, names_from_rows, shown
 from fedpft_core.task.row import RowTask, logits
 
 ACCURACY = Metric("accuracy", higher_is_better=True, share=True)
@@ -97,7 +97,8 @@ class Classify(RowTask):
             if number is None:
                 raise UserError(
                     f"{table.where}: row {i + 1} has the unknown label {cell_text(value)!r}; "
-                    f"known are {shown(self.labels)}."
+                    f"known are {shown(self.labels)}.",
+                    public=STRANGE,
                 )
             numbers[i] = number
         return Examples(table.inputs, numbers)

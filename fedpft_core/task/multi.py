@@ -21,7 +21,7 @@ from fedpft_core.errors import UserError
 from fedpft_core.model.device import Batch
 from fedpft_core.model.load import TaskModel
 from fedpft_core.task.base import MOST_TOKENS, Metric, Score
-from fedpft_core.task.labels import LabelTable, label_names, names_from_rows, shown
+from fedpft_core.task.labels import STRANGE, LabelTable, label_names, names_from_rows, shown
 from fedpft_core.task.ratio import check_ratio, ratio_sums, ratio_with_error
 from fedpft_core.task.row import RowTask, logits
 
@@ -106,7 +106,8 @@ class MultiLabel(RowTask):
                 if number is None:
                     raise UserError(
                         f"{table.where}: row {i + 1} has an unknown label; known are "
-                        f"{shown(self.labels)}."
+                        f"{shown(self.labels)}.",
+                        public=STRANGE,
                     )
                 found[i, number] = 1
         return Examples(table.inputs, found)

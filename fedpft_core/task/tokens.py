@@ -30,7 +30,7 @@ from fedpft_core.model.device import Batch
 from fedpft_core.model.families import Family
 from fedpft_core.model.load import TaskModel
 from fedpft_core.task.base import MOST_TOKENS, Metric, Score
-from fedpft_core.task.labels import LabelTable, label_names, names_from_rows, shown
+from fedpft_core.task.labels import STRANGE, LabelTable, label_names, names_from_rows, shown
 from fedpft_core.task.ratio import check_ratio, ratio_sums, ratio_with_error
 from fedpft_core.task.row import logits
 from fedpft_core.task.spans import are_tags, entities
@@ -133,7 +133,8 @@ class Tokens(TableTask):
                 if number is None:
                     raise UserError(
                         f"{table.where}: row {i + 1} has an unknown label at word {j + 1}; known "
-                        f"are {shown(self.labels)}."
+                        f"are {shown(self.labels)}.",
+                        public=STRANGE,
                     )
                 found[i, j] = number
         return Examples(table.inputs, found)

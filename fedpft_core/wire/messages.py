@@ -120,9 +120,13 @@ class RefusalReply:
 
 @dataclass(frozen=True)
 class Failure:
-    """No usable reply: Flower reported an error, or the round's time was up."""
+    """No usable reply: Flower reported an error, or the round's time was up.
+
+    `late` says that it was not waited for any longer.
+    """
 
     reason: str
+    late: bool = False
 
 
 Message = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedpft_core.train.evaluate import evaluate
 from server_app.bench import Bench
-from server_app.phases import distil, heads, plug
+from server_app.phases import distil, heads, own, plug
 from server_app.phases.reporting import phase
 from server_app.run import schema as ev
 from server_app.run.events import EventLog
@@ -32,7 +32,7 @@ def undistilled(bench: Bench, transport: Transport, events: EventLog) -> None:
     config, models = bench.config, bench.models
     arm = events.tagged(arm="undistilled")
     with phase(events, "undistilled"):
-        strategy = Strategy(config, transport, arm)
+        strategy = Strategy(config, transport, arm, own.update_of(bench))
         strategy.nodes.wait()
         models.plug(models.start)
         state = fresh_state(models.start, bench.package())

@@ -7,11 +7,11 @@ returns the reply as the next step gets it; what a step leaves out is released. 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from fedpft_core.adapter.lora import clip_change
+from fedpft_core.adapter.lora import change_norms, clip_change
 from fedpft_core.aggregation import Replies
 from fedpft_core.errors import ReplyError
 from fedpft_core.tensors import Tensors
@@ -28,12 +28,14 @@ Reply = TypeVar("Reply", bound=Message)
 class Asked:
     """What a round's replies are held against, and where they go.
 
-    `longest` is federation.clip-update-norm; 0 = no limit.
+    `longest` is federation.clip-update-norm; 0 = no limit. Norms of LoRA's product are multiplied
+    by `scaling`, alpha / rank.
     """
 
     want: Expected
     longest: float
     replies: Replies
+    scaling: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class InHand:
     message: TrainReply | None = None
     adapter: Tensors = field(default_factory=dict)  # float32, as the client has it
     counts: Counts | None = None
+    norms: Mapping[str, float] = field(default_factory=dict)  # of the change; see `change_norms`
 
 
 class Lacking(ReplyError):
@@ -135,6 +138,20 @@ def clip(hand: InHand, asked: Asked) -> InHand:
     return replace(hand, adapter=clip_change(hand.adapter, asked.want.adapter, asked.longest))
 
 
+def measure(hand: InHand, asked: Asked) -> InHand:
+    """Note how far the adapter has moved, to be held against the round's other replies.
+
+    Args:
+        hand: with the adapter, float32.
+        asked: has the adapter that was sent.
+
+    Returns:
+        The reply with the norms of its change.
+    """
+    norms = change_norms(hand.adapter, asked.want.adapter, asked.scaling)
+    return replace(hand, norms=norms)
+
+
 def spool(hand: InHand, asked: Asked) -> InHand:
     """Hand the adapter to the aggregation, which keeps it on disk.
 
@@ -153,10 +170,10 @@ def spool(hand: InHand, asked: Asked) -> InHand:
     return replace(hand, adapter={})
 
 
-STEPS: tuple[Callable[[InHand, Asked], InHand], ...] = (decode, check, clip, spool)
+STEPS: tuple[Callable[[InHand, Asked], InHand], ...] = (decode, check, clip, measure, spool)
 
 
-def receive(node: Node, envelope: Envelope, asked: Asked) -> tuple[TrainReply, Counts | None]:
+def receive(node: Node, envelope: Envelope, asked: Asked) -> InHand:
     """Take one reply through the chain.
 
     Args:
@@ -165,7 +182,8 @@ def receive(node: Node, envelope: Envelope, asked: Asked) -> tuple[TrainReply, C
         asked: what the reply is held against, and where it goes.
 
     Returns:
-        Its figures, as a message without tensors, and its inactivity counts.
+        The reply as the last step left it: its figures, as a message without tensors, its
+        inactivity counts, and the norms of its change.
 
     Raises:
         Lacking: when the client has to be served again.
@@ -174,5 +192,4 @@ def receive(node: Node, envelope: Envelope, asked: Asked) -> tuple[TrainReply, C
     hand = InHand(node, envelope)
     for step in STEPS:
         hand = step(hand, asked)
-    assert hand.message is not None
-    return hand.message, hand.counts
+    return hand

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedpft_core.errors import ReplyError
-from fedpft_core.train.inactivity import Counts, sum_counts
 from fedpft_core.wire.envelope import Envelope
 from fedpft_core.wire.messages import Failure
-from server_app.rounds import ledger
+from server_app.rounds import caution, ledger
 from server_app.rounds.chain import Asked, Lacking, receive
 from server_app.rounds.ledger import printable
 from server_app.rounds.nodes import Node
@@ -49,13 +48,28 @@ class Awaited:
         """
         raise NotImplementedError
 
-    def on_reply(self, node_id: int, reply: Envelope | Failure) -> None:
+    def done(self) -> bool:
+        """Whether no more replies are waited for although there are some to come.
+
+        Returns:
+            False here; a subclass may know better.
+        """
+        return False
+
+    def on_reply(self, node_id: int, reply: Envelope | Failure) -> bool:
         """Book a reply and, unless its node is settled, judge it.
 
         Args:
             node_id: whose reply it is; that of a node that was not asked is passed over.
             reply: what came, or why nothing did.
+
+        Returns:
+            Whether no more replies are waited for.
         """
+        self._take(node_id, reply)
+        return self.done()
+
+    def _take(self, node_id: int, reply: Envelope | Failure) -> None:
         node = self.nodes.get(node_id)
         if node is None:
             return
@@ -87,17 +101,41 @@ class Awaited:
 class Collection(Awaited):
     """The replies to one round's requests: figures of the good ones, reasons of the bad ones.
 
-    No reply is kept: its adapter goes down the chain, its counts into one running sum.
+    No adapter is kept: it goes down the chain to the disk.
     """
 
     def __init__(
-        self, asked: Asked, nodes: Sequence[Node], state: State, round: int, events: Events
-    ) -> None:
+        self, asked: Asked, nodes: Sequence[Node], state: State, round: int, events: Events,
+        enough: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__(nodes, state, round, events)
         self.asked = asked
+        self.enough = enough  # good replies at which nobody else is waited for; 0 = all
         self.good: dict[str, Good] = {}  # by client name
-        self.counts: Counts | None = None
         self._started = time.perf_counter()
+
+    def done(self) -> bool:
+        """Whether the round has as many good replies as it waits for.
+
+        Returns:
+            True at federation.enough of them.
+        """
+        return bool(self.enough) and len(self.good) >= self.enough
+
+    def leave_out(self, steps: Mapping[str, int], most: float) -> None:
+        """Leave out good replies whose change is out of all proportion to the others'.
+
+        Args:
+            steps: by client name the steps that were asked of it.
+            most: federation.largest-change.
+        """
+        norms = {name: r.norms for name, r in self.good.items()}
+        for name, why in caution.outliers(norms, steps, most).items():
+            del self.good[name]
+            self.asked.replies.drop(name)
+            self.bad[name] = why
+            text = f"round {self.round}: {name} is left out: {why}"
+            self.events.emit(ev.Warned(text=text))
 
     def judge(self, node: Node, reply: Envelope | Failure) -> None:
         """Take a reply through the chain, and say what became of it."""
@@ -110,21 +148,23 @@ class Collection(Awaited):
     def _judge(self, node: Node, reply: Envelope | Failure) -> tuple[str, dict[str, Any]]:
         """The reply's status and the fields of its event."""
         if isinstance(reply, Failure):
+            if reply.late and self.enough and len(self.good) >= self.enough:
+                return "late", {}
             self.bad[node.name] = reason = printable(reply.reason)
             return "error", {"reason": reason}
         try:
-            message, counts = receive(node, reply, self.asked)
+            hand = receive(node, reply, self.asked)
         except ReplyError as error:
             if self.refused(node, error):
                 return "need", {}
             return "refused", {"reason": self.bad[node.name]}
+        message = hand.message
+        assert message is not None
         self.good[node.name] = Good(
             message.examples, message.loss, message.seconds,
             time.perf_counter() - self._started,
-            message.validation_rows, message.validation_sums,
+            message.validation_rows, message.validation_sums, hand.norms, hand.counts,
         )  # fmt: skip
-        if counts is not None:
-            self.counts = sum_counts([self.counts, counts] if self.counts else [counts])
         self.state.have[node.name] = (self.state.digest,)
         rows = message.validation_rows
         held_out = {

@@ -7,15 +7,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from fedpft_core.aggregation import Replies, aggregate
+from fedpft_core.config import FederationConfig
 from fedpft_core.tensors import Tensors
-from fedpft_core.train.inactivity import Counts
+from fedpft_core.train.inactivity import Counts, sum_counts
+from server_app.rounds import caution
 
 
 @dataclass(frozen=True)
 class Good:
-    """The figures of a valid reply, without its tensors.
+    """The figures of a valid reply, without its adapter.
 
-    `seconds` is what the client trained, `arrived` the seconds since the round began.
+    `norms` are those of its change by what they are of. `seconds` is what the client trained,
+    `arrived` the seconds since the round began.
     """
 
     examples: int
@@ -24,6 +27,8 @@ class Good:
     arrived: float
     validation_rows: int = 0
     validation_sums: Mapping[str, float] = field(default_factory=dict)
+    norms: Mapping[str, float] = field(default_factory=dict)
+    counts: Counts | None = None
 
 
 @dataclass(frozen=True)
@@ -64,38 +69,38 @@ def training_wall(replies: Iterable[Good]) -> float:
 
 
 def outcome(
-    rule: str, before: Tensors, replies: Replies, good: dict[str, Good], counts: Counts | None,
-    bad: int, start: float,
-) -> Outcome:  # fmt: skip
-    """Aggregate a round's replies by `rule`.
+    f: FederationConfig, replies: Replies, good: dict[str, Good], bad: int, start: float
+) -> Outcome:
+    """Aggregate a round's replies by federation.aggregate.
 
     Args:
-        rule: a choice of federation.aggregate.
-        before: the adapter that the clients began with, as they decoded it.
+        f: the rule, and what a client weighs.
         replies: the adapters, by client.
         good: the figures of the same replies, by client; at least one.
-        counts: their inactivity counts, summed, where they were asked for.
         bad: how many replies were not used.
         start: when the round began, `time.perf_counter()`.
 
     Returns:
-        The next adapter with the round's figures; the loss is weighted by rows.
+        The next adapter with the round's figures. The loss is the weighted mean without absurd
+        ones; inactivity counts are summed where they were asked for.
     """
     began = time.perf_counter()
-    adapter = aggregate(rule, replies)
+    adapter = aggregate(f.aggregate, replies)
     # In the order of the names: sums of floats depend on it.
     ordered = [good[name] for name in sorted(good)]
     examples = sum(r.examples for r in ordered)
-    loss = busy = 0.0
+    busy = 0.0
     for r in ordered:
-        loss += r.loss * r.examples
         busy += r.seconds
+    claims = [r.examples for r in ordered]
+    parts = zip(ordered, caution.scales(claims, f), strict=True)
+    counts = [caution.scaled_counts(r.counts, part) for r, part in parts if r.counts]
     done = time.perf_counter()
     return Outcome(
         adapter=adapter,
-        before=before,
-        counts=counts,
-        loss=loss / examples,
+        before=replies.start,
+        counts=sum_counts(counts) if counts else None,
+        loss=caution.mean_loss([r.loss for r in ordered], replies.weights),
         examples=examples,
         good=len(good),
         bad=bad,

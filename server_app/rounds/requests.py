@@ -48,6 +48,24 @@ def reply_format(config: Config) -> str:
     return config.wire.adapter if up == "same" else up
 
 
+def local_settings(config: Config, round: int) -> LocalSettings:
+    """A client's work in a round.
+
+    Args:
+        config: the run's configuration.
+        round: t, from 1.
+
+    Returns:
+        Its rates, steps and the like.
+    """
+    t = config.train
+    return LocalSettings(
+        learning_rate(t.lr, round, config.federation.rounds), t.batch_size, t.local_epochs,
+        t.local_steps, t.weight_decay, t.clip, t.threads, t.head_lr_scale, t.b_lr_scale,
+        t.augment,
+    )  # fmt: skip
+
+
 def requests(
     config: Config, state: State, package: bytes, round: int, adapter: Tensors, count_rule: str
 ) -> Request:
@@ -66,12 +84,8 @@ def requests(
     Returns:
         The function; see `by_need`.
     """
-    t, wire = config.train, config.wire
-    settings = LocalSettings(
-        learning_rate(t.lr, round, config.federation.rounds), t.batch_size, t.local_epochs,
-        t.local_steps, t.weight_decay, t.clip, t.threads, t.head_lr_scale, t.b_lr_scale,
-        t.augment,
-    )  # fmt: skip
+    wire = config.wire
+    settings = local_settings(config, round)
 
     def make(package: bytes, patches: tuple[Patch, ...]) -> TrainRequest:
         return TrainRequest(

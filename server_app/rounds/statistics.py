@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedpft_core.config import Config
+from fedpft_core.config import Config, FederationConfig
 from fedpft_core.errors import ReplyError
 from fedpft_core.head.closed import Sums
 from fedpft_core.head.statistics import add
@@ -13,6 +13,7 @@ from fedpft_core.wire.envelope import Envelope
 from fedpft_core.wire.messages import Failure, StatisticsReply, StatisticsRequest
 from fedpft_core.wire.package import Patch
 from fedpft_core.wire.validate import ExpectedStatistics, validate_statistics
+from server_app.rounds import caution
 from server_app.rounds.chain import opened
 from server_app.rounds.collect import Awaited
 from server_app.rounds.ledger import printable
@@ -48,16 +49,21 @@ class Gathered(Awaited):
             return
         self.state.have[node.name] = (self.state.digest,)
 
-    def total(self) -> Sums:
+    def total(self, f: FederationConfig) -> Sums:
         """The statistics of all rows together.
 
+        Args:
+            f: says what a client weighs.
+
         Returns:
-            The sum over all good replies.
+            The sum over all good replies, each shortened to what it weighs.
 
         Raises:
             ValueError: there is no good reply.
         """
-        return add(self.good[name] for name in sorted(self.good))
+        found = [self.good[name] for name in sorted(self.good)]
+        parts = caution.scales([s.rows for s in found], f)
+        return add(s.part(part) for s, part in zip(found, parts, strict=True))
 
 
 def statistics_requests(config: Config, state: State, package: bytes, adapter: Tensors) -> Request:

@@ -208,7 +208,8 @@ class Reply(Event, name="reply"):
 
     round: int  # the round
     client: str  # the client's name
-    status: str  # ok | refused | error | need (it lacks the weights)
+    # ok | refused | error | need (it lacks the weights) | late (the round had enough without it)
+    status: str
     seconds: float  # since the round's messages were sent
     reason: str | None = None  # why the reply is of no use
     examples: int | None = None  # rows the client trains on

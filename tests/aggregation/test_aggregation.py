@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fedpft_core import aggregation, registry
-from fedpft_core.aggregation import Replies, aggregate
+from fedpft_core.aggregation import Replies, RuleSettings, aggregate
 from fedpft_core.errors import UserError
 from fedpft_core.seeds import torch_stream
 from fedpft_core.tensors import Tensors
@@ -88,8 +88,9 @@ def test_one_odd_client_moves_the_average_and_not_the_median(replies: Replies) -
 
 @pytest.mark.parametrize("rule", registry.names("aggregation"))
 def test_every_rule_leaves_equal_replies_as_they_are(replies: Replies, rule: str) -> None:
-    """Whatever a rule does, it is the clients' adapter where they agree."""
+    """Whatever a rule does, it is the clients' adapter where they agree, the server's own too."""
     one = {k: torch.round(t * 8) / 8 for k, t in adapter(3).items()}
+    replies.settings = RuleSettings(attackers=0.2, own=lambda: one)
     for i in range(5):
         replies.add(f"{i}", 4, one)
     found = aggregate(rule, replies)
@@ -101,7 +102,8 @@ def test_every_rule_leaves_equal_replies_as_they_are(replies: Replies, rule: str
 def test_the_order_of_arrival_does_not_matter(tmp_path: Path, rule: str) -> None:
     results = []
     for seed in range(4):
-        with Replies(adapter(0), tmp_path) as replies:
+        settings = RuleSettings(attackers=0.2, own=lambda: adapter(99))
+        with Replies(adapter(0), tmp_path, settings) as replies:
             filled(replies, 9, shuffle=seed)
             results.append(aggregate(rule, replies))
     assert all(torch.equal(r[k], results[0][k]) for r in results for k in SHAPES)
@@ -112,8 +114,8 @@ def test_replies_are_read_one_by_one_in_the_order_of_their_names(replies: Replie
     for _ in range(2):  # as often as a rule likes
         read = list(replies)
         assert len(read) == len(replies) == 6
-        for (tensors, examples), name in zip(read, sorted(made), strict=True):
-            assert examples == made[name][1]
+        for (tensors, weight), name in zip(read, sorted(made), strict=True):
+            assert weight == made[name][1]
             assert all(torch.equal(tensors[k], t) for k, t in made[name][0].items())
 
 
@@ -162,7 +164,8 @@ def test_the_configured_rule_is_the_one_that_runs() -> None:
     found = {}
     for rule in registry.names("aggregation"):
         network = fabricate.network("a", "b", "c")
-        strategy = Strategy(fabricate.config(federation__aggregate=rule), network, EventLog(None))
+        config = fabricate.config(federation__aggregate=rule)
+        strategy = Strategy(config, network, EventLog(None), lambda start, round: dict(start))
         found[rule] = strategy.run_round(fabricate.state(), 1, "").adapter["classifier.bias"]
     assert not torch.equal(found["average"], found["median"])
 

@@ -176,6 +176,9 @@ def test_a_user_error_comes_back_as_one_sentence(server: Server, make: Make) -> 
     node.load_rows = no_rows
     reply = ask(node, server.whole(0))
     assert isinstance(reply, RefusalReply) and reply.name == "edge-1"
+    assert "train.csv" not in reply.reason and "own log" in reply.reason
+    node.own_rows = False  # of a simulation everything is the run's
+    reply = ask(node, server.whole(0))
     assert reply.reason.startswith("train.csv: row 3") and len(reply.reason) <= 1000
 
 

@@ -136,6 +136,25 @@ def test_bad_replies_are_named() -> None:
     assert "shape \\| of head" in report.markdown(s)
 
 
+ACTIVE = (
+    "<img src=x onerror=alert(1)> [x](javascript:alert) ![p](https://evil.example/p.png) `c` *b* "
+    "_e_ | # &lt; www.evil.example\n\n## Fake"
+)
+
+
+def test_clients_words_are_shown_in_a_report_and_never_obeyed() -> None:
+    from fedpft_console.report.show import _md
+
+    shown = _md(ACTIVE)
+    assert "\n" not in shown
+    for active in ("<img", " [x](", "![", "https://", "www.", " `c`", " *b*", " _e_", " | "):
+        assert active not in shown, active
+    assert _md("client_1 took 3 steps, (lr = 0.1)") == "client_1 took 3 steps, (lr = 0.1)"
+    record = fold(whole_run())
+    record.warnings.append(ACTIVE)
+    assert "<img" not in report.markdown(record) and "\n## Fake" not in report.markdown(record)
+
+
 @pytest.mark.parametrize("cut", range(len(whole_run()) + 1))
 def test_any_beginning_of_a_run_can_be_reported(cut: int) -> None:
     s = fold(whole_run()[:cut])

@@ -216,7 +216,8 @@ def test_the_run_fails_in_one_sentence_after_its_attempts(tmp_path: Path) -> Non
     assert [e["attempt"] for e in of(run, "round_started")] == [1, 2]
     reason = of(run, "run_failed")[0]["reason"]
     assert reason.startswith("round 1: 1 good replies of the federation.min-clients = 2 needed")
-    assert "node-b: " in reason and "colour" in reason
+    assert "node-b: a row of this node has a label that is none of the run's" in reason
+    assert "colour" not in reason and "colour" in d.logs()  # only the node's owner is told
     assert f"fedpft: error: {reason}" in told and "Traceback" not in told
     # Flower knows the run as failed, in the same words, and its log holds no traceback either.
     assert flower_says["status"] == "finished:failed"
