@@ -39,13 +39,15 @@ from fedpft_core.model.device import Batch
 from fedpft_core.model.families import FAMILIES, Family, base_model, family_of
 from fedpft_core.model.plan import Plan
 from fedpft_core.proxy import build, choose
-from fedpft_core.task import Task, make
+from fedpft_core.task import Task, of_model
 from fedpft_core.train import agreement
 from fedpft_core.train.tune import LocalSettings, TrainResult, train_on
 
 Batches = Iterable[Mapping[str, Tensor]]
 """Batches as a `DataLoader` gives them: `input_ids` [B, L] and `attention_mask` [B, L], or
-`pixel_values` [B, C, H, W]; `labels` [B] where a function says that it needs them."""
+`pixel_values` [B, C, H, W]; where a function says that it needs them, `labels` as the model's
+head has them: [B] class numbers or numbers, [B, K] zeros and ones for several labels a row, [B, L]
+class numbers and -100 for tokens."""
 
 
 def make_plan(
@@ -247,7 +249,8 @@ def attach(
     for name in modules_to_save:
         if name not in own:
             raise UserError(f"modules_to_save: the model has no module {name!r}.")
-    spec = lora.make_spec(family, plan, tuple(modules_to_save), settings)
+    head = _task(model).head(family)
+    spec = lora.make_spec(family, plan, tuple(modules_to_save), settings, head)
     names = plan if is_proxy else None
     wrapped = lora.attach(model, spec, names)
     lora.load(wrapped, lora.initial(wrapped, seed, names), names)
@@ -461,7 +464,7 @@ def _family(model: nn.Module) -> Family:
             f"model types {', '.join(FAMILIES)}."
         )
     family = family_of(model_type)
-    for path in (family.blocks, *family.head):
+    for path in (family.blocks, *_task_of(bare, family).head(family)):
         try:
             bare.get_submodule(path)
         except AttributeError:
@@ -474,8 +477,11 @@ def _family(model: nn.Module) -> Family:
 
 def _task(model: nn.Module) -> Task:
     """The task that a model with its task head is for."""
-    labels: Mapping[int, str] = getattr(base_model(model).config, "id2label", {})
-    return make(_family(model).kind, labels.values())
+    return _task_of(base_model(model), _family(model))
+
+
+def _task_of(bare: nn.Module, family: Family) -> Task:
+    return of_model(family.kind, type(bare).__name__, bare.config)
 
 
 def _bare(model: nn.Module, what: str) -> Family:
