@@ -126,6 +126,8 @@ def check_settings(data: DataSettings) -> None:
             raise UserError(f"{limit_key} is {limit}; it must be 0 (all rows) or more.")
     if data.image_column and data.text_pair_column:
         raise UserError("data.image-column and data.text-pair-column cannot both be set.")
+    if not data.label_separator:
+        raise UserError("data.label-separator is empty; name what stands between labels.")
     if data.task == "tokens":
         for key, value in (
             ("data.image-column", data.image_column),
