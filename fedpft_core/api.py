@@ -36,7 +36,8 @@ from fedpft_core.config import Config, from_flat
 from fedpft_core.errors import UserError
 from fedpft_core.head import refit as plug
 from fedpft_core.model.device import Batch
-from fedpft_core.model.families import FAMILIES, Family, base_model, family_of
+from fedpft_core.model.families import Family, base_model, family_of_config, supported
+from fedpft_core.model.normalise import normalise
 from fedpft_core.model.plan import Plan
 from fedpft_core.proxy import build, choose
 from fedpft_core.task import Task, make
@@ -453,14 +454,15 @@ def _settings(section: str, **values: Any) -> Config:
 def _family(model: nn.Module) -> Family:
     """The family of a task model. Raises UserError for a model that is none of a known family."""
     bare = base_model(model)
-    model_type = getattr(getattr(bare, "config", None), "model_type", None)
-    if model_type not in FAMILIES:
+    config = getattr(bare, "config", None)
+    model_type = getattr(config, "model_type", None)
+    if model_type not in supported().split(", "):
         named = f"of type {model_type!r} " if model_type else ""
         raise UserError(
             f"A {type(bare).__name__} {named}is not supported; supported are the Hugging Face "
-            f"model types {', '.join(FAMILIES)}."
+            f"model types {supported()}."
         )
-    family = family_of(model_type)
+    family = family_of_config(config)
     for path in (family.blocks, *family.head):
         try:
             bare.get_submodule(path)
@@ -479,10 +481,11 @@ def _task(model: nn.Module) -> Task:
 
 
 def _bare(model: nn.Module, what: str) -> Family:
-    """The family of a model that carries no adapter. Raises UserError if it does."""
+    """The family of a model without adapter, normalised in place. Raises UserError with one."""
     family = _family(model)
     if _has_adapter(model):
         raise UserError(f"{what} carries an adapter already; take it without one.")
+    normalise(model)
     return family
 
 
@@ -499,9 +502,9 @@ def _with_adapter(model: nn.Module, where: str) -> None:
 def _is_proxy(model: nn.Module, plan: Plan) -> bool:
     """Whether a model is the plan's proxy, not its FM; UserError when it is neither."""
     family = _family(model)
-    if family.model_type != plan.model_type:
+    if family.name != plan.model_type:
         raise UserError(
-            f"The plan is for a {plan.model_type} model, but this one is a {family.model_type}."
+            f"The plan is for a {plan.model_type} model, but this one is a {family.name}."
         )
     found = [ffn.neurons for ffn in family.ffns(model)]
     if found == [plan.fm_neurons] * len(plan.blocks):
