@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -65,7 +66,9 @@ def make_plan(
     """Choose what a proxy keeps of a foundation model (paper section 4.1).
 
     Args:
-        fm: the foundation model, a task model of a supported family without an adapter.
+        fm: the foundation model, a task model of a supported family without an adapter. Layers that
+            hold several projections (GPT-2, ModernBERT) are taken apart in place, here and in every
+            function that takes a model; what it computes stays the same.
         keep_share: share of the FFN neurons that each pruned block keeps, above 0 and at most 1.
         keep_neurons: the same as a number of neurons; 0 means that `keep_share` decides.
         retained_layers: blocks that stay whole, as indices or as a text such as `"first,last,3"`.
@@ -334,7 +337,7 @@ def plug_in(
             square.
 
     Returns:
-        The FM. `save_pretrained` writes its adapter as an ordinary PEFT folder, which
+        The FM. :func:`export` writes its adapter as an ordinary PEFT folder, which
         `PeftModel.from_pretrained` puts on an untouched copy of the FM.
 
     Raises:
@@ -363,6 +366,34 @@ def plug_in(
         judge = (lambda: iter(())) if rows.all_labelled() else None
         plug.refit_head(fm, proxy, _task(fm), rows.once, ridge, judge)
     return fm
+
+
+def export(fm: PeftModel, folder: str | Path, *, base_name: str = "") -> list[Path]:
+    """Write the adapter of an FM as a PEFT folder for the model as the library has it.
+
+    It is what `fm.save_pretrained` writes, but for models that keep several projections in one
+    layer (GPT-2, ModernBERT): here these are layers of their own, and their adapters are put
+    together again.
+
+    Args:
+        fm: the FM as `attach` returned it, with the adapter plugged in.
+        folder: where to; made if it is not there.
+        base_name: what the adapter's configuration calls the FM, a folder or a name on the hub;
+            PEFT asks for it where the FM is to be loaded by the adapter's name.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: the model has no adapter.
+
+    Example:
+        >>> import tempfile
+        >>> [file.name for file in fp.export(fm, tempfile.mkdtemp())]
+        ['adapter_config.json', 'adapter_model.safetensors']
+    """
+    _with_adapter(fm, "export")
+    return lora.export(fm, Path(folder), base_name)
 
 
 def gradient_agreement(

@@ -12,8 +12,10 @@ import oracles
 import pytest
 import tiny
 import torch
+import transformers
 
 from fedpft_core.adapter import lora as adapters
+from fedpft_core.adapter.lora import AdapterSpec
 from fedpft_core.config import LoraConfig, PlanConfig
 from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.model.families import family_of
@@ -25,7 +27,7 @@ from fedpft_core.model.plan import (
     pruned_ffns,
 )
 from fedpft_core.proxy import package as proxy
-from fedpft_core.proxy.build import build
+from fedpft_core.proxy.build import build, skeleton
 from fedpft_core.proxy.choose import evenly_spaced, keep_most_salient, make_plan, parse_layers
 from fedpft_core.proxy.saliency.weight_norm import weight_norm
 from fedpft_core.task.classify import logits
@@ -278,6 +280,23 @@ def test_a_package_holds_no_neuron_outside_the_plan_and_no_name_of_the_fm(family
             row = ffn.ins[0].weight[j].detach().numpy().tobytes()
             inside = plan.blocks[i].state == "whole" or j in plan.blocks[i].kept
             assert (row in blob) == inside
+
+
+def test_tied_weights_travel_once() -> None:
+    """A decoder's output layer that is its word embeddings, as in most models that write text."""
+    config = tiny.hf_config("llama", tie_word_embeddings=True)
+    theirs, mine = (transformers.LlamaForCausalLM(config).eval() for _ in range(2))
+    plan = tiny.plan_for(theirs)
+    spec = AdapterSpec(2, 4.0, 0.0, family_of("llama").lora_targets(plan.present), ())
+    small = build(theirs, plan)
+    assert small.lm_head.weight is small.model.embed_tokens.weight
+    package = proxy.make_package(
+        small, plan, spec, tiny.processor("llama"), "text", tiny.LABELS, 16
+    )
+    assert set(small.state_dict()) - set(package.weights) == {"lm_head.weight"}
+    made = skeleton(mine, plan)
+    proxy._fill(made, package.weights, spec)
+    assert tiny.same_bits(tiny.weights(made), tiny.weights(small))
 
 
 def test_a_package_that_does_not_fit_its_plan_is_refused() -> None:
