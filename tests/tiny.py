@@ -38,6 +38,12 @@ from server_app.run.events import EventLog, read_events
 FAMILIES = tuple(families.FAMILIES)
 TEXT_FAMILIES = tuple(name for name, row in families.FAMILIES.items() if row.kind == "text")
 CAUSAL_FAMILIES = tuple(name for name, row in families.FAMILIES.items() if row.causal)
+# One of each build, for checks that take long and see of a family only how it is built: the others
+# are RoBERTa, BERT with relative positions, ModernBERT, DINOv2 or Llama again, in other sizes.
+_ALIKE = (
+    "xlm-roberta", "deberta-v2", "modernbert", "dinov2", "opt", "mistral", "qwen2", "qwen3",
+)  # fmt: skip
+BUILDS = tuple(name for name in FAMILIES if name not in _ALIKE)
 _TOKEN_TYPES = ("bert", "electra")  # those whose tokenizers tell the two texts of a pair apart
 LABELS = ("animal", "number", "place")
 TASK = make("text", LABELS)

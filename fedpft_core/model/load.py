@@ -235,16 +235,19 @@ def _pad(cfg: ModelConfig, model: Any, tokenizer: Any) -> tuple[str, ...]:
     """
     notes: tuple[str, ...] = ()
     if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
+        # None that texts end with: the library would take the token before for their end.
+        last = tokenizer("a")["input_ids"][-1:]
+        for name in ("eos_token", "bos_token", "unk_token"):
+            token = getattr(tokenizer, name)
+            if token is not None and tokenizer.convert_tokens_to_ids(token) not in last:
+                break
+        else:
             raise UserError(
-                f"model.name = {cfg.name}: its tokenizer has neither a padding token nor one for "
-                "the end of a text."
+                f"model.name = {cfg.name}: its tokenizer has no padding token, and no other "
+                "special token that could pad."
             )
-        tokenizer.pad_token = tokenizer.eos_token
-        notes = (
-            "the model's tokenizer has no padding token; texts are padded with its token for the "
-            f"end of a text, {tokenizer.eos_token}",
-        )
+        tokenizer.pad_token = token
+        notes = (f"the model's tokenizer has no padding token; its token {token} pads",)
     model.config.pad_token_id = tokenizer.pad_token_id
     return notes
 

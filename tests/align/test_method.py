@@ -24,7 +24,7 @@ from fedpft_core.model.families import FFN, family_of
 from fedpft_core.model.plan import BlockPlan, Plan, pruned_ffns
 from fedpft_core.proxy.build import build
 
-families = pytest.mark.parametrize("family", tiny.FAMILIES)
+families = pytest.mark.parametrize("family", tiny.BUILDS)
 methods = pytest.mark.parametrize("method", registry.names("alignment"))
 
 

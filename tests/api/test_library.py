@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 NAMES = (
     "Plan", "attach", "build_proxy", "distil", "gradient_agreement", "make_plan", "plug_in", "tune",
 )  # fmt: skip
-families = pytest.mark.parametrize("family", tiny.FAMILIES)
+families = pytest.mark.parametrize("family", tiny.BUILDS)
 
 
 def labelled(family: str, rows: int = 24, seed: int = 0) -> list[dict[str, torch.Tensor]]:

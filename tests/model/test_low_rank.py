@@ -29,7 +29,7 @@ from fedpft_core.task.classify import logits
 from fedpft_core.train.tune import LocalSettings, fine_tune
 from fedpft_core.wire.package import Package
 
-families = pytest.mark.parametrize("family", tiny.FAMILIES)
+families = pytest.mark.parametrize("family", tiny.BUILDS)
 WIDTH = 16
 
 

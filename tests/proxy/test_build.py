@@ -6,6 +6,7 @@ import copy
 import json
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import fabricate
 import oracles
@@ -350,6 +351,23 @@ def test_layer_drop_maps_names_to_fm_indices(family: str) -> None:
         assert (own is None) == dropped
         if own is not None:
             assert to_fm_name(own, plan) == name
+
+
+@families
+def test_layer_drop_equals_the_fm_without_these_blocks(family: str) -> None:
+    """Each block kept is what it was, its kind of attention too, wherever it now stands."""
+    fm = tiny.model(family, num_hidden_layers=5)
+    small = build(fm, tiny.plan_for(fm, proxy="layer-drop", drop_to=3))
+
+    def passed_by(_m: Any, args: Any, kwargs: Any, out: Any) -> Any:
+        given = args[0] if args else kwargs["hidden_states"]
+        return (given, *out[1:]) if isinstance(out, tuple) else given
+
+    for i in (1, 3):
+        family_of(family).block_list(fm)[i].register_forward_hook(passed_by, with_kwargs=True)
+    batch = tiny.batch_of(family)
+    with torch.no_grad():
+        assert torch.equal(logits(small, batch), logits(fm, batch))
 
 
 @families
