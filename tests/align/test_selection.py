@@ -15,7 +15,7 @@ from fedpft_core.model.device import Batch, to_device
 from fedpft_core.model.families import FFN
 from fedpft_core.model.plan import BlockPlan, Plan, pruned_ffns
 
-families = pytest.mark.parametrize("family", tiny.FAMILIES)
+families = pytest.mark.parametrize("family", tiny.BUILDS)
 
 
 def test_the_highest_apoz_is_chosen_the_paper_way() -> None:

@@ -15,7 +15,7 @@ from fedpft_core.model.families import family_of
 from fedpft_core.train import agreement as measure
 from fedpft_core.train.gradient import adapter_gradient
 
-families = pytest.mark.parametrize("family", tiny.FAMILIES)
+families = pytest.mark.parametrize("family", tiny.BUILDS)
 
 
 @families

@@ -20,10 +20,11 @@ from fedpft_core.task.classify import logits
 from fedpft_core.train import baselines
 from fedpft_core.train.evaluate import evaluate
 from fedpft_core.train.gradient import adapter_gradient
-from fedpft_core.train.inactivity import count_inactive, is_inactive
+from fedpft_core.train.inactivity import count_inactive, count_over, is_inactive
 from fedpft_core.train.tune import LocalSettings, fine_tune, local_batches
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
+builds = pytest.mark.parametrize("family", tiny.BUILDS)
 SETTINGS = LocalSettings(
     lr=5e-3, batch_size=8, epochs=1, steps=0, weight_decay=0.1, clip=1.0, threads=1
 )
@@ -48,6 +49,21 @@ def test_counts_equal_the_oracle_with_padding(family: str, rule: str) -> None:
     assert found.tokens == tokens
     assert all(c.dtype == torch.int64 for c in found.inactive.values())
     assert any(0 < n < tokens[b] for b in inactive for n in inactive[b])
+
+
+@pytest.mark.parametrize("family", tiny.CAUSAL_FAMILIES)
+@pytest.mark.parametrize("rule", ["nonpositive", "exact-zero"])
+def test_counts_equal_the_oracle_with_padding_on_the_left(family: str, rule: str) -> None:
+    _, small, plan, _ = tiny.pair(family)
+    _reach_exact_zero(small, plan)
+    small.double()
+    data = tiny.encoded(family, 11)
+    served = [tiny.padded_left(batch) for batch in batches(data, 4, None)]
+    assert any(not batch["attention_mask"][:, 0].all() for batch in served)
+    found = count_over(small, plan, served, rule)
+    inactive, tokens = oracles.inactive_counts(small, plan, data, rule)
+    assert {b: c.tolist() for b, c in found.inactive.items()} == inactive
+    assert found.tokens == tokens
 
 
 def _double(data: Encoded) -> Encoded:
@@ -102,7 +118,7 @@ def test_counting_leaves_no_hook_and_a_whole_proxy_nothing_to_count() -> None:
 # --- fine-tuning --------------------------------------------------------------------------
 
 
-@families
+@builds
 def test_frozen_parameters_get_no_gradient_and_no_optimizer_state(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,7 +152,7 @@ def test_frozen_parameters_get_no_gradient_and_no_optimizer_state(
     assert not small.training
 
 
-@families
+@builds
 def test_fine_tuning_is_a_function_of_the_seed(family: str) -> None:
     """Not of the global random state, nor of what this process trained before."""
     data = tiny.encoded(family, 24)
@@ -228,7 +244,7 @@ def test_the_loss_reported_is_the_mean_over_rows() -> None:
     assert (result.rows, result.steps) == (20, 3)
 
 
-@families
+@builds
 def test_training_lowers_the_loss(family: str) -> None:
     _, small, _, _ = tiny.pair(family)
     data = tiny.encoded(family, 48)
@@ -257,7 +273,7 @@ def test_clipping_bounds_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- evaluation ---------------------------------------------------------------------------
 
 
-@families
+@builds
 def test_evaluation_equals_scoring_row_by_row(family: str) -> None:
     fm, _, _, _ = tiny.pair(family)
     data = tiny.encoded(family, 23)
@@ -278,7 +294,7 @@ def test_evaluation_equals_scoring_row_by_row(family: str) -> None:
 # --- gradients ----------------------------------------------------------------------------
 
 
-@families
+@builds
 def test_adapter_gradient_equals_a_plain_backward(family: str) -> None:
     fm, small, plan, _ = tiny.pair(family)
     data = tiny.encoded(family, 23)
@@ -307,7 +323,7 @@ def test_adapter_gradient_leaves_no_gradient_and_no_dropout() -> None:
 # --- reference points ---------------------------------------------------------------------
 
 
-@families
+@builds
 def test_features_are_means_over_real_positions(family: str) -> None:
     fm, _, _, _ = tiny.pair(family)
     data = tiny.encoded(family, 11)
