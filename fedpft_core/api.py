@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -36,7 +37,8 @@ from fedpft_core.config import Config, from_flat
 from fedpft_core.errors import UserError
 from fedpft_core.head import refit as plug
 from fedpft_core.model.device import Batch
-from fedpft_core.model.families import FAMILIES, Family, base_model, family_of
+from fedpft_core.model.families import Family, base_model, family_of_config, supported
+from fedpft_core.model.normalise import normalise
 from fedpft_core.model.plan import Plan
 from fedpft_core.proxy import build, choose
 from fedpft_core.task import Task, make
@@ -65,7 +67,9 @@ def make_plan(
     """Choose what a proxy keeps of a foundation model (paper section 4.1).
 
     Args:
-        fm: the foundation model, a task model of a supported family without an adapter.
+        fm: the foundation model, a task model of a supported family without an adapter. Layers that
+            hold several projections (GPT-2, ModernBERT) are taken apart in place, here and in every
+            function that takes a model; what it computes stays the same.
         keep_share: share of the FFN neurons that each pruned block keeps, above 0 and at most 1.
         keep_neurons: the same as a number of neurons; 0 means that `keep_share` decides.
         retained_layers: blocks that stay whole, as indices or as a text such as `"first,last,3"`.
@@ -337,7 +341,7 @@ def plug_in(
             square.
 
     Returns:
-        The FM. `save_pretrained` writes its adapter as an ordinary PEFT folder, which
+        The FM. :func:`export` writes its adapter as an ordinary PEFT folder, which
         `PeftModel.from_pretrained` puts on an untouched copy of the FM.
 
     Raises:
@@ -368,6 +372,34 @@ def plug_in(
         judge = (lambda: iter(())) if rows.all_labelled() else None
         plug.refit_head(fm, proxy, _task(fm), rows.once, ridge, judge)
     return fm
+
+
+def export(fm: PeftModel, folder: str | Path, *, base_name: str = "") -> list[Path]:
+    """Write the adapter of an FM as a PEFT folder for the model as the library has it.
+
+    It is what `fm.save_pretrained` writes, but for models that keep several projections in one
+    layer (GPT-2, ModernBERT): here these are layers of their own, and their adapters are put
+    together again.
+
+    Args:
+        fm: the FM as `attach` returned it, with the adapter plugged in.
+        folder: where to; made if it is not there.
+        base_name: what the adapter's configuration calls the FM, a folder or a name on the hub;
+            PEFT asks for it where the FM is to be loaded by the adapter's name.
+
+    Returns:
+        The files written.
+
+    Raises:
+        UserError: the model has no adapter.
+
+    Example:
+        >>> import tempfile
+        >>> [file.name for file in fp.export(fm, tempfile.mkdtemp())]
+        ['adapter_config.json', 'adapter_model.safetensors']
+    """
+    _with_adapter(fm, "export")
+    return lora.export(fm, Path(folder), base_name)
 
 
 def gradient_agreement(
@@ -459,14 +491,15 @@ def _settings(section: str, **values: Any) -> Config:
 def _family(model: nn.Module) -> Family:
     """The family of a task model. Raises UserError for a model that is none of a known family."""
     bare = base_model(model)
-    model_type = getattr(getattr(bare, "config", None), "model_type", None)
-    if model_type not in FAMILIES:
+    config = getattr(bare, "config", None)
+    model_type = getattr(config, "model_type", None)
+    if model_type not in supported().split(", "):
         named = f"of type {model_type!r} " if model_type else ""
         raise UserError(
             f"A {type(bare).__name__} {named}is not supported; supported are the Hugging Face "
-            f"model types {', '.join(FAMILIES)}."
+            f"model types {supported()}."
         )
-    family = family_of(model_type)
+    family = family_of_config(config)
     for path in (family.blocks, *(() if _writes(bare, family) else family.head)):
         try:
             bare.get_submodule(path)
@@ -493,10 +526,11 @@ def _task(model: nn.Module) -> Task:
 
 
 def _bare(model: nn.Module, what: str) -> Family:
-    """The family of a model that carries no adapter. Raises UserError if it does."""
+    """The family of a model without adapter, normalised in place. Raises UserError with one."""
     family = _family(model)
     if _has_adapter(model):
         raise UserError(f"{what} carries an adapter already; take it without one.")
+    normalise(model)
     return family
 
 
@@ -513,9 +547,9 @@ def _with_adapter(model: nn.Module, where: str) -> None:
 def _is_proxy(model: nn.Module, plan: Plan) -> bool:
     """Whether a model is the plan's proxy, not its FM; UserError when it is neither."""
     family = _family(model)
-    if family.model_type != plan.model_type:
+    if family.name != plan.model_type:
         raise UserError(
-            f"The plan is for a {plan.model_type} model, but this one is a {family.model_type}."
+            f"The plan is for a {plan.model_type} model, but this one is a {family.name}."
         )
     found = [ffn.neurons for ffn in family.ffns(model)]
     if found == [plan.fm_neurons] * len(plan.blocks):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpft_core.data.batches import Encoded, batches
-from fedpft_core.model.families import FFN, base_model, family_of
+from fedpft_core.model.families import FFN, family_of, family_of_model
 from fedpft_core.model.plan import Plan
 
 
@@ -75,7 +75,8 @@ def inactive_counts(
         for row in rows_alone(data):
             model(**inputs(row))
             for b in plan.pruned:
-                for token in seen[b][0].tolist():
+                # One row; some models lay the rows of a batch end to end.
+                for token in seen[b].view(-1, seen[b].shape[-1]).tolist():
                     tokens[b] += 1
                     for j, value in enumerate(token):
                         inactive = value == 0 if rule == "exact-zero" else value <= 0
@@ -91,7 +92,7 @@ def inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def block_outputs(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
     """Outputs [B, L, D] of every block of a whole forward pass, by the model's own numbering."""
-    family = family_of(base_model(model).config.model_type)
+    family = family_of_model(model)
     seen: list[Tensor] = []
     handles = [
         block.register_forward_hook(

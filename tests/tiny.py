@@ -37,6 +37,7 @@ from server_app.run.events import EventLog, read_events
 
 FAMILIES = tuple(families.FAMILIES)
 TEXT_FAMILIES = tuple(name for name, row in families.FAMILIES.items() if row.kind == "text")
+CAUSAL_FAMILIES = tuple(name for name, row in families.FAMILIES.items() if row.causal)
 _TOKEN_TYPES = ("bert", "electra")  # those whose tokenizers tell the two texts of a pair apart
 LABELS = ("animal", "number", "place")
 TASK = make("text", LABELS)
@@ -90,6 +91,25 @@ _OF_BERT = {
 }
 
 
+# Fields of a config that a tiny model needs, and those whose defaults would hide a part of it.
+_OWN: dict[str, dict[str, Any]] = {
+    "modernbert": {"local_attention": 6, "cls_token_id": 2, "sep_token_id": 3},
+    "deberta-v2": {  # as in the published models of its third version
+        "relative_attention": True, "position_buckets": 8, "max_relative_positions": -1,
+        "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "norm_rel_ebd": "layer_norm",
+        "position_biased_input": False,
+    },
+    "opt": {"word_embed_proj_dim": 16},
+    "mistral": {"sliding_window": 5},
+    "gemma2": {"sliding_window": 5, "query_pre_attn_scalar": 10, "attn_logit_softcapping": 4.0},
+}  # fmt: skip
+
+
+def neurons(family: str) -> int:
+    """Neurons of each FFN of the tiny models of a family."""
+    return family_of(family).shape(hf_config(family)).ffn
+
+
 def vocabulary() -> list[str]:
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     return [*special, *_FILLER, *(w for ws in WORDS.values() for w in ws)]
@@ -124,18 +144,28 @@ def tokenizer(family: str) -> Any:
 
 def hf_config(family: str, labels: int = len(LABELS), **shape: Any) -> Any:
     """A tiny config of the family; keyword arguments change its shape."""
+    row = family_of(family)
     if family in TEXT_FAMILIES:
-        own = {"vocab_size": len(vocabulary()), "max_position_embeddings": 40, "pad_token_id": 0}
+        own = {"vocab_size": len(vocabulary()), row.names.positions: 40}
+        own |= {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
     else:
         own = {"image_size": 16, "patch_size": 4, "num_channels": 3}
     if family == "electra":
         own["embedding_size"] = 12  # another width than the blocks', as in the published ones
-    if family_of(family).names.kv_heads:
-        own[family_of(family).names.kv_heads] = 1  # grouped-query attention
-    names = family_of(family).names
+    if row.names.kv_heads:
+        own[row.names.kv_heads] = 1  # grouped-query attention
+    own |= _OWN.get(row.model_type, {})
+    names = row.names
     sizes = {getattr(names, ours): (_SHAPE | shape)[theirs] for ours, theirs in _OF_BERT.items()}
+    if names.head_dim:
+        own[names.head_dim] = sizes[names.hidden] // sizes[names.heads]
+    if names.ffn_ratio:
+        # Twice the width is its number of neurons; two thirds of it, rounded up, where it is gated.
+        sizes[names.ffn_ratio] = -(-sizes.pop(names.ffn) // sizes[names.hidden])
     rest = {k: v for k, v in shape.items() if k not in _SHAPE}
-    made = transformers.AutoConfig.for_model(family, num_labels=labels, **sizes, **(own | rest))
+    made = transformers.AutoConfig.for_model(
+        row.model_type, num_labels=labels, **sizes, **(own | dict(row.when) | rest)
+    )
     found = _auto(family)._model_mapping[type(made)]
     # Where the library has several, the first is the plain one (DeiT has one with a teacher too).
     made.architectures = [(found[0] if isinstance(found, tuple) else found).__name__]
@@ -150,7 +180,13 @@ def _auto(family: str) -> Any:
 
 
 def model(family: str, seed: int = 0, **shape: Any) -> nn.Module:
-    """A bare task model in eval mode with weights large enough that every part matters."""
+    """A bare task model as loading gives it, with weights large enough that every part matters."""
+    made: nn.Module = normalise(vanilla(family, seed, **shape))
+    return made
+
+
+def vanilla(family: str, seed: int = 0, **shape: Any) -> nn.Module:
+    """The same as the model library has it, in eval mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         made = _auto(family).from_config(hf_config(family, **shape))
@@ -158,10 +194,12 @@ def model(family: str, seed: int = 0, **shape: Any) -> nn.Module:
             if p.dim() > 1:
                 nn.init.normal_(p, std=0.25)
             else:
-                nn.init.normal_(p, mean=float("norm" in str(p)), std=0.1)
+                nn.init.normal_(p, std=0.1)
         for m in made.modules():
             if isinstance(m, nn.LayerNorm) or type(m).__name__.endswith("RMSNorm"):
                 nn.init.normal_(m.weight, mean=1.0, std=0.1)
+            if hasattr(m, "lambda1"):  # DINOv2's scale of what a block adds
+                nn.init.normal_(m.lambda1, mean=1.0, std=0.1)
     return exact(made.eval())
 
 
@@ -234,16 +272,54 @@ def write_dialogues(family: str, path: Path, rows: int = 160) -> dict[str, Any]:
     return flat
 
 
-def exact(made: nn.Module) -> nn.Module:
-    """Let a model's root-mean-square norms compute in float64 where the model is in float64.
+def exact(made: Any) -> Any:
+    """Let all of a model compute in float64 where the model is in float64.
 
-    The library's compute in float32 whatever they are given, which hides all that checks in float64
-    are to show. In float32 they stay the library's, to the bit.
+    The library takes some norms, rotations and softmaxes in float32 whatever they are given, which
+    hides all that checks in float64 are to show. In float32 they stay the library's, to the bit.
     """
     for m in made.modules():
         if type(m).__name__.endswith("RMSNorm"):
             m.__class__ = _exact_norm(type(m))
+    if made.config.model_type == "gemma2":
+        _exact_softmax()
+        made.set_attn_implementation("exact")  # type: ignore[operator]
+    if made.config.model_type == "modernbert":
+        _exact_rotation()
     return made
+
+
+@cache
+def _exact_softmax() -> None:
+    from transformers.masking_utils import eager_mask
+    from transformers.models.gemma2 import modeling_gemma2 as library
+
+    def attend(module: Any, q: Any, k: Any, v: Any, mask: Any, **more: Any) -> Any:
+        if q.dtype != torch.float64:
+            return library.eager_attention_forward(module, q, k, v, mask, **more)
+        groups, cap = module.num_key_value_groups, more["softcap"]
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+        scores = torch.tanh(q @ k.transpose(2, 3) * more["scaling"] / cap) * cap
+        shares = (scores if mask is None else scores + mask).softmax(-1)
+        return (shares @ v).transpose(1, 2).contiguous(), shares
+
+    transformers.AttentionInterface.register("exact", attend)
+    transformers.AttentionMaskInterface.register("exact", eager_mask)
+
+
+@cache
+def _exact_rotation() -> None:
+    from transformers.models.modernbert import modeling_modernbert as library
+
+    theirs = library.apply_rotary_pos_emb
+
+    def rotate(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
+        if q.dtype != torch.float64:
+            return theirs(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        return tuple(x * cos + library.rotate_half(x) * sin for x in (q, k))
+
+    library.apply_rotary_pos_emb = rotate
 
 
 @cache
@@ -276,13 +352,13 @@ def give_meaning(body: nn.Module) -> None:
             for word in kind:
                 words[vocab.index(word)] += shared
         for name in ("position_embeddings", "token_type_embeddings"):
-            if hasattr(table, name):
+            if getattr(table, name, None) is not None:
                 getattr(table, name).weight.mul_(0.2)
 
 
 def folder(family: str, path: Path, **shape: Any) -> Path:
     """Save a tiny pretrained body (no head) with its processor as a Hugging Face folder."""
-    body: Any = model(family, **shape).base_model
+    body: Any = vanilla(family, **shape).base_model
     if family in TEXT_FAMILIES:
         give_meaning(body)
     body.config.architectures = [type(body).__name__]
@@ -497,6 +573,19 @@ def main_run(events: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
 def batch_of(family: str, rows: int = 7, seed: int = 3) -> dict[str, torch.Tensor]:
     """One padded batch of rows of uneven length."""
     return next(batches(encoded(family, rows, seed), rows, None))
+
+
+def padded_left(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A text batch with its padding moved to the left, and each token's position in its own row."""
+    mask = batch["attention_mask"]
+    shifts = (mask.shape[1] - mask.sum(1)).tolist()
+
+    def moved(value: torch.Tensor) -> torch.Tensor:
+        return torch.stack([row.roll(n) for row, n in zip(value, shifts, strict=True)])
+
+    out = {k: moved(v) if v.shape == mask.shape else v for k, v in batch.items()}
+    positions = (out["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    return out | {"position_ids": positions}
 
 
 def public(family: str, steps: int, rows: int = 8, seed: int = 4) -> list[dict[str, torch.Tensor]]:

@@ -6,6 +6,7 @@ a proxy has its namesake in the FM and plugging in is a copy by name.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -14,11 +15,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedpft_core.config import LoraConfig as LoraSettings
-from fedpft_core.model.families import Family
-from fedpft_core.model.names import bare, is_lora, to_fm_name, to_proxy_name
+from fedpft_core.model.families import Family, family_of_model
+from fedpft_core.model.fused import joined, per_rank
+from fedpft_core.model.names import WRAPPER, bare, is_lora, to_fm_name, to_proxy_name
 from fedpft_core.model.plan import Plan
 from fedpft_core.seeds import torch_stream
 from fedpft_core.tensors import Tensors
@@ -245,7 +248,9 @@ def clip_change(
 def export(fm: PeftModel, folder: Path, base_name: str, task_type: str | None = None) -> list[Path]:
     """Write the adapter now on the FM as a PEFT folder.
 
-    `PeftModel.from_pretrained(untouched_fm, folder)` gives the same logits.
+    `PeftModel.from_pretrained(untouched_fm, folder)` gives the same logits. Where the untouched FM
+    keeps query, key and value in one layer, the adapter of that layer is written, of three times
+    the rank (:func:`fedpft_core.model.fused.joined`).
 
     Args:
         fm: the FM with the adapter. Its PEFT configuration is given `base_name` and `task_type`.
@@ -257,7 +262,21 @@ def export(fm: PeftModel, folder: Path, base_name: str, task_type: str | None = 
     Returns:
         The adapter's files (weights and configuration), sorted.
     """
-    fm.peft_config["default"].base_model_name_or_path = base_name
-    fm.peft_config["default"].task_type = task_type
-    fm.save_pretrained(str(folder), safe_serialization=True)
+    config: Any = fm.peft_config["default"]
+    config.base_model_name_or_path = base_name
+    config.task_type = task_type
+    layers = family_of_model(fm).fused
+    made = joined(read(fm), tuple(sorted(config.target_modules)), layers)
+    if not made.ranks:
+        fm.save_pretrained(str(folder), safe_serialization=True)
+        return sorted(folder.glob("adapter_*"))
+    vanilla = copy.deepcopy(config)
+    vanilla.target_modules = list(made.targets)
+    vanilla.rank_pattern = made.ranks
+    vanilla.alpha_pattern = per_rank(made.ranks, config.lora_alpha, config.r)
+    vanilla.inference_mode = True
+    folder.mkdir(parents=True, exist_ok=True)
+    vanilla.save_pretrained(str(folder))
+    tensors = {f"{WRAPPER}{name}": t.contiguous() for name, t in made.tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     return sorted(folder.glob("adapter_*"))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.config import DistillConfig
-from fedpft_core.model.batch import real_positions
+from fedpft_core.model.batch import by_row, real_positions
 from fedpft_core.model.device import Batch, device_of, to_device
 from fedpft_core.model.families import FFN, family_of
 from fedpft_core.model.plan import Plan, pruned_ffns
@@ -177,7 +177,11 @@ def local_views(
     ):
         out = outputs(model, plan, batch, own_index, wanted)
     real = real_positions(batch, next(iter(out.values())).shape[1])
-    views = {b: LocalView(x[b], a[b], y[b], total.get(b, out[b]), out[b]) for b in wanted}
+    views = {}
+    for b in wanted:
+        passed = {"x": x[b], "a": a[b], "y": y[b]}
+        inside = {name: by_row(value, batch) for name, value in passed.items()}
+        views[b] = LocalView(**inside, total=total.get(b, out[b]), out=out[b])
     return views, real
 
 

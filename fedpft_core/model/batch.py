@@ -39,6 +39,19 @@ def rows_of(batch: Mapping[str, Tensor]) -> int:
     return len(next(iter(batch.values())))
 
 
+def by_row(x: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """What passes in a block, row by row; some models lay the rows of a batch end to end (OPT).
+
+    Args:
+        x: [B, L, N] or [B * L, N].
+        batch: the batch it is of.
+
+    Returns:
+        [B, L, N], a view.
+    """
+    return x if x.dim() == 3 else x.view(rows_of(batch), -1, x.shape[-1])
+
+
 def real_positions(batch: Mapping[str, Tensor], length: int) -> Tensor:
     """Mask of the positions that are not padding; images have none.
 

@@ -1,147 +1,43 @@
 """Model families: the only place that knows how a Hugging Face model names its parts.
 
-Adding a family is one row of `FAMILIES`. Everything else reaches a model through `Family`
-(which modules), `Shape` (which sizes) and `FFN` (one block's neurons).
+Adding a family is one row of `FAMILIES`, or two where a field of the config decides what a model is
+made of. Everything else reaches a model through `Family` (which modules), `Shape` (which sizes) and
+`FFN` (one block's neurons).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from fedpft_core.errors import UserError
-from fedpft_core.model.batch import Position
+from fedpft_core.model.family import Family, base_model
 from fedpft_core.model.ffn import FFN
-from fedpft_core.model.shape import ConfigNames, Shape, optional_size, sides, size
+from fedpft_core.model.fused import Fused
+from fedpft_core.model.shape import ConfigNames, Shape, value_of
 
 
-@dataclass(frozen=True)
-class Family:
-    """Where one `model_type` keeps its blocks, FFNs, LoRA targets, head and sizes.
-
-    Paths with a leading block are relative to the block, the others to the task model.
-    The order of a tuple counts: LoRA's targets are told apart by it, and the last linear layer of
-    the last module of `head` is the one that gives the class scores, which plug-in refits.
-    `ffn_in` lists the projections into the FFN (one, or gate then up for gated FFNs);
-    `output_norm` is the LayerNorm after the FFN output of post-norm families, else empty.
-    """
-
-    model_type: str
-    kind: str  # "text" or "image"
-    blocks: str
-    ffn_in: tuple[str, ...]
-    activation: str
-    ffn_out: str
-    output_norm: str
-    attention: tuple[str, ...]  # LoRA targets: q, k, v, attention output, in this order
-    head: tuple[str, ...]  # modules of the library's classification head, as they run
-    causal: bool = False  # a decoder: each position reads those before it alone
-    after_padding: bool = False  # positions count from pad_token_id + 1 (RoBERTa)
-    summary: Position = "first"  # the position that this head reads
-    special_tokens: int = 0  # positions of an image that are no patch
-    names: ConfigNames = field(default_factory=ConfigNames)
-
-    def shape(self, config: Any) -> Shape:
-        """The sizes that a config states; nothing else reads them from a config.
-
-        Args:
-            config: a Hugging Face config of this family, or the dictionary one is saved as.
-
-        Returns:
-            The sizes; `positions` without those that padding takes (RoBERTa).
-
-        Raises:
-            ValueError: a size is missing or is no positive whole number.
-        """
-        n = self.names
-        hidden, heads = size(config, n.hidden), size(config, n.heads)
-        head_dim = optional_size(config, n.head_dim) or hidden // heads
-        body = Shape(
-            hidden=hidden,
-            ffn=size(config, n.ffn),
-            blocks=size(config, n.blocks),
-            heads=heads,
-            kv_heads=optional_size(config, n.kv_heads) or heads,
-            head_dim=head_dim,
-        )
-        if self.kind == "text":
-            unused = size(config, "pad_token_id", least=0) + 1 if self.after_padding else 0
-            positions = size(config, n.positions) - unused
-            return replace(body, vocabulary=size(config, n.vocabulary), positions=positions)
-        height, width = sides(config, "image_size")
-        down, across = sides(config, "patch_size")
-        patches = (height // down) * (width // across)
-        return replace(
-            body,
-            channels=size(config, "num_channels"),
-            height=height,
-            width=width,
-            image_tokens=patches + self.special_tokens,
-        )
-
-    def block_list(self, model: nn.Module) -> nn.ModuleList:
-        """The blocks of a task model.
-
-        Args:
-            model: FM or proxy of this family, bare or wrapped by PEFT.
-
-        Returns:
-            The model's own list of blocks, not a copy.
-        """
-        blocks = base_model(model).get_submodule(self.blocks)
-        assert isinstance(blocks, nn.ModuleList)
-        return blocks
-
-    def ffns(self, model: nn.Module) -> list[FFN]:
-        """Views of the FFNs of a task model.
-
-        Args:
-            model: FM or proxy of this family, bare or wrapped by PEFT.
-
-        Returns:
-            One view per block, in order.
-        """
-        return [FFN(self, block) for block in self.block_list(model)]
-
-    @property
-    def query_key(self) -> tuple[str, str]:
-        """Paths of the query and the key projection, relative to the block."""
-        return self.attention[0], self.attention[1]
-
-    def lora_targets(self, blocks: Iterable[int]) -> tuple[str, ...]:
-        """Full paths of the LoRA targets in the given blocks.
-
-        They are full because suffixes such as `output.dense` would also hit the FFN.
-
-        Args:
-            blocks: the blocks' positions in the model.
-
-        Returns:
-            Query, key, value and attention output of each block, block after block.
-        """
-        return tuple(f"{self.blocks}.{i}.{path}" for i in blocks for path in self.attention)
-
-
-def _bert_like(model_type: str) -> Family:
+def _bert_like(
+    model_type: str,
+    prefix: str = "",
+    query_key_value: tuple[str, str, str] = ("query", "key", "value"),
+    after_padding: bool = False,
+) -> Family:
     return Family(
         model_type=model_type,
         kind="text",
-        blocks=f"{model_type}.encoder.layer",
+        blocks=f"{prefix or model_type}.encoder.layer",
         ffn_in=("intermediate.dense",),
         activation="intermediate.intermediate_act_fn",
         ffn_out="output.dense",
         output_norm="output.LayerNorm",
         attention=(
-            "attention.self.query",
-            "attention.self.key",
-            "attention.self.value",
+            *(f"attention.self.{name}" for name in query_key_value),
             "attention.output.dense",
         ),
         head=("classifier",),
-        after_padding=model_type == "roberta",
+        after_padding=after_padding,
     )
 
 
@@ -160,67 +56,173 @@ def _distilbert() -> Family:
     )
 
 
-def _vit_like(model_type: str, special_tokens: int) -> Family:
+def _modernbert(pooling: str, **more: Any) -> Family:
     return Family(
-        model_type=model_type,
-        kind="image",
-        blocks=f"{model_type}.layers",
-        ffn_in=("mlp.fc1",),
-        activation="mlp.activation_fn",
-        ffn_out="mlp.fc2",
+        model_type="modernbert",
+        kind="text",
+        blocks="model.layers",
+        ffn_in=("mlp.Wi.gate", "mlp.Wi.up"),
+        activation="mlp.act",
+        ffn_out="mlp.Wo",
         output_norm="",
-        attention=(
-            "attention.q_proj",
-            "attention.k_proj",
-            "attention.v_proj",
-            "attention.o_proj",
-        ),
+        attention=("attn.Wqkv.q", "attn.Wqkv.k", "attn.Wqkv.v", "attn.Wo"),
         head=("classifier",),
-        special_tokens=special_tokens,
+        when=(("classifier_pooling", pooling),),
+        fused=(Fused("mlp.Wi", ("gate", "up")), Fused("attn.Wqkv", ("q", "k", "v"))),
+        **more,
     )
 
 
-def _llama_like(model_type: str) -> Family:
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def _vit_like(model_type: str, special_tokens: int, **more: Any) -> Family:
+    parts: dict[str, Any] = {
+        "blocks": f"{model_type}.layers",
+        "ffn_in": ("mlp.fc1",),
+        "activation": "mlp.activation_fn",
+        "ffn_out": "mlp.fc2",
+    }
+    return Family(
+        model_type=model_type,
+        kind="image",
+        output_norm="",
+        attention=tuple(f"attention.{name}" for name in _PROJECTIONS),
+        head=("classifier",),
+        special_tokens=special_tokens,
+        **parts | more,
+    )
+
+
+_GATED: dict[str, Any] = {
+    "ffn_in": ("mlp.gate_proj", "mlp.up_proj"),
+    "activation": "mlp.act_fn",
+    "ffn_out": "mlp.down_proj",
+}
+
+
+def _dinov2(swiglu: bool, **more: Any) -> Family:
+    return _vit_like(
+        "dinov2",
+        special_tokens=1,
+        blocks="dinov2.encoder.layer",
+        when=(("use_swiglu_ffn", swiglu),),
+        after_ffn="layer_scale2",
+        summary="every",  # the first position beside the mean of all others
+        names=ConfigNames(ffn_ratio="mlp_ratio"),
+        **more,
+    )
+
+
+def _llama_like(model_type: str, **more: Any) -> Family:
     return Family(
         model_type=model_type,
         kind="text",
         blocks="model.layers",
-        ffn_in=("mlp.gate_proj", "mlp.up_proj"),
-        activation="mlp.act_fn",
-        ffn_out="mlp.down_proj",
         output_norm="",
-        attention=(
-            "self_attn.q_proj",
-            "self_attn.k_proj",
-            "self_attn.v_proj",
-            "self_attn.o_proj",
-        ),
+        attention=tuple(f"self_attn.{name}" for name in _PROJECTIONS),
         head=("score",),
         causal=True,
         summary="last",
         names=ConfigNames(kv_heads="num_key_value_heads", head_dim="head_dim"),
+        **_GATED,
+        **more,
+    )
+
+
+def _gpt2() -> Family:
+    return Family(
+        model_type="gpt2",
+        kind="text",
+        blocks="transformer.h",
+        ffn_in=("mlp.c_fc",),
+        activation="mlp.act",
+        ffn_out="mlp.c_proj",
+        output_norm="",
+        attention=("attn.c_attn.q", "attn.c_attn.k", "attn.c_attn.v", "attn.c_proj"),
+        head=("score",),
+        fused=(Fused("attn.c_attn", ("q", "k", "v")),),
+        causal=True,
+        summary="last",
+        names=ConfigNames(
+            hidden="n_embd", ffn="n_inner", ffn_default=4, blocks="n_layer", heads="n_head",
+            positions="n_positions",
+        ),
+    )  # fmt: skip
+
+
+def _opt(norm_first: bool, **more: Any) -> Family:
+    return Family(
+        model_type="opt",
+        kind="text",
+        blocks="model.decoder.layers",
+        ffn_in=("fc1",),
+        activation="activation_fn",
+        ffn_out="fc2",
+        output_norm="" if norm_first else "final_layer_norm",
+        attention=tuple(f"self_attn.{name}" for name in (*_PROJECTIONS[:3], "out_proj")),
+        head=("score",),
+        when=(("do_layer_norm_before", norm_first),),
+        causal=True,
+        summary="last",
+        names=ConfigNames(ffn="ffn_dim"),
+        **more,
     )
 
 
 FAMILIES: dict[str, Family] = {
-    f.model_type: f
+    f.name: f
     for f in (
         _bert_like("bert"),
-        _bert_like("roberta"),
+        _bert_like("roberta", after_padding=True),
         _distilbert(),
         _bert_like("electra"),
         _vit_like("vit", special_tokens=1),
         _vit_like("deit", special_tokens=2),
+        _bert_like("xlm-roberta", prefix="roberta", after_padding=True),
+        _bert_like(
+            "deberta-v2",
+            prefix="deberta",
+            query_key_value=("query_proj", "key_proj", "value_proj"),
+        ),
+        _modernbert("cls"),
+        _modernbert("mean", variant="mean", summary="every"),
+        _dinov2(swiglu=False),
+        _dinov2(swiglu=True, variant="swiglu", **_GATED),
+        _gpt2(),
+        _opt(norm_first=True),
+        _opt(norm_first=False, variant="post-norm"),
         _llama_like("llama"),
+        _llama_like("mistral"),
+        _llama_like("qwen2"),
+        _llama_like("qwen3"),
+        _llama_like("gemma2", after_ffn="post_feedforward_layernorm"),
     )
 }
+"""Every family by its name. One that a config does not tell from another is not in it."""
 
 
-def family_of(model_type: str) -> Family:
-    """Look a family up.
+def supported(kind: str | None = None, causal: bool = False) -> str:
+    """The Hugging Face model types there is a family for, for messages.
 
     Args:
-        model_type: what a Hugging Face config calls its kind of model.
+        kind: `text` or `image`; None for all.
+        causal: whether only decoders are wanted.
+
+    Returns:
+        Their names, separated by commas.
+    """
+    rows = (
+        f.model_type for f in FAMILIES.values() if kind in (None, f.kind) and f.causal >= causal
+    )
+    return ", ".join(dict.fromkeys(rows))
+
+
+def family_of(name: str) -> Family:
+    """Look a family up by its name.
+
+    Args:
+        name: what a plan calls it.
 
     Returns:
         The family's row of `FAMILIES`.
@@ -229,12 +231,38 @@ def family_of(model_type: str) -> Family:
         UserError: there is no such row; names those there are.
     """
     try:
-        return FAMILIES[model_type]
+        return FAMILIES[name]
     except KeyError:
-        raise UserError(
-            f"model.name: model type {model_type!r} is not supported; supported are "
-            f"{', '.join(FAMILIES)}."
-        ) from None
+        raise UserError(_unsupported(name)) from None
+
+
+def _unsupported(name: object) -> str:
+    return f"model.name: model type {name!r} is not supported; supported are {supported()}."
+
+
+def family_of_config(config: Any) -> Family:
+    """The family of the models that a config describes.
+
+    Args:
+        config: a Hugging Face config, or the dictionary one is saved as.
+
+    Returns:
+        The row of `FAMILIES` that fits it.
+
+    Raises:
+        UserError: there is none; names the model types there are, or the fields that must be other.
+    """
+    model_type = value_of(config, "model_type")
+    rows = [f for f in FAMILIES.values() if f.model_type == model_type]
+    if not rows:
+        raise UserError(_unsupported(model_type))
+    for row in rows:
+        if row.fits(config):
+            return row
+    known = " or ".join(
+        ", ".join(f"{name} = {value!r}" for name, value in row.when) for row in rows
+    )
+    raise UserError(f"model.name: of {model_type} models those with {known} are supported.")
 
 
 def family_of_model(model: nn.Module) -> Family:
@@ -244,29 +272,16 @@ def family_of_model(model: nn.Module) -> Family:
         model: FM or proxy, bare or wrapped by PEFT.
 
     Returns:
-        The family that its config's `model_type` names.
+        The family that its config names.
 
     Raises:
         UserError: the family is not supported.
     """
     config: Any = base_model(model).config
-    return family_of(config.model_type)
-
-
-def base_model(model: nn.Module) -> nn.Module:
-    """The task model inside a PEFT wrapper, or the model itself.
-
-    Args:
-        model: bare or wrapped by PEFT.
-
-    Returns:
-        The bare task model, not a copy.
-    """
-    inner = getattr(model, "get_base_model", None)
-    return inner() if inner is not None else model
+    return family_of_config(config)
 
 
 __all__ = [
-    "FAMILIES", "FFN", "ConfigNames", "Family", "Shape", "base_model", "family_of",
-    "family_of_model",
+    "FAMILIES", "FFN", "Family", "Shape", "base_model", "family_of", "family_of_config",
+    "family_of_model", "supported",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from fedpft_core.model.families import Family
+    from fedpft_core.model.family import Family
 
 
 class FFN:
@@ -65,6 +65,19 @@ class FFN:
         """The LayerNorm after the FFN output (post-norm families), else None."""
         path = self.family.output_norm
         return self.block.get_submodule(path) if path else None
+
+    def after(self, y: Tensor) -> Tensor:
+        """What is added to the residual stream.
+
+        Args:
+            y: the FFN's output [..., D].
+
+        Returns:
+            [..., D]: the same, but where the family scales it or norms it first.
+        """
+        path = self.family.after_ffn
+        scaled: Tensor = self.block.get_submodule(path)(y) if path else y
+        return scaled
 
     @property
     def neurons(self) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 from fedpft_core.model.families import family_of
 from fedpft_core.model.plan import Plan
 
-_WRAPPER = "base_model.model."
+WRAPPER = "base_model.model."
 _LORA = ".lora_"
 
 
@@ -29,7 +29,7 @@ def bare(name: str) -> str:
     Returns:
         The name without what PEFT puts around it.
     """
-    name = name.removeprefix(_WRAPPER).replace(".base_layer.", ".")
+    name = name.removeprefix(WRAPPER).replace(".base_layer.", ".")
     return name.replace(".modules_to_save.default", "").replace(".default.", ".")
 
 

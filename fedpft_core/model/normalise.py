@@ -7,26 +7,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedpft_core.model.families import FAMILIES
+from fedpft_core.model.families import family_of_model
+from fedpft_core.model.fused import Apart
 
 
 def normalise(model: Any) -> Any:
-    """Replace every `Conv1D` of transformers (GPT-2) by the `nn.Linear` that computes the same.
+    """Bring a model to the form that its family's row describes.
 
-    A `Conv1D` is a linear layer that keeps its weight transposed. The logits stay as they were to
-    the bit, and module names do not change, so an adapter trained on the normalised model fits
-    the vanilla one.
+    A `Conv1D` of transformers (GPT-2), a linear layer that keeps its weight transposed, becomes the
+    `nn.Linear` that computes the same to the bit. Layers that hold several projections become as
+    many layers (:class:`Apart`), which changes the last bits of their products at most;
+    `adapter.lora.export` puts their adapters together again, for the vanilla model. Decoders no
+    longer remember what they have read.
 
     Args:
-        model: changed in place; a model without such layers is left alone.
+        model: a task model, changed in place; one that needs none of this is left alone.
 
     Returns:
         The same model.
+
+    Raises:
+        UserError: the family is not supported.
     """
     from transformers.pytorch_utils import Conv1D
 
-    family = FAMILIES.get(model.config.model_type)
-    if family is not None and family.causal:
+    family = family_of_model(model)
+    if family.causal:
         for part in model.modules():
             # What a decoder remembers of earlier tokens is of no use where whole rows are read.
             if getattr(getattr(part, "config", None), "use_cache", False):
@@ -34,6 +40,11 @@ def normalise(model: Any) -> Any:
     for name, module in list(model.named_modules()):
         if isinstance(module, Conv1D):
             model.set_submodule(name, _linear(module))
+    for block in family.block_list(model):
+        for layer in family.fused:
+            held = block.get_submodule(layer.path)
+            if isinstance(held, nn.Linear):
+                block.set_submodule(layer.path, Apart(held, layer.parts))
     return model
 
 

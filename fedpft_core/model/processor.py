@@ -37,7 +37,7 @@ def load_processor(source: str, kind: str, options: Mapping[str, Any] | None = N
             return AutoImageProcessor.from_pretrained(source, backend="pil", **given)
         tokenizer = AutoTokenizer.from_pretrained(source, **given)
         # For a folder without tokenizer files transformers makes one that knows no word.
-        if len(tokenizer) <= len(tokenizer.all_special_ids):
+        if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):
             raise ValueError("it has no vocabulary")
         return tokenizer
     except Exception as error:

@@ -62,10 +62,34 @@ class ConfigNames:
     ffn: str = "intermediate_size"
     blocks: str = "num_hidden_layers"
     heads: str = "num_attention_heads"
-    kv_heads: str = ""  # empty: as many as heads
-    head_dim: str = ""  # empty: hidden / heads
+    kv_heads: str = ""  # empty, or null there: as many as heads
+    head_dim: str = ""  # empty, or null there: hidden / heads
     vocabulary: str = "vocab_size"
     positions: str = "max_position_embeddings"
+    ffn_default: int = 0  # where `ffn` may be null: so many times hidden
+    ffn_ratio: str = ""  # the field that says instead of `ffn` how many times hidden
+
+    def neurons(self, config: Any, hidden: int, gated: bool) -> int:
+        """Neurons of each FFN.
+
+        Args:
+            config: a Hugging Face config, or the dictionary one is saved as.
+            hidden: width of the residual stream.
+            gated: whether the FFN is gated.
+
+        Returns:
+            F.
+
+        Raises:
+            ValueError: the config does not tell.
+        """
+        if self.ffn_ratio:
+            f = hidden * size(config, self.ffn_ratio)
+            # Gated ones keep two thirds, rounded up to a multiple of 8 (DINOv2).
+            return (int(f * 2 / 3) + 7) // 8 * 8 if gated else f
+        if self.ffn_default:
+            return optional_size(config, self.ffn) or self.ffn_default * hidden
+        return size(config, self.ffn)
 
 
 def size(config: Any, name: str, least: int = 1) -> int:
@@ -82,7 +106,7 @@ def size(config: Any, name: str, least: int = 1) -> int:
     Raises:
         ValueError: it is missing, no whole number or too small.
     """
-    value = _field(config, name)
+    value = value_of(config, name)
     if type(value) is not int or value < least:
         raise ValueError(f"the model's config has {name} = {value!r}, not a number >= {least}")
     return value
@@ -101,7 +125,7 @@ def optional_size(config: Any, name: str) -> int | None:
     Raises:
         ValueError: it is there and is no whole number of at least 1.
     """
-    if not name or _field(config, name) is None:
+    if not name or value_of(config, name) is None:
         return None
     return size(config, name)
 
@@ -119,12 +143,21 @@ def sides(config: Any, name: str) -> tuple[int, int]:
     Raises:
         ValueError: the field has neither.
     """
-    value = _field(config, name)
+    value = value_of(config, name)
     both = tuple(value) if isinstance(value, list | tuple) else (value, value)
     if len(both) != 2 or any(type(side) is not int or side < 1 for side in both):
         raise ValueError(f"the model's config has {name} = {value!r}, no height and width")
     return both
 
 
-def _field(config: Any, name: str) -> Any:
+def value_of(config: Any, name: str) -> Any:
+    """What a config says in a field.
+
+    Args:
+        config: a Hugging Face config, or the dictionary one is saved as.
+        name: the field.
+
+    Returns:
+        Its value; None where there is no such field.
+    """
     return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)

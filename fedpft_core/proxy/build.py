@@ -70,8 +70,15 @@ def _sliced(ffn: FFN, index: Tensor) -> dict[str, nn.Linear]:
 def _without_dropped(model: nn.Module, family: Family, plan: Plan) -> nn.Module:
     if len(plan.present) < len(plan.blocks):
         kept = nn.ModuleList(family.block_list(model)[i] for i in plan.present)
-        parent, _, name = family.blocks.rpartition(".")
-        setattr(model.get_submodule(parent), name, kept)
+        path, _, name = family.blocks.rpartition(".")
+        parent: Any = model.get_submodule(path)
+        setattr(parent, name, kept)
+        kinds = getattr(getattr(parent, "config", None), "layer_types", None)
+        if kinds:
+            # What looks up a block's kind of attention by its position must find its own. The task
+            # model's config stays the FM's: packages have it, and rebuild all blocks before these.
+            parent.config = copy.deepcopy(parent.config)
+            parent.config.layer_types = [kinds[i] for i in plan.present]
     return model
 
 

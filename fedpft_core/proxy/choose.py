@@ -91,7 +91,7 @@ def make_plan(
     ffns = family.ffns(model)
     n, f = len(ffns), ffns[0].neurons
     if cfg.proxy == "full":
-        return Plan(family.model_type, f, tuple(BlockPlan("whole") for _ in ffns))
+        return Plan(family.name, f, tuple(BlockPlan("whole") for _ in ffns))
     if cfg.keep_neurons > f:
         raise UserError(
             f"plan.keep-neurons = {cfg.keep_neurons} is more than the FM's {f} neurons."
@@ -107,16 +107,16 @@ def make_plan(
     if cfg.proxy == "layer-drop":
         keep = evenly_spaced(n, cfg.drop_to or _same_budget(model, family, k, retained), cfg)
         return Plan(
-            family.model_type,
+            family.name,
             f,
             tuple(BlockPlan("whole" if i in keep else "dropped") for i in range(n)),
         )
     whole = [i in retained or k == f for i in range(n)]
     if all(whole):
-        return Plan(family.model_type, f, tuple(BlockPlan("whole") for _ in ffns))
+        return Plan(family.name, f, tuple(BlockPlan("whole") for _ in ffns))
     scores = saliency.scores(cfg.saliency, saliency.Probe(model, seed, public, head_reads))
     return Plan(
-        family.model_type,
+        family.name,
         f,
         tuple(
             BlockPlan("whole")
@@ -162,12 +162,11 @@ def evenly_spaced(blocks: int, keep: int, cfg: PlanConfig) -> set[int]:
 def _same_budget(model: nn.Module, family: Family, k: int, retained: set[int]) -> int:
     """Whole blocks that fit the block parameters an FFN-pruned proxy would have, at least 2."""
     ffns, blocks = family.ffns(model), family.block_list(model)
-    whole = sum(p.numel() for p in blocks[0].parameters())
+    whole = [sum(p.numel() for p in block.parameters()) for block in blocks]
     per_neuron = sum(
         p.numel() // ffns[0].neurons
         for part, p in ffns[0].parts().items()
         if FFN.neuron_axis(part) is not None
     )
-    pruned = whole - per_neuron * (ffns[0].neurons - k)
-    budget = whole * len(retained) + pruned * (len(blocks) - len(retained))
-    return min(len(blocks), max(2, budget // whole))
+    budget = sum(whole) - per_neuron * (ffns[0].neurons - k) * (len(blocks) - len(retained))
+    return min(len(blocks), max(2, budget // max(whole)))

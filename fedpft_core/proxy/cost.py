@@ -3,7 +3,8 @@
 FLOPs count a multiply and an add as two. Forward: 2 per weight of every linear, plus the two
 attention products, 4·L·D per token at length L. A training step with frozen weights needs the
 forward pass, the backward pass through activations (as much again), and three times LoRA's
-forward; weight gradients exist for the adapter only.
+forward; weight gradients exist for the adapter only. Products with relative positions (DeBERTa),
+which a row has besides whatever its length, are left out.
 """
 
 from __future__ import annotations

@@ -56,19 +56,19 @@ def make_package(
     # As JSON has it, where a client takes it from: numbers as keys become texts.
     config = json.loads(json.dumps(config))
     meta = PackageMeta(plan, spec, config, type(model).__name__, kind, tuple(labels), max_length)
+    again = _tied(model)
     weights = {
         name: t.detach().to("cpu", copy=True).contiguous()
-        for name, t in ((names.bare(k), t) for k, t in _once(model).items())
+        for name, t in ((names.bare(k), t) for k, t in model.state_dict().items() if k not in again)
         if not names.is_lora(name) and not names.in_modules(name, spec.modules)
     }
     return Package(meta, files_of(processor), weights)
 
 
-def _once(model: nn.Module) -> dict[str, Tensor]:
-    """A model's state, of tied tensors the first only: the others follow from the config."""
-    seen: dict[int, str] = {}
-    state = model.state_dict(keep_vars=True)
-    return {k: t for k, t in state.items() if seen.setdefault(id(t), k) == k}
+def _tied(model: nn.Module) -> set[str]:
+    """Names of parameters that are another one under a second name: they travel once."""
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return every - {name for name, _ in model.named_parameters()}
 
 
 @dataclass
@@ -165,8 +165,8 @@ def _made(meta: PackageMeta, weights: Mapping[str, Tensor] | None) -> ClientMode
 
 def _fill(model: nn.Module, weights: Mapping[str, Tensor], spec: AdapterSpec) -> None:
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    own = _once(model)
-    missing = [k for k in missing if k in own]  # what is tied to another tensor has come with it
+    again = _tied(model)
+    missing = [name for name in missing if name not in again]
     if unexpected or not all(names.in_modules(k, spec.modules) for k in missing):
         raise ReplyError(f"the package's weights do not fit its plan: {missing or unexpected}")
     # What the adapter brings is not in the package, and was never filled.

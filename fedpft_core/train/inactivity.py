@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fedpft_core.data.batches import Encoded, batches
-from fedpft_core.model.batch import inputs_of, real_positions
-from fedpft_core.model.device import device_of, to_device
+from fedpft_core.model.batch import by_row, inputs_of, real_positions
+from fedpft_core.model.device import Batch, device_of, to_device
 from fedpft_core.model.plan import Plan, pruned_ffns
 from fedpft_core.model.taps import watch
 
@@ -64,13 +64,11 @@ def sum_counts(counts: Iterable[Counts]) -> Counts:
     return Counts(inactive, tokens)
 
 
-@torch.inference_mode()
 def count_inactive(
     model: nn.Module, plan: Plan, data: Encoded, batch_size: int, rule: str
 ) -> Counts:
     """Count, per pruned block and neuron, the real tokens that left it inactive.
 
-    The token total is taken at each block, where the counting happens.
     Source: FedPFT, section 4.3.
 
     Args:
@@ -83,6 +81,24 @@ def count_inactive(
     Returns:
         Counts on the CPU, by FM block.
     """
+    return count_over(model, plan, batches(data, batch_size, None), rule)
+
+
+@torch.inference_mode()
+def count_over(model: nn.Module, plan: Plan, served: Iterable[Batch], rule: str) -> Counts:
+    """The same over batches, however they are padded.
+
+    The token total is taken at each block, where the counting happens.
+
+    Args:
+        model: the proxy, with the adapter; left in eval mode.
+        plan: what the proxy was built from.
+        served: what the model reads, and perhaps more.
+        rule: see :func:`is_inactive`.
+
+    Returns:
+        Counts on the CPU, by FM block.
+    """
     model.eval()
     device = device_of(model)
     ffns = pruned_ffns(model, plan)
@@ -90,13 +106,14 @@ def count_inactive(
     tokens = dict.fromkeys(ffns, 0)
 
     def count(block: int, out: Tensor) -> None:
+        out = by_row(out, batch)
         real = real_positions(batch, out.shape[1])
         off = is_inactive(out, rule) & real[..., None]
         inactive[block] += off.flatten(0, 1).sum(0).cpu()
         tokens[block] += int(real.sum())
 
     with watch({block: ffn.activation for block, ffn in ffns.items()}, count):
-        for batch in batches(data, batch_size, None):
+        for batch in served:
             batch = to_device(batch, device)
             model(**inputs_of(batch))
     return Counts(inactive, tokens)

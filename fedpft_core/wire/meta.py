@@ -10,6 +10,7 @@ from typing import Any
 
 from fedpft_core.adapter.lora import AdapterSpec
 from fedpft_core.errors import ReplyError
+from fedpft_core.model.families import FAMILIES
 from fedpft_core.model.plan import Plan
 from fedpft_core.task import Task, make
 
@@ -114,9 +115,16 @@ class PackageMeta:
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 why = str(error)[:200]
                 raise ReplyError(f"the package's metadata: {name} is wrong ({why})") from error
-        if read["model_config"]["model_type"] != read["plan"].model_type:
+        if not _plans_for(read["plan"].model_type, read["model_config"]):
             raise ReplyError("the package's plan is for another kind of model than its config")
         return PackageMeta(**read)
+
+
+def _plans_for(name: str, config: dict[str, Any]) -> bool:
+    """Whether a plan of that name is for models with that config."""
+    family = FAMILIES.get(name)
+    # Of kinds that nobody here knows no more is asked than that both are the same.
+    return family.fits(config) if family else bool(config["model_type"] == name)
 
 
 def _config(value: Any) -> dict[str, Any]:

@@ -143,19 +143,36 @@ def _head_of(bare: torch.nn.Module, family: str) -> dict[str, torch.Tensor]:
 
 @families
 def test_export_gives_identical_logits_on_the_untouched_fm(family: str, tmp_path: Path) -> None:
-    untouched = tiny.model(family)
+    untouched = tiny.vanilla(family)
     fm, _, _, _ = tiny.pair(family, dropout=0.1)
     files = adapters.export(fm, tmp_path, "somewhere")
     assert [f.name for f in files] == ["adapter_config.json", "adapter_model.safetensors"]
     batch = tiny.batch_of(family)
     with torch.no_grad():
         bare = logits(untouched, batch)
-        loaded = PeftModel.from_pretrained(copy.deepcopy(untouched), str(tmp_path))
-        assert torch.equal(logits(loaded.eval(), batch), logits(fm, batch))
-        assert not torch.equal(bare, logits(fm, batch))
+        loaded = PeftModel.from_pretrained(copy.deepcopy(untouched), str(tmp_path)).eval()
+        _expect_same(family, loaded, fm, batch)
+        assert not torch.allclose(bare, logits(fm, batch))
     stored = load_file(tmp_path / "adapter_model.safetensors")
     own = {k.removeprefix("base_model.model."): v for k, v in stored.items()}
-    assert tiny.same_bits(own, adapters.read(fm))
+    if not family_of(family).fused:
+        assert tiny.same_bits(own, adapters.read(fm))
+
+
+def _expect_same(
+    family: str, vanilla: torch.nn.Module, fm: torch.nn.Module, batch: dict[str, torch.Tensor]
+) -> None:
+    """Identical logits: to the bit, but where one layer of the vanilla model is several of ours. A
+    product in parts may round otherwise, so that it is float64 that shows that they are the same.
+    """
+    if not family_of(family).fused:
+        assert torch.equal(logits(vanilla, batch), logits(fm, batch))
+        return
+    torch.testing.assert_close(logits(vanilla, batch), logits(fm, batch), rtol=1e-4, atol=1e-5)
+    vanilla.double(), fm.double()
+    found, want = logits(vanilla, tiny.double(batch)), logits(fm, tiny.double(batch))
+    torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
+    vanilla.float(), fm.float()
 
 
 @families
@@ -166,10 +183,9 @@ def test_exported_adapter_of_a_layer_drop_proxy_loads_on_the_fm(
     fm, proxy, _, _ = tiny.pair(family, plan)
     adapters.load(fm, adapters.read(proxy, plan))
     adapters.export(fm, tmp_path, "somewhere")
-    loaded = PeftModel.from_pretrained(tiny.model(family), str(tmp_path)).eval()
-    batch = tiny.batch_of(family)
+    loaded = PeftModel.from_pretrained(tiny.vanilla(family), str(tmp_path)).eval()
     with torch.no_grad():
-        assert torch.equal(logits(loaded, batch), logits(fm, batch))
+        _expect_same(family, loaded, fm, tiny.batch_of(family))
 
 
 @families

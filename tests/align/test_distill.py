@@ -111,6 +111,43 @@ def test_distilled_loss_is_hidden_error_plus_alpha_times_weight_error(family: st
     assert first == pytest.approx(want, rel=1e-5)
 
 
+@families
+def test_gradients_of_both_losses_equal_finite_differences(family: str) -> None:
+    """The hidden-state error and the weight-product error, through every part that moves."""
+    teacher, student, plan, _ = tiny.pair(family)
+    teacher.double(), student.double()
+    batch = tiny.double(tiny.public(family, 1, rows=3)[0])
+    hidden = distill.hidden_objective(teacher, student, plan)
+    theirs, mine = family_of(family).ffns(teacher), pruned_ffns(student, plan)
+
+    def weights() -> torch.Tensor:
+        terms = [distill.weight_error(f, distill.products(theirs[b])) for b, f in mine.items()]
+        return torch.stack(terms).mean()
+
+    parts = distill.moving_parts(student, plan)
+    for loss in (lambda: hidden(batch), weights):
+        with distill.only_trained(student, parts.values()):
+            values = list(parts.values())
+            grads = torch.autograd.grad(loss(), values, allow_unused=True)
+        reached = {part for (_, part), g in zip(parts, grads, strict=True) if g is not None}
+        assert reached >= {
+            part for _, part in parts if part.endswith("weight") and "norm" not in part
+        }
+        step = 1e-6
+        for p, g in zip(values, grads, strict=True):
+            if g is None:
+                continue
+            flat, at = p.detach().view(-1), int(g.abs().argmax())
+            value, sides = float(flat[at]), []
+            for sign in (1, -1):
+                flat[at] = value + sign * step
+                with torch.no_grad():
+                    sides.append(float(loss()))
+            flat[at] = value
+            change = (sides[0] - sides[1]) / (2 * step)
+            assert float(g.view(-1)[at]) == pytest.approx(change, rel=1e-5, abs=1e-9)
+
+
 def test_the_weight_term_has_a_gradient() -> None:
     """Alpha changes the result, and alone it brings W2 W1 closer to the teacher's."""
     results = {}
@@ -203,8 +240,8 @@ def test_requires_grad_is_as_it_was_and_no_gradient_is_left(family: str) -> None
 
 @families
 def test_a_keep_all_student_has_nothing_to_learn(family: str) -> None:
-    everything = BlockPlan("pruned", tuple(range(24)))
-    plan = Plan(family, 24, (everything,) * 4)
+    everything = BlockPlan("pruned", tuple(range(tiny.neurons(family))))
+    plan = Plan(family, tiny.neurons(family), (everything,) * 4)
     teacher, student, _, _ = tiny.pair(family, plan)
     errors = distill.output_error(teacher, student, plan, tiny.public(family, 2))
     assert errors == {0: 0.0, 1: 0.0, 2: 0.0, 3: 0.0}

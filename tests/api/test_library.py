@@ -24,7 +24,7 @@ from fedpft_core.adapter import lora
 from fedpft_core.align import method as alignment
 from fedpft_core.data.batches import batches
 from fedpft_core.errors import UserError
-from fedpft_core.model.families import FAMILIES
+from fedpft_core.model.families import FAMILIES, supported
 from fedpft_core.proxy import build, choose
 from fedpft_core.train import agreement
 from fedpft_core.train.tune import LocalSettings, fine_tune
@@ -41,7 +41,7 @@ def labelled(family: str, rows: int = 24, seed: int = 0) -> list[dict[str, torch
 
 
 def attached(family: str = "bert", **more: Any) -> tuple[PeftModel, PeftModel, fp.Plan]:
-    fm = tiny.model(family)
+    fm = tiny.vanilla(family)
     plan = fp.make_plan(fm, **more)
     proxy = fp.build_proxy(fm, plan)
     return fp.attach(fm, plan, rank=2), fp.attach(proxy, plan, rank=2), plan
@@ -75,7 +75,8 @@ def test_the_examples_of_the_docstrings_run() -> None:
     found = {t.name: t for t in doctest.DocTestFinder().find(api) if t.examples}
     module = api.__name__
     order = [module, *(f"{module}.{n}" for n in (
-        "make_plan", "build_proxy", "distil", "attach", "tune", "plug_in", "gradient_agreement"
+        "make_plan", "build_proxy", "distil", "attach", "tune", "plug_in", "export",
+        "gradient_agreement",
     ))]  # fmt: skip
     assert set(found) == set(order), "an example is not run"
     runner, names = doctest.DocTestRunner(), {}
@@ -250,18 +251,22 @@ def test_a_tokenizers_own_batches_will_do() -> None:
 @families
 @pytest.mark.parametrize("kind", ["ffn-pruned", "layer-drop"])
 def test_plugging_in_gives_a_peft_adapter_of_the_fm(family: str, kind: str, tmp_path: Path) -> None:
-    bare = tiny.model(family)
+    bare = tiny.vanilla(family)
     fm, proxy, plan = attached(family, proxy=kind)
     rows = labelled(family)
     fp.tune(proxy, rows, epochs=2)
     before = lora.read(proxy, plan)
     assert fp.plug_in(proxy, fm, plan) is fm
     assert tiny.same_bits(lora.read(fm), before)
-    fm.save_pretrained(str(tmp_path))
-    loaded = PeftModel.from_pretrained(bare, str(tmp_path))
+    fp.export(fm, tmp_path / "new", base_name="somewhere")
+    loaded = PeftModel.from_pretrained(bare, str(tmp_path / "new"))
     batch = {k: v for k, v in rows[0].items() if k not in ("labels", "index")}
     with torch.no_grad():
-        assert torch.equal(loaded(**batch).logits, fm(**batch).logits)
+        found, want = loaded(**batch).logits, fm(**batch).logits
+        if FAMILIES[family].fused:  # a product in parts may round otherwise
+            torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+        else:
+            assert torch.equal(found, want)
     assert tiny.same_bits(lora.read(proxy, plan), before)
 
 
@@ -313,7 +318,7 @@ def test_an_unsupported_family_is_named_with_those_supported() -> None:
             attention_types=[[["global"], 2]],
         )
     )  # fmt: skip
-    with pytest.raises(UserError, match=f"'gpt_neo' is not supported; .*{', '.join(FAMILIES)}"):
+    with pytest.raises(UserError, match=f"'gpt_neo' is not supported; .*{supported()}"):
         fp.make_plan(model)
     with pytest.raises(UserError, match="A Linear is not supported"):
         fp.make_plan(torch.nn.Linear(2, 2))

@@ -41,8 +41,8 @@ def _projections(model: torch.nn.Module, family: str, block: int) -> list[Any]:
 @families
 def test_full_rank_gives_the_same_logits(family: str) -> None:
     fm = tiny.model(family).double()
-    everything = BlockPlan("pruned", tuple(range(24)), WIDTH)
-    small = build(fm, Plan(family, 24, (everything,) * 4))
+    everything = BlockPlan("pruned", tuple(range(tiny.neurons(family))), WIDTH)
+    small = build(fm, Plan(family, tiny.neurons(family), (everything,) * 4))
     batch = tiny.double(tiny.batch_of(family))
     with torch.no_grad():
         torch.testing.assert_close(logits(small, batch), logits(fm, batch), rtol=1e-10, atol=1e-11)

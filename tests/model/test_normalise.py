@@ -1,82 +1,100 @@
-"""GPT-2's transposed layers become ordinary ones, and nobody outside can tell."""
+"""Layers of other forms become ordinary ones, and nobody outside can tell."""
 
 from __future__ import annotations
 
 import copy
-from pathlib import Path
+from typing import Any
 
+import pytest
 import tiny
 import torch
-import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fedpft_core.model.families import family_of
+from fedpft_core.model.fused import Apart, Fused, joined, per_rank
 from fedpft_core.model.normalise import normalise
 from fedpft_core.task.classify import logits
 
-
-def gpt2() -> nn.Module:
-    config = transformers.GPT2Config(
-        vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=40, num_labels=3,
-        pad_token_id=0, bos_token_id=1, eos_token_id=1,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        model = transformers.GPT2ForSequenceClassification(config)
-        for p in model.parameters():
-            nn.init.normal_(p, std=0.3)
-    return model.eval()
+FUSED = [f for f in tiny.FAMILIES if family_of(f).fused]
+OTHERS = [f for f in tiny.FAMILIES if not family_of(f).fused]
 
 
-def batch(rows: int = 6, length: int = 9) -> dict[str, torch.Tensor]:
-    ids = torch.randint(2, 50, (rows, length), generator=torch.Generator().manual_seed(rows))
-    return {
-        "input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0] % 3,
-    }  # fmt: skip
-
-
-def test_every_conv1d_becomes_the_linear_that_computes_the_same() -> None:
-    vanilla = gpt2()
-    made = normalise(copy.deepcopy(vanilla))
-    old = {n for n, m in vanilla.named_modules() if isinstance(m, Conv1D)}
-    assert len(old) == 8
-    assert {n for n, m in made.named_modules() if type(m) is nn.Linear} == {*old, "score"}
+@pytest.mark.parametrize("family", FUSED)
+def test_every_projection_becomes_a_layer_of_its_own(family: str) -> None:
+    theirs, row = tiny.vanilla(family), family_of(family)
+    made: Any = normalise(copy.deepcopy(theirs))
     assert not any(isinstance(m, Conv1D) for m in made.modules())
-    assert {n for n, _ in made.named_parameters()} == {n for n, _ in vanilla.named_parameters()}
     assert not made.training
-    for rows, length in ((1, 5), (7, 20), (3, 40)):
-        with torch.no_grad():
-            inputs = batch(rows, length)
-            assert torch.equal(logits(made, inputs), logits(vanilla, inputs))
-
-
-def test_an_adapter_trained_on_it_fits_the_vanilla_model(tmp_path: Path) -> None:
-    vanilla = gpt2()
-    settings = LoraConfig(
-        r=2, target_modules=["c_attn", "attn.c_proj"], modules_to_save=["score"]
-    )  # fmt: skip
-    tuned = get_peft_model(normalise(copy.deepcopy(vanilla)), settings)
-    start = logits(tuned, batch()).detach()
-    optimiser = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=0.05)
-    for _ in range(3):
-        nn.functional.cross_entropy(logits(tuned, batch()), batch()["labels"]).backward()
-        optimiser.step()
-        optimiser.zero_grad()
-    tuned.eval()
-    tuned.save_pretrained(str(tmp_path))
-    loaded = PeftModel.from_pretrained(vanilla, str(tmp_path)).eval()
+    held = [m for m in made.modules() if isinstance(m, Apart)]
+    assert len(held) == 4 * len(row.fused)
+    for block in row.block_list(made):
+        for path in (*row.attention, *row.ffn_in, row.ffn_out):
+            assert type(block.get_submodule(path)) is nn.Linear
+    assert sum(p.numel() for p in made.parameters()) == sum(p.numel() for p in theirs.parameters())
+    batch = tiny.batch_of(family)
     with torch.no_grad():
-        found = logits(tuned, batch())
-        assert not torch.allclose(found, start)
-        assert torch.equal(logits(loaded, batch()), found)
+        torch.testing.assert_close(logits(made, batch), logits(theirs, batch), rtol=1e-4, atol=1e-5)
+        made.double(), theirs.double()
+        want = logits(theirs, batch)
+        torch.testing.assert_close(logits(made, batch), want, rtol=1e-12, atol=1e-12)
 
 
-def test_other_models_are_left_alone() -> None:
-    for family in tiny.FAMILIES:
-        model = tiny.model(family)
-        modules = list(model.modules())
-        before = tiny.weights(model)
-        assert normalise(model) is model
-        assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
-        assert tiny.same_bits(tiny.weights(model), before)
+def test_a_conv1d_becomes_the_linear_that_computes_the_same_to_the_bit() -> None:
+    theirs: Any = tiny.vanilla("gpt2")
+    made: Any = normalise(copy.deepcopy(theirs))
+    for rows, length in ((1, 5), (7, 20), (3, 40)):
+        x = torch.randn(rows, length, 16, generator=torch.Generator().manual_seed(length))
+        for old, new in zip(theirs.transformer.h, made.transformer.h, strict=True):
+            assert isinstance(old.mlp.c_fc, Conv1D)
+            assert torch.equal(old.mlp.c_fc(x), new.mlp.c_fc(x))
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_a_second_time_changes_nothing(family: str) -> None:
+    made: Any = normalise(tiny.vanilla(family))
+    modules, before = list(made.modules()), tiny.weights(made)
+    assert normalise(made) is made
+    assert all(a is b for a, b in zip(made.modules(), modules, strict=True))
+    assert tiny.same_bits(tiny.weights(made), before)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_models_are_left_alone(family: str) -> None:
+    model = tiny.vanilla(family)
+    modules = list(model.modules())
+    before = tiny.weights(model)
+    assert normalise(model) is model
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    assert tiny.same_bits(tiny.weights(model), before)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_only_decoders_lose_their_cache(family: str) -> None:
+    had = getattr(tiny.vanilla(family).config, "use_cache", None)
+    has = getattr(tiny.model(family).config, "use_cache", None)
+    assert has == (False if family_of(family).causal else had)
+
+
+def test_factors_of_parts_joined_give_the_products_of_the_parts() -> None:
+    """And other targets, and what is no target, stay as they are."""
+    stream = torch.Generator().manual_seed(0)
+    layer = Fused("attn.c_attn", ("q", "k", "v"))
+    tensors = {"score.weight": torch.ones(3, 4)}
+    for path in ("h.0.attn.c_attn.q", "h.0.attn.c_attn.k", "h.0.attn.c_attn.v", "h.0.attn.o"):
+        tensors[f"{path}.lora_A.weight"] = torch.randn(2, 4, generator=stream)
+        tensors[f"{path}.lora_B.weight"] = torch.randn(5, 2, generator=stream)
+    targets = tuple(name.partition(".lora")[0] for name in tensors if ".lora_A" in name)
+    made = joined(tensors, targets, (layer,))
+    whole = "h.0.attn.c_attn"
+    assert (made.targets, made.ranks) == ((whole, "h.0.attn.o"), {whole: 6})
+    assert per_rank(made.ranks, 48.0, 2) == {whole: 144.0}
+    a, b = (made.tensors[f"{whole}.lora_{x}.weight"] for x in "AB")
+    want = torch.cat([
+        tensors[f"{whole}.{p}.lora_B.weight"] @ tensors[f"{whole}.{p}.lora_A.weight"]
+        for p in layer.parts
+    ])  # fmt: skip
+    torch.testing.assert_close(b @ a, want)
+    kept = {"score.weight", "h.0.attn.o.lora_A.weight", "h.0.attn.o.lora_B.weight"}
+    assert made.tensors.keys() == kept | {f"{whole}.lora_{x}.weight" for x in "AB"}
+    assert all(made.tensors[name] is tensors[name] for name in kept)

@@ -13,6 +13,7 @@ from torch import nn
 from fedpft_core import registry
 from fedpft_core.config import PlanConfig
 from fedpft_core.errors import UserError
+from fedpft_core.model.batch import by_row
 from fedpft_core.model.device import Batch, to_device
 from fedpft_core.model.families import base_model, family_of
 from fedpft_core.proxy import saliency
@@ -32,7 +33,7 @@ def _activations(fm: nn.Module, family: str, batch: dict[str, torch.Tensor]) -> 
     """What enters each block's out-projection, [B, L, F]."""
     seen: list[torch.Tensor] = []
     handles = [
-        ffn.out.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+        ffn.out.register_forward_pre_hook(lambda _m, args: seen.append(by_row(args[0], batch)))
         for ffn in family_of(family).ffns(fm)
     ]
     with torch.no_grad():
@@ -46,7 +47,7 @@ def _activations(fm: nn.Module, family: str, batch: dict[str, torch.Tensor]) -> 
 def test_activation_is_the_rms_of_what_a_neuron_adds(family: str) -> None:
     probe, batches = _probe(family)
     found = saliency.scores("activation", probe)
-    totals = [[0.0] * 24 for _ in range(4)]
+    totals = [[0.0] * tiny.neurons(family) for _ in range(4)]
     tokens = 0
     for batch in batches:
         acts = _activations(probe.fm, family, batch)
@@ -57,7 +58,7 @@ def test_activation_is_the_rms_of_what_a_neuron_adds(family: str) -> None:
                     continue
                 tokens += 1
                 for i, ffn in enumerate(family_of(family).ffns(probe.fm)):
-                    for j in range(24):
+                    for j in range(tiny.neurons(family)):
                         added = acts[i][b, t, j] * ffn.out.weight[:, j]
                         totals[i][j] += float(added.detach().square().sum())
     for score, total in zip(found, totals, strict=True):
@@ -117,7 +118,7 @@ def test_every_saliency_gives_a_plan_and_leaves_the_fm_alone(family: str, name: 
     plan = make_plan(fm, PlanConfig(saliency=name), 0, lambda: batches)
     again = make_plan(fm, PlanConfig(saliency=name), 0, lambda: batches)
     assert plan == again
-    assert [len(b.kept) for b in plan.blocks] == [0, 6, 6, 0]
+    assert [len(b.kept) for b in plan.blocks] == [0, *[tiny.neurons(family) // 4] * 2, 0]
     assert tiny.same_bits(tiny.weights(fm), before)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in base_model(fm).modules())
     assert all(p.grad is None for p in fm.parameters())

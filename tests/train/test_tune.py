@@ -20,7 +20,7 @@ from fedpft_core.task.classify import logits
 from fedpft_core.train import baselines
 from fedpft_core.train.evaluate import evaluate
 from fedpft_core.train.gradient import adapter_gradient
-from fedpft_core.train.inactivity import count_inactive, is_inactive
+from fedpft_core.train.inactivity import count_inactive, count_over, is_inactive
 from fedpft_core.train.tune import LocalSettings, fine_tune, local_batches
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -48,6 +48,21 @@ def test_counts_equal_the_oracle_with_padding(family: str, rule: str) -> None:
     assert found.tokens == tokens
     assert all(c.dtype == torch.int64 for c in found.inactive.values())
     assert any(0 < n < tokens[b] for b in inactive for n in inactive[b])
+
+
+@pytest.mark.parametrize("family", tiny.CAUSAL_FAMILIES)
+@pytest.mark.parametrize("rule", ["nonpositive", "exact-zero"])
+def test_counts_equal_the_oracle_with_padding_on_the_left(family: str, rule: str) -> None:
+    _, small, plan, _ = tiny.pair(family)
+    _reach_exact_zero(small, plan)
+    small.double()
+    data = tiny.encoded(family, 11)
+    served = [tiny.padded_left(batch) for batch in batches(data, 4, None)]
+    assert any(not batch["attention_mask"][:, 0].all() for batch in served)
+    found = count_over(small, plan, served, rule)
+    inactive, tokens = oracles.inactive_counts(small, plan, data, rule)
+    assert {b: c.tolist() for b, c in found.inactive.items()} == inactive
+    assert found.tokens == tokens
 
 
 def _double(data: Encoded) -> Encoded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import re
@@ -53,8 +54,35 @@ def test_lists_of_families_are_whole(page: str) -> None:
     """Every family of the table, however its name is spelt."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     words = {re.sub(r"[^a-z0-9]", "", word) for word in text.lower().split()}
-    missing = [name for name in FAMILIES if re.sub(r"[^a-z0-9]", "", name) not in words]
+    names = {row.model_type for row in FAMILIES.values()}
+    missing = [name for name in names if re.sub(r"[^a-z0-9]", "", name) not in words]
     assert not missing, f"docs/{page} does not name {', '.join(missing)}"
+
+
+def test_the_page_of_families_is_whole() -> None:
+    """Every family with every invariant shown, each by tests that are there for every family."""
+    made = script("families_page")
+    assert (ROOT / "docs" / "families.md").read_text(encoding="utf-8") == made.whole(), (
+        "run python .ci/families_page.py --write"
+    )
+    for tests in made.INVARIANTS.values():
+        for test in tests:
+            path, name = test.split("::")
+            tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+            (found,) = (n for n in tree.body if getattr(n, "name", None) == name)
+            assert isinstance(found, ast.FunctionDef)
+            over = " ".join(ast.unparse(d) for d in found.decorator_list)
+            assert "families" in over or "FAMILIES" in over, f"{test} runs over no families"
+
+
+def test_a_page_with_a_family_or_an_invariant_less_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = script("families_page")
+    whole = made.whole()
+    assert made.page(lambda _, family: family != "gpt2") != whole
+    monkeypatch.delitem(FAMILIES, "gpt2")
+    assert made.whole() != whole
 
 
 def test_the_readmes_first_screen_has_the_ten_words() -> None:

@@ -56,7 +56,8 @@ def objective(teacher: nn.Module, student: nn.Module, plan: Plan) -> sgd.Objecti
                 assert norm is not None
                 h_S[block] = norm(view.total + (y - view.y))
             else:
-                h_S[block] = view.out + (y - view.y)
+                after = ffns[block].after
+                h_S[block] = view.out + (after(y) - after(view.y))
         return torch.stack(list(hidden_errors(h_T, h_S, real).values())).mean()
 
     return loss

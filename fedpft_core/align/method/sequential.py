@@ -15,8 +15,9 @@ def align(job: Job) -> tuple[float, float]:
     """Fit W2 and b2 of one block after the other, each to what the blocks before it leave undone.
 
     Each block's residual is what it adds up to in the FM (before the output norm, where there
-    is one) less what it adds up to in the student, whose input already differs. One pass of both
-    models over `distill.fit-batches` batches for each block, up to that block.
+    is one) less what it adds up to in the student, whose input already differs. Where the FFN's
+    output is scaled or normed before it is added, it is the difference of these outputs alone. One
+    pass of both models over `distill.fit-batches` batches for each block, up to that block.
 
     Args:
         job: the alignment. Its steps, rate, alpha and seed are not looked at.
@@ -36,7 +37,10 @@ def align(job: Job) -> tuple[float, float]:
                 batch = to_device(batch, device)
                 theirs, real = local_views(job.teacher, job.plan, batch, wanted=(b,))
                 mine, _ = local_views(job.student, job.plan, batch, own_index=True, wanted=(b,))
-                residual = theirs[b].total - mine[b].total
+                if ffn.family.after_ffn:
+                    residual = theirs[b].y - mine[b].y
+                else:
+                    residual = theirs[b].total - mine[b].total
                 fit.add(mine[b].a[real], residual[real], theirs[b].y[real])
                 if job.on_step:
                     job.on_step(i * n + step + 1, n * len(ffns), float("nan"))

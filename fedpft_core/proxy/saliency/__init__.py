@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedpft_core import registry
 from fedpft_core.errors import UserError
-from fedpft_core.model.batch import Position, inputs_of, read_at, real_positions
+from fedpft_core.model.batch import Position, by_row, inputs_of, read_at, real_positions
 from fedpft_core.model.device import Batch, device_of, to_device
 from fedpft_core.model.families import FFN, family_of_model
 
@@ -114,5 +114,5 @@ def functional(h_BLD: Tensor, batch: Batch, position: Position, stream: torch.Ge
 
 
 __all__ = [
-    "Batch", "Probe", "functional", "inputs_of", "last_block", "real_positions", "scores",
+    "Batch", "Probe", "by_row", "functional", "inputs_of", "last_block", "real_positions", "scores",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fedpft_core.model.taps import watch
-from fedpft_core.proxy.saliency import Probe, inputs_of, real_positions
+from fedpft_core.proxy.saliency import Probe, by_row, inputs_of, real_positions
 
 
 @torch.inference_mode()
@@ -25,6 +25,7 @@ def score(probe: Probe) -> list[Tensor]:
 
     def add(i: int, entering: Tensor) -> None:
         # What enters the out-projection; in gated FFNs that is the product with `up`.
+        entering = by_row(entering, batch)
         a = entering[real_positions(batch, entering.shape[1])]
         squares[i] += a.double().square().sum(0).cpu()
         tokens[i] += len(a)

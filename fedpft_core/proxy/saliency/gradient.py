@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fedpft_core.model.taps import keep, watch
-from fedpft_core.proxy.saliency import Probe, functional, inputs_of, last_block
+from fedpft_core.proxy.saliency import Probe, by_row, functional, inputs_of, last_block
 from fedpft_core.seeds import torch_stream
 
 
@@ -46,7 +46,7 @@ def score(probe: Probe) -> list[Tensor]:
                 functional(h, batch, probe.position, stream), list(leaves.values())
             )
             for i, g in zip(leaves, grads, strict=True):
-                change = (acts[i].double() * g.double()).sum(1)
+                change = by_row(acts[i].double() * g.double(), batch).sum(1)
                 squares[i] += change.square().sum(0).cpu()
             rows += len(h)
     return [(total / rows).sqrt() for total in squares]
