@@ -164,6 +164,7 @@ def _opt(norm_first: bool, **more: Any) -> Family:
         head=("score",),
         when=(("do_layer_norm_before", norm_first),),
         causal=True,
+        packs=False,
         summary="last",
         names=ConfigNames(ffn="ffn_dim"),
         **more,
