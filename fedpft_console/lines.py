@@ -216,9 +216,10 @@ def _(event: ev.HeadSet, record: Record) -> list[str]:
 
 @lines_for.register
 def _(event: ev.Plugged, record: Record) -> list[str]:
-    measure = Measure(event.judged, share=event.share)
+    # A log without the name is of a version that knew rows right alone.
+    measure = Measure(event.judged or "rows right", share=event.share or not event.judged)
     found = [
         f"{name} {measure.shown(n / event.rows)}" for name, n in event.right.items() if event.rows
     ]
-    judged = f" ({event.judged} of {event.rows} unseen: {', '.join(found)})" if found else ""
+    judged = f" ({measure.name} of {event.rows} unseen: {', '.join(found)})" if found else ""
     return [f"plugged in by {event.method}{judged}, {human_seconds(event.seconds)}"]

@@ -41,14 +41,15 @@ from fedpft_core.model.families import Family, base_model, family_of_config, sup
 from fedpft_core.model.normalise import normalise
 from fedpft_core.model.plan import Plan
 from fedpft_core.proxy import build, choose
-from fedpft_core.task import Task, make
+from fedpft_core.task import Task, of_model
 from fedpft_core.train import agreement
 from fedpft_core.train.tune import LocalSettings, TrainResult, train_on
 
 Batches = Iterable[Mapping[str, Tensor]]
 """Batches as a `DataLoader` gives them: `input_ids` [B, L] and `attention_mask` [B, L], or
-`pixel_values` [B, C, H, W]; `labels` [B], for a language model [B, L] with -100 at tokens that are
-not learned, where a function says that it needs them."""
+`pixel_values` [B, C, H, W]; where a function says that it needs them, `labels` as the model's
+head has them: [B] class numbers or numbers, [B, K] zeros and ones for several labels a row, [B, L]
+class numbers, or for a language model tokens, and -100 at tokens that are not learned."""
 
 
 def make_plan(
@@ -500,7 +501,7 @@ def _family(model: nn.Module) -> Family:
             f"model types {supported()}."
         )
     family = family_of_config(config)
-    for path in (family.blocks, *(() if _writes(bare, family) else family.head)):
+    for path in (family.blocks, *_task_of(bare, family).head(family)):
         try:
             bare.get_submodule(path)
         except AttributeError:
@@ -511,18 +512,13 @@ def _family(model: nn.Module) -> Family:
     return family
 
 
-def _writes(bare: nn.Module, family: Family) -> bool:
-    """Whether a model is a causal language model."""
-    scorer = getattr(bare, "get_output_embeddings", None)
-    return family.causal and scorer is not None and scorer() is not None
-
-
 def _task(model: nn.Module) -> Task:
     """The task that a model with its task head is for."""
-    if _writes(base_model(model), _family(model)):
-        return make("generate")
-    labels: Mapping[int, str] = getattr(base_model(model).config, "id2label", {})
-    return make(_family(model).kind, labels.values())
+    return _task_of(base_model(model), _family(model))
+
+
+def _task_of(bare: nn.Module, family: Family) -> Task:
+    return of_model(family.kind, type(bare).__name__, bare.config)
 
 
 def _bare(model: nn.Module, what: str) -> Family:

@@ -146,6 +146,8 @@ def check_settings(data: DataSettings) -> None:
         raise UserError(
             "data.image-column cannot be set with data.response-column or data.messages-column."
         )
+    if not data.label_separator:
+        raise UserError("data.label-separator is empty; name what stands between labels.")
     if data.task == "tokens":
         for key, value in (
             ("data.image-column", data.image_column),

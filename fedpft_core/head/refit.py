@@ -11,7 +11,7 @@ Shape letters: N rows, D features, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from fedpft_core.data.batches import Encoded, batches
 from fedpft_core.head.closed import Sums, form_of
 from fedpft_core.head.mapped import Map, fit
-from fedpft_core.head.statistics import projection
+from fedpft_core.head.statistics import add, projection
 from fedpft_core.model.batch import inputs_of, read_at
 from fedpft_core.model.device import Batch, device_of, to_device
 from fedpft_core.model.families import base_model, family_of_model
 from fedpft_core.model.taps import keep
 from fedpft_core.task import Task
+
+_AT_ONCE = 2**15  # feature vectors of a client that are held in memory at a time
 
 
 def last_linear(model: nn.Module) -> nn.Linear:
@@ -134,10 +136,27 @@ def of_rows(
     form = form_of(task)
     if form is None:
         raise ValueError(f"a head for {task.name} has no closed form")
-    found, known = labelled_features(model, rows, batch_size, task)
-    turn = projection(found.shape[1], width, seed)
-    summed: Sums = form.of(found if turn is None else found @ turn, known)
+    turn = projection(last_linear(model).in_features, width, seed)
+    parts = []
+    for served in _portions(rows, batch_size, task):
+        found = features(model, served, task)
+        parts.append(form.of(found if turn is None else found @ turn, answers(served, task)))
+    summed: Sums = add(parts)
     return summed
+
+
+def _portions(rows: Encoded, batch_size: int, task: Task) -> Iterator[list[Batch]]:
+    """Batches with so many answers together that their features take little memory."""
+    held: list[Batch] = []
+    count = 0
+    for batch in batches(rows, batch_size, None):
+        held.append(batch)
+        count += len(task.answers(batch))
+        if count >= _AT_ONCE:
+            yield held
+            held, count = [], 0
+    if held:
+        yield held
 
 
 def turned(head: nn.Linear, found: Map) -> tuple[Tensor, Tensor | None]:

@@ -6,9 +6,10 @@ configuration names, with its rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from fedpft_core.data.rows import Columns
 from fedpft_core.data.splits import DataSettings, check_settings, columns_of, split_rows
@@ -77,6 +78,30 @@ def kind_of(columns: Columns) -> str:
     return rows + _SUFFIX[columns.task]
 
 
+def of_model(reads: str, architecture: str, config: Any) -> Task:
+    """The task that a model of the library is for.
+
+    Args:
+        reads: what it reads, `text` or `image`.
+        architecture: the name of its class.
+        config: its Hugging Face config: the problem that it names decides, and one output without
+            a name of the problem is a number, as the library has it.
+
+    Returns:
+        The task, with the names of the head's outputs.
+    """
+    labels: Mapping[int, str] = getattr(config, "id2label", None) or {}
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        return make("generate")
+    if architecture.endswith("ForTokenClassification"):
+        return make("tokens", labels.values())
+    problem = getattr(config, "problem_type", None)
+    if problem == "regression" or (problem is None and len(labels) == 1):
+        return make(f"{reads}-regression")
+    suffix = "-labels" if problem == "multi_label_classification" else ""
+    return make(f"{reads}{suffix}", labels.values())
+
+
 def sample(reads: str, columns: Columns, labels: Iterable[str] = ()) -> Task:
     """A task like that of a run, for which no rows have been read.
 
@@ -124,5 +149,6 @@ __all__ = [
     "load_task",
     "make",
     "mean_score",
+    "of_model",
     "sample",
 ]

@@ -182,7 +182,8 @@ class MultiLabel(RowTask):
             A scalar.
         """
         found = logits(model, batch)
-        loss = F.binary_cross_entropy_with_logits(found, batch["labels"], reduction=reduction)
+        labels = batch["labels"].to(found)
+        loss = F.binary_cross_entropy_with_logits(found, labels, reduction=reduction)
         return loss / found.shape[-1] if reduction == "sum" else loss
 
     def sums(self, model: nn.Module, batch: Batch) -> dict[str, float]:
@@ -196,7 +197,8 @@ class MultiLabel(RowTask):
             What `sent` names (see `ratio.ratio_sums` for micro-F1's), `ranking`, and for each
             label k `hits k` and `named k`.
         """
-        found, labels = logits(model, batch), batch["labels"]
+        found = logits(model, batch)
+        labels = batch["labels"].to(found)
         loss = F.binary_cross_entropy_with_logits(found, labels, reduction="sum")
         return {
             "loss": float(loss) / found.shape[-1],

@@ -176,7 +176,8 @@ class Regress(RowTask):
         Returns:
             A scalar.
         """
-        return F.mse_loss(logits(model, batch)[:, 0], batch["labels"], reduction=reduction)
+        found = logits(model, batch)[:, 0]
+        return F.mse_loss(found, batch["labels"].to(found), reduction=reduction)
 
     def sums(self, model: nn.Module, batch: Batch) -> dict[str, float]:
         """Rows, squared error, the sums that correlation follows from, and the numbers themselves.

@@ -362,8 +362,8 @@ class Plugged(Event, name="plugged"):
     # mean loss of each candidate on the rows that judge, where the task has no label to be right
     losses: dict[str, float] = field(default_factory=dict)
     rows: int  # rows that judge; tokens where each has a label
-    judged: str = "rows right"  # what `right` over `rows` is called
-    share: bool = True  # whether that is a share in [0, 1], shown as percent
+    judged: str = ""  # what `right` over `rows` is called; empty = rows right
+    share: bool = False  # whether that is a share in [0, 1], shown as percent
     fitted: int  # rows that candidates were fitted with
     seconds: float  # all candidates together
 

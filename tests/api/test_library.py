@@ -407,3 +407,36 @@ def test_a_method_nobody_knows_is_named() -> None:
     fm, proxy, plan = attached()
     with pytest.raises(UserError, match=r"distill.method: expected one of"):
         fp.distil(fm, proxy, plan, tiny.public("bert", 1), method="magic")
+
+
+@pytest.mark.parametrize("kind", ["regression", "multi_label_classification", "tokens"])
+def test_other_heads_are_tuned_and_plugged_in(kind: str) -> None:
+    """The model's config and class say what is learned; DistilBERT's token head is no other's."""
+    family = "distilbert"
+    made = tiny.hf_config(family, labels=1 if kind == "regression" else 3)
+    auto = transformers.AutoModelForSequenceClassification
+    if kind == "tokens":
+        auto = transformers.AutoModelForTokenClassification
+    else:
+        made.problem_type = kind
+    torch.manual_seed(0)
+    fm = auto.from_config(made).eval()
+    plan = fp.make_plan(fm)
+    proxy = fp.build_proxy(fm, plan)
+    fm, proxy = fp.attach(fm, plan, rank=2), fp.attach(proxy, plan, rank=2)
+    served = labelled(family)
+    for batch in served:
+        classes = batch["labels"]
+        if kind == "regression":
+            batch["labels"] = 4.0 * classes
+        elif kind == "tokens":
+            batch["labels"] = classes[:, None].expand(batch["input_ids"].shape)
+        else:
+            batch["labels"] = torch.nn.functional.one_hot(classes, 3)
+    before = fp.tune(proxy, served, epochs=1, lr=1e-2).loss
+    after = fp.tune(proxy, served, epochs=8, lr=1e-2).loss
+    assert after < before
+    product = fp.plug_in(proxy, fm, plan, batches=served)
+    assert product is fm
+    found = fp.gradient_agreement(fm, proxy, plan, served)
+    assert -1 <= found["cosine"] <= 1

@@ -32,7 +32,7 @@ from fedpft_core.model.plan import pruned_ffns
 from fedpft_core.proxy.build import build
 from fedpft_core.proxy.package import make_package
 from fedpft_core.proxy.patch import make_patch
-from fedpft_core.task import classify
+from fedpft_core.task import row
 from fedpft_core.train.tune import LocalSettings
 from fedpft_core.wire import codec
 from fedpft_core.wire.envelope import Envelope, open_envelope, seal
@@ -468,13 +468,13 @@ def edge(tmp_path: Path) -> Callable[..., Client]:
 def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of what is encoded from now on."""
     calls: list[int] = []
-    encode = classify.encode
+    encode = row.encode
 
     def counted(examples: Any, *more: Any) -> Any:
         calls.append(len(examples))
         return encode(examples, *more)
 
-    monkeypatch.setattr(classify, "encode", counted)
+    monkeypatch.setattr(row, "encode", counted)
     return calls
 
 

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
 
 from fedpft_core.errors import ReplyError
-from fedpft_core.head import binary, moments, ridge
+from fedpft_core.head import binary, moments, refit, ridge
 from fedpft_core.head.closed import FORMS, Classes, Labels, Values
 from fedpft_core.head.discriminant import scores
 from fedpft_core.head.mapped import fit
@@ -233,3 +234,22 @@ def test_mapped_sums_are_those_of_the_mapped_rows() -> None:
         torch.testing.assert_close(
             getattr(got, f.name), getattr(want, f.name), rtol=1e-6, atol=1e-4
         )
+
+
+def test_portions_of_a_clients_rows_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client with many rows does not hold all their features at once."""
+    fm, _, _, _ = tiny.pair("bert")
+    rows = tiny.encoded("bert", 30)
+    whole = refit.of_rows(fm, rows, tiny.TASK, 4, 1024, 0).tensors()
+    sizes = []
+    real = refit.features
+    monkeypatch.setattr(refit, "_AT_ONCE", 8)
+    monkeypatch.setattr(
+        refit,
+        "features",
+        lambda m, served, task: sizes.append(len(served)) or real(m, served, task),
+    )
+    parts = refit.of_rows(fm, rows, tiny.TASK, 4, 1024, 0).tensors()
+    assert sizes == [2, 2, 2, 2] and parts["counts"].sum() == 30
+    for name, t in whole.items():
+        torch.testing.assert_close(parts[name], t)

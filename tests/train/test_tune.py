@@ -326,7 +326,7 @@ def test_adapter_gradient_leaves_no_gradient_and_no_dropout() -> None:
 def test_features_are_means_over_real_positions(family: str) -> None:
     fm, _, _, _ = tiny.pair(family)
     data = tiny.encoded(family, 11)
-    found = baselines.features(fm, data, 4)
+    found = baselines.features(fm, data, 4, tiny.task_of(family))
     with torch.no_grad():
         for i, row in enumerate(oracles.rows_alone(data)):
             hidden = oracles.block_outputs(fm, row)[-1][0]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import flower
 import pytest
 import tasks
 import tiny
@@ -16,8 +18,10 @@ from safetensors.torch import load_file
 from client_app.check.node import FAIL, PASS, Options, check
 from client_app.node import client_for
 from fedpft_core import config
+from fedpft_core.errors import UserError
 from fedpft_core.proxy import size as plansize
 from fedpft_core.proxy.cost import inspect
+from fedpft_core.task import load_task, make
 
 SHORT = {
     "federation.rounds": 2, "distill.steps": 3, "align.interval": 1, "align.steps": 2,
@@ -137,3 +141,67 @@ def test_clients_send_what_the_score_needs_and_no_more(task: str, tmp_path: Path
     sent = [r.validation_sums for r in replies if isinstance(r, TrainReply)]
     assert sent and all(len(sums) < 9 for sums in sent)
     assert all(e["status"] == "ok" for e in of(events, "reply")), of(events, "reply")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["pair-regress", "tokens"])
+def test_two_real_nodes_and_one_with_another_task(task: str, tmp_path: Path) -> None:
+    """Through Flower's processes: each node reads its own file as its node config says."""
+    flat = tasks.write(task, tmp_path) | SHORT | {
+        "data.train": "", "run.gradient-rows": 0, "run.baselines": False, "run.threads": 1,
+        "federation.clients": 3, "federation.clients-per-round": 3, "federation.min-clients": 2,
+        "federation.node-timeout": 60.0, "data.validation-share": 0.0,
+        "data.validation": str(tmp_path / "test.jsonl"),
+    }  # fmt: skip
+    conf = flower.write_config(tmp_path / "run.yaml", config.to_tree(flat))
+    run = tmp_path / "run"
+    with flower.deployment(tmp_path / "flower") as d:
+        for seed, name in enumerate(("node-a", "node-b", "node-c"), start=5):
+            rows = tasks.rows(task, 40, seed)
+            file = d.folder / f"{name}.jsonl"
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            more = tasks.node_config(task, flat, d.folder)
+            del more["name"], more["data-path"]
+            more |= {"cache-dir": str(d.folder / f"cache-{name}"), "validation-share": 0.3}
+            if name == "node-c":  # numbers are names for a class, and lists are no text
+                more["task"] = "classify"
+            d.start_node(name, file, **more)
+        cli = d.run(run, conf)
+        assert cli.wait(500) == 0, d.logs()
+    events = flower.events(run)
+    good = {e["client"] for e in of(events, "reply") if e["status"] == "ok"}
+    assert good == {"node-a", "node-b"}
+    scored = of(events, "client_validation")
+    assert scored and {e["metric"] for e in scored} == {METRICS[flat["data.task"]][0]}
+    last = [e for e in of(events, "evaluation") if e["model"] == "fm"][-1]
+    assert last["value"] > 0.3
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"data.task": "regress"}, r"data.task is 'regress', but builtin:docstrings has one class"),
+        ({"data.label-separator": ""}, "data.label-separator is empty"),
+        ({"data.task": "poem"}, "data.task: expected one of"),
+        ({"data.task": "tokens", "data.text-pair-column": "b"}, "data.task = tokens has lists"),
+        ({"data.task": "tokens", "data.image-column": "b"}, "data.task = tokens has lists"),
+    ],
+)
+def test_settings_that_fit_no_task_are_refused(keys: dict[str, str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load_task(config.from_flat(keys).data, 0)
+
+
+def test_a_node_says_which_task_its_rows_are_for(tmp_path: Path) -> None:
+    flat = tasks.write("regress", tmp_path, 20)
+    node = tasks.node_config("regress", flat, tmp_path)
+    assert len(client_for(node, {}).load_rows(make("text-regression"))) == 20
+    with pytest.raises(UserError, match="rows are for text-regression, but the server's task is p"):
+        client_for(node, {}).load_rows(make("pair", ("a", "b")))
+    with pytest.raises(UserError, match=r"task = 'poem' is none of classify, regress"):
+        client_for(node | {"task": "poem"}, {})
+    with pytest.raises(UserError, match="label-separator is empty"):
+        client_for(node | {"label-separator": ""}, {})
+    with pytest.raises(UserError, match="task = tokens has lists of words"):
+        client_for(node | {"task": "tokens", "text-pair-column": "b"}, {}).count_rows()
