@@ -41,7 +41,7 @@ from fedpft_core.model.families import Family, base_model, family_of_config, sup
 from fedpft_core.model.normalise import normalise
 from fedpft_core.model.plan import Plan
 from fedpft_core.proxy import build, choose
-from fedpft_core.task import Task, of_model
+from fedpft_core.task import Task, Writer, of_model
 from fedpft_core.train import agreement
 from fedpft_core.train.tune import LocalSettings, TrainResult, train_on
 
@@ -400,7 +400,8 @@ def export(fm: PeftModel, folder: str | Path, *, base_name: str = "") -> list[Pa
         ['adapter_config.json', 'adapter_model.safetensors']
     """
     _with_adapter(fm, "export")
-    return lora.export(fm, Path(folder), base_name)
+    kind = "CAUSAL_LM" if isinstance(_task(fm), Writer) else None
+    return lora.export(fm, Path(folder), base_name, kind)
 
 
 def gradient_agreement(
