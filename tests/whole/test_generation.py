@@ -118,7 +118,7 @@ def check_product(fm: Path, adapter: Path, score: dict[str, Any]) -> None:
     assert all(torch.equal(kept[name], value) for name, value in before.items())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_the_product_is_the_fm_that_was_scored(family: str, tmp_path: Path) -> None:
     """The vanilla model with the exported adapter has the logits of the server's FM, to the bit
     where the server changed nothing of how the model computes."""
