@@ -454,6 +454,9 @@ class Generate:
             test: unused.
             seed: unused.
 
+        Returns:
+            Nothing.
+
         Raises:
             ValueError: always.
         """
