@@ -18,7 +18,7 @@ PHASES = {
     "evaluate": "evaluation",
     "export": "export",
 }
-MODELS = {"proxy": "sub-FM", "fm": "plugged-in FM", "fm-as-trained": "FM, head as trained"}
+MODELS = {"proxy": "sub-FM", "fm": "plugged-in FM", "fm-as-trained": "FM, as trained"}
 BASELINES = {
     "linear-probe": "linear probe on the FM",
     "tf-idf": "TF-IDF",

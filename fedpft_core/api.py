@@ -41,7 +41,7 @@ from fedpft_core.model.families import Family, base_model, family_of_config, sup
 from fedpft_core.model.normalise import normalise
 from fedpft_core.model.plan import Plan
 from fedpft_core.proxy import build, choose
-from fedpft_core.task import Task, make, of_model
+from fedpft_core.task import Task, Writer, of_model
 from fedpft_core.train import agreement
 from fedpft_core.train.tune import LocalSettings, TrainResult, train_on
 
@@ -49,8 +49,7 @@ Batches = Iterable[Mapping[str, Tensor]]
 """Batches as a `DataLoader` gives them: `input_ids` [B, L] and `attention_mask` [B, L], or
 `pixel_values` [B, C, H, W]; where a function says that it needs them, `labels` as the model's
 head has them: [B] class numbers or numbers, [B, K] zeros and ones for several labels a row, [B, L]
-class numbers and -100 for tokens, or for a language model the tokens and -100 where nothing is
-learned."""
+class numbers, or for a language model tokens, and -100 at tokens that are not learned."""
 
 
 def make_plan(
@@ -401,7 +400,8 @@ def export(fm: PeftModel, folder: str | Path, *, base_name: str = "") -> list[Pa
         ['adapter_config.json', 'adapter_model.safetensors']
     """
     _with_adapter(fm, "export")
-    return lora.export(fm, Path(folder), base_name)
+    kind = "CAUSAL_LM" if isinstance(_task(fm), Writer) else None
+    return lora.export(fm, Path(folder), base_name, kind)
 
 
 def gradient_agreement(
@@ -513,20 +513,12 @@ def _family(model: nn.Module) -> Family:
     return family
 
 
-def _writes(bare: nn.Module, family: Family) -> bool:
-    """Whether a model is a causal language model."""
-    scorer = getattr(bare, "get_output_embeddings", None)
-    return family.causal and scorer is not None and scorer() is not None
-
-
 def _task(model: nn.Module) -> Task:
     """The task that a model with its task head is for."""
     return _task_of(base_model(model), _family(model))
 
 
 def _task_of(bare: nn.Module, family: Family) -> Task:
-    if _writes(bare, family):
-        return make("generate")
     return of_model(family.kind, type(bare).__name__, bare.config)
 
 

@@ -210,7 +210,12 @@ def vanilla(family: str, seed: int = 0, **shape: Any) -> nn.Module:
 
 
 def writer(family: str, seed: int = 0, **shape: Any) -> Any:
-    """A bare causal language model of a decoder's family, as :func:`model` makes them."""
+    """A bare causal language model of a decoder's family, as loading gives it."""
+    return exact(normalise(vanilla_writer(family, seed, **shape)))
+
+
+def vanilla_writer(family: str, seed: int = 0, **shape: Any) -> Any:
+    """The same as the model library has it, in eval mode."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = hf_config(family, **shape)
@@ -219,7 +224,7 @@ def writer(family: str, seed: int = 0, **shape: Any) -> Any:
         config.architectures = [type(made).__name__]
         for p in made.parameters():
             nn.init.normal_(p, mean=float(p.dim() == 1), std=0.25 if p.dim() > 1 else 0.1)
-    return exact(normalise(made.eval()))
+    return made.eval()
 
 
 def writer_tokenizer() -> Any:
@@ -232,7 +237,7 @@ def writer_tokenizer() -> Any:
 
 def writer_folder(family: str, path: Path, **shape: Any) -> Path:
     """Save a tiny causal language model with its tokenizer as a Hugging Face folder."""
-    writer(family, **shape).save_pretrained(path)
+    vanilla_writer(family, **shape).save_pretrained(path)
     writer_tokenizer().save_pretrained(path)
     return path
 

@@ -155,7 +155,8 @@ def _what(found: Sequence[Line]) -> str:
     if len(measures) > 1:
         named = ", ".join(f"{m.name}{m.points} ({', '.join(_places(found, m))})" for m in measures)
         return f"Scores on {split} rows: {named}"
-    return "".join(f"{m.title} on {split} rows{m.points}" for m in measures)
+    lower = "" if all(m.higher_is_better for m in measures) else " (lower is better)"
+    return "".join(f"{m.title} on {split} rows{m.points}{lower}" for m in measures)
 
 
 def _places(found: Sequence[Line], measure: Measure) -> list[str]:

@@ -80,7 +80,7 @@ def _sizes(record: Record) -> Sheet:
     return Sheet("Model", ["", "FM", "sub-FM", "share"], rows)
 
 
-_TRAINED, _CLIENTS = "head as trained", "sub-FM at clients"
+_TRAINED, _CLIENTS = "as trained", "sub-FM at clients"
 _EMPTY = frozenset(("", "-"))  # cells that say nothing
 
 
@@ -202,7 +202,7 @@ def _notes(record: Record, measure: Measure) -> list[str]:
     if any(r.alignment for r in record.rounds):
         notes.append("* neurons of the sub-FM were re-aligned after this round.")
     if any(r.trained for r in record.rounds):
-        notes.append("Head as trained: the FM without refitting the head to it (plug.refit).")
+        notes.append("As trained: the FM with the adapter as clients left it (plug.method).")
     if any(r.clients for r in record.rounds):
         notes.append("At clients: the sub-FM on rows that clients keep from training.")
     return notes + _direction(measure)

@@ -164,6 +164,7 @@ def _opt(norm_first: bool, **more: Any) -> Family:
         head=("score",),
         when=(("do_layer_norm_before", norm_first),),
         causal=True,
+        packs=False,
         summary="last",
         names=ConfigNames(ffn="ffn_dim"),
         **more,
@@ -207,7 +208,7 @@ def supported(kind: str | None = None, causal: bool = False) -> str:
 
     Args:
         kind: `text` or `image`; None for all.
-        causal: decoders alone.
+        causal: whether only decoders are wanted.
 
     Returns:
         Their names, separated by commas.

@@ -42,6 +42,7 @@ class Family:
     after_ffn: str = ""
     fused: tuple[Fused, ...] = ()  # layers of a block that hold several projections
     causal: bool = False  # a decoder: each position reads those before it alone
+    packs: bool = True  # a decoder of the library's that tells packed documents by positions
     after_padding: bool = False  # positions count from pad_token_id + 1 (RoBERTa)
     summary: Position = "first"  # the position that this head reads
     special_tokens: int = 0  # positions of an image that are no patch

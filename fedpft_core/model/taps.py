@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -114,6 +115,11 @@ def run_to(model: nn.Module, batch: Batch, modules: Mapping[Key, nn.Module]) -> 
     return seen
 
 
+def _keep_and_leave(seen: dict[str, Tensor], key: str, value: Tensor) -> None:
+    seen[key] = value
+    raise _Enough
+
+
 def run_up_to(model: nn.Module, batch: Batch, module: nn.Module) -> Tensor:
     """Run a model on a batch until one of its modules is about to run.
 
@@ -127,11 +133,7 @@ def run_up_to(model: nn.Module, batch: Batch, module: nn.Module) -> Tensor:
     """
     seen: dict[str, Tensor] = {}
 
-    def see(key: str, value: Tensor) -> None:
-        seen[key] = value
-        raise _Enough
-
-    with watch({"input": module}, see, inputs=True), suppress(_Enough):
+    with watch({"input": module}, partial(_keep_and_leave, seen), inputs=True), suppress(_Enough):
         model(**inputs_of(batch))
     return seen["input"]
 

@@ -91,6 +91,8 @@ def of_model(reads: str, architecture: str, config: Any) -> Task:
         The task, with the names of the head's outputs.
     """
     labels: Mapping[int, str] = getattr(config, "id2label", None) or {}
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        return make("generate")
     if architecture.endswith("ForTokenClassification"):
         return make("tokens", labels.values())
     problem = getattr(config, "problem_type", None)

@@ -21,7 +21,7 @@ from fedpft_core.data.rows import Columns
 from fedpft_core.data.splits import DataSettings, columns_of
 from fedpft_core.model.batch import Position
 from fedpft_core.model.device import Batch
-from fedpft_core.model.families import Family
+from fedpft_core.model.families import Family, family_of_model
 from fedpft_core.model.load import TaskModel
 from fedpft_core.task import causal
 from fedpft_core.task.base import MOST_TOKENS, Metric, Score
@@ -206,7 +206,7 @@ class Generate:
         Returns:
             A scalar in nats.
         """
-        packed = pack(batch)
+        packed = pack(batch) if family_of_model(model).packs else batch
         target = causal.next_tokens(packed)
         learned = target != UNLEARNED
         h = causal.read(model, packed, learned)
@@ -453,6 +453,9 @@ class Generate:
             train: unused.
             test: unused.
             seed: unused.
+
+        Returns:
+            Nothing.
 
         Raises:
             ValueError: always.

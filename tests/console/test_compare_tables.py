@@ -343,7 +343,7 @@ def test_lower_is_better_decides_rates_worst_seeds_and_findings(tmp_path: Path) 
     assert line["worst seed"] == "0.2" and line["gap"] == "-0.02"
     assert line["worst difference"] == "+0.02"
     assert found["easy", "mean"]["plugged-in FM"].startswith("0.6 ± 0")
-    assert "Rmse on test rows: mean" in text and "points" not in text
+    assert "Rmse on test rows (lower is better): mean" in text and "points" not in text
     page_text = page.html(grid(tmp_path, datasets={"easy": {}}), made)
     assert "behind fedpetuning" in page_text and "ahead" not in page_text
     assert "ccuracy" not in text + page_text

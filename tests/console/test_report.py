@@ -323,3 +323,43 @@ def test_a_run_of_before_metrics_had_names_reads_the_same() -> None:
     assert any("accuracy" in line for line in old)
     for make in (report.markdown, report.rounds_csv, report.as_json):
         assert make(fold(old)) == make(fold(whole_run()))
+
+
+def test_what_models_wrote_is_shown_side_by_side_and_as_it_is() -> None:
+    """Control characters, markup and tables in a response come through as text alone."""
+    odd = "\x1b[31m<script>alert(1)</script> | [x](http://y) `a` ![z](w)\n# big *loud*\u202e"
+    events = whole_run()
+    wrote = {
+        "proxy": ["a long answer " * 40, "same"],
+        "fm": [odd, "same"],
+    }
+    for model, responses in wrote.items():
+        for round_, first in ((1, "old"), (2, None)):
+            samples = [
+                {"prompt": f"p {i}", "reference": "r", "response": first or text}
+                for i, text in enumerate(responses)
+            ]
+            events.insert(
+                -1, event(90.0, "samples", round=round_, model=model, samples=samples, seconds=1.0)
+            )
+    record = fold(events)
+    (table,) = [t for t in report.sheets(record) if t.title == "Samples"]
+    assert table.columns == ["prompt", "reference", "sub-FM", "plugged-in FM"]
+    assert table.rows[1] == ["p 1", "r", "same", "same"]
+    assert table.notes == ["Written after round 2."]
+    long, shown = table.rows[0][2:]
+    assert len(long) == 240 and long.endswith("\u2026")
+    assert shown.isprintable() and "\n" not in shown and shown.startswith("?[31m<script>")
+    text = report.markdown(record)
+    assert all(c.isprintable() or c == "\n" for c in text)
+    line = next(x for x in text.splitlines() if "alert" in x)
+    assert "<" not in line and "&lt;script&gt;" in line
+    assert "\\|" in line and line.count("|") - line.count("\\|") == 5
+    for markup in ("[x](", "`a`", "![z]", "*loud*"):
+        assert markup not in line
+    for console in report.render(record):
+        assert console.title is not None
+
+
+def test_a_run_that_wrote_nothing_has_no_samples() -> None:
+    assert not [t for t in report.sheets(fold(whole_run())) if t.title == "Samples"]
