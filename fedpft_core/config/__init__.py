@@ -17,6 +17,7 @@ from fedpft_core.config.keys import (
     PlugConfig,
     RunConfig,
     Scalar,
+    SimulateConfig,
     TrainConfig,
     WireConfig,
 )
@@ -39,7 +40,7 @@ __all__ = [
     "PlanConfig",
     "PlugConfig",
     "RunConfig",
-    "Scalar",
+    "Scalar", "SimulateConfig",
     "TrainConfig",
     "WireConfig",
     "changed",
