@@ -45,6 +45,8 @@ class Work:
     held_out: Encoded
     sent: Tensors
     residuals: Residuals
+    # What a simulated attacker makes of what it has trained and what it was sent, by round.
+    attack: Callable[[Tensors, Tensors, int], Tensors] | None = None
     # What the sub-FM with `sent` came to on `held_out`, and only what may leave; see `Task.sent`.
     sums: Mapping[str, float] = field(default_factory=dict)
     steps: int = 0
@@ -124,6 +126,20 @@ def tune(work: Work) -> Work:
     )  # fmt: skip
 
 
+def misbehave(work: Work) -> Work:
+    """Put what a simulated attacker sends in the place of what it has trained.
+
+    Args:
+        work: with the tuned adapter, float32.
+
+    Returns:
+        The work as it was, but for a client that simulates an attack.
+    """
+    if work.attack is None:
+        return work
+    return replace(work, adapter=work.attack(work.adapter, work.sent, work.request.round))
+
+
 def count(work: Work) -> Work:
     """Count inactive neurons with the tuned adapter, where the server asks for it.
 
@@ -188,6 +204,7 @@ STEPS: tuple[tuple[str, Callable[[Work], Work]], ...] = (
     ("validate", validate),
     ("train", tune),
     ("count", count),
+    ("", misbehave),
     ("", encode),  # not timed
 )
 

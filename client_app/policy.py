@@ -7,6 +7,7 @@ against the message, those on the package against its metadata before a model is
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -99,6 +100,14 @@ class Policy:
                 raise UserError(f"node config: {key} = {value} is below 0.")
             made[f.name] = value
         return Policy(**made)
+
+    def digest(self) -> str:
+        """What the audit log knows the rules by.
+
+        Returns:
+            The first 16 hex digits of a sha256 over all of them.
+        """
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
     def check_size(self, envelope: Envelope) -> None:
         """Hold a message against the rule on bytes, before it is opened.
