@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedpft_core.aggregation import Replies, RuleSettings
@@ -18,9 +19,8 @@ from fedpft_core.errors import RunError
 from fedpft_core.head.statistics import Statistics
 from fedpft_core.seeds import numpy_stream
 from fedpft_core.task import Task
-from fedpft_core.tensors import Tensors
 from fedpft_core.wire import codec
-from fedpft_core.wire.validate import ExpectedStatistics
+from fedpft_core.wire.validate import Expected, ExpectedStatistics
 from server_app.rounds import ledger
 from server_app.rounds.chain import Asked
 from server_app.rounds.collect import Collection
@@ -31,6 +31,21 @@ from server_app.rounds.statistics import Sums, statistics_requests
 from server_app.run import schema as ev
 from server_app.state import Events, State
 from server_app.transport import Transport
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A round before it is asked for.
+
+    Attributes:
+        request: the message by what a client has.
+        want: what a good reply looks like; its adapter is what clients start from.
+        rule: what the rule of aggregation may know besides the replies.
+    """
+
+    request: Request
+    want: Expected
+    rule: RuleSettings
 
 
 class Strategy:
@@ -68,16 +83,13 @@ class Strategy:
                 clients=[n.name for n in nodes],
                 lr=learning_rate(self.config.train.lr, round, f.rounds),
             ))  # fmt: skip
-            sent = codec.encode(state.adapter, self.config.wire.adapter)
-            base = codec.decode(sent, self.config.wire.adapter)
-            with Replies(base, self._folder(), self._rule(state)) as replies:
-                want = expected(self.config, state, round, base, count_rule)
-                asked = Asked(want, f.clip_update_norm, replies)
+            work = self.prepare(state, round, count_rule)
+            with Replies(work.want.adapter, self._folder(), work.rule) as replies:
+                asked = Asked(work.want, f.clip_update_norm, replies)
                 got = Collection(asked, nodes, state, round, self.events)
-                self._exchange(got, self._requests(state, round, sent, count_rule))
+                self._exchange(got, work.request)
                 if len(got.good) >= f.min_clients:
-                    self._report_validation(want.task, round, got.good.values())
-                    return outcome(f.aggregate, replies, got.good, got.counts, len(got.bad), start)
+                    return self.conclude(got, start)
             why = self.why(got.bad)
             text = (
                 f"round {round}: {len(got.good)} good replies of the federation.min-clients = "
@@ -85,6 +97,41 @@ class Strategy:
             )
             self.events.emit(ev.Warned(text=f"{text}; attempt {attempt} of {f.attempts}"))
         raise RunError(text)
+
+    def prepare(self, state: State, round: int, count_rule: str = "") -> Prepared:
+        """What clients are sent in a round, and what their replies are held against.
+
+        Args:
+            state: where the run stands.
+            round: the round's number, from 1.
+            count_rule: how clients are to count inactive neurons; empty = not at all.
+
+        Returns:
+            The messages by what a client has, what a good reply looks like, and what the rule of
+            aggregation may know.
+        """
+        config = self.config
+        sent = codec.encode(state.adapter, config.wire.adapter)
+        base = codec.decode(sent, config.wire.adapter)
+        return Prepared(
+            requests(config, state, self._blob(state), round, sent, count_rule),
+            expected(config, state, round, base, count_rule),
+            self._rule(state),
+        )
+
+    def conclude(self, got: Collection, start: float) -> Outcome:
+        """What a round's replies come to.
+
+        Args:
+            got: at least one good reply.
+            start: when the round began, `time.perf_counter()`.
+
+        Returns:
+            The next adapter and the round's figures.
+        """
+        self._report_validation(got.asked.want.task, got.round, got.good.values())
+        replies, rule = got.asked.replies, self.config.federation.aggregate
+        return outcome(rule, replies, got.good, got.counts, len(got.bad), start)
 
     def gather(self, state: State, want: ExpectedStatistics) -> Statistics:
         """Ask every connected client for its class statistics.
@@ -161,9 +208,6 @@ class Strategy:
         """Where a round's replies lie until they are aggregated."""
         return Path(self.config.run.dir) if self.config.run.dir else None
 
-    def _requests(self, state: State, round: int, adapter: Tensors, count_rule: str) -> Request:
-        return requests(self.config, state, self._blob(state), round, adapter, count_rule)
-
     def _blob(self, state: State) -> bytes:
         # Packing is the same work every round until an alignment.
         if self._package_bytes[0] != state.digest:
@@ -187,7 +231,7 @@ class Strategy:
         if got.again:
             # They lack the weights they were asked to train on: serve them within this round.
             # A straggler may have used up the time, so they get as much again.
-            got.serving_again = True
+            got.served |= got.again.keys()
             send(got.again, time.monotonic() + timeout)
 
     def _report_validation(self, task: Task, round: int, replies: Iterable[Good]) -> None:

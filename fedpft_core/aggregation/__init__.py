@@ -84,7 +84,11 @@ class Replies:
             self._size += like[name].numel()
         self._slots: dict[str, tuple[int, int]] = {}  # by client: slot, examples
         self._used = 0  # slots written so far
-        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self._file = self._open(folder)
+
+    def _open(self, folder: Path | None) -> IO[bytes]:
+        """The file of the slots; here one without a name."""
+        return tempfile.TemporaryFile(dir=folder)
 
     def __enter__(self) -> Replies:
         return self
@@ -158,16 +162,25 @@ class Replies:
     def __iter__(self) -> Iterator[tuple[Tensors, float]]:
         """(adapter, weight) of one reply after the other, in the order of the names."""
         for name, weight in zip(self.names, self.weights, strict=True):
-            slot, _ = self._slots[name]
-            values = self._read(slot * self._size, self._size)
-            yield (
-                {
-                    key: values[at : at + _count(self.shapes[key])].reshape(self.shapes[key])
-                    for key, at in self._at.items()
-                },
-                weight,
-            )
-            del values
+            yield self.adapter(name), weight
+
+    def adapter(self, name: str) -> Tensors:
+        """The adapter of one reply.
+
+        Args:
+            name: which client's.
+
+        Returns:
+            Float32 tensors by FM name.
+
+        Raises:
+            KeyError: there is no reply of that client.
+        """
+        values = self._read(self._slots[name][0] * self._size, self._size)
+        return {
+            key: values[at : at + _count(self.shapes[key])].reshape(self.shapes[key])
+            for key, at in self._at.items()
+        }
 
     def stacked(self, key: str) -> Tensor:
         """One tensor of every reply.

@@ -11,6 +11,8 @@ from torch import Tensor
 from fedpft_core.aggregation import Replies
 from fedpft_core.tensors import Tensors
 
+AVERAGES = True
+
 
 class Average:
     """W ← Σ |D_i| / |D| · W_i in float64; memory is one adapter, not one a client.

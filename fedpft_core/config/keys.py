@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedpft_core import registry
+from fedpft_core.config.schedules import check_schedule
 from fedpft_core.errors import UserError
 
 Scalar = bool | int | float | str
@@ -279,6 +280,14 @@ class TrainConfig:
 class FederationConfig:
     """Rounds, sampling and partitions."""
 
+    schedule: str = _key(
+        "multi-round",
+        "when clients are asked and their replies merged: `multi-round` (rounds T of "
+        "train.local-steps each), `one-shot` (each client is asked once, and replies are merged as "
+        "they arrive; needs federation.rounds = 1) or `async` (a client is asked again when it is "
+        "free, and every federation.buffer replies are merged; federation.rounds counts merges)",
+        choices=("multi-round", "one-shot", "async"),
+    )
     rounds: int = _key(12, "rounds T", low=1)
     aggregate: str = _key(
         "average",
@@ -324,7 +333,25 @@ class FederationConfig:
     clients_per_round: int = _key(5, "clients sampled per round", low=1)
     min_clients: int = _key(2, "good replies a round needs", low=1)
     attempts: int = _key(2, "times a round is tried before the run fails", low=1)
-    round_timeout: float = _key(3600.0, "longest wait for a round's replies, seconds", above=0.0)
+    round_timeout: float = _key(
+        3600.0,
+        "longest wait for a round's replies, seconds; the deadline of `one-shot`",
+        above=0.0,
+    )
+    enough_replies: int = _key(
+        0,
+        "good replies at which `one-shot` ends before its deadline, 0 = federation.clients",
+        low=0,
+    )
+    merge_every: int = _key(
+        1, "replies of `one-shot` between two usable adapters in the run folder", low=1
+    )
+    score_every: int = _key(
+        0,
+        "replies of `one-shot` between two scores of the FM with what has been merged, a multiple "
+        "of federation.merge-every; 0 = no scores on the way",
+        low=0,
+    )
     node_timeout: float = _key(
         300.0, "longest wait for enough nodes at the start, seconds", above=0.0
     )
@@ -466,6 +493,7 @@ class Config:
                 f"federation.clients-per-round = {f.clients_per_round} is more than "
                 f"federation.clients = {f.clients}."
             )
+        check_schedule(self)
         gradient = self.align.disagreement != "output-error"
         if self.align.threshold > 0 and gradient and not self.run.gradient_rows:
             raise UserError(

@@ -1,0 +1,32 @@
+"""Schedules: in which order clients are asked and their replies merged, one file a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from server_app.schedule import multi_round, one_shot
+from server_app.schedule.session import Session
+
+Afterwards = Callable[[], None]
+
+SCHEDULES: dict[str, Callable[[Session], Afterwards]] = {
+    "multi-round": multi_round.federate,
+    "one-shot": one_shot.federate,
+}
+"""What federates, by `federation.schedule`."""
+
+
+def federate(session: Session) -> Afterwards:
+    """Run the federation by `federation.schedule`, from where its state stands to its end.
+
+    Args:
+        session: the state is brought to the end of the last round.
+
+    Returns:
+        What is to be called once the product is written: it books replies that came too late.
+
+    Raises:
+        RunError: too few replies are good, or the run is to stop early.
+        UserError: a setting cannot be used with the rows there are.
+    """
+    return SCHEDULES[session.bench.config.federation.schedule](session)
