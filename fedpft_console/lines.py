@@ -125,6 +125,12 @@ def _(event: ev.Merged, record: Record) -> list[str]:
 
 
 @lines_for.register
+def _(event: ev.Aggregated, record: Record) -> list[str]:
+    found = ", ".join(f"{name} {number(value)}" for name, value in event.figures.items())
+    return [f"round {event.round}: aggregated by {event.rule}, {found}"]
+
+
+@lines_for.register
 def _(event: ev.RoundFinished, record: Record) -> list[str]:
     left = seconds_left(record)
     tail = f"; about {human_seconds(left)} left" if left else ""

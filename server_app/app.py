@@ -91,6 +91,7 @@ def run(config: Config, transport: Transport, events: EventLog) -> None:
 
 
 def _run(config: Config, transport: Transport, events: EventLog) -> None:
+    schedule.check(config)
     checkpoints = Checkpoints(Path(config.run.dir) / "checkpoints", keep=config.run.checkpoints)
     saved = checkpoints.latest() if config.run.resume else None
     kept = 0

@@ -17,7 +17,7 @@ from fedpft_core.aggregation import Replies, RuleSettings
 from fedpft_core.config import Config
 from fedpft_core.errors import RunError
 from fedpft_core.head.statistics import Statistics
-from fedpft_core.seeds import numpy_stream
+from fedpft_core.seeds import derive, numpy_stream
 from fedpft_core.task import Task
 from fedpft_core.wire import codec
 from fedpft_core.wire.validate import Expected, ExpectedStatistics
@@ -131,7 +131,12 @@ class Strategy:
         """
         self._report_validation(got.asked.want.task, got.round, got.good.values())
         replies, rule = got.asked.replies, self.config.federation.aggregate
-        return outcome(rule, replies, got.good, got.counts, len(got.bad), start)
+        made = outcome(rule, replies, got.good, got.counts, len(got.bad), start)
+        if replies.figures:
+            self.events.emit(
+                ev.Aggregated(round=got.round, rule=rule, figures=dict(replies.figures))
+            )
+        return made
 
     def gather(self, state: State, want: ExpectedStatistics) -> Statistics:
         """Ask every connected client for its class statistics.
@@ -201,8 +206,9 @@ class Strategy:
         """What the rule of aggregation may know besides the replies."""
         f, spec = self.config.federation, state.package.meta.adapter
         return RuleSettings(
-            f.weighting, f.weight_cap, f.attackers, f.distance, spec.alpha / spec.rank
-        )
+            f.weighting, f.weight_cap, f.attackers, f.distance, spec.alpha / spec.rank, f.density,
+            derive(self.config.run.seed, "aggregate", state.round + 1),
+        )  # fmt: skip
 
     def _folder(self) -> Path | None:
         """Where a round's replies lie until they are aggregated."""

@@ -5,6 +5,11 @@ replies: they lie on disk and are read one at a time, or all of them a slice at 
 may know besides them is `replies.start`, the adapter that the clients were sent, and
 `replies.settings`. A file may have a function `withstands(replies)`, how many hostile ones among so
 many replies it stands, and `NEEDS_OWN = True` where it calls `replies.settings.own`.
+
+Some files say more of themselves: `factors(round)`, which of LoRA's factors clients train (`both`,
+`a` or `b`); `AVERAGES = True`, that the rule is the mean of the replies by their weights, which can
+be had as a running sum; `GROWS = True`, that what it returns has another rank than it was given.
+Figures that a rule finds on its way go into `replies.figures`.
 """
 
 from __future__ import annotations
@@ -39,6 +44,8 @@ class RuleSettings:
         distance: federation.distance, where a rule measures distances: `product` (of LoRA's
             product BA, and of the head) or `factors` (of all values as they are).
         scaling: LoRA's alpha / rank, by which its product is multiplied in the model.
+        density: federation.density, the share of a change's values that a sparse merge keeps.
+        seed: of what a rule draws at random in this round.
         own: gives the server's own adapter, trained from `Replies.start` on the server's
             validation rows; None where it has none.
     """
@@ -48,6 +55,8 @@ class RuleSettings:
     attackers: float = 0.0
     distance: str = "product"
     scaling: float = 1.0
+    density: float = 1.0
+    seed: int = 0
     own: Callable[[], Tensors] | None = None
 
 
@@ -76,6 +85,7 @@ class Replies:
     ) -> None:
         self.start = {name: like[name] for name in sorted(like)}
         self.settings = settings or RuleSettings()
+        self.figures: dict[str, float] = {}  # what the rule has found, by name
         self.shapes = {name: tuple(like[name].shape) for name in sorted(like)}
         self._at: dict[str, int] = {}  # values before each tensor, in a slot
         self._size = 0
@@ -249,3 +259,33 @@ def aggregate(rule: str, replies: Replies) -> Tensors:
         raise ValueError("nothing to aggregate")
     made: Tensors = registry.load("aggregation", rule).aggregate(replies)
     return made
+
+
+def factors(rule: str, round: int) -> str:
+    """Which of LoRA's factors clients train in a round under a rule.
+
+    Args:
+        rule: name of a rule, or `none`.
+        round: the round's number, from 1.
+
+    Returns:
+        `both`, `a` or `b`; the head is trained in any case.
+    """
+    if rule not in registry.names("aggregation"):
+        return "both"
+    made = getattr(registry.load("aggregation", rule), "factors", None)
+    return made(round) if made else "both"
+
+
+def grows(rule: str) -> bool:
+    """Whether the adapter that a rule returns has another rank than those it was given.
+
+    Args:
+        rule: name of a rule, or `none`.
+
+    Returns:
+        Whether it has, so that clients could not train on.
+    """
+    if rule not in registry.names("aggregation"):
+        return False
+    return bool(getattr(registry.load("aggregation", rule), "GROWS", False))

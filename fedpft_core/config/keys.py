@@ -273,6 +273,12 @@ class TrainConfig:
     local_steps: int = _key(16, "steps per round, 0 = use local-epochs", low=0)
     weight_decay: float = _key(0.0, "AdamW weight decay", low=0.0)
     clip: float = _key(1.0, "largest gradient norm, 0 = no clipping", low=0.0)
+    local_decay: str = _key(
+        "none",
+        "how the rate goes within a client's steps: `none` (constant) or `linear` (as train.lr "
+        "goes over rounds; for one-shot, whose one round has all the steps)",
+        choices=("none", "linear"),
+    )
     threads: int = _key(1, "torch threads of each client process", low=1)
 
 
@@ -322,6 +328,13 @@ class FederationConfig:
         "where a robust federation.aggregate measures distances between adapters: `product` (of "
         "LoRA's product BA, and of the head) or `factors` (of A, B and the head as they are)",
         choices=("product", "factors"),
+    )
+    density: float = _key(
+        0.2,
+        "share of the values of a client's change that the aggregations `ties` (the largest) and "
+        "`dare` (any) keep",
+        above=0.0,
+        high=1.0,
     )
     clip_update_norm: float = _key(
         0.0,

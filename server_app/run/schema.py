@@ -249,6 +249,16 @@ class Merged(Event, name="merged"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Aggregated(Event, name="aggregated"):
+    """What a rule of aggregation has found on its way."""
+
+    round: int  # the round
+    rule: str  # federation.aggregate
+    # by name; `discarded`: the share of squared singular values that the rank cannot hold
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundFinished(Event, name="round_finished"):
     """A round's replies have been averaged and both models scored."""
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fedpft_core.aggregation import grows
+from fedpft_core.config import Config
+from fedpft_core.errors import UserError
 from server_app.schedule import multi_round, one_shot
 from server_app.schedule.session import Session
 
@@ -30,3 +33,20 @@ def federate(session: Session) -> Afterwards:
         UserError: a setting cannot be used with the rows there are.
     """
     return SCHEDULES[session.bench.config.federation.schedule](session)
+
+
+def check(config: Config) -> None:
+    """Refuse a rule of aggregation that does not suit the schedule.
+
+    Args:
+        config: the run's configuration.
+
+    Raises:
+        UserError: naming both keys.
+    """
+    f = config.federation
+    if f.schedule != "one-shot" and grows(f.aggregate):
+        raise UserError(
+            f"federation.aggregate = {f.aggregate} makes an adapter of another rank than clients "
+            f"train, which federation.schedule = {f.schedule} goes on from: use it with one-shot."
+        )
