@@ -105,9 +105,10 @@ def _(event: ev.Reply, record: Record) -> list[str]:
         return [f"{where} {said}{reason}"]
     at = record.round(event.round)
     expected = len(at.started.clients) if at.started else "?"
+    stale = f", {event.staleness} merges stale" if event.staleness else ""
     return [
         f"{where} replied ({at.got}/{expected}), {event.examples} rows, loss {number(event.loss)}, "
-        f"{human_seconds(event.seconds)}"
+        f"{human_seconds(event.seconds)}{stale}"
     ]
 
 

@@ -365,6 +365,29 @@ class FederationConfig:
         "of federation.merge-every; 0 = no scores on the way",
         low=0,
     )
+    buffer: int = _key(
+        0,
+        "replies of `async` that are merged together, at most one of each client; 0 = half of "
+        "federation.clients-per-round, but at least federation.min-clients",
+        low=0,
+    )
+    staleness_exponent: float = _key(
+        0.5,
+        "a in (1 + s)^-a, by which `async` scales the change of a client that was asked s merges "
+        "ago",
+        low=0.0,
+    )
+    clock: str = _key(
+        "simulated",
+        "in which order `async` takes replies: `simulated` (by a clock on which every client has a "
+        "speed drawn from the run's seed, so that a run repeats to the bit) or `arrival` (as they "
+        "come, for clients on machines of their own)",
+        choices=("simulated", "arrival"),
+    )
+    speed_spread: float = _key(
+        0.5, "spread (standard deviation of the log) of the clients' speeds on the simulated clock",
+        low=0.0,
+    )  # fmt: skip
     node_timeout: float = _key(
         300.0, "longest wait for enough nodes at the start, seconds", above=0.0
     )

@@ -25,6 +25,14 @@ def check_schedule(config: Config) -> None:
     here = f"federation.schedule = {f.schedule}"
     if f.aggregate == "none":
         raise UserError(f"{here} merges replies, which federation.aggregate = none does not.")
+    if f.schedule == "async":
+        if f.buffer and not f.min_clients <= f.buffer <= f.clients_per_round:
+            raise UserError(
+                f"federation.buffer = {f.buffer} is not between federation.min-clients = "
+                f"{f.min_clients} and federation.clients-per-round = {f.clients_per_round}."
+            )
+        if config.run.undistilled:
+            raise UserError(f"{here} has no side run: set run.undistilled = false.")
     if f.schedule == "one-shot":
         if f.rounds > 1:
             how = "set federation.rounds = 1"

@@ -28,12 +28,14 @@ Reply = TypeVar("Reply", bound=Message)
 class Asked:
     """What a round's replies are held against, and where they go.
 
-    `longest` is federation.clip-update-norm; 0 = no limit.
+    `longest` is federation.clip-update-norm; 0 = no limit. `rebase` is what becomes of an adapter
+    before it is kept, where it was not trained from the round's own; None = nothing.
     """
 
     want: Expected
     longest: float
     replies: Replies
+    rebase: Callable[[Tensors], Tensors] | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,19 @@ def clip(hand: InHand, asked: Asked) -> InHand:
     return replace(hand, adapter=clip_change(hand.adapter, asked.want.adapter, asked.longest))
 
 
+def rebase(hand: InHand, asked: Asked) -> InHand:
+    """Take an adapter that was trained from an older one to the round's own.
+
+    Args:
+        hand: with the adapter, float32.
+        asked: says how, if it has to be done.
+
+    Returns:
+        The reply, with the adapter as if it had been trained from the round's.
+    """
+    return hand if asked.rebase is None else replace(hand, adapter=asked.rebase(hand.adapter))
+
+
 def spool(hand: InHand, asked: Asked) -> InHand:
     """Hand the adapter to the aggregation, which keeps it on disk.
 
@@ -153,7 +168,7 @@ def spool(hand: InHand, asked: Asked) -> InHand:
     return replace(hand, adapter={})
 
 
-STEPS: tuple[Callable[[InHand, Asked], InHand], ...] = (decode, check, clip, spool)
+STEPS: tuple[Callable[[InHand, Asked], InHand], ...] = (decode, check, clip, rebase, spool)
 
 
 def receive(node: Node, envelope: Envelope, asked: Asked) -> tuple[TrainReply, Counts | None]:

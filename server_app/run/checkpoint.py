@@ -15,7 +15,7 @@ from fedpft_core.tensors import Tensors
 from fedpft_core.wire import codec
 from fedpft_core.wire.identity import tensor_digest
 from fedpft_core.wire.package import Package, Patch
-from server_app.state import State
+from server_app.state import Flight, State
 
 if TYPE_CHECKING:
     from server_app.models import Models
@@ -33,6 +33,9 @@ class Saved:
     patches: list[Patch]
     have: dict[str, tuple[str, ...]]
     run: str
+    flights: list[Flight]
+    bases: dict[int, Tensors]
+    clock: float
 
     def restore(self, models: Models, package: Package) -> State:
         """Put the state back on FM and proxy.
@@ -61,7 +64,7 @@ class Saved:
         digests = {k: tensor_digest(t) for k, t in weights.items()}
         return State(
             self.round, self.adapter, after, digests, self.digest, list(self.patches),
-            dict(self.have), self.run,
+            dict(self.have), list(self.flights), dict(self.bases), self.clock, self.run,
         )  # fmt: skip
 
 
@@ -90,12 +93,17 @@ class Checkpoints:
         }
         for i, patch in enumerate(state.patches):
             blobs[f"patch-{i:04d}.safetensors"] = patch.to_bytes()
+        for version, tensors in state.bases.items():
+            blobs[f"base-{version:04d}.safetensors"] = codec.pack(tensors)
         meta = {
             "round": state.round,
             "digest": state.digest,
             "events_offset": events_offset,
             "patches": [[p.source, p.target, p.fmt] for p in state.patches],
             "run": state.run,
+            "flights": [[f.client, f.version, f.due] for f in state.flights],
+            "bases": list(state.bases),
+            "clock": state.clock,
             "have": {k: list(v) for k, v in state.have.items()},
             "sha256": {k: hashlib.sha256(v).hexdigest() for k, v in blobs.items()},
         }
@@ -164,4 +172,8 @@ def _read(folder: Path) -> Saved:
         ],
         have={k: tuple(v) for k, v in meta["have"].items()},
         run=meta["run"],
+        # Absent from checkpoints of before there was an async schedule.
+        flights=[Flight(*f) for f in meta.get("flights", [])],
+        bases={v: blobs[f"base-{v:04d}.safetensors"] for v in meta.get("bases", [])},
+        clock=meta.get("clock", 0.0),
     )

@@ -216,6 +216,7 @@ class Reply(Event, name="reply"):
     reason: str | None = None  # why the reply is of no use
     examples: int | None = None  # rows the client trains on
     loss: float | None = None  # its mean training loss
+    staleness: int | None = None  # merges made since it was asked, in the async schedule
     steps: int | None = None  # optimiser steps it made
     train_seconds: float | None = None  # seconds it trained, by its own clock
     timings: dict[str, float] = field(default_factory=dict)  # seconds by part of its work

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fedpft_core.aggregation import grows
+from fedpft_core.align import selection
 from fedpft_core.config import Config
 from fedpft_core.errors import UserError
-from server_app.schedule import multi_round, one_shot
+from server_app.schedule import continuous, multi_round, one_shot
 from server_app.schedule.session import Session
 
 Afterwards = Callable[[], None]
@@ -15,6 +16,7 @@ Afterwards = Callable[[], None]
 SCHEDULES: dict[str, Callable[[Session], Afterwards]] = {
     "multi-round": multi_round.federate,
     "one-shot": one_shot.federate,
+    "async": continuous.federate,
 }
 """What federates, by `federation.schedule`."""
 
@@ -49,4 +51,12 @@ def check(config: Config) -> None:
         raise UserError(
             f"federation.aggregate = {f.aggregate} makes an adapter of another rank than clients "
             f"train, which federation.schedule = {f.schedule} goes on from: use it with one-shot."
+        )
+    a = config.align
+    aligns = 0 < a.interval < f.rounds
+    if f.schedule == "async" and aligns and selection.needs_counts(a.selection, a.proportion):
+        raise UserError(
+            f"federation.schedule = async has no counts of one round, which align.selection = "
+            f"{a.selection} with align.proportion = {a.proportion:g} needs: set align.proportion = "
+            f"1, another align.selection, or align.interval = 0."
         )
