@@ -30,6 +30,7 @@ from fedpft_core import registry
 from fedpft_core.aggregation._weights import weights_of
 from fedpft_core.tensors import Tensors
 
+_PIECE = 2**15  # values of one reply that are read at once, few enough for a cache
 _SLICE = 2**20  # values a coordinate-wise rule is given at once, over all replies
 
 
@@ -186,7 +187,43 @@ class Replies:
         Raises:
             KeyError: there is no reply of that client.
         """
-        values = self._read(self._slots[name][0] * self._size, self._size)
+        return self.split(self._read(self._slots[name][0] * self._size, self._size))
+
+    @property
+    def size(self) -> int:
+        """How many values one reply has, over all its tensors."""
+        return self._size
+
+    def pieces(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        """The values of one reply piece by piece, for rules that look at each of them once.
+
+        Args:
+            name: which client's.
+
+        Yields:
+            Where among the reply's values the piece begins, and float32 values [n]. All pieces lie
+            in the same memory, so that one is gone when the next is asked for.
+
+        Raises:
+            KeyError: there is no reply of that client.
+        """
+        slot, _ = self._slots[name]
+        buffer = np.empty(min(_PIECE, self._size), np.float32)
+        self._file.seek(4 * slot * self._size)
+        for start in range(0, self._size, _PIECE):
+            values = buffer[: min(_PIECE, self._size - start)]
+            self._fill(values)
+            yield start, values
+
+    def split(self, values: Tensor) -> Tensors:
+        """The values of one reply, or of what is made of replies, as tensors.
+
+        Args:
+            values: [size], in the order in which :meth:`pieces` gives them.
+
+        Returns:
+            Views of them, by FM name.
+        """
         return {
             key: values[at : at + _count(self.shapes[key])].reshape(self.shapes[key])
             for key, at in self._at.items()
@@ -232,9 +269,13 @@ class Replies:
     def _read(self, start: int, count: int) -> Tensor:
         values = np.empty(count, np.float32)
         self._file.seek(4 * start)
-        if self._file.readinto(values.view(np.uint8).data) != 4 * count:  # type: ignore[attr-defined]
-            raise OSError("the file of the round's replies is shorter than what was written")
+        self._fill(values)
         return torch.from_numpy(values)
+
+    def _fill(self, values: np.ndarray) -> None:
+        """Read float32 values from where the file stands."""
+        if self._file.readinto(values.view(np.uint8).data) != 4 * len(values):  # type: ignore[attr-defined]
+            raise OSError("the file of the round's replies is shorter than what was written")
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from fedpft_core import registry
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.aggregation import aggregate
-from fedpft_core.aggregation.average import Average
+from fedpft_core.aggregation.average import RunningSum
 from fedpft_core.disk import whole
 from fedpft_core.tensors import Tensors
 from server_app.phases import score
@@ -40,7 +40,7 @@ class Merging:
         self.every, self.score_every = f.merge_every, f.score_every
         module = registry.load("aggregation", self.rule)
         summed = getattr(module, "AVERAGES", False) and self.weighting != "capped"
-        self.sum = Average() if summed else None
+        self.sum = RunningSum(kept) if summed else None
         if self.sum:
             for name in kept.good:
                 self._add(name)
@@ -48,7 +48,7 @@ class Merging:
     def _add(self, name: str) -> None:
         assert self.sum
         examples = self.kept.good[name].examples
-        self.sum.add(self.kept.adapter(name), examples if self.weighting == "examples" else 1)
+        self.sum.add(name, examples if self.weighting == "examples" else 1)
 
     def take(self, name: str) -> None:
         """Merge one more reply; after every federation.merge-every the result can be used.
