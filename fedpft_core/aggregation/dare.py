@@ -1,4 +1,4 @@
-"""DARE: each reply's change with most values dropped at random and the rest scaled up, averaged.
+"""Changes with most values dropped at random and the rest scaled up, averaged (DARE).
 
 Of every reply's change of the adapter the share federation.density of values stays, drawn from the
 run's seed and the client's name, divided by that share.

@@ -1,4 +1,4 @@
-"""TIES: each reply's largest changes, of which those with the elected sign are averaged.
+"""Largest changes of each reply, of which those with the elected sign are averaged (TIES).
 
 Of every reply's change of the adapter the share federation.density of values, those of largest
 magnitude, is kept. For every value the sign of the weighted sum is elected, and the weighted mean
