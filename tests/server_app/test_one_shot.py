@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import random
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -301,6 +304,19 @@ def test_fifty_kills_leave_the_same_bits(
         run, _ = killed(flat, tmp_path / f"run-{kills}", moments, monkeypatch)
         check(run, done)
         kills += len(moments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["one-shot", "async"])
+def test_fifty_real_kills_leave_the_same_bits(tmp_path: Path, schedule: str) -> None:
+    """Processes of their own, killed with -9 at random moments."""
+    done = subprocess.run(
+        [sys.executable, "tests/kill_loop.py", "--kills", "50", "--schedule", schedule,
+         str(tmp_path)],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=3000,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("fault", ["value", "torn", "other"])

@@ -41,7 +41,7 @@ def of(run: Path, event: str) -> list[dict[str, Any]]:
 def test_one_shot_with_one_client_late_and_one_that_never_comes(tmp_path: Path) -> None:
     conf, run = deployed(
         tmp_path / "job", **{"schedule": "one-shot", "rounds": 1, "clients": 4,
-                             "clients-per-round": 4, "round-timeout": 150.0},
+                             "clients-per-round": 4, "round-timeout": 300.0},
     )  # fmt: skip
     with flower.deployment(tmp_path / "flower") as d:
         for name in ("node-a", "node-b"):
@@ -52,13 +52,13 @@ def test_one_shot_with_one_client_late_and_one_that_never_comes(tmp_path: Path) 
         assert (run / "merged/adapter_model.safetensors").is_file()
         join(d, "node-c")
         flower.wait_for(run, "merged", 250, cli, replies=3)
-        assert cli.wait(400) == 0, d.logs()
+        assert cli.wait(600) == 0, d.logs()
     assert {(e["client"], e["status"]) for e in of(run, "reply")} == {
         ("node-a", "ok"), ("node-b", "ok"), ("node-c", "ok"),
     }  # fmt: skip
     assert "node-c" in {e["client"] for e in of(run, "joined")}
     (finished,) = of(run, "round_finished")
-    assert finished["good"] == 3 and finished["exchange_seconds"] > 100  # it was open till then
+    assert finished["good"] == 3 and finished["exchange_seconds"] > 250  # it was open till then
     assert (run / "adapter/adapter_model.safetensors").is_file()
     assert not (run / "replies").exists()
 
