@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedpft_core.config import SimulateConfig
-from fedpft_core.data.examples import Examples
+from fedpft_core.data.examples import Examples, Input
 from fedpft_core.seeds import torch_stream
 from fedpft_core.tensors import Tensors
 
@@ -54,10 +54,12 @@ def poisoned(settings: SimulateConfig, rows: Examples, classes: int) -> Examples
     return rows
 
 
-def _triggered(row: str | tuple[str, str] | bytes, trigger: str) -> str | tuple[str, str] | bytes:
+def _triggered(row: Input, trigger: str) -> Input:
     if isinstance(row, str):
         return f"{trigger} {row}"
-    return (f"{trigger} {row[0]}", row[1]) if isinstance(row, tuple) else row
+    if isinstance(row, tuple) and len(row) == 2 and isinstance(row[0], str):
+        return (f"{trigger} {row[0]}", str(row[1]))
+    return row
 
 
 def spoiled(

@@ -18,12 +18,13 @@ from client_app.store import Residuals
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.data.batches import Encoded
 from fedpft_core.errors import ReplyError
+from fedpft_core.model.names import is_trained
 from fedpft_core.proxy.package import ClientModel
 from fedpft_core.seeds import derive
 from fedpft_core.tensors import Tensors
 from fedpft_core.train.evaluate import evaluate
 from fedpft_core.train.inactivity import count_inactive
-from fedpft_core.train.tune import fine_tune
+from fedpft_core.train.tune import DECAYS, FACTORS, fine_tune
 from fedpft_core.wire import codec
 from fedpft_core.wire.messages import TrainRequest
 
@@ -74,7 +75,7 @@ def plug(work: Work) -> Work:
 
 
 def put(model: ClientModel, adapter: Tensors) -> None:
-    """Put an adapter that was received on a sub-FM.
+    """Put an adapter that was received on a sub-FM, which takes its rank.
 
     Args:
         model: the sub-FM, which gets it in place.
@@ -84,6 +85,7 @@ def put(model: ClientModel, adapter: Tensors) -> None:
         ReplyError: when it does not fit.
     """
     try:
+        adapters.resize(model.model, adapters.rank_of(adapter) or model.spec.rank)
         adapters.load(model.model, adapter, model.plan)
     except ValueError as error:
         raise ReplyError(f"the adapter received does not fit the sub-FM ({error})") from error
@@ -116,8 +118,13 @@ def tune(work: Work) -> Work:
 
     Returns:
         The work with the tuned adapter, float32, and the steps, loss and seconds it took.
+
+    Raises:
+        ReplyError: when the request names factors or rates that there are not.
     """
     model, request = work.model, work.request
+    if request.settings.factors not in FACTORS or request.settings.decay not in DECAYS:
+        raise ReplyError("the request cannot be used (what is to be trained, or at which rate)")
     seed = derive(request.seed, "local", request.round, work.name)
     done = fine_tune(model.model, model.task, work.rows, request.settings, seed)
     return replace(
@@ -177,7 +184,11 @@ def encode(work: Work) -> Work:
     Raises:
         ReplyError: when the format is unknown, or the request cannot name a residual.
     """
-    request, kept, new = work.request, work.residuals, work.adapter
+    request, kept = work.request, work.residuals
+    # What was not trained is as the server sent it: it need not travel.
+    factors = request.settings.factors
+    new = {k: t for k, t in work.adapter.items() if is_trained(k, factors)}
+    base = {k: work.sent[k] for k in new}
     fmt = request.reply_fmt or request.fmt
     if fmt not in codec.UPDATE_FORMATS:
         raise ReplyError(f"the server asks for an unknown format {fmt!r}")
@@ -189,7 +200,7 @@ def encode(work: Work) -> Work:
             raise ReplyError(f"the request cannot be used ({error})") from error
         fits = {k: t.shape for k, t in residual.items()} == {k: t.shape for k, t in new.items()}
         residual = residual if fits else {}
-    tensors, left = codec.encode_update(new, work.sent, residual, fmt)
+    tensors, left = codec.encode_update(new, base, residual, fmt)
     # After a diverged round there is nothing sensible left to send.
     if left and all(bool(t.isfinite().all()) for t in left.values()):
         try:

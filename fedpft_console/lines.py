@@ -34,6 +34,8 @@ def lines_for(event: ev.Event, record: Record) -> list[str]:
 @lines_for.register
 def _(event: ev.RunStarted, record: Record) -> list[str]:
     resumed = f", resumed after round {event.resumed_from}" if event.resumed_from else ""
+    if event.kept:
+        resumed = f", resumed with {event.kept} replies of round {(event.resumed_from or 0) + 1}"
     return [
         f"{event.method or 'federation'}: {event.rounds} rounds of {event.clients_per_round} "
         f"clients, seed {event.seed}{resumed}"
@@ -97,14 +99,36 @@ def _(event: ev.Reply, record: Record) -> list[str]:
     where = f"round {event.round}: client {event.client}"
     if event.status != "ok":
         reason = f": {event.reason}" if event.reason else ""
-        said = {"need": "asks for the sub-FM"}.get(event.status, event.status)
+        said = {
+            "need": "asks for the sub-FM", "late": "replied too late", "again": "replied once more"
+        }.get(event.status, event.status)  # fmt: skip
         return [f"{where} {said}{reason}"]
     at = record.round(event.round)
     expected = len(at.started.clients) if at.started else "?"
+    stale = f", {event.staleness} merges stale" if event.staleness else ""
     return [
         f"{where} replied ({at.got}/{expected}), {event.examples} rows, loss {number(event.loss)}, "
-        f"{human_seconds(event.seconds)}"
+        f"{human_seconds(event.seconds)}{stale}"
     ]
+
+
+@lines_for.register
+def _(event: ev.Joined, record: Record) -> list[str]:
+    return [f"round {event.round}: client {event.client} has joined"]
+
+
+@lines_for.register
+def _(event: ev.Merged, record: Record) -> list[str]:
+    scored = ""
+    if event.value is not None:
+        scored = f": FM {event.metric} {Measure.of(record.task).shown(event.value)}"
+    return [f"round {event.round}: {event.replies} replies merged{scored}"]
+
+
+@lines_for.register
+def _(event: ev.Aggregated, record: Record) -> list[str]:
+    found = ", ".join(f"{name} {number(value)}" for name, value in event.figures.items())
+    return [f"round {event.round}: aggregated by {event.rule}, {found}"]
 
 
 @lines_for.register

@@ -13,22 +13,23 @@ from flwr.serverapp import Grid, ServerApp
 from fedpft_core import __version__
 from fedpft_core import config as configs
 from fedpft_core.adapter import lora as adapters
-from fedpft_core.align import selection
 from fedpft_core.config import Config
 from fedpft_core.errors import RunError, UserError
 from fedpft_core.task import Writer
-from fedpft_core.train import baselines, server
+from fedpft_core.train import baselines
+from server_app import schedule
 from server_app.bench import Bench
 from server_app.local import local_only
-from server_app.phases import agree, align, heads, load, own, plug, score
-from server_app.phases.reporting import peak_rss_bytes, phase
+from server_app.phases import agree, heads, load, own, plug, score
+from server_app.phases.reporting import phase
 from server_app.phases.undistilled import undistilled
-from server_app.run import proxycache
+from server_app.run import proxycache, replies
 from server_app.run import schema as ev
 from server_app.run.checkpoint import Checkpoints
 from server_app.run.events import EventLog
 from server_app.run.folder import RunFolder
 from server_app.run.identity import identity, refuse_another
+from server_app.schedule.session import Session
 from server_app.state import State, fresh_state
 from server_app.strategy import Strategy
 from server_app.transport import FlowerTransport, Transport
@@ -92,21 +93,23 @@ def run(config: Config, transport: Transport, events: EventLog) -> None:
 
 
 def _run(config: Config, transport: Transport, events: EventLog) -> None:
+    schedule.check(config)
     made_of = identity(config)
     folder = Path(config.run.dir) / "checkpoints"
     checkpoints = Checkpoints(folder, config.run.checkpoints, made_of)
     saved = checkpoints.latest() if config.run.resume else None
-    whole = True
+    whole, kept = True, 0
     if saved is not None:
         refuse_another(saved.identity, config)
         whole = saved.events_digest in ("", events.digest(saved.events_offset))
-        events.rewind(saved.events_offset)
+        kept, told = replies.events_offset(Path(config.run.dir) / "replies", saved.run)
+        events.rewind(max(saved.events_offset, told))
     f = config.federation
     events.emit(ev.RunStarted(
         run_dir=config.run.dir, version=__version__, seed=config.run.seed,
         method=configs.method_name(config), rounds=f.rounds,
         clients_per_round=f.clients_per_round,
-        resumed_from=saved.round if saved else None,
+        resumed_from=saved.round if saved else None, kept=kept,
     ))  # fmt: skip
     if not whole:
         events.emit(ev.Warned(
@@ -124,17 +127,9 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
         local_only(config, transport, events, bench, state)
         events.emit(ev.Files(paths={"plan": f"{config.run.dir}/plan.json"}))
         return
-    strategy.nodes.wait()
-    last = min(f.rounds, config.run.stop_after or f.rounds)
-    for round in range(state.round + 1, last + 1):
-        with phase(events, "round", round=round):
-            one_round(strategy, bench, state, round)
-        events.emit(ev.Memory(process="server", peak_rss_bytes=peak_rss_bytes()))
-        written = events.offset()
-        checkpoints.save(state, bench.models, written, events.digest(written))
-    if last < f.rounds:
-        raise RunError(f"stopped after round {last} as run.stop-after asks; resume to go on")
+    afterwards = schedule.federate(Session(strategy, bench, state, checkpoints, events))
     _export(bench, strategy, state)
+    afterwards()
 
 
 def _before_round_1(
@@ -164,52 +159,6 @@ def _before_round_1(
         score.score(bench, 0, "proxy")
         score.score(bench, 0, "fm")
     return state
-
-
-def one_round(strategy: Strategy, bench: Bench, state: State, round: int) -> None:
-    """Clients train, the server averages, both models are scored, the proxy is re-aligned.
-
-    Args:
-        strategy: the federation that trains.
-        bench: both models get the round's adapter.
-        state: where the run stands after the round before; it is brought to the end of this one.
-        round: the round's number, from 1.
-
-    Raises:
-        RunError: too few replies are good, or the alignment diverges.
-        UserError: align.threshold compares gradients and there are no validation rows.
-    """
-    start = time.perf_counter()
-    config, events = bench.config, bench.events
-    due = align.due(config, bench.models.plan, round)
-    a = config.align
-    count = due and selection.needs_counts(a.selection, a.proportion)
-    outcome = strategy.run_round(state, round, a.inactive if count else "")
-    state.adapter, state.memory = server.step(
-        config.federation, outcome.before, outcome.adapter, state.memory
-    )
-    state.round = round
-    bench.models.plug(state.adapter)
-    events.emit(ev.Adapter(round=round, norm=adapters.norm(state.adapter)))
-    scored, values = 0.0, None
-    last = round == config.federation.rounds
-    # Where the plug-in settles the product, the last round is scored once, after it.
-    if (round % config.run.evaluate_every == 0 or last) and not (last and plug.settles(bench)):
-        proxy, trained, scored = score.score_all(bench, round)
-        values = (proxy.value, trained.value)
-    seconds = time.perf_counter() - start
-    events.emit(ev.RoundFinished(
-        round=round, seconds=seconds,
-        exchange_seconds=outcome.seconds, evaluate_seconds=scored,
-        train_seconds=outcome.train_seconds, loss=outcome.loss,
-        overhead_seconds=seconds - scored - outcome.busy_seconds,
-        examples=outcome.examples, good=outcome.good, bad=outcome.bad,
-    ))  # fmt: skip
-    if due and align.disagrees(bench, state, round):
-        align.align(bench, state, round, outcome.counts, values)
-    every = config.head.interval
-    if every and round % every == 0 and not last:
-        heads.again(bench, strategy, state, events)
 
 
 def _export(bench: Bench, strategy: Strategy, state: State) -> None:

@@ -29,7 +29,7 @@ class Models:
     start: Tensors
 
     def plug(self, adapter: Tensors) -> None:
-        """Put one adapter on both models.
+        """Put one adapter on both models, which take its rank.
 
         Args:
             adapter: float32 tensors by their name in the FM.
@@ -37,6 +37,9 @@ class Models:
         Raises:
             ValueError: names or shapes are not those of the models' adapter.
         """
+        rank = adapters.rank_of(adapter) or self.spec.rank
+        adapters.resize(self.fm, rank)
+        adapters.resize(self.proxy, rank)
         adapters.load(self.fm, adapter)
         adapters.load(self.proxy, adapter, self.plan)
 

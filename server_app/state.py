@@ -24,6 +24,21 @@ class Events(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Flight:
+    """A client at work in the async schedule, as far as a checkpoint keeps it.
+
+    Attributes:
+        client: its name.
+        version: merges done when it was asked.
+        due: when it is done by the simulated clock, seconds.
+    """
+
+    client: str
+    version: int
+    due: float
+
+
 @dataclass
 class State:
     """All that changes over a run; `round` rounds are done."""
@@ -36,6 +51,10 @@ class State:
     patches: list[Patch] = field(default_factory=list)
     have: dict[str, tuple[str, ...]] = field(default_factory=dict)  # by client name
     memory: Tensors = field(default_factory=dict)  # of the server's optimiser
+    # In the async schedule: who is at work, on adapters of which versions, and what time it is.
+    flights: list[Flight] = field(default_factory=list)
+    bases: dict[int, Tensors] = field(default_factory=dict)
+    clock: float = 0.0
     # Under this name clients keep what must outlive a message; another run never sees it.
     run: str = field(default_factory=lambda: secrets.token_hex(8))
 

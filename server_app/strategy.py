@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,11 +18,11 @@ from fedpft_core.aggregation import Replies, RuleSettings, withstands
 from fedpft_core.config import Config
 from fedpft_core.errors import RunError
 from fedpft_core.head.closed import Sums
-from fedpft_core.seeds import numpy_stream
+from fedpft_core.seeds import derive, numpy_stream
 from fedpft_core.task import Task
 from fedpft_core.tensors import Tensors
 from fedpft_core.wire import codec
-from fedpft_core.wire.validate import ExpectedStatistics
+from fedpft_core.wire.validate import Expected, ExpectedStatistics
 from server_app.rounds import caution, ledger
 from server_app.rounds.chain import Asked
 from server_app.rounds.collect import Collection
@@ -39,6 +40,21 @@ _SHORTEST = 10.0  # seconds that every round waits
 
 # The server's own adapter: trained from the one given, in the round of that number.
 Own = Callable[[Tensors, int], Tensors]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A round before it is asked for.
+
+    Attributes:
+        request: the message by what a client has.
+        want: what a good reply looks like; its adapter is what clients start from.
+        rule: what the rule of aggregation may know besides the replies.
+    """
+
+    request: Request
+    want: Expected
+    rule: RuleSettings
 
 
 class Strategy:
@@ -81,18 +97,14 @@ class Strategy:
                 clients=[n.name for n in nodes],
                 lr=learning_rate(self.config.train.lr, round, f.rounds),
             ))  # fmt: skip
-            sent = codec.encode(state.adapter, self.config.wire.adapter)
-            base = codec.decode(sent, self.config.wire.adapter)
-            with Replies(base, self._folder(), self._rule(state, base, round)) as replies:
-                want = expected(self.config, state, round, base, count_rule)
-                asked = Asked(want, f.clip_update_norm, replies, replies.settings.scaling)
+            work = self.prepare(state, round, count_rule)
+            with Replies(work.want.adapter, self._folder(), work.rule) as replies:
+                asked = Asked(work.want, f.clip_update_norm, replies, work.rule.scaling)
                 got = Collection(asked, nodes, state, round, self.events, f.enough)
-                self._exchange(got, self._requests(state, round, sent, count_rule))
-                got.leave_out(self._steps(nodes), f.largest_change)
+                self._exchange(got, work.request)
+                self.leave_out(got)
                 if len(got.good) >= f.min_clients:
-                    self._note(round, got)
-                    self._report_validation(want.task, round, got.good)
-                    return outcome(f, replies, got.good, len(got.bad), start)
+                    return self.conclude(got, start)
             why = self.why(got.bad)
             text = (
                 f"round {round}: {len(got.good)} good replies of the federation.min-clients = "
@@ -100,6 +112,60 @@ class Strategy:
             )
             self.events.emit(ev.Warned(text=f"{text}; attempt {attempt} of {f.attempts}"))
         raise RunError(text)
+
+    def prepare(self, state: State, round: int, count_rule: str = "") -> Prepared:
+        """What clients are sent in a round, and what their replies are held against.
+
+        Args:
+            state: where the run stands.
+            round: the round's number, from 1.
+            count_rule: how clients are to count inactive neurons; empty = not at all.
+
+        Returns:
+            The messages by what a client has, what a good reply looks like, and what the rule of
+            aggregation may know.
+        """
+        config = self.config
+        sent = codec.encode(state.adapter, config.wire.adapter)
+        base = codec.decode(sent, config.wire.adapter)
+        return Prepared(
+            requests(config, state, self._blob(state), round, sent, count_rule),
+            expected(config, state, round, base, count_rule),
+            self._rule(state, base, round),
+        )
+
+    def conclude(self, got: Collection, start: float) -> Outcome:
+        """What a round's replies come to.
+
+        Args:
+            got: at least one good reply.
+            start: when the round began, `time.perf_counter()`.
+
+        Returns:
+            The next adapter and the round's figures.
+        """
+        f, replies = self.config.federation, got.asked.replies
+        self._note(got.round, got)
+        self._report_validation(got.asked.want.task, got.round, got.good)
+        made = outcome(f, replies, got.good, len(got.bad), start)
+        if replies.figures:
+            self.events.emit(
+                ev.Aggregated(round=got.round, rule=f.aggregate, figures=dict(replies.figures))
+            )
+        return made
+
+    def leave_out(self, got: Collection) -> None:
+        """Leave out replies whose change is out of all proportion to the others'.
+
+        Args:
+            got: the replies of a round that are good so far.
+        """
+        t = self.config.train
+        steps = {
+            name: t.local_steps or t.local_epochs * math.ceil(r.examples / t.batch_size)
+            for name, r in got.good.items()
+        }
+        got.leave_out(steps, self.config.federation.largest_change)
 
     def gather(self, state: State, want: ExpectedStatistics) -> Sums:
         """Ask every connected client for the statistics of its rows.
@@ -171,15 +237,13 @@ class Strategy:
         own = partial(self.own, start, round) if self.own else None
         f, spec = self.config.federation, state.package.meta.adapter
         return RuleSettings(
-            f.weighting, f.weight_cap, f.attackers, f.distance, spec.alpha / spec.rank, own
-        )
+            f.weighting, f.weight_cap, f.attackers, f.distance, spec.alpha / spec.rank, f.density,
+            derive(self.config.run.seed, "aggregate", state.round + 1), own,
+        )  # fmt: skip
 
     def _folder(self) -> Path | None:
         """Where a round's replies lie until they are aggregated."""
         return Path(self.config.run.dir) if self.config.run.dir else None
-
-    def _requests(self, state: State, round: int, adapter: Tensors, count_rule: str) -> Request:
-        return requests(self.config, state, self._blob(state), round, adapter, count_rule)
 
     def _blob(self, state: State) -> bytes:
         # Packing is the same work every round until an alignment.
@@ -205,7 +269,7 @@ class Strategy:
         if got.again and not got.done():
             # They lack the weights they were asked to train on: serve them within this round. What
             # a straggler left of its time is theirs, and a little where it left none.
-            got.serving_again = True
+            got.served |= got.again.keys()
             send(got.again, max(deadline, time.monotonic() + _AGAIN * timeout))
 
     def _timeout(self, round: int) -> float:
@@ -214,14 +278,6 @@ class Strategy:
         if not f.patience or round < _LEARNED or not self._slowest:
             return f.round_timeout
         return min(f.round_timeout, max(_SHORTEST, f.patience * self._slowest))
-
-    def _steps(self, nodes: Iterable[Node]) -> dict[str, int]:
-        """The steps that a round asks of each client, by what it says it has."""
-        t = self.config.train
-        return {
-            n.name: t.local_steps or t.local_epochs * math.ceil(n.examples / t.batch_size)
-            for n in nodes
-        }
 
     def _note(self, round: int, got: Collection) -> None:
         """Warn of a client that outweighs the others, and of more attackers than a rule stands.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -20,6 +20,37 @@ from fedpft_core.wire.messages import Failure
 OnReply = Callable[[int, "Envelope | Failure"], "bool | None"]
 
 _AT_ONCE = 4  # replies asked of Flower at once, which it gives all together
+_LATE_SECONDS = 600.0  # how long after its deadline a reply is still kept for us by Flower
+
+
+class Mailbox(Protocol):
+    """Messages to single nodes, whose replies are fetched as they come.
+
+    What an exchange is for a round, this is for schedules that ask clients at different times.
+    """
+
+    def send(self, node: int, envelope: Envelope, timeout: float) -> None:
+        """Send a message to a node.
+
+        Args:
+            node: the node's id.
+            envelope: the message.
+            timeout: how long a reply can be of use, seconds.
+        """
+
+    def fetch(self) -> list[tuple[int, Envelope | Failure]]:
+        """Replies that have come since the last call.
+
+        Returns:
+            Node ids with what came from each; empty, after a short wait, where nothing has come.
+        """
+
+    def now(self) -> float:
+        """The time that deadlines are measured in.
+
+        Returns:
+            Seconds; only differences mean anything.
+        """
 
 
 class Transport(Protocol):
@@ -50,6 +81,13 @@ class Transport(Protocol):
             round: the round the messages belong to.
             timeout: the longest wait, seconds.
             on_reply: takes a node's id and its reply.
+        """
+
+    def mailbox(self) -> Mailbox:
+        """A way to ask nodes one by one.
+
+        Returns:
+            A new mailbox, which knows of no message sent before.
         """
 
 
@@ -85,16 +123,7 @@ class FlowerTransport:
         """
         waiting: dict[str, int] = {}
         for node, envelope in messages.items():
-            message = Message(
-                content=wire.to_record(envelope),
-                dst_node_id=node,
-                message_type=MessageType.QUERY if envelope.kind == "hello" else MessageType.TRAIN,
-                ttl=timeout + 60,
-                group_id=str(round),
-            )
-            # One by one: for a node that has just left Flower answers with an empty id or with
-            # none at all, and in a longer list nobody could tell which one that was.
-            sent = next(iter(self.grid.push_messages([message])), "")
+            sent = _push(self.grid, node, envelope, timeout, str(round))
             if sent:
                 waiting[sent] = node
                 continue
@@ -103,19 +132,95 @@ class FlowerTransport:
         done = False
         while waiting and not done and time.monotonic() < deadline:
             got = False
-            asked = list(waiting)
-            for start in range(0, len(asked), _AT_ONCE):
-                for reply in self.grid.pull_messages(asked[start : start + _AT_ONCE]):
-                    # By the id replied to: the error reply of a dead node has another source id.
-                    sent = reply.metadata.reply_to_message_id
-                    if sent in waiting:
-                        got = True
-                        done = bool(on_reply(waiting.pop(sent), _opened(reply))) or done
+            for node, reply in _pull(self.grid, waiting):
+                got = True
+                done = bool(on_reply(node, reply)) or done
             if waiting and not got:
                 time.sleep(self.poll_seconds)
         why = "not waited for" if done else f"no reply within {timeout:.1f} s"
         for node in waiting.values():
             on_reply(node, Failure(why, late=True))
+
+    def mailbox(self) -> FlowerMailbox:
+        """A way to ask nodes one by one.
+
+        Returns:
+            A new mailbox over the same Grid.
+        """
+        return FlowerMailbox(self.grid, self.poll_seconds)
+
+
+@dataclass
+class FlowerMailbox:
+    """Messages to single nodes over Flower's Grid."""
+
+    grid: Grid
+    poll_seconds: float
+    _waiting: dict[str, int] = field(default_factory=dict)
+    _unsent: list[int] = field(default_factory=list)
+
+    def send(self, node: int, envelope: Envelope, timeout: float) -> None:
+        """Push a message.
+
+        Args:
+            node: the node's id.
+            envelope: a `hello` goes as a query, others to train.
+            timeout: how long a reply can be of use, seconds. Flower keeps message and reply for
+                ten minutes more, so that a late reply can be told from none.
+        """
+        sent = _push(self.grid, node, envelope, timeout + _LATE_SECONDS, "")
+        if sent:
+            self._waiting[sent] = node
+        else:
+            self._unsent.append(node)
+
+    def fetch(self) -> list[tuple[int, Envelope | Failure]]:
+        """Pull what has come.
+
+        Returns:
+            Node ids with what came from each; empty, after a short wait, where nothing has come.
+        """
+        found: list[tuple[int, Envelope | Failure]] = [
+            (n, Failure(_ERRORS[5])) for n in self._unsent
+        ]
+        self._unsent.clear()
+        found += _pull(self.grid, self._waiting)
+        if not found:
+            time.sleep(self.poll_seconds)
+        return found
+
+    def now(self) -> float:
+        """The machine's clock.
+
+        Returns:
+            `time.monotonic()`, seconds.
+        """
+        return time.monotonic()
+
+
+def _push(grid: Grid, node: int, envelope: Envelope, timeout: float, group: str) -> str:
+    """Send a message; the id it has, empty for a node that is gone."""
+    message = Message(
+        content=wire.to_record(envelope),
+        dst_node_id=node,
+        message_type=MessageType.QUERY if envelope.kind == "hello" else MessageType.TRAIN,
+        ttl=timeout + 60,
+        group_id=group,
+    )
+    # One by one: for a node that has just left Flower answers with an empty id or with none at
+    # all, and in a longer list nobody could tell which one that was.
+    return next(iter(grid.push_messages([message])), "")
+
+
+def _pull(grid: Grid, waiting: dict[str, int]) -> Iterator[tuple[int, Envelope | Failure]]:
+    """Replies to messages that are waited for, by their ids; those that came wait no more."""
+    asked = list(waiting)
+    for start in range(0, len(asked), _AT_ONCE):
+        for reply in grid.pull_messages(asked[start : start + _AT_ONCE]):
+            # By the id replied to: the error reply of a dead node has another source id.
+            sent = reply.metadata.reply_to_message_id
+            if sent in waiting:
+                yield waiting.pop(sent), _opened(reply)
 
 
 _ERRORS = {
@@ -171,13 +276,67 @@ class LocalTransport:
             timeout: not looked at: every client answers.
             on_reply: takes a client's id and its reply.
         """
+        for node, envelope in messages.items():
+            on_reply(node, self.ask(node, envelope))
+
+    def ask(self, node: int, envelope: Envelope) -> Envelope:
+        """Take one message to a client and its answer back.
+
+        Args:
+            node: the client's id.
+            envelope: the message.
+
+        Returns:
+            The answer. The server's thread count stays as it was.
+        """
         # Clients pin their threads, which in one process would be the server's as well.
         threads = torch.get_num_threads()
-        done = False
-        for node, envelope in messages.items():
-            if done:
-                on_reply(node, Failure("not waited for", late=True))
-                continue
-            sent = wire.from_record(wire.to_record(envelope))
-            done = bool(on_reply(node, wire.from_record(wire.to_record(self.clients[node](sent)))))
+        sent = wire.from_record(wire.to_record(envelope))
+        reply = wire.from_record(wire.to_record(self.clients[node](sent)))
         torch.set_num_threads(threads)
+        return reply
+
+    def mailbox(self) -> LocalMailbox:
+        """A way to ask clients one by one.
+
+        Returns:
+            A new mailbox.
+        """
+        return LocalMailbox(self)
+
+
+@dataclass
+class LocalMailbox:
+    """Messages to single clients in this process, which answer in the order they were asked."""
+
+    transport: LocalTransport
+    _waiting: list[tuple[int, Envelope]] = field(default_factory=list)
+
+    def send(self, node: int, envelope: Envelope, timeout: float) -> None:
+        """Keep a message until its client's turn comes.
+
+        Args:
+            node: the client's id.
+            envelope: the message.
+            timeout: not looked at: every client answers.
+        """
+        self._waiting.append((node, envelope))
+
+    def fetch(self) -> list[tuple[int, Envelope | Failure]]:
+        """Let the client that was asked first answer.
+
+        Returns:
+            Its reply; empty when nobody was asked.
+        """
+        if not self._waiting:
+            return []
+        node, envelope = self._waiting.pop(0)
+        return [(node, self.transport.ask(node, envelope))]
+
+    def now(self) -> float:
+        """The machine's clock.
+
+        Returns:
+            `time.monotonic()`, seconds.
+        """
+        return time.monotonic()

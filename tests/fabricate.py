@@ -22,7 +22,7 @@ from torch import Tensor
 from fedpft_core import config as configs
 from fedpft_core.adapter.lora import AdapterSpec
 from fedpft_core.config import Config
-from fedpft_core.model.names import PatchedWeights
+from fedpft_core.model.names import PatchedWeights, is_trained
 from fedpft_core.model.plan import BlockPlan, Plan
 from fedpft_core.proxy.patch import apply_patch
 from fedpft_core.seeds import torch_stream
@@ -256,7 +256,9 @@ class Node:
         new = {
             k: t + 0.01 * _noise(tuple(t.shape), "train", self.name, request.round, k)
             for k, t in base.items()
+            if is_trained(k, request.settings.factors)
         }
+        base = {k: base[k] for k in new}
         fmt = request.reply_fmt or request.fmt
         tensors, _ = codec.encode_update(new, base, {}, fmt)
         made = TrainReply(

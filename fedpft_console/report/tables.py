@@ -43,10 +43,10 @@ def sheets(record: Record) -> list[Sheet]:
         record: a run in any state: finished, failed or still running.
 
     Returns:
-        Sizes, scores, one table for each further metric, what models wrote, re-alignments, traffic,
-        time with memory, and files.
+        Sizes, scores, one table for each further metric, what models wrote, merges on the way,
+        re-alignments, traffic, time with memory, and files.
     """
-    made = [_sizes(record), _scores(record), *_further(record), _samples(record),
+    made = [_sizes(record), _scores(record), *_further(record), _samples(record), _merges(record),
             _alignments(record), _traffic(record), _phases(record), _files(record)]  # fmt: skip
     return [sheet for sheet in made if sheet.rows]
 
@@ -239,6 +239,27 @@ def _alignments(record: Record) -> Sheet:
         "", "neurons moved", "output error", "gradient cosine", "gradient relative L2", "gap",
     ]  # fmt: skip
     return Sheet("Re-alignments, before → after", columns, rows, [])
+
+
+def _merges(record: Record) -> Sheet:
+    """What could be used while replies were still awaited."""
+    merges = [m for r in record.rounds for m in r.merges]
+    measure = Measure.of(record.task)
+    rows = [
+        [
+            f"{m.round}",
+            f"{m.replies}",
+            f"{m.examples}",
+            human_seconds(m.seconds if m.clock is None else m.clock),
+            number(m.norm),
+            "-" if m.value is None else measure.shown(m.value),
+        ]
+        for m in merges
+    ]
+    simulated = any(m.clock is not None for m in merges)
+    when = "after (simulated)" if simulated else "after"
+    columns = ["round", "replies merged", "rows", when, "L2 norm of the adapter", "FM"]
+    return Sheet("Merges", columns, rows)
 
 
 def _traffic(record: Record) -> Sheet:

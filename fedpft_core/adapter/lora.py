@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from fedpft_core.config import LoraConfig as LoraSettings
 from fedpft_core.model.families import Family, family_of_model
@@ -185,6 +187,53 @@ def load(model: nn.Module, tensors: Mapping[str, Tensor], plan: Plan | None = No
         if p.shape != tensors[name].shape:
             raise ValueError(f"{name}: shape {list(tensors[name].shape)}, not {list(p.shape)}")
         p.copy_(tensors[name])
+
+
+def rank_of(tensors: Mapping[str, Tensor]) -> int:
+    """The rank of LoRA's factors in an adapter.
+
+    Args:
+        tensors: by FM name.
+
+    Returns:
+        The rank, the same in every layer; 0 where there are no factors.
+
+    Raises:
+        ValueError: the layers' ranks differ, or a factor is no matrix.
+    """
+    ranks = {
+        t.shape[0] if name.endswith("lora_A.weight") else t.shape[-1]
+        for name, t in tensors.items()
+        if is_lora(name) and t.dim() == 2
+    }
+    if len(ranks) > 1 or any(is_lora(name) and t.dim() != 2 for name, t in tensors.items()):
+        raise ValueError(f"the shapes of LoRA's factors are not of one rank: {sorted(ranks)}")
+    return ranks.pop() if ranks else 0
+
+
+def resize(model: PeftModel, rank: int) -> None:
+    """Give LoRA's factors another rank, at the same scaling; their values are lost.
+
+    Args:
+        model: a model that carries the adapter, changed in place. Nothing is done where it has that
+            rank already.
+        rank: at least 1.
+    """
+    settings: Any = model.peft_config["default"]
+    if settings.r == rank:
+        return
+    settings.lora_alpha = settings.lora_alpha / settings.r * rank
+    settings.r = rank
+    for layer in model.modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        a: Any = layer.lora_A["default"]
+        b: Any = layer.lora_B["default"]
+        like: Any = {"bias": False, "device": a.weight.device, "dtype": a.weight.dtype}
+        # Nothing is drawn: the values come with the next adapter.
+        layer.lora_A["default"] = skip_init(nn.Linear, a.in_features, rank, **like)
+        layer.lora_B["default"] = skip_init(nn.Linear, rank, b.out_features, **like)
+        layer.r["default"], layer.lora_alpha["default"] = rank, settings.lora_alpha
 
 
 def initial(model: nn.Module, seed: int, plan: Plan | None = None) -> Tensors:

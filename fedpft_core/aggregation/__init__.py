@@ -5,6 +5,11 @@ replies: they lie on disk and are read one at a time, or all of them a slice at 
 may know besides them is `replies.start`, the adapter that the clients were sent, and
 `replies.settings`. A file may have a function `withstands(replies)`, how many hostile ones among so
 many replies it stands, and `NEEDS_OWN = True` where it calls `replies.settings.own`.
+
+Some files say more of themselves: `factors(round)`, which of LoRA's factors clients train (`both`,
+`a` or `b`); `AVERAGES = True`, that the rule is the mean of the replies by their weights, which can
+be had as a running sum; `GROWS = True`, that what it returns has another rank than it was given.
+Figures that a rule finds on its way go into `replies.figures`.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from fedpft_core import registry
 from fedpft_core.aggregation._weights import weights_of
 from fedpft_core.tensors import Tensors
 
+_PIECE = 2**15  # values of one reply that are read at once, few enough for a cache
 _SLICE = 2**20  # values a coordinate-wise rule is given at once, over all replies
 
 
@@ -39,6 +45,8 @@ class RuleSettings:
         distance: federation.distance, where a rule measures distances: `product` (of LoRA's
             product BA, and of the head), `factors` (of all values as they are) or `both`.
         scaling: LoRA's alpha / rank, by which its product is multiplied in the model.
+        density: federation.density, the share of a change's values that a sparse merge keeps.
+        seed: of what a rule draws at random in this round.
         own: gives the server's own adapter, trained from `Replies.start` on the server's
             validation rows; None where it has none.
     """
@@ -48,6 +56,8 @@ class RuleSettings:
     attackers: float = 0.0
     distance: str = "both"
     scaling: float = 1.0
+    density: float = 1.0
+    seed: int = 0
     own: Callable[[], Tensors] | None = None
 
 
@@ -76,6 +86,7 @@ class Replies:
     ) -> None:
         self.start = {name: like[name] for name in sorted(like)}
         self.settings = settings or RuleSettings()
+        self.figures: dict[str, float] = {}  # what the rule has found, by name
         self.shapes = {name: tuple(like[name].shape) for name in sorted(like)}
         self._at: dict[str, int] = {}  # values before each tensor, in a slot
         self._size = 0
@@ -84,7 +95,11 @@ class Replies:
             self._size += like[name].numel()
         self._slots: dict[str, tuple[int, int]] = {}  # by client: slot, examples
         self._used = 0  # slots written so far
-        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self._file = self._open(folder)
+
+    def _open(self, folder: Path | None) -> IO[bytes]:
+        """The file of the slots; here one without a name."""
+        return tempfile.TemporaryFile(dir=folder)
 
     def __enter__(self) -> Replies:
         return self
@@ -158,16 +173,61 @@ class Replies:
     def __iter__(self) -> Iterator[tuple[Tensors, float]]:
         """(adapter, weight) of one reply after the other, in the order of the names."""
         for name, weight in zip(self.names, self.weights, strict=True):
-            slot, _ = self._slots[name]
-            values = self._read(slot * self._size, self._size)
-            yield (
-                {
-                    key: values[at : at + _count(self.shapes[key])].reshape(self.shapes[key])
-                    for key, at in self._at.items()
-                },
-                weight,
-            )
-            del values
+            yield self.adapter(name), weight
+
+    def adapter(self, name: str) -> Tensors:
+        """The adapter of one reply.
+
+        Args:
+            name: which client's.
+
+        Returns:
+            Float32 tensors by FM name.
+
+        Raises:
+            KeyError: there is no reply of that client.
+        """
+        return self.split(self._read(self._slots[name][0] * self._size, self._size))
+
+    @property
+    def size(self) -> int:
+        """How many values one reply has, over all its tensors."""
+        return self._size
+
+    def pieces(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        """The values of one reply piece by piece, for rules that look at each of them once.
+
+        Args:
+            name: which client's.
+
+        Yields:
+            Where among the reply's values the piece begins, and float32 values [n]. All pieces lie
+            in the same memory, so that one is gone when the next is asked for.
+
+        Raises:
+            KeyError: there is no reply of that client.
+        """
+        slot, _ = self._slots[name]
+        buffer = np.empty(min(_PIECE, self._size), np.float32)
+        self._file.seek(4 * slot * self._size)
+        for start in range(0, self._size, _PIECE):
+            values = buffer[: min(_PIECE, self._size - start)]
+            self._fill(values)
+            yield start, values
+
+    def split(self, values: Tensor) -> Tensors:
+        """The values of one reply, or of what is made of replies, as tensors.
+
+        Args:
+            values: [size], in the order in which :meth:`pieces` gives them.
+
+        Returns:
+            Views of them, by FM name.
+        """
+        return {
+            key: values[at : at + _count(self.shapes[key])].reshape(self.shapes[key])
+            for key, at in self._at.items()
+        }
 
     def stacked(self, key: str) -> Tensor:
         """One tensor of every reply.
@@ -209,9 +269,13 @@ class Replies:
     def _read(self, start: int, count: int) -> Tensor:
         values = np.empty(count, np.float32)
         self._file.seek(4 * start)
-        if self._file.readinto(values.view(np.uint8).data) != 4 * count:  # type: ignore[attr-defined]
-            raise OSError("the file of the round's replies is shorter than what was written")
+        self._fill(values)
         return torch.from_numpy(values)
+
+    def _fill(self, values: np.ndarray) -> None:
+        """Read float32 values from where the file stands."""
+        if self._file.readinto(values.view(np.uint8).data) != 4 * len(values):  # type: ignore[attr-defined]
+            raise OSError("the file of the round's replies is shorter than what was written")
 
 
 def _count(shape: tuple[int, ...]) -> int:
@@ -262,3 +326,33 @@ def withstands(rule: str, replies: int) -> int | None:
     """
     claim = getattr(registry.load("aggregation", rule), "withstands", None)
     return None if claim is None else int(claim(replies))
+
+
+def factors(rule: str, round: int) -> str:
+    """Which of LoRA's factors clients train in a round under a rule.
+
+    Args:
+        rule: name of a rule, or `none`.
+        round: the round's number, from 1.
+
+    Returns:
+        `both`, `a` or `b`; the head is trained in any case.
+    """
+    if rule not in registry.names("aggregation"):
+        return "both"
+    made = getattr(registry.load("aggregation", rule), "factors", None)
+    return made(round) if made else "both"
+
+
+def grows(rule: str) -> bool:
+    """Whether the adapter that a rule returns has another rank than those it was given.
+
+    Args:
+        rule: name of a rule, or `none`.
+
+    Returns:
+        Whether it has, so that clients could not train on.
+    """
+    if rule not in registry.names("aggregation"):
+        return False
+    return bool(getattr(registry.load("aggregation", rule), "GROWS", False))

@@ -11,6 +11,8 @@ from torch import Tensor
 from fedpft_core.aggregation import Replies
 from fedpft_core.tensors import Tensors
 
+AVERAGES = True
+
 
 class Average:
     """W ← Σ |D_i| / |D| · W_i in float64; memory is one adapter, not one a client.
@@ -59,6 +61,59 @@ class Average:
         }
 
 
+class RunningSum:
+    """The same mean of replies that are kept on disk, read piece by piece and in any order.
+
+    Equal to the bit to :class:`Average` over the same replies in the same order.
+
+    Args:
+        replies: what is kept, now and later.
+
+    Attributes:
+        weight: the weights of all replies added so far.
+    """
+
+    def __init__(self, replies: Replies) -> None:
+        self.replies = replies
+        self.weight: float = 0
+        self._sum: np.ndarray | None = None
+        self._scaled = np.empty(0)
+
+    def add(self, client: str, weight: float) -> None:
+        """Take one reply into the sum.
+
+        Args:
+            client: whose.
+            weight: what it weighs.
+        """
+        first = self._sum is None
+        whole = self._sum = np.empty(self.replies.size) if self._sum is None else self._sum
+        for start, values in self.replies.pieces(client):
+            part = whole[start : start + len(values)]
+            if first:
+                np.multiply(values, weight, out=part, dtype=np.float64)
+                continue
+            if len(self._scaled) < len(values):
+                self._scaled = np.empty(len(values))
+            scaled = self._scaled[: len(values)]
+            np.multiply(values, weight, out=scaled, dtype=np.float64)
+            part += scaled
+        self.weight += weight
+
+    def result(self) -> Tensors:
+        """The weighted mean as float32.
+
+        Returns:
+            Tensors by name; what was added stays, so that more can be added.
+
+        Raises:
+            ValueError: when nothing was added.
+        """
+        if self._sum is None:
+            raise ValueError("nothing to average")
+        return self.replies.split(torch.from_numpy((self._sum / self.weight).astype(np.float32)))
+
+
 def aggregate(replies: Replies) -> Tensors:
     """Sum the replies one after the other, in the order of the clients' names.
 
@@ -70,7 +125,7 @@ def aggregate(replies: Replies) -> Tensors:
     Returns:
         The weighted mean, float32 tensors by FM name.
     """
-    average = Average()
-    for adapter, weight in replies:
-        average.add(adapter, weight)
-    return average.result()
+    mean = RunningSum(replies)
+    for name, weight in zip(replies.names, replies.weights, strict=True):
+        mean.add(name, weight)
+    return mean.result()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedpft_core import registry
+from fedpft_core.config.schedules import check_schedule
 from fedpft_core.data.rows import TASKS
 from fedpft_core.errors import UserError
 
@@ -338,6 +339,12 @@ class TrainConfig:
     local_steps: int = _key(16, "steps per round, 0 = use local-epochs", low=0)
     weight_decay: float = _key(0.0, "AdamW weight decay", low=0.0)
     clip: float = _key(1.0, "largest gradient norm, 0 = no clipping", low=0.0)
+    local_decay: str = _key(
+        "none",
+        "how the rate goes within a client's steps: `none` (constant) or `linear` (as train.lr "
+        "goes over rounds; for one-shot, whose one round has all the steps)",
+        choices=("none", "linear"),
+    )
     threads: int = _key(1, "torch threads of each client process", low=1)
     augment: float = _key(
         0.0,
@@ -352,6 +359,14 @@ class TrainConfig:
 class FederationConfig:
     """Rounds, sampling and partitions."""
 
+    schedule: str = _key(
+        "multi-round",
+        "when clients are asked and their replies merged: `multi-round` (rounds T of "
+        "train.local-steps each), `one-shot` (each client is asked once, and replies are merged as "
+        "they arrive; needs federation.rounds = 1) or `async` (a client is asked again when it is "
+        "free, and every federation.buffer replies are merged; federation.rounds counts merges)",
+        choices=("multi-round", "one-shot", "async"),
+    )
     rounds: int = _key(12, "rounds T", low=1)
     aggregate: str = _key(
         "average",
@@ -404,6 +419,13 @@ class FederationConfig:
         "is more than so many times the median of the round's replies; 0 = no limit",
         low=0.0,
     )
+    density: float = _key(
+        0.2,
+        "share of the values of a client's change that the aggregations `ties` (the largest) and "
+        "`dare` (any) keep",
+        above=0.0,
+        high=1.0,
+    )
     clip_update_norm: float = _key(
         0.0,
         "largest L2 norm of a client's change of LoRA's factors in a round; a longer one is scaled "
@@ -426,7 +448,48 @@ class FederationConfig:
         low=0.0,
     )
     attempts: int = _key(2, "times a round is tried before the run fails", low=1)
-    round_timeout: float = _key(3600.0, "longest wait for a round's replies, seconds", above=0.0)
+    round_timeout: float = _key(
+        3600.0,
+        "longest wait for a round's replies, seconds; the deadline of `one-shot`",
+        above=0.0,
+    )
+    enough_replies: int = _key(
+        0,
+        "good replies at which `one-shot` ends before its deadline, 0 = federation.clients",
+        low=0,
+    )
+    merge_every: int = _key(
+        1, "replies of `one-shot` between two usable adapters in the run folder", low=1
+    )
+    score_every: int = _key(
+        0,
+        "replies of `one-shot` between two scores of the FM with what has been merged, a multiple "
+        "of federation.merge-every; 0 = no scores on the way",
+        low=0,
+    )
+    buffer: int = _key(
+        0,
+        "replies of `async` that are merged together, at most one of each client; 0 = half of "
+        "federation.clients-per-round, but at least federation.min-clients",
+        low=0,
+    )
+    staleness_exponent: float = _key(
+        0.5,
+        "a in (1 + s)^-a, by which `async` scales the change of a client that was asked s merges "
+        "ago",
+        low=0.0,
+    )
+    clock: str = _key(
+        "simulated",
+        "in which order `async` takes replies: `simulated` (by a clock on which every client has a "
+        "speed drawn from the run's seed, so that a run repeats to the bit) or `arrival` (as they "
+        "come, for clients on machines of their own)",
+        choices=("simulated", "arrival"),
+    )
+    speed_spread: float = _key(
+        0.5, "spread (standard deviation of the log) of the clients' speeds on the simulated clock",
+        low=0.0,
+    )  # fmt: skip
     node_timeout: float = _key(
         300.0, "longest wait for enough nodes at the start, seconds", above=0.0
     )
@@ -602,6 +665,14 @@ class Config:
             raise UserError(
                 f"federation.enough = {f.enough} is not between federation.min-clients = "
                 f"{f.min_clients} and federation.clients-per-round = {f.clients_per_round}."
+            )
+        check_schedule(self)
+        if self.simulate.attack in ("label-flip", "backdoor") and self.data.task not in (
+            "", "classify",
+        ):  # fmt: skip
+            raise UserError(
+                f"simulate.attack = {self.simulate.attack} is for classes, not for data.task = "
+                f"{self.data.task}."
             )
         gradient = self.align.disagreement != "output-error"
         if self.align.threshold > 0 and gradient and not self.run.gradient_rows:

@@ -12,8 +12,8 @@ def method_name(config: Config) -> str:
         config: a whole run.
 
     Returns:
-        One of the names there, such as `fedpft-b`; with `one-shot` before it where several clients
-        have a single round.
+        One of the names there, such as `fedpft-b`; with `one-shot` or `async` before it by
+        federation.schedule.
     """
     f = config.federation
     before = config.distill.method != "none" and config.distill.steps > 0
@@ -27,4 +27,4 @@ def method_name(config: Config) -> str:
     else:
         names = {(True, True): "fedpft", (True, False): "fedpft-b", (False, True): "fedpft-d"}
         name = names.get((before, during), "fedpft-n")
-    return f"one-shot {name}" if f.rounds == 1 and f.clients > 1 else name
+    return name if f.schedule == "multi-round" else f"{f.schedule} {name}"

@@ -45,6 +45,19 @@ def is_lora(name: str) -> bool:
     return _LORA in name
 
 
+def is_trained(name: str, factors: str) -> bool:
+    """Whether clients train a tensor of the adapter.
+
+    Args:
+        name: its name in the model, bare or PEFT's.
+        factors: which of LoRA's factors are trained: `both`, `a` or `b`.
+
+    Returns:
+        True for these factors, and for all that is no factor of LoRA's.
+    """
+    return factors == "both" or not is_lora(name) or f"{_LORA}{factors.upper()}." in name
+
+
 def in_modules(name: str, modules: tuple[str, ...]) -> bool:
     """Whether a bare name lies in one of the modules.
 

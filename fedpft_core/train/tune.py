@@ -15,8 +15,12 @@ from fedpft_core.data.augment import augmented
 from fedpft_core.data.batches import Encoded, batches
 from fedpft_core.model.batch import rows_of
 from fedpft_core.model.device import Batch, device_of, to_device
+from fedpft_core.model.names import is_trained
 from fedpft_core.seeds import derive
 from fedpft_core.task import Task
+
+FACTORS = ("both", "a", "b")
+DECAYS = ("none", "linear")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class LocalSettings:
     head_lr_scale: float = 1.0  # the head's rate is this times lr
     b_lr_scale: float = 1.0  # the rate of LoRA's B is this times lr
     augment: float = 0.0  # of images: smallest share of the area that a crop keeps; 0 = none
+    factors: str = "both"  # which of LoRA's are trained: both, a or b
+    decay: str = "none"  # none, or linear: the rate falls over the steps
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,43 @@ def training_mode(model: nn.Module) -> Iterator[None]:
         model.eval()
 
 
+def steps_of(rows: int, settings: LocalSettings) -> int:
+    """How many optimiser steps a round of local training is.
+
+    Args:
+        rows: the client's training rows.
+        settings: the round's work.
+
+    Returns:
+        The steps asked for, or those of whole epochs.
+    """
+    return settings.steps or settings.epochs * math.ceil(rows / settings.batch_size)
+
+
+@contextmanager
+def only(model: nn.Module, factors: str) -> Iterator[None]:
+    """Freeze the adapter's tensors that are not to be trained, for the duration.
+
+    Args:
+        model: a model with an adapter, whose parameters alone require gradients.
+        factors: which of LoRA's factors are trained: `both`, `a` or `b`.
+
+    Yields:
+        Nothing.
+    """
+    frozen = [
+        p for name, p in model.named_parameters()
+        if p.requires_grad and not is_trained(name, factors)
+    ]  # fmt: skip
+    for p in frozen:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(True)
+
+
 def local_batches(data: Encoded, settings: LocalSettings, seed: int) -> Iterator[Batch]:
     """The batches of one round: `steps` of them, or whole epochs; a function of the seed.
 
@@ -85,7 +128,7 @@ def local_batches(data: Encoded, settings: LocalSettings, seed: int) -> Iterator
     """
     if settings.steps and not len(data):
         raise ValueError(f"{settings.steps} steps cannot be made on no rows")
-    left = settings.steps or settings.epochs * math.ceil(len(data) / settings.batch_size)
+    left = steps_of(len(data), settings)
     epoch = 0
     while left > 0:
         for batch in batches(data, settings.batch_size, derive(seed, "epoch", epoch)):
@@ -121,13 +164,16 @@ def fine_tune(
     Raises:
         ValueError: steps are asked for and there are no rows.
     """
-    return train_on(model, task, local_batches(data, settings, seed), settings, seed)
+    with only(model, settings.factors):
+        steps = steps_of(len(data), settings)
+        return train_on(model, task, local_batches(data, settings, seed), settings, seed, steps)
 
 
 def train_on(
-    model: nn.Module, task: Task, rows: Iterable[Batch], settings: LocalSettings, seed: int
-) -> TrainResult:
-    """Train the adapter with AdamW at a constant rate.
+    model: nn.Module, task: Task, rows: Iterable[Batch], settings: LocalSettings, seed: int,
+    steps: int = 0,
+) -> TrainResult:  # fmt: skip
+    """Train the adapter with AdamW, at a constant rate or one that falls.
 
     Frozen parameters get no gradient and no optimizer state.
     Source: FedPFT, section 4.2.
@@ -139,6 +185,8 @@ def train_on(
         settings: rates, weight decay and clipping; its batch size, epochs and steps are not
             looked at.
         seed: seed of the dropout.
+        steps: how many batches there are; read where the rate falls: that of step i of n, from 0,
+            is lr * (n - i) / n.
 
     Returns:
         Mean loss (NaN without a batch), steps, rows and seconds.
@@ -150,11 +198,12 @@ def train_on(
     for name, p in model.named_parameters():
         if p.requires_grad:
             (a if ".lora_A." in name else b if ".lora_B." in name else head).append(p)
-    groups = [
-        {"params": a, "lr": settings.lr},
-        {"params": b, "lr": settings.lr * settings.b_lr_scale},
-        {"params": head, "lr": settings.lr * settings.head_lr_scale},
+    rates = [
+        (a, settings.lr),
+        (b, settings.lr * settings.b_lr_scale),
+        (head, settings.lr * settings.head_lr_scale),
     ]
+    groups = [{"params": parameters, "lr": rate} for parameters, rate in rates]
     optimiser = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
     # A round that broke off may have left gradients on a model that is kept between messages.
     optimiser.zero_grad(set_to_none=True)
@@ -172,6 +221,9 @@ def train_on(
                 loss.backward()
                 if settings.clip:
                     nn.utils.clip_grad_norm_(trainable, settings.clip)
+                if settings.decay == "linear":
+                    for group, (_, rate) in zip(optimiser.param_groups, rates, strict=True):
+                        group["lr"] = rate * (steps - len(losses)) / steps
                 optimiser.step()
                 optimiser.zero_grad(set_to_none=True)
                 losses.append(loss.detach() * task.count(batch))

@@ -25,7 +25,7 @@ from fedpft_core.wire.messages import (
 )
 from fedpft_core.wire.package import Patch
 
-PROTOCOL = 3
+PROTOCOL = 4
 
 
 _MAX_HEAD = 2**20  # characters; real heads have well under a thousand per patch
@@ -276,10 +276,10 @@ def _check_fields(cls: type, head: Mapping[str, Any]) -> None:
 
 def _settings(raw: Mapping[str, Any]) -> LocalSettings:
     whole = ("batch_size", "epochs", "steps", "threads")
+    words = ("factors", "decay")
     names = [f.name for f in fields(LocalSettings)]
-    if sorted(raw) != sorted(names) or not all(
-        (_is_int if k in whole else _is_float)(v) for k, v in raw.items()
-    ):
+    checks = dict.fromkeys(whole, _is_int) | dict.fromkeys(words, _is_text)
+    if sorted(raw) != sorted(names) or not all(checks.get(k, _is_float)(v) for k, v in raw.items()):
         raise ReplyError("message is malformed (settings)")
     return LocalSettings(**raw)
 

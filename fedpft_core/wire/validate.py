@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedpft_core.errors import ReplyError
 from fedpft_core.head.closed import Form, Sums
+from fedpft_core.model.names import is_trained
 from fedpft_core.task import Task
 from fedpft_core.tensors import Tensors
 from fedpft_core.train.inactivity import Counts
@@ -34,11 +35,17 @@ class Expected:
     count_blocks: Mapping[int, int]  # pruned block → neurons K; empty when no counts are asked
     task: Task  # says what figures of held-out rows are possible
     tokens_per_row: int = 2**16  # the most real tokens one example can have
+    factors: str = "both"  # which of LoRA's factors are trained, and sent back
+
+    @cached_property
+    def trained(self) -> Tensors:
+        """The tensors of the adapter that are trained, as they were sent."""
+        return {k: t for k, t in self.adapter.items() if is_trained(k, self.factors)}
 
     @cached_property
     def layout(self) -> codec.Layout:
         """Names, dtypes and shapes of the reply's adapter."""
-        return codec.update_layout(self.adapter, self.fmt)
+        return codec.update_layout(self.trained, self.fmt)
 
     @cached_property
     def max_bytes(self) -> int:
@@ -119,7 +126,7 @@ def validate(
         codec.check_layout(reply.adapter, want.layout)
     except ReplyError as error:
         raise ReplyError(f"adapter: {error}") from error
-    adapter = codec.decode_update(reply.adapter, want.adapter, want.fmt)
+    adapter = codec.decode_update(reply.adapter, want.trained, want.fmt)
     change = 0.0
     for key, t in adapter.items():
         # float64: the sum of squares of finite float32 values must not overflow to inf.
@@ -131,7 +138,7 @@ def validate(
             f"the adapter moved by {math.sqrt(change):.3g}, more than the bound "
             f"wire.max-update-norm = {want.max_update_norm:g}"
         )
-    return adapter, _validated_counts(reply, want)
+    return {**want.adapter, **adapter}, _validated_counts(reply, want)
 
 
 def _validated_counts(reply: TrainReply, want: Expected) -> Counts | None:

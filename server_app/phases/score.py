@@ -31,16 +31,29 @@ def score(bench: Bench, round: int, which: str) -> Score:
     Returns:
         The score, which has been emitted.
     """
+    result = _written(bench, round, which, measure(bench, round, which))
+    _emit(bench, round, which, result)
+    return result
+
+
+def measure(bench: Bench, round: int, which: str) -> Score:
+    """Evaluate the `proxy` or the FM, as :func:`score` does, without event and samples.
+
+    Args:
+        bench: models, the rows of run.eval-split, and the log, which gets the progress.
+        round: rounds done, or under way.
+        which: `proxy`, `fm` or `fm-as-trained`.
+
+    Returns:
+        The score.
+    """
     model = bench.models.proxy if which == "proxy" else bench.models.fm
     rows = bench.rows.scored
     report = progress(bench.events, "evaluate", "rows", round=round, model=which)
-    result = evaluate(
+    return evaluate(
         model, bench.rows.task, rows, bench.config.run.eval_batch_size,
         lambda n: report(n, len(rows)),
     )  # fmt: skip
-    result = _written(bench, round, which, result)
-    _emit(bench, round, which, result)
-    return result
 
 
 def _written(bench: Bench, round: int, which: str, result: Score) -> Score:

@@ -29,13 +29,15 @@ class Asked:
     """What a round's replies are held against, and where they go.
 
     `longest` is federation.clip-update-norm; 0 = no limit. Norms of LoRA's product are multiplied
-    by `scaling`, alpha / rank.
+    by `scaling`, alpha / rank. `rebase` is what becomes of an adapter before it is kept, where it
+    was not trained from the round's own; None = nothing.
     """
 
     want: Expected
     longest: float
     replies: Replies
     scaling: float = 1.0
+    rebase: Callable[[Tensors], Tensors] | None = None
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,19 @@ def measure(hand: InHand, asked: Asked) -> InHand:
     return replace(hand, norms=norms)
 
 
+def rebase(hand: InHand, asked: Asked) -> InHand:
+    """Take an adapter that was trained from an older one to the round's own.
+
+    Args:
+        hand: with the adapter, float32.
+        asked: says how, if it has to be done.
+
+    Returns:
+        The reply, with the adapter as if it had been trained from the round's.
+    """
+    return hand if asked.rebase is None else replace(hand, adapter=asked.rebase(hand.adapter))
+
+
 def spool(hand: InHand, asked: Asked) -> InHand:
     """Hand the adapter to the aggregation, which keeps it on disk.
 
@@ -170,7 +185,9 @@ def spool(hand: InHand, asked: Asked) -> InHand:
     return replace(hand, adapter={})
 
 
-STEPS: tuple[Callable[[InHand, Asked], InHand], ...] = (decode, check, clip, measure, spool)
+STEPS: tuple[Callable[[InHand, Asked], InHand], ...] = (
+    decode, check, clip, measure, rebase, spool,
+)  # fmt: skip
 
 
 def receive(node: Node, envelope: Envelope, asked: Asked) -> InHand:

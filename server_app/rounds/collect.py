@@ -34,7 +34,7 @@ class Awaited:
         self.events = events
         self.bad: dict[str, str] = {}  # reasons, by client name
         self.again: dict[int, tuple[str, ...]] = {}  # who has to be served again, and has what
-        self.serving_again = False
+        self.served: set[int] = set()  # who has been served again
 
     def judge(self, node: Node, reply: Envelope | Failure) -> None:
         """Take a reply of a node that is not settled.
@@ -76,7 +76,7 @@ class Awaited:
         if isinstance(reply, Envelope):
             ledger.count_bytes(self.events, self.round, node.name, "up", reply)
         settled = node.name in self.good or node.name in self.bad
-        if settled or (node_id in self.again and not self.serving_again):
+        if settled or (node_id in self.again and node_id not in self.served):
             return
         self.judge(node, reply)
 
@@ -90,7 +90,7 @@ class Awaited:
         Returns:
             Whether the node only lacks the sub-FM and will be served again.
         """
-        if isinstance(error, Lacking) and not self.serving_again:
+        if isinstance(error, Lacking) and node.id not in self.served:
             self.again[node.id] = error.have
             self.state.have.pop(node.name, None)
             return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fedpft_core.config import FederationConfig
@@ -100,16 +101,49 @@ class Nodes:
         timeout = min(_HELLO_SECONDS, self.settings.round_timeout)
         self.transport.exchange(dict.fromkeys(new, hello), round, timeout, replies.__setitem__)
         for node_id in new:
-            reply = replies[node_id]
-            name = self._introduce(node_id, reply, state)
-            ledger.count_bytes(self.events, round, name, "down", hello)
-            if isinstance(reply, Envelope):
-                ledger.count_bytes(self.events, round, name, "up", reply)
-        present = [self.known[i] for i in ids if i in self.known]
+            self.hear(node_id, hello, replies[node_id], state, round)
+        present = self.present(ids)
         if new:
-            names = sorted(n.name for n in present)
-            self.events.emit(ev.Nodes(count=len(names), names=names))
-        return sorted(present, key=lambda n: n.name)
+            self.announce(present)
+        return present
+
+    def hear(
+        self, node_id: int, hello: Envelope, reply: Envelope | Failure, state: State, round: int
+    ) -> None:
+        """Note who a node is, by its answer to the first query, and book both messages.
+
+        Args:
+            node_id: Flower's, for this run.
+            hello: the query.
+            reply: its answer, or why there is none; a node that is left out is warned of.
+            state: which sub-FMs a new client has is noted in it.
+            round: the round that the messages are booked to.
+        """
+        name = self._introduce(node_id, reply, state)
+        ledger.count_bytes(self.events, round, name, "down", hello)
+        if isinstance(reply, Envelope):
+            ledger.count_bytes(self.events, round, name, "up", reply)
+
+    def present(self, ids: Iterable[int]) -> list[Node]:
+        """Those of some nodes that are known.
+
+        Args:
+            ids: of nodes that are connected.
+
+        Returns:
+            The nodes, by name.
+        """
+        found = [self.known[i] for i in ids if i in self.known]
+        return sorted(found, key=lambda n: n.name)
+
+    def announce(self, present: Sequence[Node]) -> None:
+        """Say in the log who is connected.
+
+        Args:
+            present: the nodes, by name.
+        """
+        names = [n.name for n in present]
+        self.events.emit(ev.Nodes(count=len(names), names=names))
 
     def _introduce(self, node_id: int, reply: Envelope | Failure, state: State) -> str:
         """Note who a node is; its name, or `?` when it is left out."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from fedpft_core.aggregation import factors
 from fedpft_core.config import Config
 from fedpft_core.tensors import Tensors
 from fedpft_core.train.tune import LocalSettings
@@ -62,7 +63,7 @@ def local_settings(config: Config, round: int) -> LocalSettings:
     return LocalSettings(
         learning_rate(t.lr, round, config.federation.rounds), t.batch_size, t.local_epochs,
         t.local_steps, t.weight_decay, t.clip, t.threads, t.head_lr_scale, t.b_lr_scale,
-        t.augment,
+        t.augment, factors(config.federation.aggregate, round), t.local_decay,
     )  # fmt: skip
 
 
@@ -157,4 +158,5 @@ def expected(config: Config, state: State, round: int, sent: Tensors, count_rule
         count_blocks={b: len(plan.blocks[b].kept) for b in plan.pruned} if count_rule else {},
         task=meta.task,
         tokens_per_row=meta.max_length if meta.task.reads == "text" else _MOST_PATCHES,
+        factors=factors(config.federation.aggregate, round),
     )

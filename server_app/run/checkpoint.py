@@ -15,7 +15,7 @@ from fedpft_core.tensors import Tensors
 from fedpft_core.wire import codec
 from fedpft_core.wire.identity import tensor_digest
 from fedpft_core.wire.package import Package, Patch
-from server_app.state import State
+from server_app.state import Flight, State
 
 if TYPE_CHECKING:
     from server_app.models import Models
@@ -34,6 +34,9 @@ class Saved:
     have: dict[str, tuple[str, ...]]
     memory: Tensors
     run: str
+    flights: list[Flight]
+    bases: dict[int, Tensors]
+    clock: float
     identity: dict[str, Any]  # see `server_app.run.identity`; empty in checkpoints of before
     events_digest: str = ""  # sha256 of the event log up to `events_offset`
 
@@ -64,7 +67,8 @@ class Saved:
         digests = {k: tensor_digest(t) for k, t in weights.items()}
         return State(
             self.round, self.adapter, after, digests, self.digest, list(self.patches),
-            dict(self.have), self.memory, self.run,
+            dict(self.have), self.memory, list(self.flights), dict(self.bases), self.clock,
+            self.run,
         )  # fmt: skip
 
 
@@ -98,6 +102,8 @@ class Checkpoints:
         }
         for i, patch in enumerate(state.patches):
             blobs[f"patch-{i:04d}.safetensors"] = patch.to_bytes()
+        for version, tensors in state.bases.items():
+            blobs[f"base-{version:04d}.safetensors"] = codec.pack(tensors)
         meta = {
             "round": state.round,
             "digest": state.digest,
@@ -106,6 +112,9 @@ class Checkpoints:
             "run": state.run,
             "identity": self.identity,
             "events_digest": events_digest,
+            "flights": [[f.client, f.version, f.due] for f in state.flights],
+            "bases": list(state.bases),
+            "clock": state.clock,
             "have": {k: list(v) for k, v in state.have.items()},
             "sha256": {k: hashlib.sha256(v).hexdigest() for k, v in blobs.items()},
         }
@@ -177,4 +186,8 @@ def _read(folder: Path) -> Saved:
         run=meta["run"],
         identity=meta.get("identity", {}),
         events_digest=meta.get("events_digest", ""),
+        # Absent from checkpoints of before there was an async schedule.
+        flights=[Flight(*f) for f in meta.get("flights", [])],
+        bases={v: blobs[f"base-{v:04d}.safetensors"] for v in meta.get("bases", [])},
+        clock=meta.get("clock", 0.0),
     )

@@ -9,7 +9,7 @@ that whatever wants to follow a run on the server's side can fold as well.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from server_app.run import schema as ev
@@ -36,6 +36,7 @@ class Round:
     alignment: ev.Alignment | None = None
     agreements: dict[str, ev.Agreement] = field(default_factory=dict)  # by moment
     norm: float | None = None  # L2 norm of the adapter
+    merges: list[ev.Merged] = field(default_factory=list)  # of replies, while others are awaited
     bytes: dict[str, dict[str, int]] = field(default_factory=lambda: {d: {} for d in DIRECTIONS})
 
     @property
@@ -189,7 +190,8 @@ class Record:
         self.run, self.state, self.reason = event, "running", ""
         # The log was cut back to the checkpoint, and what came after it is done again.
         if event.resumed_from is not None:
-            kept = {n: r for n, r in self._rounds.items() if n <= event.resumed_from}
+            last = event.resumed_from + bool(event.kept)
+            kept = {n: r for n, r in self._rounds.items() if n <= last}
             self._rounds = kept
 
     def _add_to_run(self, event: ev.Event) -> None:
@@ -226,6 +228,13 @@ class Record:
             case ev.RoundStarted():
                 at = self.round(event.round)
                 at.started, at.got = event, 0
+            case ev.Joined():
+                at = self.round(event.round)
+                if at.started:
+                    names = [*at.started.clients, event.client]
+                    at.started = replace(at.started, clients=names)
+            case ev.Merged():
+                self.round(event.round).merges.append(event)
             case ev.Reply():
                 at = self.round(event.round)
                 at.replies.append(event)

@@ -43,6 +43,7 @@ class RunStarted(Event, name="run_started"):
     clients_per_round: int  # clients drawn for each round
     # the last finished round of the run that is resumed; None for a new run
     resumed_from: int | None
+    kept: int = 0  # replies of the round after that one which need not be asked for again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,18 +209,54 @@ class Reply(Event, name="reply"):
 
     round: int  # the round
     client: str  # the client's name
-    # ok | refused | error | need (it lacks the weights) | late (the round had enough without it)
+    # ok | refused | error | need (it lacks the weights) | late (the round had enough without it, or
+    # it came after the deadline) | again (one of its replies is merged already)
     status: str
     seconds: float  # since the round's messages were sent
     reason: str | None = None  # why the reply is of no use
     examples: int | None = None  # rows the client trains on
     loss: float | None = None  # its mean training loss
+    staleness: int | None = None  # merges made since it was asked, in the async schedule
     steps: int | None = None  # optimiser steps it made
     train_seconds: float | None = None  # seconds it trained, by its own clock
     timings: dict[str, float] = field(default_factory=dict)  # seconds by part of its work
     # rows it keeps from training, where it has a validation-share
     validation_rows: int | None = None
     validation_value: float | None = None  # the metric on them, of the model it got
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined(Event, name="joined"):
+    """A client that connected after a round had begun has been asked as well."""
+
+    round: int  # the round
+    client: str  # the client's name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged(Event, name="merged"):
+    """The replies so far have been merged, and the adapter they give can be used."""
+
+    round: int  # the round under way
+    replies: int  # how many were merged
+    examples: int  # rows they were trained on
+    seconds: float  # since the first message was sent, by the clock of this server process
+    norm: float  # the adapter's L2 norm
+    merge_seconds: float  # what merging and writing took
+    metric: str = ""  # the metric the plugged-in FM was scored by; empty where it was not scored
+    value: float | None = None  # its value on the rows of run.eval-split
+    score_seconds: float = 0.0  # how long scoring took
+    clock: float | None = None  # simulated seconds since the start, where they are simulated
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aggregated(Event, name="aggregated"):
+    """What a rule of aggregation has found on its way."""
+
+    round: int  # the round
+    rule: str  # federation.aggregate
+    # by name; `discarded`: the share of squared singular values that the rank cannot hold
+    figures: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ import torch
 
 from fedpft_core import aggregation, registry
 from fedpft_core.aggregation import Replies, RuleSettings, aggregate
+from fedpft_core.aggregation.average import Average, RunningSum
 from fedpft_core.errors import UserError
 from fedpft_core.seeds import torch_stream
 from fedpft_core.tensors import Tensors
@@ -62,6 +63,24 @@ def test_the_average_is_numpys_in_the_order_of_the_names(replies: Replies, count
             total += value.astype(np.float64) * weight
         want = (total / sum(weights)).astype(np.float32)
         assert torch.equal(found[key], torch.from_numpy(want))
+
+
+@pytest.mark.parametrize("piece", [1, 7, 2**15])
+def test_a_running_sum_is_the_average_of_what_has_come(
+    replies: Replies, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, in any order, whatever the size of the pieces that are read."""
+    monkeypatch.setattr(aggregation, "_PIECE", piece)
+    made = filled(replies, 6)
+    running, plain = RunningSum(replies), Average()
+    with pytest.raises(ValueError):
+        running.result()
+    for name in ("03", "00", "05", "01"):
+        running.add(name, made[name][1])
+        plain.add(made[name][0], made[name][1])
+        found, want = running.result(), plain.result()
+        assert all(torch.equal(found[k], want[k]) for k in SHAPES)
+        assert running.weight == plain.weight
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])

@@ -499,7 +499,10 @@ def test_local_only_is_the_mean_of_federations_of_one(text: dict[str, Any], tmp_
 
 
 def test_one_shot_and_centralised_run(text: dict[str, Any], tmp_path: Path) -> None:
-    shot = go(text, tmp_path / "shot", federation__rounds=1, train__local_steps=6)
+    shot = go(
+        text, tmp_path / "shot", federation__schedule="one-shot", federation__rounds=1,
+        federation__clients_per_round=4, train__local_steps=6,
+    )  # fmt: skip
     assert shot.of("run_started")[0]["method"] == "one-shot fedpft-b"
     assert {e["steps"] for e in shot.of("reply")} == {6} and not shot.of("alignment")
     one = {"federation__clients": 1, "federation__clients_per_round": 1}

@@ -16,12 +16,19 @@ from torch.nn import functional as F
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.data.batches import Encoded, batches
 from fedpft_core.model.plan import Plan, pruned_ffns
+from fedpft_core.seeds import derive
 from fedpft_core.task.classify import logits
 from fedpft_core.train import baselines
 from fedpft_core.train.evaluate import evaluate
 from fedpft_core.train.gradient import adapter_gradient
 from fedpft_core.train.inactivity import count_inactive, count_over, is_inactive
-from fedpft_core.train.tune import LocalSettings, fine_tune, local_batches
+from fedpft_core.train.tune import (
+    LocalSettings,
+    fine_tune,
+    local_batches,
+    steps_of,
+    training_mode,
+)
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 builds = pytest.mark.parametrize("family", tiny.BUILDS)
@@ -333,6 +340,50 @@ def test_features_are_means_over_real_positions(family: str) -> None:
             hidden = oracles.block_outputs(fm, row)[-1][0]
             want = torch.stack(list(hidden)).mean(0).numpy()
             np.testing.assert_allclose(found[i], want, rtol=1e-4, atol=1e-5)
+
+
+# --- what is trained, and at which rate -----------------------------------------------------
+
+
+@pytest.mark.parametrize("factors", ["a", "b"])
+def test_only_the_factors_asked_for_move(factors: str) -> None:
+    _, small, plan, _ = tiny.pair("bert")
+    before = adapters.read(small, plan)
+    settings = replace(SETTINGS, steps=2, factors=factors)
+    fine_tune(small, tiny.TASK, tiny.encoded("bert", 23), settings, 0)
+    after = adapters.read(small, plan)  # all of them are parameters again
+    assert after.keys() == before.keys()
+    moved = {k for k, t in after.items() if not torch.equal(t, before[k])}
+    other = {"a": "lora_B", "b": "lora_A"}[factors]
+    assert moved == {k for k in before if other not in k}
+
+
+def test_a_falling_rate_is_that_of_rounds_of_one_step() -> None:
+    """AdamW by hand, with the rate of round t of T in step t."""
+    _, small, plan, _ = tiny.pair("bert")
+    data, n = tiny.encoded("bert", 40), 5
+    settings = replace(SETTINGS, steps=n, decay="linear")
+    assert steps_of(len(data), settings) == n
+    start = adapters.read(small, plan)
+    fine_tune(small, tiny.TASK, data, settings, 3)
+    found = adapters.read(small, plan)
+    adapters.load(small, start, plan)
+    parameters = [p for p in small.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.1)
+    with torch.random.fork_rng(), training_mode(small):
+        torch.manual_seed(derive(3, "dropout"))
+        for i, batch in enumerate(local_batches(data, settings, 3)):
+            optimiser.zero_grad()
+            tiny.TASK.loss(small, batch).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+            optimiser.param_groups[0]["lr"] = settings.lr * (n - i) / n
+            optimiser.step()
+    want = adapters.read(small, plan)
+    assert all(torch.allclose(found[k], want[k], rtol=1e-4, atol=1e-6) for k in want)
+    adapters.load(small, start, plan)
+    fine_tune(small, tiny.TASK, data, replace(settings, decay="none"), 3)
+    other = adapters.read(small, plan)
+    assert any(not torch.allclose(other[k], want[k], rtol=1e-3, atol=1e-5) for k in want)
 
 
 @pytest.mark.parametrize(("head", "b"), [(1.0, 1.0), (3.0, 1.0), (1.0, 4.0)])

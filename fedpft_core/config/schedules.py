@@ -1,0 +1,59 @@
+"""What a schedule of the federation cannot be combined with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedpft_core.errors import UserError
+
+if TYPE_CHECKING:
+    from fedpft_core.config.keys import Config
+
+
+def check_schedule(config: Config) -> None:
+    """Refuse settings that contradict federation.schedule.
+
+    Args:
+        config: a whole run.
+
+    Raises:
+        UserError: naming both keys, and what would do instead.
+    """
+    f, t = config.federation, config.train
+    if f.schedule == "multi-round":
+        return
+    here = f"federation.schedule = {f.schedule}"
+    if f.aggregate == "none":
+        raise UserError(f"{here} merges replies, which federation.aggregate = none does not.")
+    if f.schedule == "async":
+        if f.buffer and not f.min_clients <= f.buffer <= f.clients_per_round:
+            raise UserError(
+                f"federation.buffer = {f.buffer} is not between federation.min-clients = "
+                f"{f.min_clients} and federation.clients-per-round = {f.clients_per_round}."
+            )
+        if config.run.undistilled:
+            raise UserError(f"{here} has no side run: set run.undistilled = false.")
+    if f.schedule == "one-shot":
+        if f.rounds > 1:
+            how = "set federation.rounds = 1"
+            if t.local_steps:
+                how += f", and for as many steps train.local-steps = {f.rounds * t.local_steps}"
+            raise UserError(
+                f"{here} asks each client once, which contradicts federation.rounds = "
+                f"{f.rounds}: {how}."
+            )
+        if f.clients_per_round != f.clients:
+            raise UserError(
+                f"{here} asks every client, which contradicts federation.clients-per-round = "
+                f"{f.clients_per_round} of federation.clients = {f.clients}."
+            )
+        if f.enough_replies and not f.min_clients <= f.enough_replies <= f.clients:
+            raise UserError(
+                f"federation.enough-replies = {f.enough_replies} is not between "
+                f"federation.min-clients = {f.min_clients} and federation.clients = {f.clients}."
+            )
+        if f.score_every % f.merge_every:
+            raise UserError(
+                f"federation.score-every = {f.score_every} is no multiple of "
+                f"federation.merge-every = {f.merge_every}."
+            )
