@@ -27,6 +27,7 @@ from server_app.rounds.chain import Asked
 from server_app.rounds.collect import Collection
 from server_app.rounds.nodes import Node, Nodes
 from server_app.rounds.outcome import Good, Outcome, outcome
+from server_app.rounds.private import ClientPrivacy
 from server_app.rounds.requests import Request, expected, learning_rate, requests
 from server_app.rounds.statistics import Sums, statistics_requests
 from server_app.run import schema as ev
@@ -51,6 +52,7 @@ class Strategy:
         self.transport = transport
         self.events = events
         self.own = own
+        self.private = ClientPrivacy(config, events) if config.privacy.client_noise else None
         self._said: set[str] = set()  # warnings that need no repetition
         self._slowest = 0.0  # seconds until the slowest good reply of all rounds so far
         self.nodes = Nodes(config.federation, transport, events)
@@ -75,7 +77,11 @@ class Strategy:
             if len(self.transport.nodes()) < f.min_clients:
                 self.nodes.wait()
             start = time.perf_counter()
-            nodes = self.sample(self.nodes.meet(state, round), round, attempt)
+            met = self.nodes.meet(state, round)
+            if self.private:
+                self.private.afford(state, len(met), count_rule)
+            nodes = self.sample(met, round, attempt)
+            needed = self.private.needed(nodes) if self.private else f.min_clients
             self.events.emit(ev.RoundStarted(
                 round=round, rounds=f.rounds, attempt=attempt,
                 clients=[n.name for n in nodes],
@@ -88,11 +94,15 @@ class Strategy:
                 asked = Asked(want, f.clip_update_norm, replies, replies.settings.scaling)
                 got = Collection(asked, nodes, state, round, self.events, f.enough)
                 self._exchange(got, self._requests(state, round, sent, count_rule))
-                got.leave_out(self._steps(nodes), f.largest_change)
-                if len(got.good) >= f.min_clients:
+                if not self.private:  # who is left out would depend on the others' rows
+                    got.leave_out(self._steps(nodes), f.largest_change)
+                if len(got.good) >= needed:
                     self._note(round, got)
                     self._report_validation(want.task, round, got.good)
-                    return outcome(f, replies, got.good, len(got.bad), start)
+                    combine = (
+                        self.private.combine(state, base, round, len(met)) if self.private else None
+                    )
+                    return outcome(f, replies, got.good, len(got.bad), start, combine)
             why = self.why(got.bad)
             text = (
                 f"round {round}: {len(got.good)} good replies of the federation.min-clients = "
@@ -146,6 +156,8 @@ class Strategy:
             `federation.clients-per-round` of them, or all where there are fewer, in the order of
             their names.
         """
+        if self.private:
+            return self.private.sample(nodes)
         f = self.config.federation
         size = min(f.clients_per_round, len(nodes))
         stream = numpy_stream(self.config.run.seed, "sample", round, attempt)
@@ -226,7 +238,7 @@ class Strategy:
     def _note(self, round: int, got: Collection) -> None:
         """Warn of a client that outweighs the others; remember how long a reply can take."""
         self._warn_of(f"round {round}", {n: r.examples for n, r in got.good.items()})
-        self._slowest = max(self._slowest, *(r.arrived for r in got.good.values()))
+        self._slowest = max([self._slowest, *(r.arrived for r in got.good.values())])
 
     def _warn_of(self, what: str, claims: Mapping[str, int]) -> None:
         text = caution.dominating(what, claims, self.config.federation)

@@ -38,11 +38,11 @@ def sheets(record: Record) -> list[Sheet]:
         record: a run in any state: finished, failed or still running.
 
     Returns:
-        Sizes, scores, one table for each further metric, re-alignments, traffic, time with memory,
-        and files.
+        Sizes, scores, one table for each further metric, re-alignments, privacy, traffic, time
+        with memory, and files.
     """
     made = [_sizes(record), _scores(record), *_further(record), _alignments(record),
-            _traffic(record), _phases(record), _files(record)]  # fmt: skip
+            _privacy(record), _traffic(record), _phases(record), _files(record)]  # fmt: skip
     return [sheet for sheet in made if sheet.rows]
 
 
@@ -201,6 +201,24 @@ def _alignments(record: Record) -> Sheet:
         "", "neurons moved", "output error", "gradient cosine", "gradient relative L2", "gap",
     ]  # fmt: skip
     return Sheet("Re-alignments, before → after", columns, rows, [])
+
+
+def _privacy(record: Record) -> Sheet:
+    spent = [r.privacy for r in record.rounds if r.privacy]
+    rows = [
+        [str(s.round), number(s.epsilon), number(s.rdp), number(s.pld), number(s.bound)]
+        for s in spent
+    ]
+    notes = []
+    if spent:
+        s = spent[-1]
+        limit = f"; the run may spend {number(s.target)}" if s.target else ""
+        notes.append(
+            f"Epsilon at delta {number(s.delta)}, all rounds so far together, {s.sampling} "
+            f"sampling, noise {number(s.noise)} times the bound{limit}."
+        )
+    columns = ["round", "epsilon", "by RDP", "by PLD", "bound on changes"]
+    return Sheet("Client-level privacy", columns, rows, notes)
 
 
 def _traffic(record: Record) -> Sheet:

@@ -15,6 +15,7 @@ from fedpft_core.config.keys import (
     ModelConfig,
     PlanConfig,
     PlugConfig,
+    PrivacyConfig,
     RunConfig,
     Scalar,
     TrainConfig,
@@ -26,7 +27,7 @@ from fedpft_core.config.values import KeyInfo, flatten, from_flat, keys, to_flat
 
 __all__ = [
     "AlignConfig", "Config", "DataConfig", "DistillConfig", "FederationConfig", "HeadConfig",
-    "KeyInfo", "LoraConfig", "ModelConfig", "PlanConfig", "PlugConfig", "RunConfig", "Scalar",
-    "TrainConfig", "WireConfig", "flatten", "from_flat", "home", "keys", "method_name",
-    "parse_overrides", "read_file", "to_flat", "to_tree", "write_yaml",
+    "KeyInfo", "LoraConfig", "ModelConfig", "PlanConfig", "PlugConfig", "PrivacyConfig",
+    "RunConfig", "Scalar", "TrainConfig", "WireConfig", "flatten", "from_flat", "home", "keys",
+    "method_name", "parse_overrides", "read_file", "to_flat", "to_tree", "write_yaml",
 ]  # fmt: skip

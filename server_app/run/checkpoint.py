@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,8 @@ class Saved:
     patches: list[Patch]
     have: dict[str, tuple[str, ...]]
     run: str
+    spent: list[list[float]] = field(default_factory=list)
+    bound: float = 0.0
 
     def restore(self, models: Models, package: Package) -> State:
         """Put the state back on FM and proxy.
@@ -61,7 +63,7 @@ class Saved:
         digests = {k: tensor_digest(t) for k, t in weights.items()}
         return State(
             self.round, self.adapter, after, digests, self.digest, list(self.patches),
-            dict(self.have), self.run,
+            dict(self.have), self.run, [list(s) for s in self.spent], self.bound,
         )  # fmt: skip
 
 
@@ -96,6 +98,8 @@ class Checkpoints:
             "events_offset": events_offset,
             "patches": [[p.source, p.target, p.fmt] for p in state.patches],
             "run": state.run,
+            "spent": state.spent,
+            "bound": state.bound,
             "have": {k: list(v) for k, v in state.have.items()},
             "sha256": {k: hashlib.sha256(v).hexdigest() for k, v in blobs.items()},
         }
@@ -164,4 +168,6 @@ def _read(folder: Path) -> Saved:
         ],
         have={k: tuple(v) for k, v in meta["have"].items()},
         run=meta["run"],
+        spent=meta["spent"],
+        bound=meta["bound"],
     )

@@ -1,0 +1,112 @@
+"""The keys of privacy, and which other settings they exclude."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fedpft_core.config.key import key
+from fedpft_core.errors import UserError
+
+if TYPE_CHECKING:
+    from fedpft_core.config.keys import Config
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """Client-level differential privacy (docs/privacy.md)."""
+
+    client_noise: float = key(
+        0.0,
+        "client-level privacy: standard deviation of the Gaussian noise that the server adds to "
+        "the sum of a round's clipped changes, in multiples of the bound; 0 = no noise, no privacy",
+        low=0.0,
+    )
+    client_clip: float = key(
+        1.0,
+        "largest L2 norm of a client's whole change in a round, head included; a longer one is "
+        "scaled down to it (with privacy.client-noise above 0)",
+        above=0.0,
+    )
+    clip_quantile: float = key(
+        0.0,
+        "the bound follows the changes, from privacy.client-clip on, so that this share of them is "
+        "no longer than it (0.5 = their median); 0 = it stays",
+        low=0.0,
+        high=0.99,
+    )
+    clip_rate: float = key(0.2, "how fast it follows", above=0.0)
+    count_noise: float = key(
+        0.0,
+        "standard deviation of the noise on the number of short changes, by which the bound "
+        "follows; 0 = a twentieth of a round's clients, or privacy.client-noise if that is more",
+        low=0.0,
+    )
+    sampling: str = key(
+        "poisson",
+        "how a round's clients are drawn with client-level privacy: `poisson` (each by itself, "
+        "with probability federation.clients-per-round / federation.clients) or `fixed` "
+        "(federation.clients-per-round of those connected)",
+        choices=("poisson", "fixed"),
+    )
+    epsilon: float = key(
+        0.0, "the run is refused, or stopped, before it spends more than this; 0 = no limit",
+        low=0.0,
+    )  # fmt: skip
+    delta: float = key(
+        1e-5, "delta at which epsilon is stated; below one over the number of clients",
+        above=0.0, high=0.1,
+    )  # fmt: skip
+
+
+def check(config: Config) -> None:
+    """Refuse settings that would let something out which the noise does not cover.
+
+    Args:
+        config: a whole run.
+
+    Raises:
+        UserError: naming both keys.
+    """
+    p = config.privacy
+    if not p.client_noise:
+        if p.epsilon:
+            raise UserError(
+                f"privacy.epsilon = {p.epsilon:g} needs privacy.client-noise above 0: without "
+                "noise nothing is private."
+            )
+        return
+    f, a = config.federation, config.align
+    counted = a.interval and a.proportion < 1 and a.selection == "apoz"
+    wrong = {
+        "federation.aggregate = average": f.aggregate != "average",
+        "federation.weighting = uniform": f.weighting != "uniform",
+        "head.start = zero (class statistics have no noise)": config.head.start != "zero",
+        "head.end = trained (class statistics have no noise)": config.head.end != "trained",
+        "plug.method = as-trained, refit or distil (the others read class statistics)": (
+            config.plug.method in ("best", "mapped")
+        ),
+        "align.proportion = 1 or another align.selection (apoz reads clients' counts)": counted,
+        "run.undistilled = false (it is a second federation)": config.run.undistilled,
+    }
+    for what, present in wrong.items():
+        if present:
+            raise UserError(f"privacy.client-noise = {p.client_noise:g} needs {what}.")
+    if p.clip_quantile and p.client_noise >= 2 * count_noise(config):
+        raise UserError(
+            f"privacy.count-noise = {p.count_noise:g} is not more than half of "
+            f"privacy.client-noise = {p.client_noise:g}."
+        )
+
+
+def count_noise(config: Config) -> float:
+    """The noise on the number of short changes.
+
+    Args:
+        config: a whole run.
+
+    Returns:
+        privacy.count-noise, or what stands for 0.
+    """
+    p = config.privacy
+    return p.count_noise or max(config.federation.clients_per_round / 20, p.client_noise)
