@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import torch
 from client_app import rowcache
 from client_app.chain import Work, put, work_through
 from client_app.disclosure import reason
+from client_app.policy import Policy
 from client_app.rowcache import RowCache
 from client_app.startup import collector_paused
 from client_app.store import Residuals, Store
@@ -28,6 +30,7 @@ from fedpft_core.model.processor import from_files
 from fedpft_core.proxy.package import ClientModel, rebuild
 from fedpft_core.proxy.patch import apply_patch
 from fedpft_core.task import Task
+from fedpft_core.train.tune import LocalSettings
 from fedpft_core.wire import codec
 from fedpft_core.wire.envelope import Envelope, open_envelope, seal
 from fedpft_core.wire.identity import combine_digest, is_digest
@@ -45,6 +48,7 @@ from fedpft_core.wire.messages import (
 from fedpft_core.wire.package import Package
 
 log = logging.getLogger("fedpft")
+_MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -108,8 +112,8 @@ class Client:
     for equal rows and differs for others (another seed, another file), so that encoded rows kept
     in this process are never taken for those of another run.
 
-    `own_rows` says that the rows are the node's and not the run's: then nothing of a row and no
-    path is in a refusal.
+    `policy` is what the node's owner lets a server ask for. `own_rows` says that the rows are the
+    node's and not the run's: then nothing of a row and no path is in a refusal.
 
     With `kept_rows` encoded rows also outlive the process. `rows_digest()` is then a digest of all
     the rows depend on at the source (a file's content, the columns), or empty where only the rows
@@ -128,6 +132,7 @@ class Client:
     kept_rows: RowCache | None = None
     rows_digest: Callable[[], str] = str
     own_rows: bool = True
+    policy: Policy = field(default_factory=Policy)
     cache: ProcessCache = field(default_factory=lambda: PROCESS_CACHE)
 
     def handle(self, envelope: Envelope) -> Envelope:
@@ -140,6 +145,7 @@ class Client:
             The sealed answer: a reply, what the client lacks, or a refusal with the reason.
         """
         try:
+            self.policy.check_size(envelope)
             return seal(self._answer(open_envelope(envelope)))
         except (UserError, ReplyError, OSError) as error:
             why = reason(error, self.name, self.own_rows)
@@ -163,11 +169,14 @@ class Client:
 
     def _train(self, request: TrainRequest) -> Message:
         start = time.perf_counter()
+        _check_settings(request.settings)
+        self.policy.check_request(request)
         self._use(request.settings.threads)
         held = self._held(request)
         if held is None:
             return self._need(request.digest)
         rows = self._rows(held)
+        self.policy.check_rows(request, len(rows.train))
         work = work_through(
             Work(
                 name=self.name,
@@ -198,13 +207,19 @@ class Client:
 
     def _statistics(self, request: StatisticsRequest) -> Message:
         start = time.perf_counter()
+        if request.width < 1 or request.batch_size < 1:
+            raise ReplyError("the request cannot be used (no features, or no rows at once)")
+        if not 1 <= request.threads <= _MOST_THREADS:
+            raise ReplyError(f"the request cannot be used (threads = {request.threads})")
+        self.policy.check_request(request)
         self._use(request.threads)
         held = self._held(request)
         if held is None:
             return self._need(request.digest)
-        if request.width < 1 or request.batch_size < 1:
-            raise ReplyError("the request cannot be used (no features, or no rows at once)")
         model, rows = held.model, self._rows(held).train
+        self.policy.check_rows(request, len(rows))
+        assert rows.labels is not None
+        self.policy.check_classes(rows.labels.numpy())
         put(model, codec.decode(request.adapter, request.fmt))
         found = of_rows(
             model.model, rows, len(model.task.labels), request.batch_size, request.width,
@@ -243,6 +258,7 @@ class Client:
         package = self._package(request)
         if package is None:
             return None
+        self.policy.check_package(package.meta)  # what lies on the disk may be of before the rule
         with collector_paused():  # a family's own module is imported here
             model = rebuild(package)
         model.model.to(self.device)
@@ -256,6 +272,7 @@ class Client:
             package = Package.from_bytes(request.package)
             if package.digest() != request.digest:
                 raise ReplyError("the package received does not have the digest it was sent under")
+            self.policy.check_package(package.meta)
             self._keep(request.digest, package)
             return package
         here = self.store.get(request.digest)
@@ -343,3 +360,17 @@ class Client:
             source, held.reader, task.labels, held.model.max_length, task.name,
             version("transformers"), version("tokenizers"), version("pillow"),
         )  # fmt: skip
+
+
+def _check_settings(s: LocalSettings) -> None:
+    """Refuse work that cannot be done before anything is set up for it."""
+    whole = {"batch_size": (1, 2**31), "epochs": (0, 2**31), "steps": (0, 2**31),
+             "threads": (1, _MOST_THREADS)}  # fmt: skip
+    for name, (least, most) in whole.items():
+        if not least <= getattr(s, name) <= most:
+            raise ReplyError(f"the request cannot be used ({name} = {getattr(s, name)})")
+    if not (s.steps or s.epochs):
+        raise ReplyError("the request cannot be used (neither steps nor epochs)")
+    for name in ("lr", "weight_decay", "clip", "head_lr_scale"):
+        if not 0 <= getattr(s, name) < math.inf:
+            raise ReplyError(f"the request cannot be used ({name} = {getattr(s, name)})")

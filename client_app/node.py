@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from client_app import policy
 from client_app.client import Client
 from client_app.rowcache import RowCache, content_of_file, folds_of, held_out, key_of
 from client_app.store import Store
@@ -36,6 +37,7 @@ NODE_KEYS: dict[str, tuple[type, Any]] = {
     "validation-share": (float, 0.0),
     "device": (str, "cpu"),
     "max-threads": (int, 0),
+    **{key: (kind, default) for key, (kind, default, _) in policy.KEYS.items()},
 }
 
 
@@ -103,6 +105,7 @@ def checked(node_config: Mapping[str, Any]) -> dict[str, Any]:
             possible = False
         if not possible:
             raise UserError(f"node config: {key} = {node[key]!r} is a name that no file can have.")
+    policy.Policy.of(node)
     cache_root(node)
     pick_device(node["device"], "node config: device")
     return node
@@ -215,6 +218,7 @@ def _edge_client(node: Mapping[str, Any]) -> Client:
         validation_share=share,
         kept_rows=RowCache(root / "rows"),
         rows_digest=rows_digest,
+        policy=policy.Policy.of(node),
     )
 
 

@@ -15,6 +15,7 @@ from client_app import node as nodes
 from client_app.check import connection, room, step
 from client_app.check.extent import refuse_giants
 from client_app.check.findings import FAIL, PASS, SKIPPED, Finding, fault, guarded
+from client_app.policy import Policy
 from client_app.startup import collector_paused
 from client_app.store import Store
 from fedpft_core.data.examples import Examples
@@ -95,6 +96,9 @@ def check(options: Options) -> list[Finding]:
 
         out.append(guarded("plan", read_plan))
     held = _Held(node, plan) if node else None
+    if node and plan:
+        given, asked = node, plan
+        out.append(guarded("policy", lambda: _allowed(given, asked)))
     if node and held:
         out += _data(node, options, plan, held)
         out += _room(node, options, plan, held, out)
@@ -136,6 +140,18 @@ def parse(text: str) -> dict[str, Any]:
         raise UserError(f"node config {text}: cannot be read ({error.strerror}).") from None
     except RuntimeError as error:  # ~nobody
         raise UserError(f"node config {text}: {error}") from None
+
+
+def _allowed(node: dict[str, Any], plan: PlanSize) -> str:
+    """Whether the node's policy lets a server train the plan's sub-FM."""
+    policy = Policy.of(node)
+    policy.check_package(plan.meta)
+    if plan.batch_size < policy.min_step_rows:
+        raise UserError(
+            f"policy-min-step-rows = {policy.min_step_rows}, and the plan's steps are of "
+            f"{plan.batch_size} rows."
+        )
+    return "the plan asks for nothing that the node's policy refuses."
 
 
 class _Held:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +42,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     check.add_argument("--labels", default="", metavar="A,B,...", help="label names of the server")
     check.add_argument("--timeout", type=float, default=10.0, metavar="SECONDS")
+    check.add_argument(
+        "--policy", action="store_true", help="only show what a server could ask of this node"
+    )
     check.add_argument("--json", action="store_true", help="print JSON instead of a table")
     check.set_defaults(function=command)
 
@@ -57,13 +61,17 @@ def command(args: argparse.Namespace, console: Console) -> int:
         The exit status: 1 when something is not as it must be, else 0.
 
     Raises:
-        UserError: --insecure and --root-certificates are both given.
+        UserError: --insecure and --root-certificates are both given, or a rule of the policy is
+            none.
     """
     from client_app.check import findings
     from client_app.check import node as check
 
     if args.insecure and args.root_certificates:
         raise UserError("--insecure and --root-certificates exclude each other.")
+    if args.policy:
+        _show_policy(args, console)
+        return 0
     # What one library thinks of another is of no use to who sets up a node.
     warnings.simplefilter("ignore", FutureWarning)
     found = check.check(
@@ -92,3 +100,23 @@ def command(args: argparse.Namespace, console: Console) -> int:
             table.add_row(f.name, Text(f.status, style=style[f.status]), Text(f.text))
         console.print(table)
     return 1 if any(f.status == findings.FAIL for f in found) else 0
+
+
+def _show_policy(args: argparse.Namespace, console: Console) -> None:
+    from client_app import node as nodes
+    from client_app.check import node as check
+    from client_app.check.findings import printable
+    from client_app.policy import Policy, table
+
+    rules = table(Policy.of(nodes.checked(check.parse(args.node_config))))
+    if args.json:
+        print(json.dumps({key: value for key, value, _ in rules}, indent=1))
+        return
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table("rule", "value", "what it says", box=box.SIMPLE_HEAD)
+    for row in rules:
+        shown.add_row(*(Text(printable(cell)) for cell in row))
+    console.print(shown)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedpft_core.data.examples import Examples
+from fedpft_core.data.rows import MOST_PIXELS
 from fedpft_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ _POOL_BATCHES = 50
 _MIN_POOLS = 4
 """… and of at most a quarter of the data, so that a small client's batches still vary."""
 _IMAGES_AT_ONCE = 64
+_CHARACTERS, _LEAST_CHARACTERS = 256, 65_536  # of a text, for each token that is kept and at least
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,7 +254,7 @@ def _encode(
     found: Mapping[str, Any] = {"input_ids": []}
     if len(inputs):
         found = processor(
-            *texts,
+            *(_bounded(t, max_length, processor.truncation_side) for t in texts),
             truncation=True,
             max_length=max_length,
             padding=False,
@@ -307,6 +309,9 @@ def _raw_pixels(images: Sequence[bytes], rows: Sequence[int], processor: Any) ->
     """
     import torch
 
+    if len(rows) > 1 and sum(_pixels(images[row]) for row in rows) > MOST_PIXELS:
+        # As much memory as the largest image may take, however many are asked for at once.
+        return torch.cat([_raw_pixels(images, [row], processor) for row in rows])
     decoded = [_decode(images[row], row) for row in rows]
     if _scale_and_shift(processor) is not None:
         pixels = processor(decoded, do_rescale=False, do_normalize=False, return_tensors="pt")[
@@ -316,6 +321,29 @@ def _raw_pixels(images: Sequence[bytes], rows: Sequence[int], processor: Any) ->
             return torch.as_tensor(pixels).contiguous()
     final = processor(decoded, return_tensors="pt")["pixel_values"]
     return torch.as_tensor(final, dtype=torch.float32).contiguous()
+
+
+def _pixels(content: bytes) -> int:
+    """Pixels that an image says it has; 0 where it is none."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return int(image.width * image.height)
+    except Exception:  # decoding will say what is wrong with it
+        return 0
+
+
+def _bounded(texts: Sequence[str], max_length: int, side: str) -> list[str]:
+    """Texts no longer than `max_length` tokens of any real text are.
+
+    A tokenizer takes some 200 bytes for each character before it cuts anything off.
+
+    Returns:
+        The texts, of longer ones the end that the tokenizer keeps (`side` is the one it cuts).
+    """
+    most = max(_LEAST_CHARACTERS, _CHARACTERS * max_length)
+    return [t if len(t) <= most else (t[-most:] if side == "left" else t[:most]) for t in texts]
 
 
 def _decode(content: bytes, row: int) -> Any:

@@ -6,6 +6,7 @@ What a label cell means is the task's business; here it only has to be there.
 from __future__ import annotations
 
 import io
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,10 @@ from fedpft_core.errors import UserError
 
 BUILTIN_DOCSTRINGS = "builtin:docstrings"
 """Name of the embedded text-classification data; see :mod:`fedpft_core.data.builtin`."""
+
+
+MOST_PIXELS = 64_000_000
+"""Pixels of the largest image that is read, 192 MB once it is decoded."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,10 @@ def read_table(path: str | Path, columns: Columns, key: str = "") -> Table:
     for row, value in enumerate(cells, start=1):
         if value is None or not cell_text(value) or value != value:
             raise UserError(f"{where}: row {row} has no label in column {columns.label!r}.")
+        if not _is_text(cell_text(value)):
+            raise UserError(
+                f"{where}: row {row} holds half of a character in column {columns.label!r}."
+            )
     inputs: list[Input]
     if columns.image:
         folder = Path(path).parent
@@ -128,7 +137,17 @@ def cell_text(value: Any) -> str:
     """
     if isinstance(value, float | np.floating) and float(value).is_integer():
         return str(int(value))
-    return str(value).strip()
+    # One spelling for what looks and means the same: é as one character or as two.
+    return unicodedata.normalize("NFC", str(value).strip())
+
+
+def _is_text(value: str) -> bool:
+    """Whether it has UTF-8: JSON can write half of a character, which no tokenizer takes."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _texts(values: Sequence[Any], column: str, where: str) -> list[str]:
@@ -140,6 +159,8 @@ def _texts(values: Sequence[Any], column: str, where: str) -> list[str]:
                 f"{where}: row {row} holds {type(value).__name__} instead of text in column "
                 f"{column!r}."
             )
+        if not _is_text(value):
+            raise UserError(f"{where}: row {row} holds half of a character in column {column!r}.")
     return list(values)
 
 
@@ -156,19 +177,26 @@ def image_bytes(value: Any, folder: Path, where: str) -> bytes:
 
     Raises:
         UserError: the cell is empty or of another type, the image file cannot be read, or the
-            bytes do not begin like an image (the whole is decoded only when it is used).
+            bytes do not begin like an image (the whole is decoded only when it is used), or it has
+            more than `MOST_PIXELS` pixels.
     """
     from PIL import Image
 
     content = _image_content(value, folder, where)
 
     try:
-        with Image.open(io.BytesIO(content)):
-            return content
+        with Image.open(io.BytesIO(content)) as image:
+            width, height = image.size
     except Exception as error:  # damaged headers make PIL raise a dozen kinds
         raise UserError(
             f"{where}: the {len(content)} bytes are not a known image format."
         ) from error
+    if width * height > MOST_PIXELS:
+        # A few kilobytes can hold an image that takes gigabytes once it is decoded.
+        raise UserError(
+            f"{where}: the image has {width} x {height} pixels, more than {MOST_PIXELS:,} in all."
+        )
+    return content
 
 
 def _image_content(value: Any, folder: Path, where: str) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from fedpft_core.adapter import lora as adapters
 from fedpft_core.adapter.lora import AdapterSpec
 from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.model import names
-from fedpft_core.model.families import base_model
+from fedpft_core.model.families import base_model, family_of
 from fedpft_core.model.load import task_class
 from fedpft_core.model.normalise import normalise
 from fedpft_core.model.plan import Plan
@@ -135,6 +136,7 @@ def _made(meta: PackageMeta, weights: Mapping[str, Tensor] | None) -> ClientMode
     import transformers
 
     try:
+        _check_config(meta)
         plan, spec = meta.plan, meta.adapter
         config = transformers.AutoConfig.for_model(**meta.model_config)
         config.architectures = [meta.architecture]
@@ -154,6 +156,35 @@ def _made(meta: PackageMeta, weights: Mapping[str, Tensor] | None) -> ClientMode
         )
     except (KeyError, ValueError, TypeError, RuntimeError, UserError) as error:
         raise ReplyError(f"the package is malformed ({error})") from error
+
+
+# What a config can say besides sizes: where code, kernels or other weights come from.
+_FOREIGN = re.compile(
+    r"implementation|kernel|quantiz|auto_map|custom|remote|adapter_kwargs|compile"
+)
+_MOST_SIZE = 2**24  # of any number in a config: larger ones are nobody's model
+
+
+def _check_config(meta: PackageMeta) -> None:
+    """Refuse a model's config before the library acts on it.
+
+    Raises:
+        ValueError: sizes that no model has, or a key by which the library would load kernels, code
+            or other weights.
+    """
+    config = meta.model_config
+    shape = family_of(config["model_type"]).shape(config)
+    for key, value in config.items():
+        if _FOREIGN.search(key) and value not in (None, False, "eager", "sdpa", {}, []):
+            raise ValueError(f"the model's config sets {key[:40]!r}")
+        if type(value) is int and not isinstance(value, bool) and abs(value) > _MOST_SIZE:
+            raise ValueError(f"the model's config has {key[:40]} = {value}")
+    if shape.hidden % shape.heads:
+        raise ValueError(f"{shape.hidden} features do not divide into {shape.heads} heads")
+    if shape.positions and meta.max_length > shape.positions:
+        raise ValueError(f"rows of {meta.max_length} tokens, and {shape.positions} positions")
+    if not 0 <= meta.adapter.dropout < 1:
+        raise ValueError(f"LoRA's dropout is {meta.adapter.dropout:g}")
 
 
 def _fill(model: nn.Module, weights: Mapping[str, Tensor], spec: AdapterSpec) -> None:

@@ -512,9 +512,10 @@ def label_names(setting: str) -> tuple[str, ...]:
         text = files.read_text(setting, "data.labels")
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
+            at = error.lineno if isinstance(error, json.JSONDecodeError) else 1
             raise UserError(
-                f"data.labels: {setting}: line {error.lineno} is not valid JSON ({error.msg})."
+                f"data.labels: {setting}: line {at} is not valid JSON ({files.json_fault(error)})."
             ) from error
         if not isinstance(values, list) or not all(
             isinstance(value, str | int) and not isinstance(value, bool) for value in values
@@ -522,7 +523,7 @@ def label_names(setting: str) -> tuple[str, ...]:
             raise UserError(f"data.labels: {setting}: a JSON list of names is needed.")
         names = tuple(cell_text(value) for value in values)
     else:
-        names = tuple(name.strip() for name in setting.split(","))
+        names = tuple(cell_text(name) for name in setting.split(","))
     if not all(names):
         raise UserError("data.labels: a label name is empty.")
     for i, name in enumerate(names):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +14,9 @@ from fedpft_core.tensors import Tensors
 from fedpft_core.wire import codec
 from fedpft_core.wire.identity import combine_digest, tensor_digest
 from fedpft_core.wire.meta import PackageMeta
+
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,119}(?<!\.)")
+_DEVICE = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$)", re.IGNORECASE)  # on Windows
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,8 @@ class Package:
             raise ReplyError("package without metadata, or with files that are not bytes")
         meta = blobs.pop("//meta").numpy().tobytes()
         files = {k.removeprefix("//file/"): t.numpy().tobytes() for k, t in blobs.items()}
-        if any(not k or "/" in k or "\\" in k or "\0" in k or k.startswith(".") for k in files):
-            raise ReplyError("package with a file name that is a path")
+        if not all(_FILE.fullmatch(k) and not _DEVICE.match(k) for k in files):
+            raise ReplyError("package with a file name that is a path, or that some system refuses")
         try:
             return Package(PackageMeta.from_json(meta.decode()), files, tensors)
         except UnicodeDecodeError as error:

@@ -12,6 +12,7 @@ from fedpft_core.wire.messages import Failure, Hello, HelloReply, RefusalReply
 from fedpft_core.wire.validate import check_size
 from server_app.rounds import ledger
 from server_app.rounds.ledger import printable
+from server_app.rounds.names import looks, usable_name
 from server_app.run import schema as ev
 from server_app.state import Events, State
 from server_app.transport import Transport
@@ -121,16 +122,18 @@ class Nodes:
                 raise ReplyError(message.reason)
             if not isinstance(message, HelloReply):
                 raise ReplyError(f"it answered the first query with a {type(message).__name__}")
-            name = message.name
-            if not 0 < len(name) <= 64 or not name.isprintable():
-                raise ReplyError("its name is not a printable text of 1 to 64 characters")
+            name = usable_name(message.name)
             if not 1 <= message.examples < _MOST_EXAMPLES:
                 raise ReplyError(f"client {name} says it has {message.examples} rows")
             if not 0 <= message.validation < _MOST_EXAMPLES:
                 raise ReplyError(f"client {name} says it has {message.validation} validation rows")
             connected = set(self.transport.nodes())
             for other_id, other in list(self.known.items()):
-                if other.name == name:
+                if looks(other.name) == looks(name):
+                    if other.name != name:
+                        raise ReplyError(
+                            f"its name {name} looks like that of another node, {other.name}"
+                        )
                     if other_id in connected:
                         raise ReplyError(f"another connected node is already named {name}")
                     # The same client back under a new node id.

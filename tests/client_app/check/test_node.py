@@ -65,7 +65,7 @@ def test_a_machine_that_is_ready(tls: Any, plan: Path, tmp_path: Path) -> None:
         )
     assert {f.status for f in found.values()} == {PASS}, found
     assert list(found) == [
-        "node config", "plan", "data", "labels", "cache-dir", "memory", "training step",
+        "node config", "plan", "policy", "data", "labels", "cache-dir", "memory", "training step",
         "SuperLink", "certificate", "node key",
     ]  # fmt: skip
     text = found["data"].text
