@@ -12,20 +12,23 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
+from client_app.secure import Secure
 from client_app.store import Residuals
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.data.batches import Encoded
 from fedpft_core.errors import ReplyError
 from fedpft_core.proxy.package import ClientModel
-from fedpft_core.seeds import derive
+from fedpft_core.secure import ring
+from fedpft_core.seeds import derive, numpy_stream
 from fedpft_core.tensors import Tensors
 from fedpft_core.train.evaluate import evaluate
 from fedpft_core.train.inactivity import count_inactive
 from fedpft_core.train.tune import fine_tune
 from fedpft_core.wire import codec
-from fedpft_core.wire.messages import TrainRequest
+from fedpft_core.wire.messages import SecureTrainRequest, TrainRequest
 
 log = logging.getLogger("fedpft")
 
@@ -45,6 +48,7 @@ class Work:
     held_out: Encoded
     sent: Tensors
     residuals: Residuals
+    secure: Secure
     # What the sub-FM with `sent` came to on `held_out`, and only what may leave; see `Task.sent`.
     sums: Mapping[str, float] = field(default_factory=dict)
     steps: int = 0
@@ -53,6 +57,9 @@ class Work:
     adapter: Tensors = field(default_factory=dict)  # float32 until `encode`
     counts: Tensors = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)  # seconds by step, before `encode`
+
+
+Steps = tuple[tuple[str, Callable[[Work], Work]], ...]
 
 
 def plug(work: Work) -> Work:
@@ -183,7 +190,7 @@ def encode(work: Work) -> Work:
     return replace(work, adapter=tensors)
 
 
-STEPS: tuple[tuple[str, Callable[[Work], Work]], ...] = (
+STEPS: Steps = (
     ("prepare", plug),
     ("validate", validate),
     ("train", tune),
@@ -192,13 +199,46 @@ STEPS: tuple[tuple[str, Callable[[Work], Work]], ...] = (
 )
 
 
-def work_through(work: Work, began: float) -> Work:
+def mask(work: Work) -> Work:
+    """Quantise the change and the loss, and put the session's masks on them.
+
+    Args:
+        work: with the tuned adapter, float32, and the mean loss.
+
+    Returns:
+        The work with the one tensor `masked`, and without figures of its own.
+
+    Raises:
+        ReplyError: the change is not finite, or the session does not allow it.
+    """
+    request = work.request
+    assert isinstance(request, SecureTrainRequest)
+    change = {k: t.double() - work.sent[k].double() for k, t in work.adapter.items()}
+    loss = {"loss": torch.tensor([work.loss])}
+    stream = numpy_stream(request.seed, "quantise", request.round, work.name)
+    try:
+        values = np.concatenate([
+            ring.quantise(change, request.bits, request.reach, stream),
+            ring.quantise(loss, request.bits, ring.LOSS_REACH, stream),
+        ])  # fmt: skip
+    except ValueError as error:
+        raise ReplyError(str(error)) from error
+    sent = np.frombuffer(work.secure.mask(request, values), np.uint8)
+    return replace(work, loss=0.0, adapter={"masked": torch.from_numpy(sent.copy())})
+
+
+# The same where the change goes into a sum that nobody can take apart.
+SECURE_STEPS: Steps = (("prepare", plug), ("train", tune), ("", mask))
+
+
+def work_through(work: Work, began: float, steps: Steps = STEPS) -> Work:
     """Take a round's work through the chain.
 
     Args:
         work: with what the client has to work with.
         began: when the message came, `time.perf_counter()`; what was done since is booked to the
             first step.
+        steps: the chain.
 
     Returns:
         The work done, with the seconds of each step but the last.
@@ -206,7 +246,7 @@ def work_through(work: Work, began: float) -> Work:
     Raises:
         ReplyError: a step cannot do what the request asks for.
     """
-    for name, step in STEPS:
+    for name, step in steps:
         work = step(work)
         now = time.perf_counter()
         if name:

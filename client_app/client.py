@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from client_app import rowcache
-from client_app.chain import Work, put, work_through
+from client_app.chain import SECURE_STEPS, STEPS, Steps, Work, put, work_through
 from client_app.disclosure import reason
 from client_app.policy import Policy
 from client_app.rowcache import RowCache
+from client_app.secure import Secure
 from client_app.startup import collector_paused
 from client_app.store import Residuals, Store
 from fedpft_core import __version__
@@ -37,9 +38,14 @@ from fedpft_core.wire.identity import combine_digest, is_digest
 from fedpft_core.wire.messages import (
     Hello,
     HelloReply,
+    KeysRequest,
     Message,
     NeedReply,
     RefusalReply,
+    RevealRequest,
+    SecureTrainReply,
+    SecureTrainRequest,
+    SharesRequest,
     StatisticsReply,
     StatisticsRequest,
     TrainReply,
@@ -161,13 +167,26 @@ class Client:
             have = () if self.shared_store else self.store.digests()
             examples, validation = self.count_rows()
             return HelloReply(self.name, examples, have, __version__, validation)
+        if isinstance(message, KeysRequest):
+            return self._secure.show_keys(message)
+        if isinstance(message, SharesRequest):
+            return self._secure.share(message)
+        if isinstance(message, RevealRequest):
+            return self._secure.reveal(message)
+        if isinstance(message, SecureTrainRequest):
+            return self._train_masked(message)
         if isinstance(message, TrainRequest):
             return self._train(message)
         if isinstance(message, StatisticsRequest):
             return self._statistics(message)
         raise ReplyError(f"a client cannot answer a {type(message).__name__}")
 
-    def _train(self, request: TrainRequest) -> Message:
+    @property
+    def _secure(self) -> Secure:
+        return Secure(self.store.root, self.name)
+
+    def _work(self, request: TrainRequest, steps: Steps) -> Work | NeedReply:
+        """A round's work done, or what is lacking for it."""
         start = time.perf_counter()
         _check_settings(request.settings)
         self.policy.check_request(request)
@@ -177,7 +196,7 @@ class Client:
             return self._need(request.digest)
         rows = self._rows(held)
         self.policy.check_rows(request, len(rows.train))
-        work = work_through(
+        return work_through(
             Work(
                 name=self.name,
                 request=request,
@@ -186,9 +205,31 @@ class Client:
                 held_out=rows.validation,
                 sent=codec.decode(request.adapter, request.fmt),
                 residuals=Residuals(self.store.root / "residuals"),
+                secure=self._secure,
             ),
             start,
+            steps,
         )
+
+    def _train_masked(self, request: SecureTrainRequest) -> Message:
+        self._secure.ready(request)
+        work = self._work(request, SECURE_STEPS)
+        if isinstance(work, NeedReply):
+            return work
+        return SecureTrainReply(
+            name=self.name,
+            session=request.session,
+            round=request.round,
+            digest=request.digest,
+            steps=work.steps,
+            seconds=work.seconds,
+            adapter=work.adapter,
+        )
+
+    def _train(self, request: TrainRequest) -> Message:
+        work = self._work(request, STEPS)
+        if isinstance(work, NeedReply):
+            return work
         return TrainReply(
             name=self.name,
             round=request.round,

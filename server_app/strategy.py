@@ -21,6 +21,7 @@ from fedpft_core.seeds import numpy_stream
 from fedpft_core.task import Task
 from fedpft_core.tensors import Tensors
 from fedpft_core.wire import codec
+from fedpft_core.wire.envelope import Envelope
 from fedpft_core.wire.validate import ExpectedStatistics
 from server_app.rounds import caution, ledger
 from server_app.rounds.chain import Asked
@@ -29,6 +30,7 @@ from server_app.rounds.nodes import Node, Nodes
 from server_app.rounds.outcome import Good, Outcome, outcome
 from server_app.rounds.private import ClientPrivacy
 from server_app.rounds.requests import Request, expected, learning_rate, requests
+from server_app.rounds.secure import Phase, SecureRound
 from server_app.rounds.statistics import Sums, statistics_requests
 from server_app.run import schema as ev
 from server_app.state import Events, State
@@ -40,6 +42,11 @@ _SHORTEST = 10.0  # seconds that every round waits
 
 # The server's own adapter: trained from the one given, in the round of that number.
 Own = Callable[[Tensors, int], Tensors]
+
+
+def _by_have(request: Request) -> Callable[[int, Iterable[str]], Envelope]:
+    """The same message for all nodes that have the same, whoever they are."""
+    return lambda _, have: request(have)
 
 
 class Strategy:
@@ -89,11 +96,20 @@ class Strategy:
             ))  # fmt: skip
             sent = codec.encode(state.adapter, self.config.wire.adapter)
             base = codec.decode(sent, self.config.wire.adapter)
+            if self.config.privacy.secure:
+                summed = SecureRound(
+                    self.config, nodes, state, round, self.events, self._exchange
+                ).run(self._blob(state), sent, base)
+                if summed.change is not None:
+                    return summed.outcome(base, start)
+                text = self._too_few(f"round {round}", len(summed.good), summed.bad, attempt)
+                continue
             with Replies(base, self._folder(), self._rule(state, base, round)) as replies:
                 want = expected(self.config, state, round, base, count_rule)
                 asked = Asked(want, f.clip_update_norm, replies, replies.settings.scaling)
                 got = Collection(asked, nodes, state, round, self.events, f.enough)
-                self._exchange(got, self._requests(state, round, sent, count_rule))
+                request = self._requests(state, round, sent, count_rule)
+                self._exchange(got, _by_have(request))
                 if not self.private:  # who is left out would depend on the others' rows
                     got.leave_out(self._steps(nodes), f.largest_change)
                 if len(got.good) >= needed:
@@ -103,12 +119,7 @@ class Strategy:
                         self.private.combine(state, base, round, len(met)) if self.private else None
                     )
                     return outcome(f, replies, got.good, len(got.bad), start, combine)
-            why = self.why(got.bad)
-            text = (
-                f"round {round}: {len(got.good)} good replies of the federation.min-clients = "
-                f"{f.min_clients} needed ({why or 'no other clients are connected'})"
-            )
-            self.events.emit(ev.Warned(text=f"{text}; attempt {attempt} of {f.attempts}"))
+            text = self._too_few(f"round {round}", len(got.good), got.bad, attempt)
         raise RunError(text)
 
     def gather(self, state: State, want: ExpectedStatistics) -> Statistics:
@@ -130,18 +141,15 @@ class Strategy:
                 self.nodes.wait()
             got = Sums(want, self.nodes.meet(state, want.round), state, self.events)
             sent = codec.encode(state.adapter, self.config.wire.adapter)
-            self._exchange(got, statistics_requests(self.config, state, self._blob(state), sent))
+            request = statistics_requests(self.config, state, self._blob(state), sent)
+            self._exchange(got, _by_have(request))
             why = self.why(got.bad)
             if len(got.good) >= f.min_clients:
                 if got.bad:
                     self.events.emit(ev.Warned(text=f"class statistics without {why}"))
                 self._warn_of("class statistics", {name: s.rows for name, s in got.good.items()})
                 return got.total(f)
-            text = (
-                f"class statistics: {len(got.good)} good replies of the federation.min-clients = "
-                f"{f.min_clients} needed ({why or 'no other clients are connected'})"
-            )
-            self.events.emit(ev.Warned(text=f"{text}; attempt {attempt} of {f.attempts}"))
+            text = self._too_few("class statistics", len(got.good), got.bad, attempt)
         raise RunError(text)
 
     def sample(self, nodes: list[Node], round: int, attempt: int) -> list[Node]:
@@ -178,6 +186,16 @@ class Strategy:
         out = {f"node {i}": why for i, why in self.nodes.left_out.items()}
         return "; ".join(f"{name}: {reason}" for name, reason in sorted((out | dict(bad)).items()))
 
+    def _too_few(self, what: str, good: int, bad: Mapping[str, str], attempt: int) -> str:
+        """Warn of an attempt that failed; why, in one line."""
+        f, why = self.config.federation, self.why(bad)
+        text = (
+            f"{what}: {good} good replies of the federation.min-clients = "
+            f"{f.min_clients} needed ({why or 'no other clients are connected'})"
+        )
+        self.events.emit(ev.Warned(text=f"{text}; attempt {attempt} of {f.attempts}"))
+        return text
+
     def _rule(self, state: State, start: Tensors, round: int) -> RuleSettings:
         """What the rule of aggregation may know besides the replies."""
         own = partial(self.own, start, round) if self.own else None
@@ -199,12 +217,14 @@ class Strategy:
             self._package_bytes = (state.digest, state.package.to_bytes())
         return self._package_bytes[1]
 
-    def _exchange(self, got: Collection | Sums, request: Request) -> None:
-        """Send a round's requests and collect the replies."""
+    def _exchange(
+        self, got: Collection | Sums | Phase, request: Callable[[int, Iterable[str]], Envelope]
+    ) -> None:
+        """Send a round's requests, made of a node's id and what it has; collect the replies."""
         timeout = self._timeout(got.round)
 
         def send(wanted: Mapping[int, Iterable[str]], deadline: float) -> None:
-            messages = {node_id: request(have) for node_id, have in wanted.items()}
+            messages = {i: request(i, have) for i, have in wanted.items()}
             for node_id, message in messages.items():
                 name = got.nodes[node_id].name
                 ledger.count_bytes(self.events, got.round, name, "down", message)

@@ -12,9 +12,12 @@ if TYPE_CHECKING:
     from fedpft_core.config.keys import Config
 
 
+FEWEST_SECURE = 3  # of two clients each could tell the other's change from the sum
+
+
 @dataclass(frozen=True)
 class PrivacyConfig:
-    """Client-level differential privacy (docs/privacy.md)."""
+    """Differential privacy of clients, and secure aggregation (docs/privacy.md)."""
 
     client_noise: float = key(
         0.0,
@@ -57,6 +60,37 @@ class PrivacyConfig:
         1e-5, "delta at which epsilon is stated; below one over the number of clients",
         above=0.0, high=0.1,
     )  # fmt: skip
+    secure: bool = key(
+        False,
+        "secure aggregation: the server learns the sum of a round's changes and of their losses, "
+        "and no client's own",
+    )
+    secure_bits: int = key(
+        16,
+        "bits of each value of a change in the sum; what a client sends has so many more that the "
+        "sum of all fits",
+        low=2,
+        high=16,
+    )
+    secure_range: float = key(
+        0.1,
+        "largest change of a value in a round that is summed; a larger one becomes this (AdamW "
+        "moves a value by at most about train.lr in a step)",
+        above=0.0,
+    )
+    secure_neighbours: int = key(
+        0,
+        "clients with which each one agrees on masks; 0 = all up to 16, then four times the binary "
+        "logarithm of their number",
+        low=0,
+    )
+    secure_threshold: float = key(
+        0.6,
+        "share of a client's neighbours that must stay to the end for a round to succeed, and that "
+        "would have to conspire with the server to unmask it; always more than half",
+        above=0.0,
+        high=1.0,
+    )
 
 
 def check(config: Config) -> None:
@@ -69,6 +103,8 @@ def check(config: Config) -> None:
         UserError: naming both keys.
     """
     p = config.privacy
+    if p.secure:
+        _check_secure(config)
     if not p.client_noise:
         if p.epsilon:
             raise UserError(
@@ -97,6 +133,35 @@ def check(config: Config) -> None:
             f"privacy.count-noise = {p.count_noise:g} is not more than half of "
             f"privacy.client-noise = {p.client_noise:g}."
         )
+
+
+def _check_secure(config: Config) -> None:
+    f, a, p = config.federation, config.align, config.privacy
+    single = "which needs each client's reply"
+    wrong = {
+        f"federation.aggregate = average, not {f.aggregate}, {single}": f.aggregate != "average",
+        f"federation.weighting = uniform, not {f.weighting}": f.weighting != "uniform",
+        f"federation.clip-update-norm = 0 ({single})": f.clip_update_norm > 0,
+        "federation.enough = 0": f.enough > 0,
+        "federation.min-clients of at least 3": f.min_clients < FEWEST_SECURE,
+        f"wire.adapter-up = same, not {config.wire.adapter_up} (changes travel as whole numbers)": (
+            config.wire.adapter_up != "same"
+        ),
+        "head.start = zero (class statistics are not masked)": config.head.start != "zero",
+        "head.end = trained (class statistics are not masked)": config.head.end != "trained",
+        "plug.method = as-trained, refit or distil (the others read class statistics)": (
+            config.plug.method in ("best", "mapped")
+        ),
+        "align.proportion = 1 or another align.selection (apoz reads clients' counts)": (
+            a.interval and a.proportion < 1 and a.selection == "apoz"
+        ),
+        "privacy.client-noise = 0 (the server adds its noise to replies that it can read)": (
+            p.client_noise > 0
+        ),
+    }
+    for what, present in wrong.items():
+        if present:
+            raise UserError(f"privacy.secure = true needs {what}.")
 
 
 def count_noise(config: Config) -> float:

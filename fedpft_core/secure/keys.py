@@ -29,11 +29,22 @@ SEALED = _NONCE + SHARE + 16  # with AES-GCM's tag
 class Public:
     """What a client shows of its keys, 32 bytes each.
 
-    `sealing` is for shares on their way, `masking` for the pairs' masks.
+    `sealing` is for shares on their way, `masking` for the pairs' masks; `own` is a digest of the
+    own mask's seed, by which wrong shares of it are noticed.
     """
 
     sealing: bytes
     masking: bytes
+    own: bytes
+
+    @property
+    def usable(self) -> bool:
+        """Whether secrets can be agreed on with these keys."""
+        probe = X25519PrivateKey.generate()
+        try:
+            return all(_agree(probe, key) for key in (self.sealing, self.masking))
+        except ValueError:
+            return False
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,20 @@ class Keys:
         return Public(
             self.sealing.public_key().public_bytes_raw(),
             masking_key(self.pairs).public_key().public_bytes_raw(),
+            commitment(self.own),
         )
+
+
+def commitment(own: bytes) -> bytes:
+    """The digest that an own mask's seed is known by.
+
+    Args:
+        own: 16 random bytes.
+
+    Returns:
+        32 bytes.
+    """
+    return _derive(own, b"commitment", 32)
 
 
 def masking_key(pairs: bytes) -> X25519PrivateKey:
@@ -122,7 +146,7 @@ def share_out(keys: Keys, count: int, threshold: int) -> list[bytes]:
     Returns:
         32 bytes each: a share of `own`, then one of `pairs`.
     """
-    both = [dict(Shamir.split(threshold, count, s)) for s in (keys.own, keys.pairs)]
+    both = [dict(Shamir.split(threshold, count, s, False)) for s in (keys.own, keys.pairs)]
     return [both[0][i] + both[1][i] for i in range(1, count + 1)]
 
 
@@ -141,7 +165,7 @@ def rebuild(shares: dict[int, bytes], threshold: int) -> bytes:
     """
     if len(shares) < threshold:
         raise ValueError(f"{len(shares)} shares of the {threshold} needed")
-    return Shamir.combine([(i, shares[i]) for i in sorted(shares)[:threshold]])
+    return Shamir.combine([(i, shares[i]) for i in sorted(shares)[:threshold]], False)
 
 
 def seal(

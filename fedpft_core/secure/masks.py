@@ -6,7 +6,15 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from fedpft_core.secure.keys import Keys, Public, masking_key, pair_seed, rebuild, stream
+from fedpft_core.secure.keys import (
+    Keys,
+    Public,
+    commitment,
+    masking_key,
+    pair_seed,
+    rebuild,
+    stream,
+)
 from fedpft_core.secure.ring import wrap
 
 
@@ -70,6 +78,8 @@ def unmasked(
     total = total.copy()
     for client, shares in answered.items():
         seed = _secret(client, shares, graph, threshold)
+        if commitment(seed) != public[client].own:
+            raise ValueError(f"shares of client {client}'s secret are wrong")
         total = total - stream(seed, len(total), k)
     for client, shares in dropped.items():
         key = masking_key(_secret(client, shares, graph, threshold))

@@ -16,6 +16,7 @@ from torch import Tensor
 from fedpft_core.tensors import Tensors
 
 MOST_BITS = 32  # of the ring
+LOSS_REACH = 16.0  # a mean loss beyond it becomes it
 
 
 def width(bits: int, clients: int) -> int:
