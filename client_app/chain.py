@@ -15,17 +15,19 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from client_app.private import ExamplePrivacy
 from client_app.secure import Secure
 from client_app.store import Residuals
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.data.batches import Encoded
-from fedpft_core.errors import ReplyError
+from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.proxy.package import ClientModel
 from fedpft_core.secure import ring
 from fedpft_core.seeds import derive, numpy_stream
 from fedpft_core.tensors import Tensors
 from fedpft_core.train.evaluate import evaluate
 from fedpft_core.train.inactivity import count_inactive
+from fedpft_core.train.private import fine_tune_private
 from fedpft_core.train.tune import fine_tune
 from fedpft_core.wire import codec
 from fedpft_core.wire.messages import SecureTrainRequest, TrainRequest
@@ -49,6 +51,7 @@ class Work:
     sent: Tensors
     residuals: Residuals
     secure: Secure
+    private: ExamplePrivacy | None = None
     # What the sub-FM with `sent` came to on `held_out`, and only what may leave; see `Task.sent`.
     sums: Mapping[str, float] = field(default_factory=dict)
     steps: int = 0
@@ -114,6 +117,8 @@ def validate(work: Work) -> Work:
 def tune(work: Work) -> Work:
     """Fine-tune the adapter on the rows; afterwards it is read from the model.
 
+    With `private` no row shows in it, and the loss is not said.
+
     Source: FedPFT, section 4.2.
 
     Args:
@@ -121,10 +126,24 @@ def tune(work: Work) -> Work:
 
     Returns:
         The work with the tuned adapter, float32, and the steps, loss and seconds it took.
+
+    Raises:
+        UserError: the node's budget is spent, or the model cannot be trained so.
     """
     model, request = work.model, work.request
     seed = derive(request.seed, "local", request.round, work.name)
-    done = fine_tune(model.model, model.task, work.rows, request.settings, seed)
+    settings, private = request.settings, work.private
+    if private:
+        private.spend(work.name, settings, len(work.rows))
+        try:
+            done = fine_tune_private(
+                model.model, model.task, work.rows, settings, seed, private.noise, private.clip
+            )
+        except ValueError as error:
+            text = f"example-level privacy (dp-noise): {error}"
+            raise UserError(text, public=text) from error
+    else:
+        done = fine_tune(model.model, model.task, work.rows, settings, seed)
     return replace(
         work, steps=done.steps, loss=done.loss, seconds=done.seconds,
         adapter=adapters.read(model.model, model.plan),

@@ -17,6 +17,7 @@ from client_app import rowcache
 from client_app.chain import SECURE_STEPS, STEPS, Steps, Work, put, work_through
 from client_app.disclosure import reason
 from client_app.policy import Policy
+from client_app.private import ExamplePrivacy, refuse
 from client_app.rowcache import RowCache
 from client_app.secure import Secure
 from client_app.startup import collector_paused
@@ -118,7 +119,8 @@ class Client:
     for equal rows and differs for others (another seed, another file), so that encoded rows kept
     in this process are never taken for those of another run.
 
-    `policy` is what the node's owner lets a server ask for. `own_rows` says that the rows are the
+    `policy` is what the node's owner lets a server ask for; with `private` it trains with
+    example-level differential privacy. `own_rows` says that the rows are the
     node's and not the run's: then nothing of a row and no path is in a refusal.
 
     With `kept_rows` encoded rows also outlive the process. `rows_digest()` is then a digest of all
@@ -139,6 +141,7 @@ class Client:
     rows_digest: Callable[[], str] = str
     own_rows: bool = True
     policy: Policy = field(default_factory=Policy)
+    private: ExamplePrivacy | None = None
     cache: ProcessCache = field(default_factory=lambda: PROCESS_CACHE)
 
     def handle(self, envelope: Envelope) -> Envelope:
@@ -196,6 +199,8 @@ class Client:
             return self._need(request.digest)
         rows = self._rows(held)
         self.policy.check_rows(request, len(rows.train))
+        if self.private and request.count_rule:
+            raise refuse("counts of inactive neurons")
         return work_through(
             Work(
                 name=self.name,
@@ -206,6 +211,7 @@ class Client:
                 sent=codec.decode(request.adapter, request.fmt),
                 residuals=Residuals(self.store.root / "residuals"),
                 secure=self._secure,
+                private=self.private,
             ),
             start,
             steps,
@@ -244,6 +250,7 @@ class Client:
             timings=work.timings,
             validation_rows=len(work.held_out),
             validation_sums=dict(work.sums),
+            private=self.private is not None,
         )
 
     def _statistics(self, request: StatisticsRequest) -> Message:
@@ -253,6 +260,8 @@ class Client:
         if not 1 <= request.threads <= _MOST_THREADS:
             raise ReplyError(f"the request cannot be used (threads = {request.threads})")
         self.policy.check_request(request)
+        if self.private:
+            raise refuse("class statistics")
         self._use(request.threads)
         held = self._held(request)
         if held is None:

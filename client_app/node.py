@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from client_app import policy
+from client_app import policy, private
 from client_app.client import Client
 from client_app.rowcache import RowCache, content_of_file, folds_of, held_out, key_of
 from client_app.store import Store
@@ -37,6 +37,10 @@ NODE_KEYS: dict[str, tuple[type, Any]] = {
     "validation-share": (float, 0.0),
     "device": (str, "cpu"),
     "max-threads": (int, 0),
+    "dp-noise": (float, 0.0),
+    "dp-clip": (float, 1.0),
+    "dp-epsilon": (float, 0.0),
+    "dp-delta": (float, 1e-5),
     **{key: (kind, default) for key, (kind, default, _) in policy.KEYS.items()},
 }
 
@@ -106,6 +110,14 @@ def checked(node_config: Mapping[str, Any]) -> dict[str, Any]:
         if not possible:
             raise UserError(f"node config: {key} = {node[key]!r} is a name that no file can have.")
     policy.Policy.of(node)
+    wrong = private.check(*(node[f"dp-{key}"] for key in ("noise", "clip", "epsilon", "delta")))
+    if wrong:
+        raise UserError(f"node config: {wrong}.")
+    if node["dp-noise"] and node["validation-share"]:
+        raise UserError(
+            "node config: validation-share must be 0 with dp-noise: figures of the rows kept from "
+            "training have no noise."
+        )
     cache_root(node)
     pick_device(node["device"], "node config: device")
     return node
@@ -219,6 +231,25 @@ def _edge_client(node: Mapping[str, Any]) -> Client:
         kept_rows=RowCache(root / "rows"),
         rows_digest=rows_digest,
         policy=policy.Policy.of(node),
+        private=_private(node, root / "privacy.json"),
+    )
+
+
+def _private(node: Mapping[str, Any], ledger: Path) -> private.ExamplePrivacy | None:
+    if not node["dp-noise"]:
+        return None
+    return private.ExamplePrivacy(
+        node["dp-noise"], node["dp-clip"], node["dp-epsilon"], node["dp-delta"], ledger
+    )
+
+
+def _simulated_privacy(config: configs.Config, ledger: Path) -> private.ExamplePrivacy | None:
+    """A simulated client has no owner: the run's configuration decides for it."""
+    p = config.privacy
+    if not p.example_noise:
+        return None
+    return private.ExamplePrivacy(
+        p.example_noise, p.example_clip, p.example_epsilon, p.delta, ledger
     )
 
 
@@ -299,4 +330,5 @@ def _simulated_client(node: Mapping[str, Any], config: configs.Config) -> Client
         rows_id=(config.data, config.federation, config.run.seed, index, count),
         own_rows=False,
         validation_share=share,
+        private=_simulated_privacy(config, root / "privacy" / f"{name}.json"),
     )

@@ -27,6 +27,7 @@ from server_app.run import schema as ev
 from server_app.run.checkpoint import Checkpoints
 from server_app.run.events import EventLog
 from server_app.run.folder import RunFolder
+from server_app.run.identity import identity, refuse_another
 from server_app.state import State, fresh_state
 from server_app.strategy import Strategy
 from server_app.transport import FlowerTransport, Transport
@@ -90,9 +91,14 @@ def run(config: Config, transport: Transport, events: EventLog) -> None:
 
 
 def _run(config: Config, transport: Transport, events: EventLog) -> None:
-    checkpoints = Checkpoints(Path(config.run.dir) / "checkpoints", keep=config.run.checkpoints)
+    made_of = identity(config)
+    folder = Path(config.run.dir) / "checkpoints"
+    checkpoints = Checkpoints(folder, config.run.checkpoints, made_of)
     saved = checkpoints.latest() if config.run.resume else None
+    whole = True
     if saved is not None:
+        refuse_another(saved.identity, config)
+        whole = saved.events_digest in ("", events.digest(saved.events_offset))
         events.rewind(saved.events_offset)
     f = config.federation
     events.emit(ev.RunStarted(
@@ -101,6 +107,11 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
         clients_per_round=f.clients_per_round,
         resumed_from=saved.round if saved else None,
     ))  # fmt: skip
+    if not whole:
+        events.emit(ev.Warned(
+            text="events.jsonl is not as the last checkpoint knows it: what it says of the rounds "
+            "before may be wrong or missing",
+        ))  # fmt: skip
 
     bench = load.load(config, events)
     strategy = Strategy(config, transport, events, own.update_of(bench))
@@ -120,7 +131,8 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
         with phase(events, "round", round=round):
             one_round(strategy, bench, state, round)
         events.emit(ev.Memory(process="server", peak_rss_bytes=peak_rss_bytes()))
-        checkpoints.save(state, bench.models, events.offset())
+        written = events.offset()
+        checkpoints.save(state, bench.models, written, events.digest(written))
     if last < f.rounds:
         raise RunError(f"stopped after round {last} as run.stop-after asks; resume to go on")
     _export(bench, strategy, state)

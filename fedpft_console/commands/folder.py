@@ -19,11 +19,6 @@ from fedpft_core.errors import UserError
 CONFIG_FILE = "config.yaml"
 EVENTS_FILE = "events.jsonl"
 CHECKPOINTS = "checkpoints"
-# What a resumed run may change: it alters neither the model nor what has been drawn at random.
-_FREE_ON_RESUME = (
-    "run.resume", "run.dir", "run.stop-after", "run.checkpoints", "run.proxy-cache",
-    "federation.round-timeout", "federation.node-timeout", "federation.attempts",
-)  # fmt: skip
 _LEAST_FREE_BYTES = 200_000_000
 
 
@@ -49,12 +44,12 @@ def resume_config(folder: Path, changes: Mapping[str, Any]) -> dict[str, Scalar]
         raise UserError(f"--resume {folder}: it holds no {CONFIG_FILE}, so it is no run folder.")
     saved = config.to_flat(config.from_flat(config.read_file(folder / CONFIG_FILE)))
     config.from_flat(changes)  # wrong keys and types are named as such, not as contradictions
-    for name, value in changes.items():
-        if name not in _FREE_ON_RESUME and saved[name] != value:
-            raise UserError(
-                f"{name} = {value!r} contradicts {saved[name]!r} in {folder / CONFIG_FILE}: "
-                "a resumed run keeps its configuration."
-            )
+    name = config.changed(saved, changes)
+    if name:
+        raise UserError(
+            f"{name} = {changes[name]!r} contradicts {saved[name]!r} in {folder / CONFIG_FILE}: "
+            "a resumed run keeps its configuration."
+        )
     # Where the first part was told to stop does not bind the second.
     saved["run.stop-after"] = config.keys()["run.stop-after"].default
     merged = {**saved, **changes, "run.dir": str(folder), "run.resume": True}

@@ -22,12 +22,37 @@ from fedpft_core.config.keys import (
     WireConfig,
 )
 from fedpft_core.config.methods import method_name
+from fedpft_core.config.resume import FREE_ON_RESUME, changed
 from fedpft_core.config.sources import home, parse_overrides, read_file, write_yaml
 from fedpft_core.config.values import KeyInfo, flatten, from_flat, keys, to_flat, to_tree
 
 __all__ = [
-    "AlignConfig", "Config", "DataConfig", "DistillConfig", "FederationConfig", "HeadConfig",
-    "KeyInfo", "LoraConfig", "ModelConfig", "PlanConfig", "PlugConfig", "PrivacyConfig",
-    "RunConfig", "Scalar", "TrainConfig", "WireConfig", "flatten", "from_flat", "home", "keys",
-    "method_name", "parse_overrides", "read_file", "to_flat", "to_tree", "write_yaml",
+    "FREE_ON_RESUME",
+    "AlignConfig",
+    "Config",
+    "DataConfig",
+    "DistillConfig",
+    "FederationConfig",
+    "HeadConfig",
+    "KeyInfo",
+    "LoraConfig",
+    "ModelConfig",
+    "PlanConfig",
+    "PlugConfig",
+    "PrivacyConfig",
+    "RunConfig",
+    "Scalar",
+    "TrainConfig",
+    "WireConfig",
+    "changed",
+    "flatten",
+    "from_flat",
+    "home",
+    "keys",
+    "method_name",
+    "parse_overrides",
+    "read_file",
+    "to_flat",
+    "to_tree",
+    "write_yaml",
 ]  # fmt: skip

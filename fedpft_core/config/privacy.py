@@ -60,6 +60,22 @@ class PrivacyConfig:
         1e-5, "delta at which epsilon is stated; below one over the number of clients",
         above=0.0, high=0.1,
     )  # fmt: skip
+    example_noise: float = key(
+        0.0,
+        "example-level privacy of simulated clients (a real node's owner sets dp-noise, dp-clip, "
+        "dp-epsilon and dp-delta in its node config): standard deviation of the Gaussian noise on "
+        "the sum of a step's clipped gradients, in multiples of the bound; 0 = none",
+        low=0.0,
+    )
+    example_clip: float = key(
+        1.0, "largest L2 norm of the gradient of a row (with privacy.example-noise)", above=0.0
+    )
+    example_epsilon: float = key(
+        0.0,
+        "epsilon that a simulated client spends on its rows in all, after which it refuses; 0 = no "
+        "limit",
+        low=0.0,
+    )
     secure: bool = key(
         False,
         "secure aggregation: the server learns the sum of a round's changes and of their losses, "
@@ -103,6 +119,8 @@ def check(config: Config) -> None:
         UserError: naming both keys.
     """
     p = config.privacy
+    if p.example_noise:
+        _check_examples(config)
     if p.secure:
         _check_secure(config)
     if not p.client_noise:
@@ -133,6 +151,25 @@ def check(config: Config) -> None:
             f"privacy.count-noise = {p.count_noise:g} is not more than half of "
             f"privacy.client-noise = {p.client_noise:g}."
         )
+
+
+def _check_examples(config: Config) -> None:
+    a = config.align
+    wrong = {
+        "head.start = zero (clients give no class statistics)": config.head.start != "zero",
+        "head.end = trained (clients give no class statistics)": config.head.end != "trained",
+        "plug.method = as-trained, refit or distil (the others read class statistics)": (
+            config.plug.method in ("best", "mapped")
+        ),
+        "align.proportion = 1 or another align.selection (apoz reads clients' counts)": (
+            a.interval and a.proportion < 1 and a.selection == "apoz"
+        ),
+    }
+    for what, present in wrong.items():
+        if present:
+            raise UserError(
+                f"privacy.example-noise = {config.privacy.example_noise:g} needs {what}."
+            )
 
 
 def _check_secure(config: Config) -> None:

@@ -118,6 +118,28 @@ def fine_tune(
     return train_on(model, task, local_batches(data, settings, seed), settings, seed)
 
 
+def optimiser_for(model: nn.Module, settings: LocalSettings) -> torch.optim.AdamW:
+    """AdamW over the adapter, with the head's own rate.
+
+    Args:
+        model: a model with an adapter.
+        settings: rates and weight decay.
+
+    Returns:
+        The optimiser, at its start.
+    """
+    lora: list[nn.Parameter] = []
+    head: list[nn.Parameter] = []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (lora if ".lora_" in name else head).append(p)
+    groups = [
+        {"params": lora, "lr": settings.lr},
+        {"params": head, "lr": settings.lr * settings.head_lr_scale},
+    ]
+    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
+
+
 def train_on(
     model: nn.Module, task: Task, rows: Iterable[Batch], settings: LocalSettings, seed: int
 ) -> TrainResult:
@@ -138,16 +160,7 @@ def train_on(
         Mean loss (NaN without a batch), steps, rows and seconds.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
-    lora: list[nn.Parameter] = []
-    head: list[nn.Parameter] = []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            (lora if ".lora_" in name else head).append(p)
-    groups = [
-        {"params": lora, "lr": settings.lr},
-        {"params": head, "lr": settings.lr * settings.head_lr_scale},
-    ]
-    optimiser = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
+    optimiser = optimiser_for(model, settings)
     # A round that broke off may have left gradients on a model that is kept between messages.
     optimiser.zero_grad(set_to_none=True)
     device = device_of(model)

@@ -286,6 +286,7 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "examples": ("a whole number", _is_int),
     "validation": ("a whole number", _is_int),
     "validation_rows": ("a whole number", _is_int),
+    "private": ("true or false", lambda v: isinstance(v, bool)),
     "validation_sums": ("numbers by name", _is_numbers),
     "steps": ("a whole number", _is_int),
     "seed": ("a whole number", _is_int),

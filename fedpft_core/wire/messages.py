@@ -68,6 +68,7 @@ class TrainReply:
     validation_rows: int = 0  # rows kept from training
     # What the sub-FM with the adapter *received* came to on them; see `Task.sent`.
     validation_sums: dict[str, float] = field(default_factory=dict)
+    private: bool = False  # trained with example-level privacy: the loss is not said
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ class Saved:
     patches: list[Patch]
     have: dict[str, tuple[str, ...]]
     run: str
+    identity: dict[str, Any]  # see `server_app.run.identity`; empty in checkpoints of before
+    events_digest: str = ""  # sha256 of the event log up to `events_offset`
     spent: list[list[float]] = field(default_factory=list)
     bound: float = 0.0
 
@@ -68,19 +70,23 @@ class Saved:
 
 
 class Checkpoints:
-    """A folder of checkpoints `round-NNNN`, the last `keep` of them."""
+    """A folder of checkpoints `round-NNNN`, the last `keep` of them; each says of what run."""
 
-    def __init__(self, root: Path, keep: int) -> None:
+    def __init__(self, root: Path, keep: int, identity: dict[str, Any] | None = None) -> None:
         self.root = root
         self.keep = keep
+        self.identity = identity or {}
 
-    def save(self, state: State, models: Models, events_offset: int) -> None:
+    def save(
+        self, state: State, models: Models, events_offset: int, events_digest: str = ""
+    ) -> None:
         """Write the state after a round; a checkpoint of this round that is there is replaced.
 
         Args:
             state: what is written, but for what pruning the FM gives again.
             models: say which of the proxy's weights alignment may have moved.
             events_offset: length of the event log after this round, bytes.
+            events_digest: sha256 of the log so far.
 
         Raises:
             OSError: the disk is full, or the folder cannot be written; older checkpoints stay.
@@ -98,6 +104,8 @@ class Checkpoints:
             "events_offset": events_offset,
             "patches": [[p.source, p.target, p.fmt] for p in state.patches],
             "run": state.run,
+            "identity": self.identity,
+            "events_digest": events_digest,
             "spent": state.spent,
             "bound": state.bound,
             "have": {k: list(v) for k, v in state.have.items()},
@@ -168,6 +176,8 @@ def _read(folder: Path) -> Saved:
         ],
         have={k: tuple(v) for k, v in meta["have"].items()},
         run=meta["run"],
+        identity=meta.get("identity", {}),
+        events_digest=meta.get("events_digest", ""),
         spent=meta["spent"],
         bound=meta["bound"],
     )

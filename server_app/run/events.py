@@ -11,6 +11,7 @@ and a field that a line lacks is blank: 0, "", empty, None, or NaN for a measure
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -215,9 +216,30 @@ class EventLog:
         """
         if self._file is not None:
             # A log shorter than remembered (power cut) must not be padded with zero bytes.
-            self._file.truncate(min(offset, self.offset()))
+            end = min(offset, self.offset())
+            if self.path is not None:
+                # Of a damaged log the place may be in the middle of a line.
+                with self.path.open("rb") as file:
+                    end = file.read(end).rfind(b"\n") + 1
+            self._file.truncate(end)
         else:
             del self.seen[offset:]
+
+    def digest(self, offset: int) -> str:
+        """A digest of the log so far, by which damage shows.
+
+        Args:
+            offset: how many bytes of it.
+
+        Returns:
+            sha256, 64 hex digits; of less where there is less, and empty for a log that is not in
+            a file.
+        """
+        if self._file is None or self.path is None:
+            return ""
+        self._file.flush()
+        with self.path.open("rb") as file:
+            return hashlib.sha256(file.read(offset)).hexdigest()
 
     def close(self) -> None:
         """Make sure that everything is on the disk, and let go of the file."""

@@ -39,7 +39,8 @@ class RunFolder:
 
         Raises:
             UserError: the folder cannot be written, another server uses it, it holds a checkpoint
-                and resume was not asked for, or it holds no run and resume was asked for.
+                and resume was not asked for, it holds no run and resume was asked for, or the run
+                in it has another configuration.
         """
         path = Path(config.run.dir).expanduser() if config.run.dir else _new_folder()
         path = path.resolve()
@@ -66,6 +67,16 @@ def _begin(config: Config, path: Path, run: RunConfig) -> EventLog:
             f"run.dir = {path}: this folder already holds a run; resume it "
             "(run.resume = true) or choose another folder."
         )
+    if saved and (path / "config.yaml").is_file():
+        # Before the file is written anew; what the checkpoint says is held against it later.
+        before = configs.to_flat(configs.from_flat(configs.read_file(path / "config.yaml")))
+        now = configs.to_flat(config)
+        name = configs.changed(before, now)
+        if name:
+            raise UserError(
+                f"{name} = {now[name]!r} contradicts {before[name]!r} in {path / 'config.yaml'}: "
+                "a resumed run keeps its configuration."
+            )
     if not saved:
         # A run that ended before its first checkpoint starts over, and so does its log.
         (path / "events.jsonl").unlink(missing_ok=True)
