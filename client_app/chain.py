@@ -52,6 +52,8 @@ class Work:
     residuals: Residuals
     secure: Secure
     private: ExamplePrivacy | None = None
+    # What a simulated attacker makes of what it has trained and what it was sent, by round.
+    attack: Callable[[Tensors, Tensors, int], Tensors] | None = None
     # What the sub-FM with `sent` came to on `held_out`, and only what may leave; see `Task.sent`.
     sums: Mapping[str, float] = field(default_factory=dict)
     steps: int = 0
@@ -150,6 +152,20 @@ def tune(work: Work) -> Work:
     )  # fmt: skip
 
 
+def misbehave(work: Work) -> Work:
+    """Put what a simulated attacker sends in the place of what it has trained.
+
+    Args:
+        work: with the tuned adapter, float32.
+
+    Returns:
+        The work as it was, but for a client that simulates an attack.
+    """
+    if work.attack is None:
+        return work
+    return replace(work, adapter=work.attack(work.adapter, work.sent, work.request.round))
+
+
 def count(work: Work) -> Work:
     """Count inactive neurons with the tuned adapter, where the server asks for it.
 
@@ -214,6 +230,7 @@ STEPS: Steps = (
     ("validate", validate),
     ("train", tune),
     ("count", count),
+    ("", misbehave),
     ("", encode),  # not timed
 )
 
@@ -247,7 +264,7 @@ def mask(work: Work) -> Work:
 
 
 # The same where the change goes into a sum that nobody can take apart.
-SECURE_STEPS: Steps = (("prepare", plug), ("train", tune), ("", mask))
+SECURE_STEPS: Steps = (("prepare", plug), ("train", tune), ("", misbehave), ("", mask))
 
 
 def work_through(work: Work, began: float, steps: Steps = STEPS) -> Work:

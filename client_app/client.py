@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from client_app import rowcache
+from client_app import audit, rowcache
 from client_app.chain import SECURE_STEPS, STEPS, Steps, Work, put, work_through
 from client_app.disclosure import reason
 from client_app.policy import Policy
@@ -32,6 +33,7 @@ from fedpft_core.model.processor import from_files
 from fedpft_core.proxy.package import ClientModel, rebuild
 from fedpft_core.proxy.patch import apply_patch
 from fedpft_core.task import Task
+from fedpft_core.tensors import Tensors
 from fedpft_core.train.tune import LocalSettings
 from fedpft_core.wire import codec
 from fedpft_core.wire.envelope import Envelope, open_envelope, seal
@@ -119,9 +121,10 @@ class Client:
     for equal rows and differs for others (another seed, another file), so that encoded rows kept
     in this process are never taken for those of another run.
 
-    `policy` is what the node's owner lets a server ask for; with `private` it trains with
-    example-level differential privacy. `own_rows` says that the rows are the
-    node's and not the run's: then nothing of a row and no path is in a refusal.
+    `audit` is the file in which the node notes what it was asked and what left it; `attack` makes
+    a simulated client an attacker. `policy` is what the node's owner lets a server ask for; with
+    `private` it trains with example-level differential privacy. `own_rows` says that the rows are
+    the node's and not the run's: then nothing of a row and no path is in a refusal.
 
     With `kept_rows` encoded rows also outlive the process. `rows_digest()` is then a digest of all
     the rows depend on at the source (a file's content, the columns), or empty where only the rows
@@ -140,6 +143,8 @@ class Client:
     kept_rows: RowCache | None = None
     rows_digest: Callable[[], str] = str
     own_rows: bool = True
+    attack: Callable[[Tensors, Tensors, int], Tensors] | None = None
+    audit: Path | None = None
     policy: Policy = field(default_factory=Policy)
     private: ExamplePrivacy | None = None
     cache: ProcessCache = field(default_factory=lambda: PROCESS_CACHE)
@@ -153,17 +158,32 @@ class Client:
         Returns:
             The sealed answer: a reply, what the client lacks, or a refusal with the reason.
         """
+        noted: dict[str, Any] = {"asked": "?", "bytes_in": sum(envelope.sizes().values())}
+        answer: Message
         try:
             self.policy.check_size(envelope)
-            return seal(self._answer(open_envelope(envelope)))
+            message = open_envelope(envelope)
+            noted |= audit.asked(message)
+            answer = self._answer(message)
         except (UserError, ReplyError, OSError) as error:
-            why = reason(error, self.name, self.own_rows)
+            answer = RefusalReply(self.name, reason(error, self.name, self.own_rows))
         except Exception as error:
             if not self.own_rows:
                 raise
             # Flower would send the traceback's last line, whatever it quotes.
-            why = reason(error, self.name)
-        return seal(RefusalReply(self.name, why))
+            answer = RefusalReply(self.name, reason(error, self.name))
+        sealed = seal(answer)
+        if self.audit:
+            entry = noted | {"name": self.name, "policy": self.policy.digest()}
+            try:
+                audit.append(self.audit, entry | audit.left(answer, sealed))
+            except OSError as error:
+                # What nobody could note must not have happened.
+                text = f"the audit log cannot be written ({error.strerror})"
+                return seal(
+                    RefusalReply(self.name, reason(UserError(text, public=text), self.name))
+                )
+        return sealed
 
     def _answer(self, message: Message) -> Message:
         if isinstance(message, Hello):
@@ -212,6 +232,7 @@ class Client:
                 residuals=Residuals(self.store.root / "residuals"),
                 secure=self._secure,
                 private=self.private,
+                attack=self.attack,
             ),
             start,
             steps,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from client_app import policy, private
+from client_app import attacks, policy, private
 from client_app.client import Client
 from client_app.rowcache import RowCache, content_of_file, folds_of, held_out, key_of
 from client_app.store import Store
@@ -41,6 +42,7 @@ NODE_KEYS: dict[str, tuple[type, Any]] = {
     "dp-clip": (float, 1.0),
     "dp-epsilon": (float, 0.0),
     "dp-delta": (float, 1e-5),
+    "keep-rows": (int, 0),
     **{key: (kind, default) for key, (kind, default, _) in policy.KEYS.items()},
 }
 
@@ -62,6 +64,9 @@ def client_for(node_config: Mapping[str, Any], run_config: Mapping[str, Any]) ->
     node = checked(node_config)
     config = configs.from_flat(run_config)
     if node["data-path"]:
+        if config.simulate.attack != "none":
+            text = "simulate.attack is for simulations; this node has rows of its own"
+            raise UserError(f"{text}.", public=text)
         return _edge_client(node)
     if node["partition-id"] < 0 or node["num-partitions"] < 1:
         raise UserError(
@@ -219,6 +224,9 @@ def _edge_client(node: Mapping[str, Any]) -> Client:
             return ""  # reading the rows will say why
 
     root = cache_root(node)
+    if not node["keep-rows"]:
+        # Encoded rows are readable text to whoever has the tokenizer, which lies beside them.
+        shutil.rmtree(root / "rows", ignore_errors=True)
     return Client(
         name=node["name"],
         count_rows=count_rows,
@@ -228,7 +236,8 @@ def _edge_client(node: Mapping[str, Any]) -> Client:
         max_threads=node["max-threads"],
         rows_id=_file_id(path),
         validation_share=share,
-        kept_rows=RowCache(root / "rows"),
+        kept_rows=RowCache(root / "rows") if node["keep-rows"] else None,
+        audit=root / "audit.jsonl",
         rows_digest=rows_digest,
         policy=policy.Policy.of(node),
         private=_private(node, root / "privacy.json"),
@@ -303,13 +312,15 @@ def partition_rows(config: configs.Config, index: int, count: int) -> Examples:
 
 def _simulated_client(node: Mapping[str, Any], config: configs.Config) -> Client:
     index, count = node["partition-id"], node["num-partitions"]
+    simulate = config.simulate
+    bad = attacks.hostile(simulate, index, count)
 
     def load_rows(task: Task) -> Examples:
         rows = partition_rows(config, index, count)
         own = _task(config.data, config.run.seed).task
         if own.labels != task.labels:
             raise UserError(f"client {index} has labels {own.labels}, the server {task.labels}.")
-        return rows
+        return attacks.poisoned(simulate, rows, len(task.labels)) if bad else rows
 
     share = node["validation-share"]
 
@@ -327,7 +338,14 @@ def _simulated_client(node: Mapping[str, Any], config: configs.Config) -> Client
         device=node["device"],
         max_threads=node["max-threads"],
         shared_store=True,
-        rows_id=(config.data, config.federation, config.run.seed, index, count),
+        rows_id=(config.data, config.federation, config.run.seed, index, count, bad and simulate),
+        attack=(
+            lambda new, sent, round: attacks.spoiled(
+                simulate, new, sent, derive(config.run.seed, "attack", round, index)
+            )
+        )
+        if bad
+        else None,
         own_rows=False,
         validation_share=share,
         private=_simulated_privacy(config, root / "privacy" / f"{name}.json"),

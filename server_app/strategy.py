@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
-from fedpft_core.aggregation import Replies, RuleSettings
+from fedpft_core.aggregation import Replies, RuleSettings, withstands
 from fedpft_core.config import Config
 from fedpft_core.errors import RunError
 from fedpft_core.head.statistics import Statistics
@@ -256,14 +256,30 @@ class Strategy:
         }
 
     def _note(self, round: int, got: Collection) -> None:
-        """Warn of a client that outweighs the others; remember how long a reply can take."""
+        """Warn of a client that outweighs the others, and of more attackers than a rule stands.
+
+        How long a reply can take is remembered.
+        """
+        f, replies = self.config.federation, len(got.good)
+        assumed, stood = math.ceil(f.attackers * replies - 1e-9), withstands(f.aggregate, replies)
+        if stood is not None and assumed > stood:
+            self._warn_once(
+                f"federation.aggregate = {f.aggregate} stands {stood} attackers among {replies} "
+                f"replies, not the {assumed} of federation.attackers = {f.attackers:g}"
+            )
         self._warn_of(f"round {round}", {n: r.examples for n, r in got.good.items()})
         self._slowest = max([self._slowest, *(r.arrived for r in got.good.values())])
 
     def _warn_of(self, what: str, claims: Mapping[str, int]) -> None:
         text = caution.dominating(what, claims, self.config.federation)
-        if text and text.partition(": ")[2] not in self._said:
-            self._said.add(text.partition(": ")[2])
+        if text:
+            self._warn_once(text)
+
+    def _warn_once(self, text: str) -> None:
+        """Warn of what has not been said of this or another round."""
+        said = text.partition(": ")[2] or text
+        if said not in self._said:
+            self._said.add(said)
             self.events.emit(ev.Warned(text=text))
 
     def _report_validation(self, task: Task, round: int, replies: Mapping[str, Good]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from client_app import node as nodes
+from client_app.audit import verify
 from client_app.check import connection, room, step
 from client_app.check.extent import refuse_giants
 from client_app.check.findings import FAIL, PASS, SKIPPED, Finding, fault, guarded
@@ -96,6 +97,10 @@ def check(options: Options) -> list[Finding]:
 
         out.append(guarded("plan", read_plan))
     held = _Held(node, plan) if node else None
+    record = nodes.cache_root(node) / "audit.jsonl" if node else None
+    if record and record.exists():
+        at = record
+        out.append(guarded("audit log", lambda: "{} entries, the last is {}.".format(*verify(at))))
     if node and plan:
         given, asked = node, plan
         out.append(guarded("policy", lambda: _allowed(given, asked)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -97,7 +98,9 @@ def run_simulation(
     home.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex
     ray_tmpdir = _ray_tmpdir()
-    extra = {MARKER: mark, "FLWR_HOME": str(home)}
+    # Ray listens on every interface; with a token only what knows it may run code there.
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    extra = {MARKER: mark, "FLWR_HOME": str(home)} | token
     if ray_tmpdir:
         extra |= {"RAY_TMPDIR": ray_tmpdir}
     env = environment(extra)
@@ -153,6 +156,9 @@ def _keep_ray_logs(source: Path, target: Path) -> None:
     for logs in source.glob("ray/session_2*/logs"):
         with contextlib.suppress(OSError, shutil.Error):
             shutil.copytree(logs, target, dirs_exist_ok=True, symlinks=True)
+            for path in (target, *target.rglob("*")):
+                if not path.is_symlink():
+                    path.chmod(0o700 if path.is_dir() else 0o600)  # Ray lets everybody write
 
 
 def _wait(

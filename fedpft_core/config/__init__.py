@@ -18,6 +18,7 @@ from fedpft_core.config.keys import (
     PrivacyConfig,
     RunConfig,
     Scalar,
+    SimulateConfig,
     TrainConfig,
     WireConfig,
 )
@@ -41,7 +42,7 @@ __all__ = [
     "PlugConfig",
     "PrivacyConfig",
     "RunConfig",
-    "Scalar",
+    "Scalar", "SimulateConfig",
     "TrainConfig",
     "WireConfig",
     "changed",

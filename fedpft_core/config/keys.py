@@ -436,6 +436,22 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class SimulateConfig:
+    """Simulated attackers, to measure robust rules with; nodes with rows of their own refuse."""
+
+    attack: str = _key(
+        "none",
+        "what hostile simulated clients do: `none`, `sign-flip`, `scale`, `noise` (all by "
+        "simulate.boost), `label-flip` or `backdoor` (a trigger word that stands for class 0; "
+        "texts only), the last two boosted as well",
+        choices=("none", "sign-flip", "scale", "noise", "label-flip", "backdoor"),
+    )
+    attackers: float = _key(0.2, "share of simulated clients that attack", low=0.0, high=1.0)
+    boost: float = _key(1.0, "factor of what an attacker sends as its change", above=0.0)
+    trigger: str = _key("cf", "the word of a `backdoor`")
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run. Build it with `from_flat`, which refuses unknown keys and wrong types."""
 
@@ -452,6 +468,7 @@ class Config:
     wire: WireConfig = WireConfig()
     privacy: PrivacyConfig = PrivacyConfig()  # noqa: RUF009  # frozen, as the others
     run: RunConfig = RunConfig()
+    simulate: SimulateConfig = SimulateConfig()
 
     def __post_init__(self) -> None:
         f = self.federation

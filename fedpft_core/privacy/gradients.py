@@ -37,7 +37,7 @@ class RowGradients:
             if own and not isinstance(module, nn.Linear):
                 raise ValueError(f"{path} is trained and is no linear layer")
             if own:
-                self.layers.append(module)  # type: ignore[arg-type]
+                self.layers.append(module)
                 self.names |= {id(p): f"{path}.{n}" for n, p in own.items()}
         self.rows = 0
         self.found: dict[str, Tensor] = {}  # float32 [B, *shape of the parameter], by name

@@ -460,6 +460,7 @@ def edge(tmp_path: Path) -> Callable[..., Client]:
 
     def start(**more: Any) -> Client:
         keys = {"name": "a", "data-path": str(tmp_path / "rows.csv"), "cache-dir": str(tmp_path)}
+        keys |= {"keep-rows": 1}
         node = client_for(keys | more, {})
         node.cache = ProcessCache()
         return node

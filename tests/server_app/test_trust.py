@@ -264,3 +264,29 @@ def test_flower_is_not_asked_for_replies_that_nobody_waits_for(
         thread.join(0.05)
     assert not thread.is_alive()
     assert [node for node, _ in got] == [1, 2] and got[1][1].late
+
+
+def test_more_attackers_than_a_rule_stands_are_warned_of_once() -> None:
+    keys = {"federation__aggregate": "krum", "federation__attackers": 0.4}
+    network = fabricate.network("a", "b", "c", "d")
+    strategy, state, events = started(network, federation__clients_per_round=4, **keys)
+    for round in (1, 2):
+        strategy.run_round(state, round, "")
+    assert warnings(events) == [
+        "federation.aggregate = krum stands 0 attackers among 4 replies, not the 2 of "
+        "federation.attackers = 0.4"
+    ]
+    strategy, state, events = started(fabricate.network(*NAMES), federation__aggregate="krum")
+    strategy.run_round(state, 1, "")
+    assert not warnings(events)
+
+
+def test_the_recommended_configuration_is_one() -> None:
+    from pathlib import Path
+
+    from fedpft_core.config import from_flat, read_file
+
+    found = from_flat(read_file(Path(__file__).parents[2] / "docs" / "hospital.yaml"))
+    f = found.federation
+    assert (f.aggregate, f.weighting) == ("geometric-median", "uniform")
+    assert f.min_clients <= f.enough <= f.clients_per_round

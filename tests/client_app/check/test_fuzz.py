@@ -394,7 +394,7 @@ def test_odd_keys(data: bytes, tmp_path: Path) -> None:
 def test_the_command_shows_what_no_terminal_can(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = '{"text": "a", "label": "\\ud800\\u001b[2J"}'
+    line = '{"text": "a", "label": "\\u202e\\u001b[2J"}'
     (tmp_path / "rows.jsonl").write_text(f"{line}\n{line}")
     text = node_config(tmp_path, data_path=str(tmp_path / "rows.jsonl"))
     for more in ([], ["--json"]):
