@@ -8,6 +8,7 @@ noise to it belongs between `tune` and `encode`, where `adapter` is float32.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from client_app.store import Residuals
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.data.batches import Encoded
 from fedpft_core.errors import ReplyError, UserError
+from fedpft_core.privacy.entropy import skellam
 from fedpft_core.proxy.package import ClientModel
 from fedpft_core.secure import ring
 from fedpft_core.seeds import derive, numpy_stream
@@ -238,6 +240,9 @@ STEPS: Steps = (
 def mask(work: Work) -> Work:
     """Quantise the change and the loss, and put the session's masks on them.
 
+    Where the server asks for it, the change is scaled down to a norm and gets this client's part of
+    the noise, and the loss is not said.
+
     Args:
         work: with the tuned adapter, float32, and the mean loss.
 
@@ -250,7 +255,10 @@ def mask(work: Work) -> Work:
     request = work.request
     assert isinstance(request, SecureTrainRequest)
     change = {k: t.double() - work.sent[k].double() for k, t in work.adapter.items()}
-    loss = {"loss": torch.tensor([work.loss])}
+    size = math.sqrt(math.fsum(float(d.square().sum()) for d in change.values()))
+    if request.longest and size > request.longest:
+        change = {k: d * (request.longest / size) for k, d in change.items()}
+    loss = {"loss": torch.tensor([0.0 if request.variance else work.loss])}
     stream = numpy_stream(request.seed, "quantise", request.round, work.name)
     try:
         values = np.concatenate([
@@ -259,6 +267,8 @@ def mask(work: Work) -> Work:
         ])  # fmt: skip
     except ValueError as error:
         raise ReplyError(str(error)) from error
+    if request.variance:
+        values = values + skellam(len(values), request.variance)
     sent = np.frombuffer(work.secure.mask(request, values), np.uint8)
     return replace(work, loss=0.0, adapter={"masked": torch.from_numpy(sent.copy())})
 

@@ -33,6 +33,7 @@ from fedpft_core.wire.messages import (
 )
 
 FEWEST_PEERS = 2  # of two clients each could tell the other's change from the sum
+_MOST_VARIANCE = 2.0**62  # more would not fit whole numbers of 64 bits
 _STEPS = ("keys", "shares", "masked", "revealed")
 
 
@@ -144,6 +145,8 @@ class Secure:
             raise ReplyError("the bits of a value and of the ring do not fit each other")
         if not 0 < request.reach < math.inf:
             raise ReplyError("the reach of a value is no number above 0")
+        if not (0 <= request.longest < math.inf and 0 <= request.variance <= _MOST_VARIANCE):
+            raise ReplyError("the bound or the noise is no number of at least 0")
         self._known(session, request.alive, [int(p) for p in session.peers])
         if len(request.alive) < session.threshold:
             raise ReplyError("too few neighbours have shared their secrets")

@@ -101,6 +101,10 @@ class Strategy:
                     self.config, nodes, state, round, self.events, self._exchange
                 ).run(self._blob(state), sent, base)
                 if summed.change is not None:
+                    if self.private:
+                        values = 1 + sum(t.numel() for t in base.values())
+                        spend = self.private.masked(values)
+                        self.private.book(state, round, spend, self.config.privacy.client_clip)
                     return summed.outcome(base, start)
                 text = self._too_few(f"round {round}", len(summed.good), summed.bad, attempt)
                 continue

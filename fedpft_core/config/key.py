@@ -18,7 +18,14 @@ def key(
 ) -> Any:
     """Declare one key: default, one-line doc with unit, and the range or values it admits.
 
-    `joined`: several choices in a row, `a+b`, will do; `none` stands alone.
+    Args:
+        default: taken where the key is absent.
+        doc: one line, with the unit.
+        low: the least value.
+        high: the largest value.
+        above: what the value must be more than.
+        choices: the only values admitted; empty for any.
+        joined: several choices in a row, `a+b`, will do; `none` stands alone.
 
     Returns:
         The dataclass field, with all but the default as its metadata.

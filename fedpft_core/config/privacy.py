@@ -21,8 +21,9 @@ class PrivacyConfig:
 
     client_noise: float = key(
         0.0,
-        "client-level privacy: standard deviation of the Gaussian noise that the server adds to "
-        "the sum of a round's clipped changes, in multiples of the bound; 0 = no noise, no privacy",
+        "client-level privacy: standard deviation of the noise on the sum of a round's clipped "
+        "changes, in multiples of the bound: Gaussian, from the server, or with privacy.secure "
+        "Skellam, from the clients; 0 = no noise, no privacy",
         low=0.0,
     )
     client_clip: float = key(
@@ -192,9 +193,10 @@ def _check_secure(config: Config) -> None:
         "align.proportion = 1 or another align.selection (apoz reads clients' counts)": (
             a.interval and a.proportion < 1 and a.selection == "apoz"
         ),
-        "privacy.client-noise = 0 (the server adds its noise to replies that it can read)": (
-            p.client_noise > 0
+        "privacy.sampling = fixed with privacy.client-noise (a Poisson sample may be of two)": (
+            p.client_noise > 0 and p.sampling != "fixed"
         ),
+        "privacy.clip-quantile = 0 (nobody counts short changes)": p.clip_quantile > 0,
     }
     for what, present in wrong.items():
         if present:

@@ -14,7 +14,7 @@ import importlib
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedpft_core.errors import UserError
@@ -29,27 +29,30 @@ class Spend:
         rate: Poisson sampling: the probability of each member; 1 = everybody, without sampling.
         sample: sampling of fixed size without replacement: the members drawn; 0 = Poisson.
         members: of how many members.
+        steps: the noise is Skellam noise on whole numbers, and a part measures so many of them at
+            most (L2); 0 = Gaussian noise. Sampling is then not counted in the members' favour.
     """
 
     noise: float
     rate: float = 1.0
     sample: int = 0
     members: int = 0
+    steps: float = 0.0
 
     def as_raw(self) -> list[float]:
         """The spend as JSON values.
 
         Returns:
-            Its four numbers.
+            Its five numbers.
         """
-        return [self.noise, self.rate, self.sample, self.members]
+        return [self.noise, self.rate, self.sample, self.members, self.steps]
 
     @staticmethod
     def from_raw(raw: Any) -> Spend:
         """The inverse of :meth:`as_raw`.
 
         Args:
-            raw: four numbers.
+            raw: five numbers.
 
         Returns:
             The spend.
@@ -57,9 +60,9 @@ class Spend:
         Raises:
             ValueError: they are something else.
         """
-        if not isinstance(raw, list) or len(raw) != 4:
-            raise ValueError("a spend has four numbers")
-        return Spend(float(raw[0]), float(raw[1]), int(raw[2]), int(raw[3]))
+        if not isinstance(raw, list) or len(raw) != 5:
+            raise ValueError("a spend has five numbers")
+        return Spend(float(raw[0]), float(raw[1]), int(raw[2]), int(raw[3]), float(raw[4]))
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,10 @@ def epsilon(spends: Iterable[Spend], delta: float) -> Epsilon:
     if any(s.noise <= 0 for s in counted):
         return Epsilon(math.inf, None)
     dp, rdp, pld = _library()
+    if any(s.steps for s in counted):
+        orders = list(range(2, 257))
+        total = [sum(n * skellam(s, a) for s, n in counted.items()) for a in orders]
+        return Epsilon(float(rdp.compute_epsilon(orders, total, delta)[0]), None)
     replaced = any(s.sample for s in counted)
     relation = dp.NeighboringRelation
     by_rdp = rdp.RdpAccountant(
@@ -121,6 +128,29 @@ def epsilon(spends: Iterable[Spend], delta: float) -> Epsilon:
     )
 
 
+def skellam(spend: Spend, order: int) -> float:
+    """The Renyi divergence of one release with Skellam noise.
+
+    Source: Agarwal, Kairouz and Liu 2021 (arXiv:2110.04995), theorem 3.5, with the L1 sensitivity
+    of whole numbers at most the square of their L2 sensitivity.
+
+    Args:
+        spend: its steps are the L2 sensitivity; 0 = Gaussian noise, whose divergence is given.
+        order: at least 2.
+
+    Returns:
+        The divergence.
+    """
+    plain = order / (2 * spend.noise**2)
+    if not spend.steps:
+        return plain
+    squared = spend.steps**2
+    variance = spend.noise**2 * squared
+    return plain + min(
+        ((2 * order - 1) * squared + 6 * squared) / (4 * variance**2), 3 * squared / (2 * variance)
+    )
+
+
 def needed_noise(spend: Spend, times: int, target: float, delta: float) -> float:
     """The least noise with which so many releases stay within a target.
 
@@ -138,7 +168,7 @@ def needed_noise(spend: Spend, times: int, target: float, delta: float) -> float
     """
 
     def found(z: float) -> float:
-        one = Spend(z, spend.rate, spend.sample, spend.members)
+        one = replace(spend, noise=z)
         return epsilon([one] * times, delta).rdp
 
     low, high = 0.05, 1.0

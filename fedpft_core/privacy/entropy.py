@@ -55,6 +55,20 @@ def gaussian(count: int, source: Source = os.urandom) -> np.ndarray:
     return total / math.sqrt(_TERMS)
 
 
+def skellam(count: int, variance: float) -> np.ndarray:
+    """Skellam noise, the difference of two Poisson numbers: whole, and closed under sums.
+
+    Args:
+        count: how many.
+        variance: of each.
+
+    Returns:
+        int64 [count], from a generator that 256 bits of the system's entropy set, used once.
+    """
+    drawn = np.random.Generator(np.random.PCG64(int.from_bytes(os.urandom(32), "big")))
+    return drawn.poisson(variance / 2, count) - drawn.poisson(variance / 2, count)
+
+
 def chosen(count: int, size: int, source: Source = os.urandom) -> list[int]:
     """A subset of fixed size, every one equally likely.
 

@@ -7,6 +7,7 @@ therefore never wraps around: the sum of the ring is the sum of the whole number
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -19,17 +20,34 @@ MOST_BITS = 32  # of the ring
 LOSS_REACH = 16.0  # a mean loss beyond it becomes it
 
 
-def width(bits: int, clients: int) -> int:
+def width(bits: int, clients: int, deviation: float = 0.0) -> int:
     """Bits of a ring that holds the sum of so many numbers.
 
     Args:
         bits: of one number, with its sign.
         clients: how many are summed.
+        deviation: standard deviation of the noise on the sum, of which eight have room; what lies
+            beyond wraps around, which is no harm to privacy.
 
     Returns:
         k, with 2^k more than twice the largest sum.
     """
-    return int(2 * clients * largest(bits)).bit_length()
+    return math.ceil(2 * (clients * largest(bits) + 8 * deviation)).bit_length()
+
+
+def sensitivity(longest: float, bits: int, reach: float, count: int) -> float:
+    """How long the whole numbers of a clipped change can be.
+
+    Args:
+        longest: L2 norm of the change.
+        bits: of one number.
+        reach: what the largest number stands for.
+        count: n; rounding adds less than 1 to each number.
+
+    Returns:
+        The L2 norm.
+    """
+    return longest * largest(bits) / reach + math.sqrt(count)
 
 
 def largest(bits: int) -> int:

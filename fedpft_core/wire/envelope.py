@@ -33,7 +33,7 @@ from fedpft_core.wire.messages import (
 )
 from fedpft_core.wire.package import Patch
 
-PROTOCOL = 3
+PROTOCOL = 4
 
 
 _MAX_HEAD = 2**20  # characters; real heads have well under a thousand per patch
@@ -314,6 +314,8 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "bits": ("a whole number", _is_int),
     "modulus_bits": ("a whole number", _is_int),
     "reach": ("a number", _is_float),
+    "longest": ("a number", _is_float),
+    "variance": ("a number", _is_float),
     "alive": ("a list of clients", lambda v: _is_list(v, _is_number, _MOST_CLIENTS)),
     "answered": ("a list of clients", lambda v: _is_list(v, _is_number, _MOST_CLIENTS)),
     "dropped": ("a list of clients", lambda v: _is_list(v, _is_number, _MOST_CLIENTS)),

@@ -149,6 +149,8 @@ class SecureTrainRequest(TrainRequest):
     bits: int = 16  # of a quantised value, with its sign
     reach: float = 1.0  # what the largest one stands for
     modulus_bits: int = 32  # of the ring in which changes are summed
+    longest: float = 0.0  # L2 norm that the change is scaled down to; 0 = as it is
+    variance: float = 0.0  # of the Skellam noise on each number; 0 = none
     alive: tuple[int, ...] = ()  # neighbours that have shared their secrets
 
 

@@ -16,6 +16,7 @@ from fedpft_core.errors import RunError, UserError
 from fedpft_core.privacy import entropy
 from fedpft_core.privacy.accounting import Spend, epsilon, needed_noise
 from fedpft_core.privacy.release import Mechanism, release
+from fedpft_core.secure.ring import sensitivity
 from fedpft_core.tensors import Tensors
 from server_app.rounds.nodes import Node
 from server_app.run import schema as ev
@@ -132,19 +133,46 @@ class ClientPrivacy:
             )
             adapters = (adapter for adapter, _ in replies)
             out = release(adapters, start, drawn, mechanism, self.source)
-            state.spent.append(self._spend(connected).as_raw())
             state.bound = out.bound
-            found = epsilon([Spend.from_raw(s) for s in state.spent], p.delta)
-            self.events.emit(ev.PrivacySpent(
-                round=round, epsilon=found.value, rdp=found.rdp, pld=found.pld, delta=p.delta,
-                target=p.epsilon or None, noise=p.client_noise, bound=bound, sampling=p.sampling,
-            ))  # fmt: skip
+            self.book(state, round, self._spend(connected), bound)
             return out.adapter
 
         return made
 
+    def book(self, state: State, round: int, spend: Spend, bound: float) -> None:
+        """Note what a round has spent, and say what all of them have.
+
+        Args:
+            state: it is noted in it.
+            round: the round's number.
+            spend: the round's release.
+            bound: norm to which its changes were scaled down.
+        """
+        p = self.settings
+        state.spent.append(spend.as_raw())
+        found = epsilon([Spend.from_raw(s) for s in state.spent], p.delta)
+        self.events.emit(ev.PrivacySpent(
+            round=round, epsilon=found.value, rdp=found.rdp, pld=found.pld, delta=p.delta,
+            target=p.epsilon or None, noise=p.client_noise, bound=bound, sampling=p.sampling,
+        ))  # fmt: skip
+
+    def masked(self, values: int) -> Spend:
+        """A release of secure aggregation, to which every client adds its part of the noise.
+
+        Args:
+            values: n, the numbers that are summed; 1 gives all but the last digits.
+
+        Returns:
+            The release, with no regard to sampling.
+        """
+        p = self.settings
+        steps = sensitivity(p.client_clip, p.secure_bits, p.secure_range, values)
+        return Spend(p.client_noise, steps=steps)
+
     def _spend(self, connected: int) -> Spend:
         p, f = self.settings, self.config.federation
+        if p.secure:
+            return self.masked(1)
         if p.sampling == "poisson":
             return Spend(p.client_noise, rate=f.clients_per_round / f.clients)
         return Spend(p.client_noise, sample=min(f.clients_per_round, connected), members=connected)

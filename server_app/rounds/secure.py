@@ -7,6 +7,7 @@ in the ring do not depend on their order.
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from fedpft_core.config import Config
-from fedpft_core.errors import ReplyError
+from fedpft_core.errors import ReplyError, RunError
 from fedpft_core.secure import graph, keys, masks, ring
 from fedpft_core.tensors import Tensors
 from fedpft_core.wire.envelope import Envelope, seal
@@ -149,6 +150,9 @@ class SecureRound:
 
         Returns:
             What came of it.
+
+        Raises:
+            RunError: the sum with its noise does not fit the ring.
         """
         least = self.config.federation.min_clients
         self._ask_keys()
@@ -158,7 +162,15 @@ class SecureRound:
         if len(self.shared) < least:
             return Sum(self.bad)
         count = sum(t.numel() for t in base.values()) + 1  # and the loss
-        k = ring.width(self.config.privacy.secure_bits, len(self.nodes))
+        k = ring.width(
+            self.config.privacy.secure_bits, len(self.nodes),
+            math.sqrt(len(self.nodes) * self._variance(count)),
+        )  # fmt: skip
+        if k > ring.MOST_BITS:
+            raise RunError(
+                f"the sum of a round needs {k} bits: lower privacy.secure-bits or "
+                "privacy.client-noise, or raise privacy.secure-range"
+            )
         total = np.zeros(count, np.uint32)
         good = self._ask_changes(package, sent, total, k)
         if len(good) < least:
@@ -267,6 +279,8 @@ class SecureRound:
             return secure_request(
                 config, state, package, self.round, sent, session=self.session, alive=alive[i],
                 bits=p.secure_bits, reach=p.secure_range, modulus_bits=k,
+                variance=self._variance(len(total)),
+                longest=p.client_clip if p.client_noise else 0.0,
             )(have)  # fmt: skip
 
         most = ring.packed_bytes(len(total), k) + _SLACK
@@ -313,7 +327,16 @@ class SecureRound:
         p = self.config.privacy
         change = ring.restore(total[:-1], p.secure_bits, p.secure_range, base, len(good))
         step = ring.LOSS_REACH / ring.largest(p.secure_bits)
-        return Sum(self.bad, dict(good), change, float(total[-1]) * step / len(good))
+        loss = math.nan if p.client_noise else float(total[-1]) * step / len(good)
+        return Sum(self.bad, dict(good), change, loss)
+
+    def _variance(self, count: int) -> float:
+        """Of each client's noise: those that a round needs have enough of it together."""
+        p = self.config.privacy
+        if not p.client_noise:
+            return 0.0
+        most = ring.sensitivity(p.client_clip, p.secure_bits, p.secure_range, count)
+        return (p.client_noise * most) ** 2 / self.config.federation.min_clients
 
     def _same_session(self, session: str) -> None:
         if session != self.session:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
+import scipy.special
 
-from fedpft_core.privacy.accounting import Spend, epsilon, needed_noise
+from fedpft_core.privacy.accounting import Spend, epsilon, needed_noise, skellam
 
 DELTA = 1e-5
 
@@ -70,8 +72,23 @@ def test_the_noise_named_is_enough_and_hardly_more() -> None:
 
 
 def test_a_spend_survives_its_json() -> None:
-    one = Spend(1.5, 0.25, 3, 9)
+    one = Spend(1.5, 0.25, 3, 9, 7.5)
     assert Spend.from_raw(one.as_raw()) == one
     for bad in ([1.0], "x", None):
         with pytest.raises(ValueError):
             Spend.from_raw(bad)
+
+
+def test_fine_whole_numbers_cost_what_gaussians_do_and_coarse_ones_more() -> None:
+    """Against the divergence itself, summed over the whole numbers."""
+    plain = epsilon([Spend(2.0)] * 5, DELTA).rdp
+    fine = epsilon([Spend(2.0, steps=3e5)] * 5, DELTA).rdp
+    assert plain == pytest.approx(fine, rel=0.02) and fine >= plain * 0.999
+    assert epsilon([Spend(2.0, steps=1.0)] * 5, DELTA).rdp > 1.05 * fine
+    for noise, order in ((1.0, 2), (2.0, 4), (3.0, 8)):
+        n = np.arange(-60, 61)
+        # Skellam(mu/2, mu/2) has the chances e^-mu I_n(mu).
+        chance = np.log(scipy.special.ive(np.abs(n), noise**2))
+        moved = np.log(scipy.special.ive(np.abs(n - 1), noise**2))
+        true = scipy.special.logsumexp(order * chance + (1 - order) * moved) / (order - 1)
+        assert true <= skellam(Spend(noise, steps=1.0), order)

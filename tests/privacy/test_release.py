@@ -100,3 +100,10 @@ def test_noise_on_the_count_is_paid_for_on_the_sum() -> None:
     assert m.sum_noise**-2 + (2 * 5.0) ** -2 == pytest.approx(1.0)
     with pytest.raises(ValueError, match="too small"):
         _ = Mechanism(1.0, 1.0, quantile=0.5, count_noise=0.4).sum_noise
+
+
+def test_skellam_noise_is_whole_and_sums_to_itself() -> None:
+    drawn = sum(entropy.skellam(40_000, 3.0) for _ in range(4))
+    assert drawn.dtype == np.int64 and np.var(drawn) == pytest.approx(12.0, rel=0.05)
+    assert abs(np.mean(drawn)) < 0.1
+    assert np.std(entropy.skellam(2_000, 1e10)) == pytest.approx(1e5, rel=0.1)

@@ -55,3 +55,22 @@ def test_a_noised_run_counts_what_it_spends_over_a_resumption(
     spent = {e["round"]: e["epsilon"] for e in events if e["event"] == "privacy"}
     assert spent == {n: epsilon([Spend(0.5)] * n, 1e-5).value for n in (1, 2, 3)}
     assert all(torch.isfinite(t).all() for t in load_file(tmp_path / "run" / ADAPTER).values())
+
+
+def test_a_masked_run_with_the_clients_own_noise(text: dict[str, Any], tmp_path: Path) -> None:
+    """Nobody's loss or change is seen; the noise on the mean is at least what was asked for."""
+    masked = text | {
+        "privacy.secure": True, "privacy.client-noise": 1.0, "privacy.sampling": "fixed",
+        "federation.rounds": 1, "privacy.secure-range": 1.0, "federation.min-clients": 4,
+    }  # fmt: skip
+    ends = []
+    for which in ("one", "other"):
+        events = tiny.run(masked, tmp_path / which)
+        ends.append(load_file(tmp_path / which / ADAPTER))
+    (spent,) = [e for e in events if e["event"] == "privacy"]
+    assert spent["epsilon"] == pytest.approx(epsilon([Spend(1.0)], 1e-5).rdp, rel=0.02)
+    (done,) = [e for e in events if e["event"] == "round_finished"]
+    assert done["loss"] is None
+    lora = [k for k in ends[0] if "lora" in k]
+    difference = torch.cat([(ends[0][k] - ends[1][k]).reshape(-1) for k in lora])
+    assert float(difference.std()) == pytest.approx(2**0.5 / 4, rel=0.1)

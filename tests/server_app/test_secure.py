@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +10,15 @@ import fabricate
 import numpy as np
 import pytest
 import torch
-from fabricate import Network, Node
+from fabricate import Network
+from masking import SecureNode
 
-from client_app.secure import Secure
-from fedpft_core.errors import ReplyError, RunError, UserError
+from fedpft_core.errors import RunError, UserError
 from fedpft_core.secure import ring
 from fedpft_core.tensors import Tensors
-from fedpft_core.wire import codec
-from fedpft_core.wire.envelope import Envelope, open_envelope, seal
+from fedpft_core.wire.envelope import Envelope, open_envelope
 from fedpft_core.wire.messages import (
-    Failure,
-    KeysRequest,
-    NeedReply,
-    RefusalReply,
-    RevealRequest,
     SecureTrainReply,
-    SecureTrainRequest,
-    SharesRequest,
-    TrainReply,
 )
 from server_app.run.events import EventLog
 from server_app.state import State
@@ -40,57 +30,6 @@ SECURE = {
     "head__end": "trained", "plug__method": "as-trained", "federation__min_clients": 3,
     "federation__clients_per_round": 7, "federation__attempts": 1,
 }  # fmt: skip
-
-
-@dataclass
-class SecureNode(Node):
-    """A node made by hand that masks; `lost` is the kind of message that it does not answer."""
-
-    root: Path = Path()
-    lost: str = ""
-    bend: Callable[[Any], Any] | None = None  # turns an answer into another
-    plain: dict[int, np.ndarray] = field(default_factory=dict)  # what it has masked, by round
-
-    def answer(self, envelope: Envelope) -> Envelope | Failure:
-        if envelope.kind == self.lost:
-            return Failure("the node is gone")
-        message, secure = open_envelope(envelope), Secure(self.root, self.name)
-        made: Any
-        try:
-            match message:
-                case KeysRequest():
-                    made = secure.show_keys(message)
-                case SharesRequest():
-                    made = secure.share(message)
-                case RevealRequest():
-                    made = secure.reveal(message)
-                case SecureTrainRequest():
-                    made = self._masked(message, secure)
-                case _:
-                    return super().answer(envelope)
-        except ReplyError as error:
-            made = RefusalReply(self.name, str(error))
-        made = self.bend(made) if self.bend else made
-        return made if isinstance(made, Envelope) else seal(made)
-
-    def _masked(self, request: SecureTrainRequest, secure: Secure) -> Any:
-        made = self._train(request)
-        if isinstance(made, NeedReply):
-            return made
-        assert isinstance(made, TrainReply)
-        base = codec.decode(request.adapter, request.fmt)
-        new = codec.decode(made.adapter, made.fmt)
-        values = np.concatenate([
-            ring.quantise({k: new[k].double() - base[k].double() for k in base}, request.bits,
-                          request.reach, np.random.default_rng(ord(self.name))),
-            ring.quantise({"loss": torch.tensor([made.loss])}, request.bits, ring.LOSS_REACH,
-                          np.random.default_rng(0)),
-        ])  # fmt: skip
-        self.plain[request.round] = values
-        data = torch.from_numpy(np.frombuffer(secure.mask(request, values), np.uint8).copy())
-        return SecureTrainReply(
-            self.name, request.session, request.round, request.digest, 2, 0.5, {"masked": data}
-        )
 
 
 def network(root: Path, names: tuple[str, ...] = NAMES) -> Network:
@@ -272,7 +211,6 @@ def test_a_client_that_lacks_the_weights_is_served_again(tmp_path: Path) -> None
         ("head__end", "better"),
         ("plug__method", "best"),
         ("align__proportion", 0.5),
-        ("privacy__client_noise", 1.0),
     ],
 )
 def test_what_does_not_go_with_it_is_refused_by_name(key: str, value: Any) -> None:
