@@ -30,7 +30,7 @@ from server_app.rounds.nodes import Node, Nodes
 from server_app.rounds.outcome import Good, Outcome, outcome
 from server_app.rounds.private import ClientPrivacy
 from server_app.rounds.requests import Request, expected, learning_rate, requests
-from server_app.rounds.secure import Phase, SecureRound
+from server_app.rounds.secure import Phase, SecureRound, Sum
 from server_app.rounds.statistics import Sums, statistics_requests
 from server_app.run import schema as ev
 from server_app.state import Events, State
@@ -97,14 +97,8 @@ class Strategy:
             sent = codec.encode(state.adapter, self.config.wire.adapter)
             base = codec.decode(sent, self.config.wire.adapter)
             if self.config.privacy.secure:
-                summed = SecureRound(
-                    self.config, nodes, state, round, self.events, self._exchange
-                ).run(self._blob(state), sent, base)
+                summed = self._summed(nodes, state, round, sent, base)
                 if summed.change is not None:
-                    if self.private:
-                        values = 1 + sum(t.numel() for t in base.values())
-                        spend = self.private.masked(values)
-                        self.private.book(state, round, spend, self.config.privacy.client_clip)
                     return summed.outcome(base, start)
                 text = self._too_few(f"round {round}", len(summed.good), summed.bad, attempt)
                 continue
@@ -189,6 +183,17 @@ class Strategy:
         """
         out = {f"node {i}": why for i, why in self.nodes.left_out.items()}
         return "; ".join(f"{name}: {reason}" for name, reason in sorted((out | dict(bad)).items()))
+
+    def _summed(
+        self, nodes: list[Node], state: State, round: int, sent: Tensors, base: Tensors
+    ) -> Sum:
+        """An attempt at a round of secure aggregation, and what it spends."""
+        attempt = SecureRound(self.config, nodes, state, round, self.events, self._exchange)
+        summed = attempt.run(self._blob(state), sent, base)
+        if self.private and summed.change is not None:
+            spend = self.private.masked(1 + sum(t.numel() for t in base.values()))
+            self.private.book(state, round, spend, self.config.privacy.client_clip)
+        return summed
 
     def _too_few(self, what: str, good: int, bad: Mapping[str, str], attempt: int) -> str:
         """Warn of an attempt that failed; why, in one line."""
