@@ -20,6 +20,7 @@ from fedpft_core.wire.envelope import Envelope
 from fedpft_core.wire.messages import (
     Message,
     RefusalReply,
+    SecureTrainReply,
     StatisticsReply,
     StatisticsRequest,
     TrainReply,
@@ -64,6 +65,8 @@ def left(message: Message, envelope: Envelope) -> dict[str, Any]:
     if isinstance(message, TrainReply):
         out |= {"rows": message.examples, "steps": message.steps}
         out |= {"validation": sorted(message.validation_sums)}
+    elif isinstance(message, SecureTrainReply):
+        out |= {"steps": message.steps, "masked": True}
     elif isinstance(message, StatisticsReply):
         out |= {"rows": message.examples}
     elif isinstance(message, RefusalReply):

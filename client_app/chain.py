@@ -8,25 +8,32 @@ noise to it belongs between `tune` and `encode`, where `adapter` is float32.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
+from client_app.private import ExamplePrivacy
+from client_app.secure import Secure
 from client_app.store import Residuals
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.data.batches import Encoded
-from fedpft_core.errors import ReplyError
+from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.model.names import is_trained
+from fedpft_core.privacy.entropy import skellam
 from fedpft_core.proxy.package import ClientModel
-from fedpft_core.seeds import derive
+from fedpft_core.secure import ring
+from fedpft_core.seeds import derive, numpy_stream
 from fedpft_core.tensors import Tensors
 from fedpft_core.train.evaluate import evaluate
 from fedpft_core.train.inactivity import count_inactive
+from fedpft_core.train.private import fine_tune_private
 from fedpft_core.train.tune import DECAYS, FACTORS, fine_tune
 from fedpft_core.wire import codec
-from fedpft_core.wire.messages import TrainRequest
+from fedpft_core.wire.messages import SecureTrainRequest, TrainRequest
 
 log = logging.getLogger("fedpft")
 
@@ -46,6 +53,8 @@ class Work:
     held_out: Encoded
     sent: Tensors
     residuals: Residuals
+    secure: Secure
+    private: ExamplePrivacy | None = None
     # What a simulated attacker makes of what it has trained and what it was sent, by round.
     attack: Callable[[Tensors, Tensors, int], Tensors] | None = None
     # What the sub-FM with `sent` came to on `held_out`, and only what may leave; see `Task.sent`.
@@ -56,6 +65,9 @@ class Work:
     adapter: Tensors = field(default_factory=dict)  # float32 until `encode`
     counts: Tensors = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)  # seconds by step, before `encode`
+
+
+Steps = tuple[tuple[str, Callable[[Work], Work]], ...]
 
 
 def plug(work: Work) -> Work:
@@ -111,6 +123,8 @@ def validate(work: Work) -> Work:
 def tune(work: Work) -> Work:
     """Fine-tune the adapter on the rows; afterwards it is read from the model.
 
+    With `private` no row shows in it, and the loss is not said.
+
     Source: FedPFT, section 4.2.
 
     Args:
@@ -121,12 +135,24 @@ def tune(work: Work) -> Work:
 
     Raises:
         ReplyError: when the request names factors or rates that there are not.
+        UserError: the node's budget is spent, or the model cannot be trained so.
     """
     model, request = work.model, work.request
     if request.settings.factors not in FACTORS or request.settings.decay not in DECAYS:
         raise ReplyError("the request cannot be used (what is to be trained, or at which rate)")
     seed = derive(request.seed, "local", request.round, work.name)
-    done = fine_tune(model.model, model.task, work.rows, request.settings, seed)
+    settings, private = request.settings, work.private
+    if private:
+        private.spend(work.name, settings, len(work.rows))
+        try:
+            done = fine_tune_private(
+                model.model, model.task, work.rows, settings, seed, private.noise, private.clip
+            )
+        except ValueError as error:
+            text = f"example-level privacy (dp-noise): {error}"
+            raise UserError(text, public=text) from error
+    else:
+        done = fine_tune(model.model, model.task, work.rows, settings, seed)
     return replace(
         work, steps=done.steps, loss=done.loss, seconds=done.seconds,
         adapter=adapters.read(model.model, model.plan),
@@ -210,7 +236,7 @@ def encode(work: Work) -> Work:
     return replace(work, adapter=tensors)
 
 
-STEPS: tuple[tuple[str, Callable[[Work], Work]], ...] = (
+STEPS: Steps = (
     ("prepare", plug),
     ("validate", validate),
     ("train", tune),
@@ -220,13 +246,54 @@ STEPS: tuple[tuple[str, Callable[[Work], Work]], ...] = (
 )
 
 
-def work_through(work: Work, began: float) -> Work:
+def mask(work: Work) -> Work:
+    """Quantise the change and the loss, and put the session's masks on them.
+
+    Where the server asks for it, the change is scaled down to a norm and gets this client's part of
+    the noise, and the loss is not said.
+
+    Args:
+        work: with the tuned adapter, float32, and the mean loss.
+
+    Returns:
+        The work with the one tensor `masked`, and without figures of its own.
+
+    Raises:
+        ReplyError: the change is not finite, or the session does not allow it.
+    """
+    request = work.request
+    assert isinstance(request, SecureTrainRequest)
+    change = {k: t.double() - work.sent[k].double() for k, t in work.adapter.items()}
+    size = math.sqrt(math.fsum(float(d.square().sum()) for d in change.values()))
+    if request.longest and size > request.longest:
+        change = {k: d * (request.longest / size) for k, d in change.items()}
+    loss = {"loss": torch.tensor([0.0 if request.variance else work.loss])}
+    stream = numpy_stream(request.seed, "quantise", request.round, work.name)
+    try:
+        values = np.concatenate([
+            ring.quantise(change, request.bits, request.reach, stream),
+            ring.quantise(loss, request.bits, ring.LOSS_REACH, stream),
+        ])  # fmt: skip
+    except ValueError as error:
+        raise ReplyError(str(error)) from error
+    if request.variance:
+        values = values + skellam(len(values), request.variance)
+    sent = np.frombuffer(work.secure.mask(request, values), np.uint8)
+    return replace(work, loss=0.0, adapter={"masked": torch.from_numpy(sent.copy())})
+
+
+# The same where the change goes into a sum that nobody can take apart.
+SECURE_STEPS: Steps = (("prepare", plug), ("train", tune), ("", misbehave), ("", mask))
+
+
+def work_through(work: Work, began: float, steps: Steps = STEPS) -> Work:
     """Take a round's work through the chain.
 
     Args:
         work: with what the client has to work with.
         began: when the message came, `time.perf_counter()`; what was done since is booked to the
             first step.
+        steps: the chain.
 
     Returns:
         The work done, with the seconds of each step but the last.
@@ -234,7 +301,7 @@ def work_through(work: Work, began: float) -> Work:
     Raises:
         ReplyError: a step cannot do what the request asks for.
     """
-    for name, step in STEPS:
+    for name, step in steps:
         work = step(work)
         now = time.perf_counter()
         if name:

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 
 from client_app import audit, rowcache
-from client_app.chain import Work, put, work_through
+from client_app.chain import SECURE_STEPS, STEPS, Steps, Work, put, work_through
 from client_app.disclosure import reason
 from client_app.policy import Policy
+from client_app.private import ExamplePrivacy, refuse
 from client_app.rowcache import RowCache
+from client_app.secure import Secure
 from client_app.startup import collector_paused
 from client_app.store import Residuals, Store
 from fedpft_core import __version__
@@ -39,9 +41,14 @@ from fedpft_core.wire.identity import combine_digest, is_digest
 from fedpft_core.wire.messages import (
     Hello,
     HelloReply,
+    KeysRequest,
     Message,
     NeedReply,
     RefusalReply,
+    RevealRequest,
+    SecureTrainReply,
+    SecureTrainRequest,
+    SharesRequest,
     StatisticsReply,
     StatisticsRequest,
     TrainReply,
@@ -115,9 +122,9 @@ class Client:
     in this process are never taken for those of another run.
 
     `audit` is the file in which the node notes what it was asked and what left it; `attack` makes
-    a simulated client an attacker. `policy` is what the node's owner lets a server ask for.
-    `own_rows` says that the rows are the node's and not the run's: then nothing of a row and no
-    path is in a refusal.
+    a simulated client an attacker. `policy` is what the node's owner lets a server ask for; with
+    `private` it trains with example-level differential privacy. `own_rows` says that the rows are
+    the node's and not the run's: then nothing of a row and no path is in a refusal.
 
     With `kept_rows` encoded rows also outlive the process. `rows_digest()` is then a digest of all
     the rows depend on at the source (a file's content, the columns), or empty where only the rows
@@ -139,6 +146,7 @@ class Client:
     attack: Callable[[Tensors, Tensors, int], Tensors] | None = None
     audit: Path | None = None
     policy: Policy = field(default_factory=Policy)
+    private: ExamplePrivacy | None = None
     cache: ProcessCache = field(default_factory=lambda: PROCESS_CACHE)
 
     def handle(self, envelope: Envelope) -> Envelope:
@@ -182,13 +190,26 @@ class Client:
             have = () if self.shared_store else self.store.digests()
             examples, validation = self.count_rows()
             return HelloReply(self.name, examples, have, __version__, validation)
+        if isinstance(message, KeysRequest):
+            return self._secure.show_keys(message)
+        if isinstance(message, SharesRequest):
+            return self._secure.share(message)
+        if isinstance(message, RevealRequest):
+            return self._secure.reveal(message)
+        if isinstance(message, SecureTrainRequest):
+            return self._train_masked(message)
         if isinstance(message, TrainRequest):
             return self._train(message)
         if isinstance(message, StatisticsRequest):
             return self._statistics(message)
         raise ReplyError(f"a client cannot answer a {type(message).__name__}")
 
-    def _train(self, request: TrainRequest) -> Message:
+    @property
+    def _secure(self) -> Secure:
+        return Secure(self.store.root, self.name)
+
+    def _work(self, request: TrainRequest, steps: Steps) -> Work | NeedReply:
+        """A round's work done, or what is lacking for it."""
         start = time.perf_counter()
         _check_settings(request.settings)
         self.policy.check_request(request)
@@ -198,7 +219,9 @@ class Client:
             return self._need(request.digest)
         rows = self._rows(held)
         self.policy.check_rows(request, len(rows.train))
-        work = work_through(
+        if self.private and request.count_rule:
+            raise refuse("counts of inactive neurons")
+        return work_through(
             Work(
                 name=self.name,
                 request=request,
@@ -207,10 +230,33 @@ class Client:
                 held_out=rows.validation,
                 sent=codec.decode(request.adapter, request.fmt),
                 residuals=Residuals(self.store.root / "residuals"),
+                secure=self._secure,
+                private=self.private,
                 attack=self.attack,
             ),
             start,
+            steps,
         )
+
+    def _train_masked(self, request: SecureTrainRequest) -> Message:
+        self._secure.ready(request)
+        work = self._work(request, SECURE_STEPS)
+        if isinstance(work, NeedReply):
+            return work
+        return SecureTrainReply(
+            name=self.name,
+            session=request.session,
+            round=request.round,
+            digest=request.digest,
+            steps=work.steps,
+            seconds=work.seconds,
+            adapter=work.adapter,
+        )
+
+    def _train(self, request: TrainRequest) -> Message:
+        work = self._work(request, STEPS)
+        if isinstance(work, NeedReply):
+            return work
         return TrainReply(
             name=self.name,
             round=request.round,
@@ -225,6 +271,7 @@ class Client:
             timings=work.timings,
             validation_rows=len(work.held_out),
             validation_sums=dict(work.sums),
+            private=self.private is not None,
         )
 
     def _statistics(self, request: StatisticsRequest) -> Message:
@@ -234,6 +281,8 @@ class Client:
         if not 1 <= request.threads <= _MOST_THREADS:
             raise ReplyError(f"the request cannot be used (threads = {request.threads})")
         self.policy.check_request(request)
+        if self.private:
+            raise refuse("class statistics")
         self._use(request.threads)
         held = self._held(request)
         if held is None:

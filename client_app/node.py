@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from client_app import attacks, policy
+from client_app import attacks, policy, private
 from client_app.client import Client
 from client_app.rowcache import RowCache, content_of_file, folds_of, held_out, key_of
 from client_app.store import Store
@@ -43,6 +43,10 @@ NODE_KEYS: dict[str, tuple[type, Any]] = {
     "validation-share": (float, 0.0),
     "device": (str, "cpu"),
     "max-threads": (int, 0),
+    "dp-noise": (float, 0.0),
+    "dp-clip": (float, 1.0),
+    "dp-epsilon": (float, 0.0),
+    "dp-delta": (float, 1e-5),
     "keep-rows": (int, 0),
     **{key: (kind, default) for key, (kind, default, _) in policy.KEYS.items()},
 }
@@ -122,6 +126,14 @@ def checked(node_config: Mapping[str, Any]) -> dict[str, Any]:
     if not node["label-separator"]:
         raise UserError("node config: label-separator is empty.")
     policy.Policy.of(node)
+    wrong = private.check(*(node[f"dp-{key}"] for key in ("noise", "clip", "epsilon", "delta")))
+    if wrong:
+        raise UserError(f"node config: {wrong}.")
+    if node["dp-noise"] and node["validation-share"]:
+        raise UserError(
+            "node config: validation-share must be 0 with dp-noise: figures of the rows kept from "
+            "training have no noise."
+        )
     cache_root(node)
     pick_device(node["device"], "node config: device")
     return node
@@ -263,6 +275,25 @@ def _edge_client(node: Mapping[str, Any]) -> Client:
         audit=root / "audit.jsonl",
         rows_digest=rows_digest,
         policy=policy.Policy.of(node),
+        private=_private(node, root / "privacy.json"),
+    )
+
+
+def _private(node: Mapping[str, Any], ledger: Path) -> private.ExamplePrivacy | None:
+    if not node["dp-noise"]:
+        return None
+    return private.ExamplePrivacy(
+        node["dp-noise"], node["dp-clip"], node["dp-epsilon"], node["dp-delta"], ledger
+    )
+
+
+def _simulated_privacy(config: configs.Config, ledger: Path) -> private.ExamplePrivacy | None:
+    """A simulated client has no owner: the run's configuration decides for it."""
+    p = config.privacy
+    if not p.example_noise:
+        return None
+    return private.ExamplePrivacy(
+        p.example_noise, p.example_clip, p.example_epsilon, p.delta, ledger
     )
 
 
@@ -355,4 +386,5 @@ def _simulated_client(node: Mapping[str, Any], config: configs.Config) -> Client
         else None,
         own_rows=False,
         validation_share=share,
+        private=_simulated_privacy(config, root / "privacy" / f"{name}.json"),
     )

@@ -18,7 +18,7 @@ from fedpft_core.adapter.lora import AdapterSpec
 from fedpft_core.errors import UserError
 from fedpft_core.model.families import FAMILIES, Family, family_of
 from fedpft_core.wire.envelope import Envelope
-from fedpft_core.wire.messages import StatisticsRequest, TrainRequest
+from fedpft_core.wire.messages import SecureTrainRequest, StatisticsRequest, TrainRequest
 from fedpft_core.wire.meta import PackageMeta
 
 PREFIX = "policy-"
@@ -45,6 +45,9 @@ KEYS: dict[str, tuple[type, Any, str]] = {
     ),
     "policy-max-steps": (int, 0, "training steps of a request, 0 = no limit"),
     "policy-max-rank": (int, 256, "LoRA's rank"),
+    "policy-secure": (
+        int, 0, "1 = what training made leaves under the masks of secure aggregation only"
+    ),
     "policy-max-mb": (int, 0, "size of a message, megabytes, 0 = no limit"),
 }  # fmt: skip
 
@@ -69,6 +72,7 @@ class Policy:
     min_class_rows: int = 1
     max_steps: int = 0
     max_rank: int = 256
+    secure: int = 0
     max_mb: int = 0
 
     @staticmethod
@@ -131,6 +135,8 @@ class Policy:
         Raises:
             PolicyError: naming the rule.
         """
+        if self.secure and not isinstance(request, SecureTrainRequest):
+            raise PolicyError("secure", self.secure, "what is asked for has no masks")
         if isinstance(request, StatisticsRequest):
             self._check_leaves("statistics")
             return

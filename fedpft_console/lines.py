@@ -143,6 +143,15 @@ def _(event: ev.RoundFinished, record: Record) -> list[str]:
 
 
 @lines_for.register
+def _(event: ev.PrivacySpent, record: Record) -> list[str]:
+    limit = f" of {number(event.target)}" if event.target else ""
+    return [
+        f"round {event.round}: epsilon {number(event.epsilon)}{limit} spent at delta "
+        f"{number(event.delta)}, changes clipped to {number(event.bound)}"
+    ]
+
+
+@lines_for.register
 def _(event: ev.Evaluation, record: Record) -> list[str]:
     model = MODELS.get(event.model, event.model)
     return [f"round {event.round}: {model} {_scored(event, record)} ({event.split})"]

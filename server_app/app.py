@@ -119,6 +119,8 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
 
     bench = load.load(config, events)
     strategy = Strategy(config, transport, events, own.update_of(bench))
+    if strategy.private:
+        strategy.private.plan()
     if saved is not None:
         state = saved.restore(bench.models, bench.package())
     else:

@@ -57,6 +57,9 @@ class State:
     clock: float = 0.0
     # Under this name clients keep what must outlive a message; another run never sees it.
     run: str = field(default_factory=lambda: secrets.token_hex(8))
+    # What the rounds have spent of the privacy budget; the bound of the next, 0 = as configured.
+    spent: list[list[float]] = field(default_factory=list)
+    bound: float = 0.0
 
 
 def fresh_state(start: Tensors, package: Package) -> State:

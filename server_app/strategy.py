@@ -22,13 +22,16 @@ from fedpft_core.seeds import derive, numpy_stream
 from fedpft_core.task import Task
 from fedpft_core.tensors import Tensors
 from fedpft_core.wire import codec
+from fedpft_core.wire.envelope import Envelope
 from fedpft_core.wire.validate import Expected, ExpectedStatistics
 from server_app.rounds import caution, ledger
 from server_app.rounds.chain import Asked
 from server_app.rounds.collect import Collection
 from server_app.rounds.nodes import Node, Nodes
 from server_app.rounds.outcome import Good, Outcome, outcome
+from server_app.rounds.private import ClientPrivacy
 from server_app.rounds.requests import Request, expected, learning_rate, requests
+from server_app.rounds.secure import Phase, SecureRound, Sum
 from server_app.rounds.statistics import Gathered, statistics_requests
 from server_app.run import schema as ev
 from server_app.state import Events, State
@@ -37,6 +40,8 @@ from server_app.transport import Transport
 _AGAIN = 0.25  # share of a round's time that a client served again has at least
 _LEARNED = 3  # the first round whose time follows from the rounds before
 _SHORTEST = 10.0  # seconds that every round waits
+
+Combine = Callable[[Replies], Tensors]
 
 # The server's own adapter: trained from the one given, in the round of that number.
 Own = Callable[[Tensors, int], Tensors]
@@ -57,6 +62,11 @@ class Prepared:
     rule: RuleSettings
 
 
+def _by_have(request: Request) -> Callable[[int, Iterable[str]], Envelope]:
+    """The same message for all nodes that have the same, whoever they are."""
+    return lambda _, have: request(have)
+
+
 class Strategy:
     """The rounds of one federation of clients."""
 
@@ -67,6 +77,7 @@ class Strategy:
         self.transport = transport
         self.events = events
         self.own = own
+        self.private = ClientPrivacy(config, events) if config.privacy.client_noise else None
         self._said: set[str] = set()  # warnings that need no repetition
         self._slowest = 0.0  # seconds until the slowest good reply of all rounds so far
         self.nodes = Nodes(config.federation, transport, events)
@@ -86,31 +97,43 @@ class Strategy:
         Raises:
             RunError: naming what was wrong, after `federation.attempts` tries.
         """
-        f = self.config.federation
+        f, private = self.config.federation, self.private
         for attempt in range(1, f.attempts + 1):
             if len(self.transport.nodes()) < f.min_clients:
                 self.nodes.wait()
             start = time.perf_counter()
-            nodes = self.sample(self.nodes.meet(state, round), round, attempt)
+            met = self.nodes.meet(state, round)
+            if private:
+                private.afford(state, len(met), count_rule)
+            nodes = self.sample(met, round, attempt)
+            needed = private.needed(nodes) if private else f.min_clients
             self.events.emit(ev.RoundStarted(
                 round=round, rounds=f.rounds, attempt=attempt,
                 clients=[n.name for n in nodes],
                 lr=learning_rate(self.config.train.lr, round, f.rounds),
             ))  # fmt: skip
+            if self.config.privacy.secure:
+                sent = codec.encode(state.adapter, self.config.wire.adapter)
+                base = codec.decode(sent, self.config.wire.adapter)
+                summed = self._summed(nodes, state, round, sent, base)
+                if summed.change is not None:
+                    return summed.outcome(base, start)
+                text = self._too_few(f"round {round}", len(summed.good), summed.bad, attempt)
+                continue
             work = self.prepare(state, round, count_rule)
             with Replies(work.want.adapter, self._folder(), work.rule) as replies:
                 asked = Asked(work.want, f.clip_update_norm, replies, work.rule.scaling)
                 got = Collection(asked, nodes, state, round, self.events, f.enough)
-                self._exchange(got, work.request)
-                self.leave_out(got)
-                if len(got.good) >= f.min_clients:
-                    return self.conclude(got, start)
-            why = self.why(got.bad)
-            text = (
-                f"round {round}: {len(got.good)} good replies of the federation.min-clients = "
-                f"{f.min_clients} needed ({why or 'no other clients are connected'})"
-            )
-            self.events.emit(ev.Warned(text=f"{text}; attempt {attempt} of {f.attempts}"))
+                self._exchange(got, _by_have(work.request))
+                if not private:  # who is left out would depend on the others' rows
+                    self.leave_out(got)
+                if len(got.good) >= needed:
+                    start_from = dict(work.want.adapter)
+                    combine = (
+                        private.combine(state, start_from, round, len(met)) if private else None
+                    )
+                    return self.conclude(got, start, combine)
+            text = self._too_few(f"round {round}", len(got.good), got.bad, attempt)
         raise RunError(text)
 
     def prepare(self, state: State, round: int, count_rule: str = "") -> Prepared:
@@ -134,12 +157,13 @@ class Strategy:
             self._rule(state, base, round),
         )
 
-    def conclude(self, got: Collection, start: float) -> Outcome:
+    def conclude(self, got: Collection, start: float, combine: Combine | None = None) -> Outcome:
         """What a round's replies come to.
 
         Args:
-            got: at least one good reply.
+            got: at least one good reply, unless `combine` can do without.
             start: when the round began, `time.perf_counter()`.
+            combine: makes the next adapter in place of the rule of aggregation.
 
         Returns:
             The next adapter and the round's figures.
@@ -147,7 +171,7 @@ class Strategy:
         f, replies = self.config.federation, got.asked.replies
         self._note(got.round, got)
         self._report_validation(got.asked.want.task, got.round, got.good)
-        made = outcome(f, replies, got.good, len(got.bad), start)
+        made = outcome(f, replies, got.good, len(got.bad), start, combine)
         if replies.figures:
             self.events.emit(
                 ev.Aggregated(round=got.round, rule=f.aggregate, figures=dict(replies.figures))
@@ -186,18 +210,15 @@ class Strategy:
                 self.nodes.wait()
             got = Gathered(want, self.nodes.meet(state, want.round), state, self.events)
             sent = codec.encode(state.adapter, self.config.wire.adapter)
-            self._exchange(got, statistics_requests(self.config, state, self._blob(state), sent))
+            request = statistics_requests(self.config, state, self._blob(state), sent)
+            self._exchange(got, _by_have(request))
             why = self.why(got.bad)
             if len(got.good) >= f.min_clients:
                 if got.bad:
                     self.events.emit(ev.Warned(text=f"class statistics without {why}"))
                 self._warn_of("class statistics", {name: s.rows for name, s in got.good.items()})
                 return got.total(f)
-            text = (
-                f"class statistics: {len(got.good)} good replies of the federation.min-clients = "
-                f"{f.min_clients} needed ({why or 'no other clients are connected'})"
-            )
-            self.events.emit(ev.Warned(text=f"{text}; attempt {attempt} of {f.attempts}"))
+            text = self._too_few("class statistics", len(got.good), got.bad, attempt)
         raise RunError(text)
 
     def sample(self, nodes: list[Node], round: int, attempt: int) -> list[Node]:
@@ -212,6 +233,8 @@ class Strategy:
             `federation.clients-per-round` of them, or all where there are fewer, in the order of
             their names.
         """
+        if self.private:
+            return self.private.sample(nodes)
         f = self.config.federation
         size = min(f.clients_per_round, len(nodes))
         stream = numpy_stream(self.config.run.seed, "sample", round, attempt)
@@ -232,6 +255,27 @@ class Strategy:
         out = {f"node {i}": why for i, why in self.nodes.left_out.items()}
         return "; ".join(f"{name}: {reason}" for name, reason in sorted((out | dict(bad)).items()))
 
+    def _summed(
+        self, nodes: list[Node], state: State, round: int, sent: Tensors, base: Tensors
+    ) -> Sum:
+        """An attempt at a round of secure aggregation, and what it spends."""
+        attempt = SecureRound(self.config, nodes, state, round, self.events, self._exchange)
+        summed = attempt.run(self._blob(state), sent, base)
+        if self.private and summed.change is not None:
+            spend = self.private.masked(1 + sum(t.numel() for t in base.values()))
+            self.private.book(state, round, spend, self.config.privacy.client_clip)
+        return summed
+
+    def _too_few(self, what: str, good: int, bad: Mapping[str, str], attempt: int) -> str:
+        """Warn of an attempt that failed; why, in one line."""
+        f, why = self.config.federation, self.why(bad)
+        text = (
+            f"{what}: {good} good replies of the federation.min-clients = "
+            f"{f.min_clients} needed ({why or 'no other clients are connected'})"
+        )
+        self.events.emit(ev.Warned(text=f"{text}; attempt {attempt} of {f.attempts}"))
+        return text
+
     def _rule(self, state: State, start: Tensors, round: int) -> RuleSettings:
         """What the rule of aggregation may know besides the replies."""
         own = partial(self.own, start, round) if self.own else None
@@ -251,12 +295,14 @@ class Strategy:
             self._package_bytes = (state.digest, state.package.to_bytes())
         return self._package_bytes[1]
 
-    def _exchange(self, got: Collection | Gathered, request: Request) -> None:
-        """Send a round's requests and collect the replies."""
+    def _exchange(
+        self, got: Collection | Gathered | Phase, request: Callable[[int, Iterable[str]], Envelope]
+    ) -> None:
+        """Send a round's requests, made of a node's id and what it has; collect the replies."""
         timeout = self._timeout(got.round)
 
         def send(wanted: Mapping[int, Iterable[str]], deadline: float) -> None:
-            messages = {node_id: request(have) for node_id, have in wanted.items()}
+            messages = {i: request(i, have) for i, have in wanted.items()}
             for node_id, message in messages.items():
                 name = got.nodes[node_id].name
                 ledger.count_bytes(self.events, got.round, name, "down", message)
@@ -292,7 +338,7 @@ class Strategy:
                 f"replies, not the {assumed} of federation.attackers = {f.attackers:g}"
             )
         self._warn_of(f"round {round}", {n: r.examples for n, r in got.good.items()})
-        self._slowest = max(self._slowest, *(r.arrived for r in got.good.values()))
+        self._slowest = max([self._slowest, *(r.arrived for r in got.good.values())])
 
     def _warn_of(self, what: str, claims: Mapping[str, int]) -> None:
         text = caution.dominating(what, claims, self.config.federation)

@@ -273,9 +273,11 @@ def _good(envelope: Envelope, want: Expected, name: str, announced: int, held_ou
     }
     if any(type(head[k]) is not type(v) or head[k] != v for k, v in exact.items()):
         return False
-    if set(head) != {*exact, "steps", "loss", "seconds", "timings", "validation_sums"}:
+    if set(head) != {*exact, "steps", "loss", "seconds", "timings", "validation_sums", "private"}:
         return False
     if type(head["steps"]) is not int or head["steps"] < 1:
+        return False
+    if type(head["private"]) is not bool:
         return False
     sums = head["validation_sums"]
     if sums or held_out:

@@ -44,10 +44,11 @@ def sheets(record: Record) -> list[Sheet]:
 
     Returns:
         Sizes, scores, one table for each further metric, what models wrote, merges on the way,
-        re-alignments, traffic, time with memory, and files.
+        re-alignments, privacy, traffic, time with memory, and files.
     """
     made = [_sizes(record), _scores(record), *_further(record), _samples(record), _merges(record),
-            _alignments(record), _traffic(record), _phases(record), _files(record)]  # fmt: skip
+            _alignments(record), _privacy(record), _traffic(record), _phases(record),
+            _files(record)]  # fmt: skip
     return [sheet for sheet in made if sheet.rows]
 
 
@@ -260,6 +261,24 @@ def _merges(record: Record) -> Sheet:
     when = "after (simulated)" if simulated else "after"
     columns = ["round", "replies merged", "rows", when, "L2 norm of the adapter", "FM"]
     return Sheet("Merges", columns, rows)
+
+
+def _privacy(record: Record) -> Sheet:
+    spent = [r.privacy for r in record.rounds if r.privacy]
+    rows = [
+        [str(s.round), number(s.epsilon), number(s.rdp), number(s.pld), number(s.bound)]
+        for s in spent
+    ]
+    notes = []
+    if spent:
+        s = spent[-1]
+        limit = f"; the run may spend {number(s.target)}" if s.target else ""
+        notes.append(
+            f"Epsilon at delta {number(s.delta)}, all rounds so far together, {s.sampling} "
+            f"sampling, noise {number(s.noise)} times the bound{limit}."
+        )
+    columns = ["round", "epsilon", "by RDP", "by PLD", "bound on changes"]
+    return Sheet("Client-level privacy", columns, rows, notes)
 
 
 def _traffic(record: Record) -> Sheet:

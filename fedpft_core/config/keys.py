@@ -6,38 +6,17 @@ config in pyproject.toml are all made from it. A key is written `section.key-wit
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from fedpft_core import registry
+from fedpft_core.config import privacy as private
+from fedpft_core.config.key import key as _key
+from fedpft_core.config.privacy import PrivacyConfig
 from fedpft_core.config.schedules import check_schedule
 from fedpft_core.data.rows import TASKS
 from fedpft_core.errors import UserError
 
 Scalar = bool | int | float | str
-
-
-def _key(
-    default: Any,
-    doc: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    choices: tuple[str, ...] = (),
-    joined: bool = False,
-) -> Any:
-    """Declare one key: default, one-line doc with unit, and the range or values it admits.
-
-    `joined`: several choices in a row, `a+b`, will do; `none` stands alone.
-
-    Returns:
-        The dataclass field, with all but the default as its metadata.
-    """
-    meta = {
-        "doc": doc, "low": low, "high": high, "above": above, "choices": choices, "joined": joined
-    }  # fmt: skip
-    return field(default=default, metadata=meta)
 
 
 @dataclass(frozen=True)
@@ -641,6 +620,7 @@ class Config:
     federation: FederationConfig = FederationConfig()
     plug: PlugConfig = PlugConfig()
     wire: WireConfig = WireConfig()
+    privacy: PrivacyConfig = PrivacyConfig()  # noqa: RUF009  # frozen, as the others
     run: RunConfig = RunConfig()
     simulate: SimulateConfig = SimulateConfig()
 
@@ -680,3 +660,4 @@ class Config:
                 f"align.threshold = {self.align.threshold:g} with align.disagreement = "
                 f"{self.align.disagreement} needs run.gradient-rows above 0."
             )
+        private.check(self)

@@ -169,6 +169,30 @@ def fine_tune(
         return train_on(model, task, local_batches(data, settings, seed), settings, seed, steps)
 
 
+def optimiser_for(model: nn.Module, settings: LocalSettings) -> torch.optim.AdamW:
+    """AdamW over the adapter, with rates of their own for LoRA's B and the head.
+
+    Args:
+        model: a model with an adapter.
+        settings: rates and weight decay.
+
+    Returns:
+        The optimiser, at its start.
+    """
+    a: list[nn.Parameter] = []
+    b: list[nn.Parameter] = []
+    head: list[nn.Parameter] = []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (a if ".lora_A." in name else b if ".lora_B." in name else head).append(p)
+    groups = [
+        {"params": a, "lr": settings.lr},
+        {"params": b, "lr": settings.lr * settings.b_lr_scale},
+        {"params": head, "lr": settings.lr * settings.head_lr_scale},
+    ]
+    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
+
+
 def train_on(
     model: nn.Module, task: Task, rows: Iterable[Batch], settings: LocalSettings, seed: int,
     steps: int = 0,
@@ -192,19 +216,8 @@ def train_on(
         Mean loss (NaN without a batch), steps, rows and seconds.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
-    a: list[nn.Parameter] = []
-    b: list[nn.Parameter] = []
-    head: list[nn.Parameter] = []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            (a if ".lora_A." in name else b if ".lora_B." in name else head).append(p)
-    rates = [
-        (a, settings.lr),
-        (b, settings.lr * settings.b_lr_scale),
-        (head, settings.lr * settings.head_lr_scale),
-    ]
-    groups = [{"params": parameters, "lr": rate} for parameters, rate in rates]
-    optimiser = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
+    optimiser = optimiser_for(model, settings)
+    rates = [group["lr"] for group in optimiser.param_groups]
     # A round that broke off may have left gradients on a model that is kept between messages.
     optimiser.zero_grad(set_to_none=True)
     device = device_of(model)
@@ -222,7 +235,7 @@ def train_on(
                 if settings.clip:
                     nn.utils.clip_grad_norm_(trainable, settings.clip)
                 if settings.decay == "linear":
-                    for group, (_, rate) in zip(optimiser.param_groups, rates, strict=True):
+                    for group, rate in zip(optimiser.param_groups, rates, strict=True):
                         group["lr"] = rate * (steps - len(losses)) / steps
                 optimiser.step()
                 optimiser.zero_grad(set_to_none=True)

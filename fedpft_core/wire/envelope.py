@@ -15,9 +15,17 @@ from fedpft_core.wire.identity import is_digest
 from fedpft_core.wire.messages import (
     Hello,
     HelloReply,
+    KeysReply,
+    KeysRequest,
     Message,
     NeedReply,
     RefusalReply,
+    RevealReply,
+    RevealRequest,
+    SecureTrainReply,
+    SecureTrainRequest,
+    SharesReply,
+    SharesRequest,
     StatisticsReply,
     StatisticsRequest,
     TrainReply,
@@ -94,6 +102,14 @@ _KINDS: dict[str, type] = {
     "statistics-reply": StatisticsReply,
     "need": NeedReply,
     "refusal": RefusalReply,
+    "keys": KeysRequest,
+    "keys-reply": KeysReply,
+    "shares": SharesRequest,
+    "shares-reply": SharesReply,
+    "secure-train": SecureTrainRequest,
+    "secure-train-reply": SecureTrainReply,
+    "reveal": RevealRequest,
+    "reveal-reply": RevealReply,
 }
 
 
@@ -161,9 +177,9 @@ def open_envelope(envelope: Envelope) -> Message:
         )
     _check_fields(cls, head)
     needed = list(_always(cls))
-    if cls is TrainRequest:
+    if issubclass(cls, TrainRequest):
         head["settings"] = _settings(head["settings"])
-    if cls in (TrainRequest, StatisticsRequest):
+    if issubclass(cls, TrainRequest | StatisticsRequest):
         names = [f"patch.{i}" for i in range(len(head["patches"]))]
         _check_parts(parts, [*needed, *names], optional="package")
         head["patches"] = tuple(
@@ -174,8 +190,9 @@ def open_envelope(envelope: Envelope) -> Message:
     else:
         _check_parts(parts, needed, optional="counts" if cls is TrainReply else "")
     head |= {name: codec.unpack(parts[name]) for name in _TENSORS if name in parts}
-    if "have" in head:
-        head["have"] = tuple(head["have"])
+    for name in ("have", "alive", "answered", "dropped"):
+        if name in head:
+            head[name] = tuple(head[name])
     message: Message = cls(**head)
     return message
 
@@ -229,6 +246,31 @@ def _is_numbers(value: Any) -> bool:
     )
 
 
+def _is_hex(value: Any, digits: int) -> bool:
+    return isinstance(value, str) and len(value) == digits and _HEX.issuperset(value)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _MOST_CLIENTS
+
+
+def _by_number(value: Any, inner: Callable[[Any], bool]) -> bool:
+    return (
+        isinstance(value, dict)
+        and len(value) <= _MOST_CLIENTS
+        and all(k.isdecimal() and len(k) <= 5 and str(int(k)) == k for k in value)
+        and all(map(inner, value.values()))
+    )
+
+
+def _is_keys(value: Any) -> bool:
+    return _is_list(value, lambda v: _is_hex(v, 64), 2) and len(value) == 2
+
+
+_HEX = frozenset("0123456789abcdef")
+_MOST_CLIENTS = 100_000  # of one session
+
+
 # What the head says of each field, by its name; fields that travel as parts are not in it.
 _TENSORS = ("adapter", "counts", "statistics")
 _IN_PARTS = (*_TENSORS, "package")
@@ -244,6 +286,7 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "examples": ("a whole number", _is_int),
     "validation": ("a whole number", _is_int),
     "validation_rows": ("a whole number", _is_int),
+    "private": ("true or false", lambda v: isinstance(v, bool)),
     "validation_sums": ("numbers by name", _is_numbers),
     "steps": ("a whole number", _is_int),
     "seed": ("a whole number", _is_int),
@@ -258,6 +301,24 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "count_rule": ("a short text", _is_text),
     "run": ("a short text", _is_text),
     "patches": ("a list of source, target, format", lambda v: _is_list(v, _is_patch, 100_000)),
+    "session": ("32 hex digits", lambda v: _is_hex(v, 32)),
+    "sealing": ("a public key", lambda v: _is_hex(v, 64)),
+    "masking": ("a public key", lambda v: _is_hex(v, 64)),
+    "index": ("a client's number", _is_number),
+    "threshold": ("a whole number", _is_int),
+    "peers": ("two public keys by client", lambda v: _by_number(v, _is_keys)),
+    "shares": ("sealed shares by client", lambda v: _by_number(v, lambda x: _is_hex(x, 120))),
+    "own": ("a digest", lambda v: _is_hex(v, 64)),
+    "own_shares": ("shares by client", lambda v: _by_number(v, lambda x: _is_hex(x, 32))),
+    "pair_shares": ("shares by client", lambda v: _by_number(v, lambda x: _is_hex(x, 32))),
+    "bits": ("a whole number", _is_int),
+    "modulus_bits": ("a whole number", _is_int),
+    "reach": ("a number", _is_float),
+    "longest": ("a number", _is_float),
+    "variance": ("a number", _is_float),
+    "alive": ("a list of clients", lambda v: _is_list(v, _is_number, _MOST_CLIENTS)),
+    "answered": ("a list of clients", lambda v: _is_list(v, _is_number, _MOST_CLIENTS)),
+    "dropped": ("a list of clients", lambda v: _is_list(v, _is_number, _MOST_CLIENTS)),
     "settings": ("an object", lambda v: isinstance(v, dict)),
 }
 

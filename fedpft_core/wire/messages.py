@@ -68,6 +68,7 @@ class TrainReply:
     validation_rows: int = 0  # rows kept from training
     # What the sub-FM with the adapter *received* came to on them; see `Task.sent`.
     validation_sums: dict[str, float] = field(default_factory=dict)
+    private: bool = False  # trained with example-level privacy: the loss is not said
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,95 @@ class StatisticsReply:
 
 
 @dataclass(frozen=True)
+class KeysRequest:
+    """Secure aggregation, first: show your public keys for this session."""
+
+    session: str  # 32 hex digits
+    round: int
+
+
+@dataclass(frozen=True)
+class KeysReply:
+    """A client's public keys, for shares on their way and for the pairs' masks."""
+
+    name: str
+    session: str
+    sealing: str  # 64 hex digits
+    masking: str  # 64 hex digits
+    own: str  # digest of the own mask's seed, 64 hex digits
+
+
+@dataclass(frozen=True)
+class SharesRequest:
+    """Secure aggregation, second: share your secrets among these neighbours."""
+
+    session: str
+    round: int
+    index: int  # the client's own number
+    threshold: int  # shares that rebuild a secret
+    peers: dict[str, list[str]]  # by number the neighbour's two public keys, as in `KeysReply`
+
+
+@dataclass(frozen=True)
+class SharesReply:
+    """Shares of a client's secrets, sealed for each neighbour, by its number."""
+
+    name: str
+    session: str
+    shares: dict[str, str]  # 120 hex digits each
+
+
+@dataclass(frozen=True)
+class SecureTrainRequest(TrainRequest):
+    """Secure aggregation, third: train, and send the change quantised and masked."""
+
+    session: str = ""
+    bits: int = 16  # of a quantised value, with its sign
+    reach: float = 1.0  # what the largest one stands for
+    modulus_bits: int = 32  # of the ring in which changes are summed
+    longest: float = 0.0  # L2 norm that the change is scaled down to; 0 = as it is
+    variance: float = 0.0  # of the Skellam noise on each number; 0 = none
+    alive: tuple[int, ...] = ()  # neighbours that have shared their secrets
+
+
+@dataclass(frozen=True)
+class SecureTrainReply:
+    """What a client sends back of its training; `adapter` is the one tensor `masked`, uint8."""
+
+    name: str
+    session: str
+    round: int
+    digest: str
+    steps: int
+    seconds: float
+    adapter: Tensors
+
+
+@dataclass(frozen=True)
+class RevealRequest:
+    """Secure aggregation, last: what takes off the masks that do not cancel."""
+
+    session: str
+    round: int
+    answered: tuple[int, ...]  # neighbours whose change is in the sum
+    dropped: tuple[int, ...]  # neighbours that shared secrets and whose change is not in it
+    shares: dict[str, str]  # by neighbour what it sealed for this client
+
+
+@dataclass(frozen=True)
+class RevealReply:
+    """Shares by neighbour, 32 hex digits each.
+
+    Of the own mask's seed of those who answered, of the pairs' seed of those who did not.
+    """
+
+    name: str
+    session: str
+    own_shares: dict[str, str]
+    pair_shares: dict[str, str]
+
+
+@dataclass(frozen=True)
 class NeedReply:
     """The client lacks the sub-FM it should train on; `have` is what it could start from."""
 
@@ -131,5 +221,6 @@ class Failure:
 
 Message = (
     Hello | HelloReply | TrainRequest | TrainReply | StatisticsRequest | StatisticsReply
-    | NeedReply | RefusalReply
+    | NeedReply | RefusalReply | KeysRequest | KeysReply | SharesRequest | SharesReply
+    | SecureTrainRequest | SecureTrainReply | RevealRequest | RevealReply
 )  # fmt: skip

@@ -84,22 +84,24 @@ def mean_loss(losses: Sequence[float], weights: Sequence[float]) -> float:
     """The weighted mean of the clients' losses without absurd ones.
 
     Args:
-        losses: at least one, finite.
+        losses: finite, or NaN where a client does not say.
         weights: one for each, above 0.
 
     Returns:
-        The mean of those that are not 10 times the round's median and 10 above it.
+        The mean of those that are said and not 10 times the round's median and 10 above it; NaN
+        where there are none.
     """
     limit = math.inf
-    if len(losses) >= _FEWEST:
-        middle = statistics.median(losses)
+    said = [loss for loss in losses if not math.isnan(loss)]
+    if len(said) >= _FEWEST:
+        middle = statistics.median(said)
         limit = _ABSURD * middle + _ABSURD
     total = weight = 0.0
     for loss, w in zip(losses, weights, strict=True):
         if loss <= limit:
             total += loss * w
             weight += w
-    return total / weight
+    return total / weight if weight else math.nan
 
 
 def outliers(

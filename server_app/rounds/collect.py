@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -161,7 +162,7 @@ class Collection(Awaited):
         message = hand.message
         assert message is not None
         self.good[node.name] = Good(
-            message.examples, message.loss, message.seconds,
+            message.examples, math.nan if message.private else message.loss, message.seconds,
             time.perf_counter() - self._started,
             message.validation_rows, message.validation_sums, hand.norms, hand.counts,
         )  # fmt: skip
@@ -172,7 +173,8 @@ class Collection(Awaited):
             "validation_value": self.asked.want.task.score(message.validation_sums).value,
         }
         return "ok", {
-            "examples": message.examples, "loss": message.loss, "steps": message.steps,
+            "examples": message.examples, "steps": message.steps,
+            "loss": None if message.private else message.loss,
             "train_seconds": message.seconds, "timings": message.timings,
             **(held_out if rows else {}),
         }  # fmt: skip

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from fedpft_core.aggregation import Replies, aggregate
@@ -69,23 +70,26 @@ def training_wall(replies: Iterable[Good]) -> float:
 
 
 def outcome(
-    f: FederationConfig, replies: Replies, good: dict[str, Good], bad: int, start: float
-) -> Outcome:
+    f: FederationConfig, replies: Replies, good: dict[str, Good], bad: int, start: float,
+    combine: Callable[[Replies], Tensors] | None = None,
+) -> Outcome:  # fmt: skip
     """Aggregate a round's replies by federation.aggregate.
 
     Args:
         f: the rule, and what a client weighs.
         replies: the adapters, by client.
-        good: the figures of the same replies, by client; at least one.
+        good: the figures of the same replies, by client; at least one unless `combine` can do
+            without.
         bad: how many replies were not used.
         start: when the round began, `time.perf_counter()`.
+        combine: makes the next adapter in place of the rule.
 
     Returns:
         The next adapter with the round's figures. The loss is the weighted mean without absurd
         ones; inactivity counts are summed where they were asked for.
     """
     began = time.perf_counter()
-    adapter = aggregate(f.aggregate, replies)
+    adapter = combine(replies) if combine else aggregate(f.aggregate, replies)
     # In the order of the names: sums of floats depend on it.
     ordered = [good[name] for name in sorted(good)]
     examples = sum(r.examples for r in ordered)
@@ -100,7 +104,7 @@ def outcome(
         adapter=adapter,
         before=replies.start,
         counts=sum_counts(counts) if counts else None,
-        loss=caution.mean_loss([r.loss for r in ordered], replies.weights),
+        loss=caution.mean_loss([r.loss for r in ordered], replies.weights) if good else math.nan,
         examples=examples,
         good=len(good),
         bad=bad,

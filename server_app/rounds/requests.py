@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from fedpft_core.aggregation import factors
 from fedpft_core.config import Config
 from fedpft_core.tensors import Tensors
 from fedpft_core.train.tune import LocalSettings
 from fedpft_core.wire.envelope import Envelope, seal
-from fedpft_core.wire.messages import Message, TrainRequest
+from fedpft_core.wire.messages import Message, SecureTrainRequest, TrainRequest
 from fedpft_core.wire.package import Patch
 from fedpft_core.wire.validate import Expected
 from server_app.delivery import delivery, useful
@@ -85,25 +86,50 @@ def requests(
     Returns:
         The function; see `by_need`.
     """
-    wire = config.wire
-    settings = local_settings(config, round)
+    fields = _fields(config, state, round, adapter)
 
     def make(package: bytes, patches: tuple[Patch, ...]) -> TrainRequest:
-        return TrainRequest(
-            round=round,
-            digest=state.digest,
-            adapter=adapter,
-            fmt=wire.adapter,
-            settings=settings,
-            seed=config.run.seed,
-            count_rule=count_rule,
-            package=package,
-            patches=patches,
-            reply_fmt=reply_format(config),
-            run=state.run,
-        )
+        return TrainRequest(**fields, count_rule=count_rule, package=package, patches=patches)
 
     return by_need(state, package, make)
+
+
+def secure_request(
+    config: Config, state: State, package: bytes, round: int, adapter: Tensors,
+    **secure: Any,
+) -> Request:  # fmt: skip
+    """The same for one client of secure aggregation.
+
+    Args:
+        config: the run's configuration.
+        state: where the run stands; patches too old to be of use are dropped from it.
+        package: the state's package as bytes.
+        round: the round that the message belongs to.
+        adapter: the adapter to start from, in the wire's format.
+        **secure: what `SecureTrainRequest` has besides.
+
+    Returns:
+        The function; see `by_need`.
+    """
+    fields = _fields(config, state, round, adapter)
+
+    def make(package: bytes, patches: tuple[Patch, ...]) -> SecureTrainRequest:
+        return SecureTrainRequest(**fields, package=package, patches=patches, **secure)
+
+    return by_need(state, package, make)
+
+
+def _fields(config: Config, state: State, round: int, adapter: Tensors) -> dict[str, Any]:
+    return {
+        "round": round,
+        "digest": state.digest,
+        "adapter": adapter,
+        "fmt": config.wire.adapter,
+        "settings": local_settings(config, round),
+        "seed": config.run.seed,
+        "reply_fmt": reply_format(config),
+        "run": state.run,
+    }
 
 
 def by_need(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,8 @@ class Saved:
     clock: float
     identity: dict[str, Any]  # see `server_app.run.identity`; empty in checkpoints of before
     events_digest: str = ""  # sha256 of the event log up to `events_offset`
+    spent: list[list[float]] = field(default_factory=list)
+    bound: float = 0.0
 
     def restore(self, models: Models, package: Package) -> State:
         """Put the state back on FM and proxy.
@@ -68,7 +70,7 @@ class Saved:
         return State(
             self.round, self.adapter, after, digests, self.digest, list(self.patches),
             dict(self.have), self.memory, list(self.flights), dict(self.bases), self.clock,
-            self.run,
+            self.run, [list(s) for s in self.spent], self.bound,
         )  # fmt: skip
 
 
@@ -115,6 +117,8 @@ class Checkpoints:
             "flights": [[f.client, f.version, f.due] for f in state.flights],
             "bases": list(state.bases),
             "clock": state.clock,
+            "spent": state.spent,
+            "bound": state.bound,
             "have": {k: list(v) for k, v in state.have.items()},
             "sha256": {k: hashlib.sha256(v).hexdigest() for k, v in blobs.items()},
         }
@@ -186,8 +190,10 @@ def _read(folder: Path) -> Saved:
         run=meta["run"],
         identity=meta.get("identity", {}),
         events_digest=meta.get("events_digest", ""),
-        # Absent from checkpoints of before there was an async schedule.
+        # Absent from older checkpoints.
         flights=[Flight(*f) for f in meta.get("flights", [])],
         bases={v: blobs[f"base-{v:04d}.safetensors"] for v in meta.get("bases", [])},
         clock=meta.get("clock", 0.0),
+        spent=meta.get("spent", []),
+        bound=meta.get("bound", 0.0),
     )

@@ -33,6 +33,7 @@ class Round:
     scores: dict[str, ev.Evaluation] = field(default_factory=dict)  # by model
     clients: ev.ClientValidation | None = None
     refit: ev.Refit | None = None
+    privacy: ev.PrivacySpent | None = None
     alignment: ev.Alignment | None = None
     agreements: dict[str, ev.Agreement] = field(default_factory=dict)  # by moment
     norm: float | None = None  # L2 norm of the adapter
@@ -248,6 +249,8 @@ class Record:
                 self.samples[event.model] = event
             case ev.ClientValidation():
                 self.round(event.round).clients = event
+            case ev.PrivacySpent():
+                self.round(event.round).privacy = event
             case ev.Refit():
                 self.round(event.round).refit = event
             case ev.Alignment():

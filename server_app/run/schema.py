@@ -287,6 +287,21 @@ class Bytes(Event, name="bytes"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrivacySpent(Event, name="privacy"):
+    """What all rounds so far have spent of the clients' privacy, with this one."""
+
+    round: int  # the round
+    epsilon: float  # the smaller of the two that follow
+    rdp: float  # epsilon by Renyi divergences
+    pld: float | None  # epsilon by privacy loss distributions; None where they do not apply
+    delta: float  # privacy.delta
+    target: float | None  # privacy.epsilon; None for no limit
+    noise: float  # privacy.client-noise
+    bound: float  # norm to which this round's changes were scaled down
+    sampling: str  # poisson | fixed
+
+
+@dataclass(frozen=True, kw_only=True)
 class Adapter(Event, name="adapter"):
     """The average of a round's adapters."""
 

@@ -19,6 +19,7 @@ FLOORS: list[set[str]] = [
     {"fedpft_core.seeds", "fedpft_core.tensors", "fedpft_core.registry", "fedpft_core.disk"},
     {"fedpft_core.data"},
     {"fedpft_core.config"},
+    {"fedpft_core.privacy", "fedpft_core.secure"},
     {"fedpft_core.model"},
     {"fedpft_core.task"},
     {"fedpft_core.adapter"},

@@ -1,0 +1,1 @@
+"""Differential privacy: noise, clipping, and what both come to as a number."""

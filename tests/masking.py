@@ -1,0 +1,83 @@
+"""Nodes made by hand that take part in secure aggregation, with the client's own rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fabricate import Node
+
+from client_app.secure import Secure
+from fedpft_core.errors import ReplyError
+from fedpft_core.secure import ring
+from fedpft_core.seeds import numpy_stream
+from fedpft_core.wire import codec
+from fedpft_core.wire.envelope import Envelope, open_envelope, seal
+from fedpft_core.wire.messages import (
+    Failure,
+    KeysRequest,
+    NeedReply,
+    RefusalReply,
+    RevealRequest,
+    SecureTrainReply,
+    SecureTrainRequest,
+    SharesRequest,
+    TrainReply,
+)
+
+
+@dataclass
+class SecureNode(Node):
+    """A node made by hand that masks; `lost` is the kind of message that it does not answer."""
+
+    root: Path = Path()
+    lost: str = ""
+    bend: Callable[[Any], Any] | None = None  # turns an answer into another
+    noted: bool = True
+    plain: dict[int, np.ndarray] = field(default_factory=dict)  # what it has masked, by round
+
+    def answer(self, envelope: Envelope) -> Envelope | Failure:
+        if envelope.kind == self.lost:
+            return Failure("the node is gone")
+        message, secure = open_envelope(envelope), Secure(self.root, self.name)
+        made: Any
+        try:
+            match message:
+                case KeysRequest():
+                    made = secure.show_keys(message)
+                case SharesRequest():
+                    made = secure.share(message)
+                case RevealRequest():
+                    made = secure.reveal(message)
+                case SecureTrainRequest():
+                    made = self._masked(message, secure)
+                case _:
+                    return super().answer(envelope)
+        except ReplyError as error:
+            made = RefusalReply(self.name, str(error))
+        made = self.bend(made) if self.bend else made
+        return made if isinstance(made, Envelope) else seal(made)
+
+    def _masked(self, request: SecureTrainRequest, secure: Secure) -> Any:
+        made = self._train(request)
+        if isinstance(made, NeedReply):
+            return made
+        assert isinstance(made, TrainReply)
+        base = codec.decode(request.adapter, request.fmt)
+        new = codec.decode(made.adapter, made.fmt)
+        values = np.concatenate([
+            ring.quantise({k: new[k].double() - base[k].double() for k in base}, request.bits,
+                          request.reach, numpy_stream(0, self.name)),
+            ring.quantise({"loss": torch.tensor([made.loss])}, request.bits, ring.LOSS_REACH,
+                          np.random.default_rng(0)),
+        ])  # fmt: skip
+        if self.noted:
+            self.plain[request.round] = values
+        data = torch.from_numpy(np.frombuffer(secure.mask(request, values), np.uint8).copy())
+        return SecureTrainReply(
+            self.name, request.session, request.round, request.digest, 2, 0.5, {"masked": data}
+        )
