@@ -198,7 +198,9 @@ def _conclude(
             log.emit(Memory(process=every, peak_rss_bytes=outcome.peak_bytes))
             log.close()
         summary = report.write(folder)
-    console.print(report.headline(summary), highlight=False, markup=False)
+    for said in (report.headline(summary), report.sentence(summary)):
+        if said:
+            console.print(said, highlight=False, markup=False)
     for table in report.render(summary):
         console.print(table)
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fedpft_console.report.tables import sheets
+from fedpft_console.report.verdict import labels, sentence
 from fedpft_console.text import Measure, human_seconds, number
 from server_app.run.record import Record
 
@@ -82,8 +83,10 @@ def markdown(record: Record) -> str:
     Returns:
         Markdown, which ends with a newline and links plot.png where a round was scored.
     """
-    lines = ["# Run report", "", headline(record), "", *_facts(record)]
-    for sheet in sheets(record):
+    said = sentence(record)
+    lines = ["# Run report", "", headline(record), *(["", said] if said else []), ""]
+    lines += _facts(record)
+    for sheet in [*sheets(record), *labels(record)]:
         lines += ["", f"## {sheet.title}", ""]
         lines.append("| " + " | ".join(_md(c) for c in sheet.columns) + " |")
         right = "---" if sheet.title == "Files" else "---:"

@@ -31,12 +31,17 @@ class Round:
     replies: list[ev.Reply] = field(default_factory=list)
     got: int = 0  # good replies of the latest attempt
     scores: dict[str, ev.Evaluation] = field(default_factory=dict)  # by model
+    confusion: dict[str, ev.Confusion] = field(default_factory=dict)  # by model
     clients: ev.ClientValidation | None = None
     refit: ev.Refit | None = None
     alignment: ev.Alignment | None = None
     agreements: dict[str, ev.Agreement] = field(default_factory=dict)  # by moment
     norm: float | None = None  # L2 norm of the adapter
+    # by direction and kind, and by direction and client
     bytes: dict[str, dict[str, int]] = field(default_factory=lambda: {d: {} for d in DIRECTIONS})
+    by_client: dict[str, dict[str, int]] = field(
+        default_factory=lambda: {d: {} for d in DIRECTIONS}
+    )
 
     @property
     def proxy(self) -> ev.Evaluation | None:
@@ -108,6 +113,7 @@ class Record:
     task: ev.Task | None = None
     model: ev.Model | None = None
     nodes: ev.Nodes | None = None
+    partition: ev.Partition | None = None
     distilled: ev.Distilled | None = None
     baselines: dict[str, ev.Baseline] = field(default_factory=dict)
     validation: dict[str, ev.Validation] = field(default_factory=dict)  # by model
@@ -115,6 +121,8 @@ class Record:
     peak_bytes: dict[str, int] = field(default_factory=dict)  # by process
     warnings: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
+    # bytes of side runs, by side run and direction
+    aside: dict[str, dict[str, int]] = field(default_factory=dict)
     _rounds: dict[int, Round] = field(default_factory=dict)
     _earlier: float = 0.0  # seconds of the parts before the last resumption
     _start: float | None = None
@@ -164,12 +172,15 @@ class Record:
         return sum(r.bytes[direction].get(kind, 0) for r in self._rounds.values())
 
     def add(self, entry: Entry) -> None:
-        """Fold one more event. Side runs are left out: their figures are not the run's.
+        """Fold one more event. Of side runs only the bytes count: the rest is not the run's.
 
         Args:
             entry: the next one of the log.
         """
         if entry.arm:
+            if isinstance(entry.event, ev.Bytes):
+                sums = self.aside.setdefault(entry.arm, dict.fromkeys(DIRECTIONS, 0))
+                sums[entry.event.direction] = sums.get(entry.event.direction, 0) + entry.event.bytes
             return
         event, now = entry.event, entry.t
         self._start = now if self._start is None else self._start
@@ -199,6 +210,8 @@ class Record:
                 self.model = event
             case ev.Nodes():
                 self.nodes = event
+            case ev.Partition():
+                self.partition = event
             case ev.Distilled():
                 self.distilled = event
             case ev.Baseline():
@@ -234,6 +247,8 @@ class Record:
                 at.finished, at.ended = event, now
             case ev.Evaluation():
                 self.round(event.round).scores[event.model] = event
+            case ev.Confusion():
+                self.round(event.round).confusion[event.model] = event
             case ev.ClientValidation():
                 self.round(event.round).clients = event
             case ev.Refit():
@@ -247,6 +262,8 @@ class Record:
             case ev.Bytes():
                 counts = self.round(event.round).bytes.setdefault(event.direction, {})
                 counts[event.kind] = counts.get(event.kind, 0) + event.bytes
+                own = self.round(event.round).by_client.setdefault(event.direction, {})
+                own[event.client] = own.get(event.client, 0) + event.bytes
 
 
 def fold(lines: Iterable[Mapping[str, Any]]) -> Record:
