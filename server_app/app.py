@@ -19,7 +19,7 @@ from fedpft_core.errors import RunError, UserError
 from fedpft_core.train import baselines, server
 from server_app.bench import Bench
 from server_app.local import local_only
-from server_app.phases import agree, align, heads, load, plug, score
+from server_app.phases import agree, align, heads, load, plug, reference, score
 from server_app.phases.reporting import peak_rss_bytes, phase
 from server_app.phases.undistilled import undistilled
 from server_app.run import proxycache
@@ -114,9 +114,12 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
         return
     strategy.nodes.wait()
     last = min(f.rounds, config.run.stop_after or f.rounds)
-    for round in range(state.round + 1, last + 1):
+    first = state.round + 1
+    for round in range(first, last + 1):
         with phase(events, "round", round=round):
             one_round(strategy, bench, state, round)
+        if round == first:
+            reference.partition(bench, [node.name for node in strategy.nodes.known.values()])
         events.emit(ev.Memory(process="server", peak_rss_bytes=peak_rss_bytes()))
         checkpoints.save(state, bench.models, events.offset())
     if last < f.rounds:
@@ -130,6 +133,7 @@ def _before_round_1(
     """What a run does once: reference points, distillation, the scores it starts from."""
     config, models = bench.config, bench.models
     (Path(config.run.dir) / "plan.json").write_text(models.plan.to_json(), encoding="utf-8")
+    reference.majority(bench)
     if config.run.baselines and len(bench.rows.data.train):
         with phase(events, "baselines"):
             found = baselines.score(models.fm, bench.rows.processor, bench.rows.data, config)

@@ -72,7 +72,7 @@ def panels(experiment: Experiment, rows: Sequence[Row]) -> list[Panel]:
             out.append(panel)
     for place in places:
         here = [line for line in found if line.point.place == place]
-        if any(line.values(_traffic) for line in here):
+        if sum(1 for line in here if line.trained and line.values(_traffic)) > 2:
             out.append(_bytes(place, here, look))
     return out
 

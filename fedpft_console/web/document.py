@@ -38,7 +38,7 @@ code { font: 0.9em ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflow
 nav ul { display: flex; flex-wrap: wrap; gap: 0.2rem 1.1rem; padding: 0; list-style: none;
   font-size: 0.875rem; max-width: none; }
 dl.facts { display: grid; gap: 0.6rem 1.5rem; margin: 1.2rem 0;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 11rem), 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 9rem), 1fr)); }
 dl.facts dt { color: var(--dim); font-size: 0.8rem; }
 dl.facts dd { margin: 0; overflow-wrap: anywhere; }
 ul.findings { padding-left: 1.1rem; }

@@ -13,7 +13,7 @@ from fedpft_core.data.rows import Columns
 from fedpft_core.data.splits import DataSettings, check_settings, columns_of, split_rows
 from fedpft_core.errors import UserError
 from fedpft_core.task.base import Metric, Score, Task, TaskData, mean_score
-from fedpft_core.task.classify import Classify
+from fedpft_core.task.classify import Classify, confusion
 
 KINDS = {"text": Classify, "pair": Classify, "image": Classify}
 """Kinds of task by the name they have in packages."""
@@ -75,6 +75,7 @@ __all__ = [
     "Score",
     "Task",
     "TaskData",
+    "confusion",
     "kind_of",
     "load_task",
     "make",
