@@ -20,13 +20,14 @@ from fedpft_core.train import baselines, server
 from server_app.bench import Bench
 from server_app.local import local_only
 from server_app.phases import agree, align, heads, load, plug, reference, score
-from server_app.phases.reporting import peak_rss_bytes, phase
+from server_app.phases.reporting import Waits, peak_rss_bytes, phase, progress
 from server_app.phases.undistilled import undistilled
-from server_app.run import proxycache
+from server_app.run import card, proxycache
 from server_app.run import schema as ev
 from server_app.run.checkpoint import Checkpoints
 from server_app.run.events import EventLog
 from server_app.run.folder import RunFolder
+from server_app.run.record import of_log
 from server_app.state import State, fresh_state
 from server_app.strategy import Strategy
 from server_app.transport import FlowerTransport, Transport
@@ -57,7 +58,8 @@ def main(grid: Grid, context: Context) -> None:
     config = configs.from_flat(context.run_config)
     with RunFolder.open(config) as folder:
         log.info("run folder: %s", folder.path)
-        run(replace(config, run=folder.run_config), FlowerTransport(grid), folder.events)
+        transport = FlowerTransport(grid, waits=lambda: Waits(folder.events, "replies"))
+        run(replace(config, run=folder.run_config), transport, folder.events)
 
 
 def run(config: Config, transport: Transport, events: EventLog) -> None:
@@ -124,7 +126,7 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
         checkpoints.save(state, bench.models, events.offset())
     if last < f.rounds:
         raise RunError(f"stopped after round {last} as run.stop-after asks; resume to go on")
-    _export(bench, strategy, state)
+    _export(bench, strategy, state, events)
 
 
 def _before_round_1(
@@ -136,7 +138,10 @@ def _before_round_1(
     reference.majority(bench)
     if config.run.baselines and len(bench.rows.data.train):
         with phase(events, "baselines"):
-            found = baselines.score(models.fm, bench.rows.processor, bench.rows.data, config)
+            found = baselines.score(
+                models.fm, bench.rows.processor, bench.rows.data, config,
+                progress(events, "baselines", "rows"),
+            )  # fmt: skip
             for name, value in found.items():
                 split = config.run.eval_split
                 events.emit(ev.Baseline(name=name, split=split, **value.fields()))
@@ -201,9 +206,9 @@ def one_round(strategy: Strategy, bench: Bench, state: State, round: int) -> Non
         heads.again(bench, strategy, state, events)
 
 
-def _export(bench: Bench, strategy: Strategy, state: State) -> None:
+def _export(bench: Bench, strategy: Strategy, state: State, events: EventLog) -> None:
     """Settle the head, plug the final adapter into the FM, write the product."""
-    config, events = bench.config, bench.events
+    config = bench.config
     with phase(events, "export"):
         bench.models.plug(state.adapter)
         agree.record(bench, state.round, "end")
@@ -213,4 +218,5 @@ def _export(bench: Bench, strategy: Strategy, state: State) -> None:
         score.score_validation(bench, state.round)
         folder = Path(config.run.dir) / "adapter"
         adapters.export(bench.models.fm, folder, bench.models.source)
+        card.write(folder, of_log(events), config, bench.rows.task)
         events.emit(ev.Files(paths={"adapter": str(folder), "plan": f"{config.run.dir}/plan.json"}))

@@ -18,6 +18,9 @@ from fedpft_core.wire.messages import Failure
 
 OnReply = Callable[[int, "Envelope | Failure"], None]
 
+OnWait = Callable[[int, int, float], None]
+"""Told what is there, what is waited for, and the seconds until the wait is given up."""
+
 _AT_ONCE = 4  # replies asked of Flower at once, which it gives all together
 
 
@@ -51,12 +54,17 @@ class Transport(Protocol):
         """
 
 
+def _silently() -> OnWait:
+    return lambda done, total, seconds_left: None
+
+
 @dataclass
 class FlowerTransport:
-    """Messages over Flower's Grid."""
+    """Messages over Flower's Grid; each wait for replies is told to what `waits` then makes."""
 
     grid: Grid
     poll_seconds: float = 0.05
+    waits: Callable[[], OnWait] = _silently
 
     def nodes(self) -> list[int]:
         """Ids of the nodes that Flower says are connected.
@@ -97,7 +105,7 @@ class FlowerTransport:
                 waiting[sent] = node
                 continue
             on_reply(node, Failure(_ERRORS[5]))
-        deadline = time.monotonic() + timeout
+        deadline, waits = time.monotonic() + timeout, self.waits()
         while waiting and time.monotonic() < deadline:
             got = False
             asked = list(waiting)
@@ -109,6 +117,8 @@ class FlowerTransport:
                         got = True
                         on_reply(waiting.pop(sent), _opened(reply))
             if waiting and not got:
+                left = max(0.0, deadline - time.monotonic())
+                waits(len(messages) - len(waiting), len(messages), left)
                 time.sleep(self.poll_seconds)
         for node in waiting.values():
             on_reply(node, Failure(f"no reply within {timeout:.1f} s"))

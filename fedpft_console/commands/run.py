@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedpft_console.commands import settings
+from fedpft_console.commands import preflight, settings
 from fedpft_console.commands.folder import (
     CHECKPOINTS,
     EVENTS_FILE,
@@ -19,6 +19,7 @@ from fedpft_console.commands.folder import (
     locked,
     resume_config,
     save_config,
+    save_rounds,
     writing,
 )
 from fedpft_core import config
@@ -46,6 +47,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     run.add_argument("--run-dir", metavar="DIR", help="new run folder (default ./runs/<time>)")
     run.add_argument("--resume", metavar="RUN", help="continue the run in this run folder")
     run.add_argument(
+        "--rounds", type=int, metavar="N",
+        help="rounds in all, as federation.rounds; with --resume more than there were, to add some",
+    )  # fmt: skip
+    run.add_argument(
         "--superlink", metavar="NAME",
         help="submit to this connection of your Flower configuration, instead of simulating",
     )  # fmt: skip
@@ -72,6 +77,10 @@ def command(args: argparse.Namespace, console: Console) -> int:
     """
     given = settings.collect(args)
     remote = args.superlink is not None
+    if args.rounds is not None:
+        given["federation.rounds"] = args.rounds
+    if not remote:
+        given = settings.absolute_files(given)
     if args.resume:
         if args.run_dir:
             raise UserError("--run-dir and --resume exclude each other.")
@@ -79,10 +88,12 @@ def command(args: argparse.Namespace, console: Console) -> int:
         flat = resume_config(folder, given)
         with writing(folder):
             check_room(folder)
+        save_rounds(folder, flat["federation.rounds"])
     else:
-        flat = config.to_flat(config.from_flat(given))
+        resolved = config.from_flat(given)
+        flat = config.to_flat(resolved)
         if not remote:
-            flat = settings.absolute_files(flat)
+            preflight.check(resolved)
         folder = choose_folder(args.run_dir, flat["run.dir"])
         if not remote or args.run_dir or flat["run.dir"]:
             flat["run.dir"] = str(folder)

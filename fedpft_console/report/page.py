@@ -10,7 +10,7 @@ from typing import Any
 
 from fedpft_console.report import verdict
 from fedpft_console.report.plots import panels
-from fedpft_console.report.show import bad_replies, headline
+from fedpft_console.report.show import bad_replies, headline, warnings
 from fedpft_console.report.tables import Sheet, sheets
 from fedpft_console.text import human_bytes, human_count, human_seconds, number
 from fedpft_console.web import drawing
@@ -122,7 +122,7 @@ def _some(names: Sequence[str], most: int = 12) -> str:
 def _notices(record: Record) -> list[str]:
     out = []
     for title, items in (
-        ("Warnings", list(dict.fromkeys(record.warnings))),
+        ("Warnings", warnings(record)),
         ("Replies not used", bad_replies(record)),
     ):
         if items:

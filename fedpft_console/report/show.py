@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from fedpft_console.report.tables import sheets
@@ -98,7 +99,7 @@ def markdown(record: Record) -> str:
         lines += ["", f"![{name}, traffic and agreement by round](plot.png)"]
     for title, items in (
         ("Replies not used", bad_replies(record)),
-        ("Warnings", record.warnings),
+        ("Warnings", warnings(record)),
     ):
         if items:
             lines += ["", f"## {title}", "", *(f"- {_md(item)}" for item in items)]
@@ -121,6 +122,19 @@ def bad_replies(record: Record) -> list[str]:
         for x in r.replies
         if x.status not in ("ok", "need")
     ]
+
+
+def warnings(record: Record) -> list[str]:
+    """The warnings of a run, each once.
+
+    Args:
+        record: a run in any state.
+
+    Returns:
+        Their texts, in order of first appearance, with how often where that is more than once.
+    """
+    counts = Counter(record.warnings)
+    return [text if n == 1 else f"{text} ({n} times)" for text, n in counts.items()]
 
 
 def _facts(record: Record) -> list[str]:

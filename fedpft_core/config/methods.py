@@ -8,16 +8,17 @@ from fedpft_core.config.keys import Config
 def method_name(config: Config) -> str:
     """The method these settings amount to, by the names of docs/methods.md.
 
+    The number of rounds is no part of it: a run that is cut short or continued keeps its name.
+
     Args:
         config: a whole run.
 
     Returns:
-        One of the names there, such as `fedpft-b`; with `one-shot` before it where several clients
-        have a single round.
+        One of the names there, such as `fedpft-b`.
     """
     f = config.federation
     before = config.distill.method != "none" and config.distill.steps > 0
-    during = 0 < config.align.interval < f.rounds
+    during = config.align.interval > 0
     if f.aggregate == "none":
         return "local-only"
     if config.plan.proxy == "full":
@@ -27,4 +28,4 @@ def method_name(config: Config) -> str:
     else:
         names = {(True, True): "fedpft", (True, False): "fedpft-b", (False, True): "fedpft-d"}
         name = names.get((before, during), "fedpft-n")
-    return f"one-shot {name}" if f.rounds == 1 and f.clients > 1 else name
+    return name

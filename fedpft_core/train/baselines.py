@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,16 @@ from fedpft_core.task import Score, TaskData
 
 
 @torch.inference_mode()
-def features(model: nn.Module, data: Encoded, batch_size: int) -> np.ndarray:
+def features(
+    model: nn.Module, data: Encoded, batch_size: int, on_rows: Callable[[int], None] | None = None
+) -> np.ndarray:
     """Mean of the last block's output over real positions, dropout off.
 
     Args:
         model: FM or proxy, bare or with the adapter; left in eval mode.
         data: rows, with or without labels.
         batch_size: rows at once.
+        on_rows: told how many rows each batch had.
 
     Returns:
         float32 [rows, D], in row order; [0] without rows.
@@ -44,6 +48,8 @@ def features(model: nn.Module, data: Encoded, batch_size: int) -> np.ndarray:
             if not rows.size:
                 rows = np.empty((len(data), mean.shape[1]), dtype=np.float32)
             rows[index] = mean.cpu().numpy()
+            if on_rows:
+                on_rows(len(index))
     return rows
 
 
@@ -59,7 +65,13 @@ def texts(rows: Examples) -> list[str]:
     return [" ".join(x) if isinstance(x, tuple) else str(x) for x in rows.inputs]
 
 
-def score(fm: nn.Module, processor: Any, data: TaskData, config: Config) -> dict[str, Score]:
+def score(
+    fm: nn.Module,
+    processor: Any,
+    data: TaskData,
+    config: Config,
+    on_rows: Callable[[int, int], None] | None = None,
+) -> dict[str, Score]:
     """Scores of the task's reference points, fitted to all clients' rows pooled.
 
     Args:
@@ -67,6 +79,7 @@ def score(fm: nn.Module, processor: Any, data: TaskData, config: Config) -> dict
         processor: its tokenizer or image processor.
         data: the task and its rows.
         config: of the run; says which rows are scored.
+        on_rows: told how many rows are done, of how many, over all reference points.
 
     Returns:
         By the reference point's name.
@@ -74,11 +87,20 @@ def score(fm: nn.Module, processor: Any, data: TaskData, config: Config) -> dict
     task = data.task
     test = data.test if config.run.eval_split == "test" else data.validation
 
+    done = 0
+
+    def ready(rows: int) -> None:
+        nonlocal done
+        done += rows
+        if on_rows:
+            on_rows(done, len(task.baselines) * (len(data.train) + len(test)))
+
     def inputs(name: str, rows: Examples) -> Any:
         if name == "tf-idf":
+            ready(len(rows))
             return texts(rows)
         encoded = task.encode(rows, processor, config.data.max_length)
-        return features(fm, encoded, config.run.eval_batch_size)
+        return features(fm, encoded, config.run.eval_batch_size, ready)
 
     return {
         name: task.fit_baseline(

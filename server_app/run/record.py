@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from server_app.run import schema as ev
-from server_app.run.events import Entry, entry_of
+from server_app.run.events import Entry, EventLog, entry_of, read_events
 
 DIRECTIONS = ("down", "up")
 # When gradients are compared in a round, latest last.
@@ -281,6 +281,18 @@ def fold(lines: Iterable[Mapping[str, Any]]) -> Record:
         if entry is not None:
             record.add(entry)
     return record
+
+
+def of_log(log: EventLog) -> Record:
+    """The record of a run whose log is still being written.
+
+    Args:
+        log: the run's, in a file or in memory.
+
+    Returns:
+        What its events come to so far.
+    """
+    return fold(log.seen if log.path is None else (line for _, line in read_events(log.path)))
 
 
 def mean(values: Iterable[Any]) -> float | None:

@@ -76,6 +76,16 @@ class Progress(Event, name="progress"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Waiting(Event, name="waiting"):
+    """The run waits for others; said again every few seconds."""
+
+    what: str  # nodes | replies
+    done: int  # how many are there
+    total: int  # how many are waited for
+    seconds_left: float  # until the wait is given up
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunFinished(Event, name="run_finished"):
     """The run has ended well."""
 
