@@ -48,7 +48,7 @@ def command(args: argparse.Namespace, console: Console) -> int:
         raise UserError(f"{folder}: no such run folder.")
     with watch.serve(folder, args.port) as server:
         console.print(
-            f"http://{watch.HOST}:{server.server_address[1]}/ shows the run; Ctrl-C ends this "
+            f"http://{watch.HOST}:{server.server_port}/ shows the run; Ctrl-C ends this "
             "command, not the run",
             soft_wrap=True, highlight=False, markup=False,
         )  # fmt: skip

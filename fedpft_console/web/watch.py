@@ -114,7 +114,7 @@ def serve(folder: Path, port: int = 0) -> HTTPServer:
 
         def do_GET(self) -> None:
             """Answer a request for the page or its state."""
-            here = self.server.server_address[1]
+            here = made.server_port
             if self.headers.get("Host") not in (f"{HOST}:{here}", f"localhost:{here}"):
                 self.send_error(HTTPStatus.FORBIDDEN)
                 return
@@ -137,6 +137,7 @@ def serve(folder: Path, port: int = 0) -> HTTPServer:
             """Say nothing: the terminal shows where the page is, and requests come every 2 s."""
 
     try:
-        return HTTPServer((HOST, port), Handler)
+        made = HTTPServer((HOST, port), Handler)
     except (OSError, OverflowError) as error:
         raise UserError(f"--port {port}: cannot listen there ({error}).") from error
+    return made
