@@ -54,6 +54,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--superlink", metavar="NAME",
         help="submit to this connection of your Flower configuration, instead of simulating",
     )  # fmt: skip
+    run.add_argument(
+        "--tracker", metavar="NAME", action="append", default=[],
+        help="also hand the figures to this tracker, such as tensorboard; may be repeated",
+    )  # fmt: skip
     run.add_argument("--quiet", action="store_true", help="print only the folder and the outcome")
     run.set_defaults(function=command)
 
@@ -109,17 +113,22 @@ def _run(
 ) -> int:
     from fedpft_console import launch
     from fedpft_console.progress import Follower, View
+    from fedpft_console.trackers import Trackers
 
     resolved = config.from_flat(flat)
     follower = Follower(folder / EVENTS_FILE)
     outcome: Result | None = None
     with launch.signals_as_exceptions(), writing(folder):
         try:
-            with View(console, quiet=args.quiet) as view:
+            with (
+                Trackers(args.tracker, folder, flat) as trackers,
+                View(console, quiet=args.quiet) as view,
+            ):
 
                 def tick() -> None:
                     for event in follower.new():
                         view.show(event)
+                        trackers.show(event)
 
                 if args.superlink is not None:
                     outcome = launch.run_deployed(
