@@ -1,9 +1,9 @@
 """Trackers: a run's figures, handed to other programs while the run goes on.
 
-Each file here is one, and so is each entry point of the group `fedpft.trackers` in another package.
+Each file here is one, and so is each entry point of the group `fedpft.trackers` of other packages.
 It names a module with a function `start(folder, name, config)` that gives a :class:`Tracker`. A
-tracker sees what the event log says and nothing else. One that fails is left out with a warning, and
-the run goes on.
+tracker sees what the event log says and nothing else. One that fails is left out with a warning,
+and the run goes on.
 """
 
 from __future__ import annotations

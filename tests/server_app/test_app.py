@@ -215,7 +215,9 @@ def test_changed_weights_reach_the_clients_as_patches(done: Done) -> None:
 
 def test_reference_points_are_scored(done: Done) -> None:
     names = {e["name"]: e["value"] for e in done.events if e["event"] == "baseline"}
-    want = {"linear-probe", "undistilled"} | ({"tf-idf"} if kind_of(done) == "text" else set())
+    want = {"majority-class", "linear-probe", "undistilled"} | (
+        {"tf-idf"} if kind_of(done) == "text" else set()
+    )
     assert set(names) == want
     assert names["linear-probe"] > 0.9
 
