@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedpft_console.commands import preflight, settings
+from fedpft_console.commands import settings
 from fedpft_core import config
 from fedpft_core.disk import whole
 from fedpft_core.errors import UserError
@@ -77,6 +77,8 @@ def command(args: argparse.Namespace, console: Console) -> int:
     Raises:
         UserError: the file is there, cannot be written, or an answer cannot be used.
     """
+    from fedpft_console.commands import preflight
+
     path = Path(args.file).expanduser()
     if path.exists() and not args.force:
         raise UserError(f"{path} is there already; --force replaces it.")

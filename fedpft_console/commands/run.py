@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedpft_console.commands import preflight, settings
+from fedpft_console.commands import settings
 from fedpft_console.commands.folder import (
     CHECKPOINTS,
     EVENTS_FILE,
@@ -97,6 +97,8 @@ def command(args: argparse.Namespace, console: Console) -> int:
         resolved = config.from_flat(given)
         flat = config.to_flat(resolved)
         if not remote:
+            from fedpft_console.commands import preflight
+
             preflight.check(resolved)
         folder = choose_folder(args.run_dir, flat["run.dir"])
         if not remote or args.run_dir or flat["run.dir"]:

@@ -242,7 +242,7 @@ def test_every_line_is_of_the_schema(done: Done) -> None:
 
 def test_a_whole_run_emits_every_event_that_is_not_about_trouble(done: Done) -> None:
     seen = {e["event"] for e in done.events}
-    optional = {"warning", "run_failed", "alignment_check", "client_validation"}
+    optional = {"warning", "waiting", "run_failed", "alignment_check", "client_validation"}
     optional |= {"head", "plugged"}  # of options that are off by default; see test_heads.py
     assert len(KINDS) > 15
     assert set(KINDS) - seen <= optional
