@@ -58,7 +58,6 @@ def html(record: Record, head: str = "") -> str:
     if files:
         made = Sheet("Files", ["", "in the run folder"], files)
         parts.append((made.title, table(made)))
-    name = record.task.name if record.task else "run"
     body = [
         f"<h1>{escape(_title(record))}</h1>",
         f'<p class="lead">{prose(headline(record))} {prose(verdict.sentence(record))}</p>',
@@ -67,14 +66,19 @@ def html(record: Record, head: str = "") -> str:
         _contents([title for title, _ in parts]),
         *(part for _, part in parts),
     ]
-    return document(f"FedPFT run: {name}", body, head)
+    return document(_title(record), body, head)
 
 
 _LATE = ("Traffic", "Time and memory", "Model")
 
 
 def _title(record: Record) -> str:
-    return f"{record.task.name}: report of a run" if record.task else "Report of a run"
+    return f"{_short(record.task.name)}: report of a run" if record.task else "Report of a run"
+
+
+def _short(name: str) -> str:
+    """A name; of a path its last two parts, since the page may be given away."""
+    return "/".join(Path(name).parts[-2:]) if name.startswith("/") else name
 
 
 def _contents(titles: Sequence[str]) -> str:

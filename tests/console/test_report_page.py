@@ -160,3 +160,16 @@ def test_what_others_wrote_is_text() -> None:
 
 def test_equal_records_give_equal_pages() -> None:
     assert report.html(fold(full())) == report.html(fold(full()))
+
+
+def test_no_path_of_this_machine_is_on_the_page() -> None:
+    events = full()
+    for e in events:
+        if e["event"] == "task":
+            e |= {"name": "/home/somebody/rows/train.csv"}
+        if e["event"] == "model":
+            e |= {"name": "/home/somebody/models/bert"}
+        if e["event"] == "files":
+            e["paths"] = {"adapter": "/home/somebody/run/adapter"}
+    text = report.html(fold(events))
+    assert "somebody" not in text and "rows/train.csv: report of a run" in text
