@@ -16,7 +16,7 @@ from client_app.store import Store
 from fedpft_core import config as configs
 from fedpft_core.data.examples import Examples
 from fedpft_core.data.folders import images, is_folder
-from fedpft_core.data.partition import partition
+from fedpft_core.data.partition import client_names, partition_of_run
 from fedpft_core.data.rows import TASKS, Columns
 from fedpft_core.errors import UserError
 from fedpft_core.model.device import pick_device
@@ -319,12 +319,12 @@ def _partitions(
     data: configs.DataConfig, federation: configs.FederationConfig, seed: int, count: int
 ) -> list[Any]:
     found = _task(data, seed)
-    return partition(
+    return partition_of_run(
         found.task.strata(found.train),
         count,
         federation.partition,
         federation.dirichlet_alpha,
-        derive(seed, "partition") % 2**31,
+        seed,
     )
 
 
@@ -365,8 +365,7 @@ def _simulated_client(node: Mapping[str, Any], config: configs.Config) -> Client
     def count_rows() -> tuple[int, int]:
         return split_sizes(partition_rows(config, index, count), share)
 
-    # Partition names sort like their numbers, so that replies are averaged in partition order.
-    name = f"client-{index:0{len(str(count - 1))}d}"
+    name = client_names(count)[index]
     root = Path(config.run.dir) / "clients" if config.run.dir else configs.home() / "clients"
     return Client(
         name=name,

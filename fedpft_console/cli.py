@@ -7,7 +7,18 @@ import os
 import sys
 from collections.abc import Sequence
 
-from fedpft_console.commands import compare, config, inspect, node, report, run
+from fedpft_console.commands import (
+    compare,
+    completion,
+    config,
+    init,
+    inspect,
+    node,
+    plugins,
+    report,
+    run,
+    watch,
+)
 from fedpft_core import __version__
 from fedpft_core.errors import RunError, UserError
 
@@ -24,8 +35,9 @@ def parser() -> argparse.ArgumentParser:
     )
     main_parser.add_argument("--version", action="version", version=f"fedpft {__version__}")
     commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (run, config, report, inspect, node, compare):
+    for module in (init, run, watch, report, config, inspect, node, compare, plugins):
         module.add(commands)
+    completion.add(commands, main_parser)
     return main_parser
 
 

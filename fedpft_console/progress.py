@@ -95,6 +95,7 @@ class View:
         self._tasks: dict[str, TaskID] = {}
         self._first: dict[str, tuple[float, float]] = {}
         self._shown: dict[str, float] = {}
+        self._warned: dict[str, int] = {}
         self._start = time.time()
         if console.is_terminal and not quiet:
             self._bars = Progress(
@@ -116,6 +117,9 @@ class View:
         if self._bars:
             self._bars.stop()
             self._bars = None
+        for text, count in self._warned.items():
+            if count > 1:
+                self.line(f"warning, {count} times in all: {text}")
 
     def note(self, text: str) -> None:
         """Say what is being waited for before events arrive.
@@ -152,6 +156,12 @@ class View:
             return  # a side run: its phase has a bar of its own
         self.record.add(entry)
         self._drop("note")
+        if isinstance(event, ev.Waiting):
+            self._waiting(event, entry.t)
+            return
+        self._drop("waiting")
+        if isinstance(event, ev.Warned) and self._repeated(event.text):
+            return
         if isinstance(event, ev.Progress):
             self._progress(event, entry.t)
             return
@@ -162,6 +172,19 @@ class View:
             return
         for text in lines_for(event, self.record):
             self.line(text, entry.t)
+
+    def _waiting(self, event: ev.Waiting, now: float) -> None:
+        left = f"{event.seconds_left:.0f} s left"
+        if self._bars:
+            note = f"{event.done} of {event.total}, {left}"
+            self._bar("waiting", f"waiting for {event.what}", event.total, event.done, note)
+        else:
+            self.line(f"waiting for {event.what}, {event.done} of {event.total}, {left}", now)
+
+    def _repeated(self, text: str) -> bool:
+        """Whether this warning stands on the screen already; how often is said at the end."""
+        self._warned[text] = self._warned.get(text, 0) + 1
+        return self._warned[text] > 1
 
     def _move_bars(self, event: ev.Event) -> None:
         match event:

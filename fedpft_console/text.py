@@ -20,6 +20,7 @@ PHASES = {
 }
 MODELS = {"proxy": "sub-FM", "fm": "plugged-in FM", "fm-as-trained": "FM, as trained"}
 BASELINES = {
+    "majority-class": "majority class",
     "linear-probe": "linear probe on the FM",
     "tf-idf": "TF-IDF",
     "zero-shot": "FM as it is (zero-shot)",

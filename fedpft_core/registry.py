@@ -1,15 +1,24 @@
-"""Choices of a key that are found by looking into a folder: each file there is one choice.
+"""Choices of a key: each file of a folder here is one, and so is each installed plugin.
 
 `saliency/weight_norm.py` is the choice `weight-norm`. The first line of its docstring says what it
 does, in the list of keys too. Nothing is imported until a choice is used.
+
+Another distribution adds a choice by an entry point of the group `fedpft.saliencies`,
+`fedpft.alignments`, `fedpft.selections` or `fedpft.aggregations` that names a module with the same
+functions. Where a plugin has the name of a file here, the file is meant.
 """
 
 from __future__ import annotations
 
 import ast
 import importlib
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
+
+from fedpft_core.errors import UserError
 
 _ROOT = Path(__file__).parent
 _ROOMS = {
@@ -19,9 +28,49 @@ _ROOMS = {
     "aggregation": "aggregation",
 }
 
+GROUPS = {
+    "saliency": "fedpft.saliencies",
+    "alignment": "fedpft.alignments",
+    "selection": "fedpft.selections",
+    "aggregation": "fedpft.aggregations",
+}
+"""Group of entry points by folder."""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A choice that another distribution adds.
+
+    Attributes:
+        folder: what it is a choice of.
+        name: as it stands in the configuration.
+        origin: name and version of the distribution.
+        hidden: whether a file here has the same name, and is meant in its place.
+    """
+
+    folder: str
+    name: str
+    origin: str
+    hidden: bool
+
+
+def plugins(folder: str) -> list[Plugin]:
+    """The choices that other distributions add, by name. None of them is imported.
+
+    Args:
+        folder: `saliency`, `alignment`, `selection` or `aggregation`.
+
+    Returns:
+        Each name once; of two distributions with the same name, the first by theirs.
+    """
+    own = {_named(p) for p in _files(folder)}
+    return [
+        Plugin(folder, name, _origin(point), name in own) for name, point in _points(folder).items()
+    ]
+
 
 def names(folder: str) -> tuple[str, ...]:
-    """The choices of a folder, sorted.
+    """The choices of a folder, sorted, and then those of plugins.
 
     Args:
         folder: `saliency`, `alignment`, `selection` or `aggregation`.
@@ -29,11 +78,12 @@ def names(folder: str) -> tuple[str, ...]:
     Returns:
         Names as they stand in the configuration, with dashes.
     """
-    return tuple(p.stem.replace("_", "-") for p in _files(folder))
+    own = tuple(_named(p) for p in _files(folder))
+    return own + tuple(name for name in _points(folder) if name not in own)
 
 
 def describe(folder: str) -> str:
-    """`name` (what it does), for every choice, from the files' docstrings.
+    """`name` (what it does), for every choice that is a file here, from the files' docstrings.
 
     Args:
         folder: one that :func:`names` knows.
@@ -45,7 +95,7 @@ def describe(folder: str) -> str:
     for path in _files(folder):
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         first = text.partition("\n")[0].rstrip(".")
-        parts.append(f"`{path.stem.replace('_', '-')}` ({first[:1].lower()}{first[1:]})")
+        parts.append(f"`{_named(path)}` ({first[:1].lower()}{first[1:]})")
     return "; ".join(parts)
 
 
@@ -60,10 +110,13 @@ def load(folder: str, name: str) -> ModuleType:
         The module, whose functions the folder's `__init__` describes.
 
     Raises:
-        KeyError: the folder has no such choice.
+        KeyError: there is no such choice.
+        UserError: it is a plugin, which cannot be imported or is no module.
     """
     if name not in names(folder):
         raise KeyError(f"{folder} has no {name!r}")
+    if name not in {_named(p) for p in _files(folder)}:
+        return _imported(_points(folder)[name])
     return importlib.import_module(
         f"fedpft_core.{_ROOMS[folder].replace('/', '.')}.{name.replace('-', '_')}"
     )
@@ -71,3 +124,37 @@ def load(folder: str, name: str) -> ModuleType:
 
 def _files(folder: str) -> list[Path]:
     return sorted(p for p in (_ROOT / _ROOMS[folder]).glob("*.py") if not p.stem.startswith("_"))
+
+
+def _named(path: Path) -> str:
+    return path.stem.replace("_", "-")
+
+
+@cache
+def _points(folder: str) -> dict[str, EntryPoint]:
+    """Entry points by name; with a dash in a name for each underscore."""
+    found = sorted(entry_points(group=GROUPS[folder]), key=lambda p: (p.name, _origin(p)))
+    out: dict[str, EntryPoint] = {}
+    for point in found:
+        out.setdefault(point.name.replace("_", "-"), point)
+    return out
+
+
+def _origin(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else "?"
+
+
+def _imported(point: EntryPoint) -> ModuleType:
+    try:
+        module = point.load()
+    except Exception as error:  # whatever a plugin's import may raise
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"the plugin {point.name} of {_origin(point)} cannot be imported: "
+            f"{type(error).__name__}: {said}."
+        ) from error
+    if not isinstance(module, ModuleType):
+        raise UserError(
+            f"the plugin {point.name} of {_origin(point)} names {point.value}, which is no module."
+        )
+    return module

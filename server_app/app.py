@@ -20,15 +20,16 @@ from fedpft_core.train import baselines
 from server_app import schedule
 from server_app.bench import Bench
 from server_app.local import local_only
-from server_app.phases import agree, heads, load, own, plug, score
-from server_app.phases.reporting import phase
+from server_app.phases import agree, heads, load, own, plug, reference, score
+from server_app.phases.reporting import Waits, phase, progress
 from server_app.phases.undistilled import undistilled
-from server_app.run import proxycache, replies
+from server_app.run import card, proxycache, replies
 from server_app.run import schema as ev
 from server_app.run.checkpoint import Checkpoints
 from server_app.run.events import EventLog
 from server_app.run.folder import RunFolder
 from server_app.run.identity import identity, refuse_another
+from server_app.run.record import of_log
 from server_app.schedule.session import Session
 from server_app.state import State, fresh_state
 from server_app.strategy import Strategy
@@ -60,7 +61,8 @@ def main(grid: Grid, context: Context) -> None:
     config = configs.from_flat(context.run_config)
     with RunFolder.open(config) as folder:
         log.info("run folder: %s", folder.path)
-        run(replace(config, run=folder.run_config), FlowerTransport(grid), folder.events)
+        transport = FlowerTransport(grid, waits=lambda: Waits(folder.events, "replies"))
+        run(replace(config, run=folder.run_config), transport, folder.events)
 
 
 def run(config: Config, transport: Transport, events: EventLog) -> None:
@@ -130,7 +132,7 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
         events.emit(ev.Files(paths={"plan": f"{config.run.dir}/plan.json"}))
         return
     afterwards = schedule.federate(Session(strategy, bench, state, checkpoints, events))
-    _export(bench, strategy, state)
+    _export(bench, strategy, state, events)
     afterwards()
 
 
@@ -140,11 +142,15 @@ def _before_round_1(
     """What a run does once: reference points, distillation, the scores it starts from."""
     config, models = bench.config, bench.models
     (Path(config.run.dir) / "plan.json").write_text(models.plan.to_json(), encoding="utf-8")
+    reference.majority(bench)
     # What is fitted to clients' rows needs some here; the FM as it is does not.
     some = len(bench.rows.data.train) or "zero-shot" in bench.rows.task.baselines
     if config.run.baselines and some:
         with phase(events, "baselines"):
-            found = baselines.score(models.fm, bench.rows.processor, bench.rows.data, config)
+            found = baselines.score(
+                models.fm, bench.rows.processor, bench.rows.data, config,
+                progress(events, "baselines", "rows"),
+            )  # fmt: skip
             for name, value in found.items():
                 split = config.run.eval_split
                 events.emit(ev.Baseline(name=name, split=split, **value.fields()))
@@ -163,9 +169,9 @@ def _before_round_1(
     return state
 
 
-def _export(bench: Bench, strategy: Strategy, state: State) -> None:
+def _export(bench: Bench, strategy: Strategy, state: State, events: EventLog) -> None:
     """Settle the head, plug the final adapter into the FM, write the product."""
-    config, events = bench.config, bench.events
+    config = bench.config
     with phase(events, "export"):
         bench.models.plug(state.adapter)
         agree.record(bench, state.round, "end")
@@ -181,4 +187,5 @@ def _export(bench: Bench, strategy: Strategy, state: State) -> None:
         if writes:
             # With the chat template that prompts were put by.
             bench.rows.processor.save_pretrained(folder)
+        card.write(folder, of_log(events), config, bench.rows.task)
         events.emit(ev.Files(paths={"adapter": str(folder), "plan": f"{config.run.dir}/plan.json"}))

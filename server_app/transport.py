@@ -19,6 +19,9 @@ from fedpft_core.wire.messages import Failure
 # Takes a node's id and its reply; True where no more replies are waited for.
 OnReply = Callable[[int, "Envelope | Failure"], "bool | None"]
 
+OnWait = Callable[[int, int, float], None]
+"""Told what is there, what is waited for, and the seconds until the wait is given up."""
+
 _AT_ONCE = 4  # replies asked of Flower at once, which it gives all together
 _LATE_SECONDS = 600.0  # how long after its deadline a reply is still kept for us by Flower
 
@@ -91,12 +94,17 @@ class Transport(Protocol):
         """
 
 
+def _silently() -> OnWait:
+    return lambda done, total, seconds_left: None
+
+
 @dataclass
 class FlowerTransport:
-    """Messages over Flower's Grid."""
+    """Messages over Flower's Grid; each wait for replies is told to what `waits` then makes."""
 
     grid: Grid
     poll_seconds: float = 0.05
+    waits: Callable[[], OnWait] = _silently
 
     def nodes(self) -> list[int]:
         """Ids of the nodes that Flower says are connected.
@@ -128,7 +136,7 @@ class FlowerTransport:
                 waiting[sent] = node
                 continue
             on_reply(node, Failure(_ERRORS[5]))
-        deadline = time.monotonic() + timeout
+        deadline, waits = time.monotonic() + timeout, self.waits()
         done = False
         while waiting and not done and time.monotonic() < deadline:
             got = False
@@ -136,6 +144,8 @@ class FlowerTransport:
                 got = True
                 done = bool(on_reply(node, reply)) or done
             if waiting and not got:
+                left = max(0.0, deadline - time.monotonic())
+                waits(len(messages) - len(waiting), len(messages), left)
                 time.sleep(self.poll_seconds)
         why = "not waited for" if done else f"no reply within {timeout:.1f} s"
         for node in waiting.values():

@@ -360,6 +360,9 @@ def _network(options: Options) -> list[Finding]:
     else:
         key = options.key
         out.append(guarded("node key", lambda: connection.private_key(key)))
+        if out[-1].status == PASS:
+            why = "only the SuperLink knows (`flwr supernode list` there)."
+            out.append(Finding("key is registered", SKIPPED, why))
     return out
 
 

@@ -25,11 +25,13 @@ _LEAST_FREE_BYTES = 200_000_000
 def resume_config(folder: Path, changes: Mapping[str, Any]) -> dict[str, Scalar]:
     """The saved configuration of a run folder, set to continue.
 
-    Keys that change neither the model nor what has been drawn at random may be changed.
+    Keys that change neither the model nor what has been drawn at random may be changed, and rounds
+    may be added. Then the learning rate of the rounds to come follows the new number of rounds;
+    the rounds that are done stay as they are.
 
     Args:
         folder: the run folder to continue in.
-        changes: values by dotted key, as the command line gives them.
+        changes: values by dotted key, as the command line gives them, file names absolute.
 
     Returns:
         Every key with its value, `run.resume` true, and `run.stop-after` cleared unless given anew.
@@ -45,15 +47,36 @@ def resume_config(folder: Path, changes: Mapping[str, Any]) -> dict[str, Scalar]
     saved = config.to_flat(config.from_flat(config.read_file(folder / CONFIG_FILE)))
     config.from_flat(changes)  # wrong keys and types are named as such, not as contradictions
     name = config.changed(saved, changes)
+    if name == "federation.rounds":
+        raise UserError(
+            f"federation.rounds = {changes[name]} is less than the run's {saved[name]}: rounds can "
+            "be added to a run, and run.stop-after ends it early."
+        )
     if name:
         raise UserError(
-            f"{name} = {changes[name]!r} contradicts {saved[name]!r} in {folder / CONFIG_FILE}: "
-            "a resumed run keeps its configuration."
+            f"{name} = {changes[name]!r} contradicts {saved[name]!r} in {folder / CONFIG_FILE}: a "
+            "resumed run keeps its configuration, but for federation.rounds (only more of them) "
+            f"and {', '.join(config.FREE_ON_RESUME[2:])}."
         )
     # Where the first part was told to stop does not bind the second.
     saved["run.stop-after"] = config.keys()["run.stop-after"].default
     merged = {**saved, **changes, "run.dir": str(folder), "run.resume": True}
     return config.to_flat(config.from_flat(merged))
+
+
+def save_rounds(folder: Path, rounds: Scalar) -> None:
+    """Note in a run folder's configuration that the run has another number of rounds from now on.
+
+    Args:
+        folder: the run folder.
+        rounds: the number, checked.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    saved = config.to_flat(config.from_flat(config.read_file(folder / CONFIG_FILE)))
+    if saved["federation.rounds"] != rounds:
+        save_config(folder, saved | {"federation.rounds": rounds})
 
 
 def choose_folder(flag: str | None, key: Any) -> Path:

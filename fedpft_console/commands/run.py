@@ -19,6 +19,7 @@ from fedpft_console.commands.folder import (
     locked,
     resume_config,
     save_config,
+    save_rounds,
     writing,
 )
 from fedpft_core import config
@@ -46,8 +47,16 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     run.add_argument("--run-dir", metavar="DIR", help="new run folder (default ./runs/<time>)")
     run.add_argument("--resume", metavar="RUN", help="continue the run in this run folder")
     run.add_argument(
+        "--rounds", type=int, metavar="N",
+        help="rounds in all, as federation.rounds; with --resume more than there were, to add some",
+    )  # fmt: skip
+    run.add_argument(
         "--superlink", metavar="NAME",
         help="submit to this connection of your Flower configuration, instead of simulating",
+    )  # fmt: skip
+    run.add_argument(
+        "--tracker", metavar="NAME", action="append", default=[],
+        help="also hand the figures to this tracker, such as tensorboard; may be repeated",
     )  # fmt: skip
     run.add_argument("--quiet", action="store_true", help="print only the folder and the outcome")
     run.set_defaults(function=command)
@@ -72,6 +81,10 @@ def command(args: argparse.Namespace, console: Console) -> int:
     """
     given = settings.collect(args)
     remote = args.superlink is not None
+    if args.rounds is not None:
+        given["federation.rounds"] = args.rounds
+    if not remote:
+        given = settings.absolute_files(given)
     if args.resume:
         if args.run_dir:
             raise UserError("--run-dir and --resume exclude each other.")
@@ -79,10 +92,14 @@ def command(args: argparse.Namespace, console: Console) -> int:
         flat = resume_config(folder, given)
         with writing(folder):
             check_room(folder)
+        save_rounds(folder, flat["federation.rounds"])
     else:
-        flat = config.to_flat(config.from_flat(given))
+        resolved = config.from_flat(given)
+        flat = config.to_flat(resolved)
         if not remote:
-            flat = settings.absolute_files(flat)
+            from fedpft_console.commands import preflight
+
+            preflight.check(resolved)
         folder = choose_folder(args.run_dir, flat["run.dir"])
         if not remote or args.run_dir or flat["run.dir"]:
             flat["run.dir"] = str(folder)
@@ -98,17 +115,22 @@ def _run(
 ) -> int:
     from fedpft_console import launch
     from fedpft_console.progress import Follower, View
+    from fedpft_console.trackers import Trackers
 
     resolved = config.from_flat(flat)
     follower = Follower(folder / EVENTS_FILE)
     outcome: Result | None = None
     with launch.signals_as_exceptions(), writing(folder):
         try:
-            with View(console, quiet=args.quiet) as view:
+            with (
+                Trackers(args.tracker, folder, flat) as trackers,
+                View(console, quiet=args.quiet) as view,
+            ):
 
                 def tick() -> None:
                     for event in follower.new():
                         view.show(event)
+                        trackers.show(event)
 
                 if args.superlink is not None:
                     outcome = launch.run_deployed(
@@ -198,7 +220,9 @@ def _conclude(
             log.emit(Memory(process=every, peak_rss_bytes=outcome.peak_bytes))
             log.close()
         summary = report.write(folder)
-    console.print(report.headline(summary), highlight=False, markup=False)
+    for said in (report.headline(summary), report.sentence(summary)):
+        if said:
+            console.print(said, highlight=False, markup=False)
     for table in report.render(summary):
         console.print(table)
     return 0

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from fedpft_core import config
-from fedpft_core.config import Scalar
 from fedpft_core.errors import UserError
 
 # Keys whose value is a file the server reads; model.name and data.labels may also be one.
@@ -51,11 +50,11 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
     return flat
 
 
-def absolute_files(flat: Mapping[str, Scalar]) -> dict[str, Scalar]:
+def absolute_files(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Make file names absolute, since the run works in another folder.
 
     Args:
-        flat: every key with its value.
+        flat: values by key, of some keys or of all.
 
     Returns:
         A copy of it; `builtin:` data and names that are no file here (a model's) stay as they are.
@@ -65,7 +64,7 @@ def absolute_files(flat: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """
     out = dict(flat)
     for name in _FILE_KEYS + _MAYBE_FILE_KEYS:
-        value = str(flat[name])
+        value = str(flat.get(name, ""))
         if not value or value.startswith("builtin:"):
             continue
         path = Path(value).expanduser()

@@ -7,10 +7,8 @@ readers with any colour vision; the report replaces them by its own for light an
 from __future__ import annotations
 
 import io
-import math
-import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,29 +16,11 @@ from fedpft_console.compare import gap
 from fedpft_console.compare.cell import Row, measure_of
 from fedpft_console.compare.experiment import Experiment
 from fedpft_console.compare.lines import Line, lines, place_name
+from fedpft_console.web.drawing import COLOURS, INK, RC, Panel, sheet_of
+from fedpft_console.web.drawing import draw as draw_panel
 
-COLOURS = (
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#A6761D",
-    "#666666", "#1B7837",
-)  # fmt: skip
-INK = "#222222"  # axes and text
 _MARKERS = "osD^vP*X<>"
-_WIDTH, _HEIGHT = 3.6, 2.9  # inches of one panel
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One plot, and how it is drawn.
-
-    Its file and group, heading and caption, the labels it shows, and what draws it into an axis.
-    """
-
-    file: str
-    group: str
-    title: str
-    caption: str
-    labels: tuple[str, ...]
-    draw: Callable[[Any], None]
+_DOTS = 4  # of fewer marks a scatter plot says nothing
 
 
 @dataclass(frozen=True)
@@ -92,9 +72,15 @@ def panels(experiment: Experiment, rows: Sequence[Row]) -> list[Panel]:
             out.append(panel)
     for place in places:
         here = [line for line in found if line.point.place == place]
-        if any(line.values(_traffic) for line in here):
+        if sum(1 for line in here if line.trained and line.values(_traffic)) > 2:
             out.append(_bytes(place, here, look))
     return out
+
+
+def _few_ticks(axis: Any, whole: bool = False) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=whole))
 
 
 def _labels(here: Sequence[Line]) -> tuple[str, ...]:
@@ -132,6 +118,7 @@ def _rounds(place: tuple[str, str], here: Sequence[Line], look: Mapping[str, Sty
                                       [max(v) for v in curve.values()], color=style.colour,
                                       alpha=0.13, linewidth=0)  # fmt: skip
         axis.set_xlabel("round")
+        _few_ticks(axis, whole=True)
         axis.set_ylabel(measure.axis)
         axis.grid(axis="y", alpha=0.15)
 
@@ -154,7 +141,7 @@ def _scatter(
 ) -> Panel | None:
     dots = gap.dots(runs, predictor)
     unit = ", points" if all(measure_of(run.row).share for run in runs) else ""
-    if len(dots) < 2:
+    if len(dots) < _DOTS:
         return None
     measured = gap.correlations(dots)
     said = "; ".join(
@@ -168,7 +155,8 @@ def _scatter(
                          marker=look[label].marker, s=26, alpha=0.85, linewidth=0)  # fmt: skip
         axis.axhline(0, color=INK, linewidth=0.8, alpha=0.5)
         axis.set_xlabel(predictor.unit)
-        axis.set_ylabel(f"gap of the head as trained{unit}")
+        _few_ticks(axis)
+        axis.set_ylabel(f"sub-FM minus FM{unit}")
         axis.grid(alpha=0.15)
 
     name = predictor.name
@@ -176,7 +164,7 @@ def _scatter(
         "gap",
         "Plug-in gap and what may predict it",
         name[0].upper() + name[1:] + (f": ρ = {measured[0][2]:+.2f}" if measured else ""),
-        "One mark per run, at every learning rate. "
+        "One mark per run, at every learning rate; the FM's head is as trained. "
         + (f"Spearman's rank correlation: {said}." if said else "Too few for a correlation."),
         tuple(dict.fromkeys(d.label for d in dots)),
         draw,
@@ -219,6 +207,7 @@ def _bytes(place: tuple[str, str], here: Sequence[Line], look: Mapping[str, Styl
             axis.set_xscale("log")
         else:
             axis.set_xlim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+            _few_ticks(axis)
 
     rest = [line.point.method for line in here if not line.trained]
     drawn = f" Lines: {', '.join(rest)} (dashed, dotted)." if rest else ""
@@ -230,29 +219,6 @@ def _bytes(place: tuple[str, str], here: Sequence[Line], look: Mapping[str, Styl
 
 
 # ---------------------------------------------------------------- files
-
-
-def svg(panel: Panel, salt: str) -> str:
-    """One panel as an SVG element, its text as text; equal panels give equal bytes.
-
-    Args:
-        panel: what to draw.
-        salt: decides the ids in the drawing; of two panels on one page each needs its own.
-
-    Returns:
-        The element, without an XML head.
-    """
-    import matplotlib
-
-    with matplotlib.rc_context(_RC | {"svg.fonttype": "none", "svg.hashsalt": salt}):
-        figure, axes = _figure(1)
-        _draw(panel, axes[0], titled=False)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    text = out.getvalue()
-    text = text[text.index("<svg") :]
-    # Several stand in one page, and the names of groups (figure_1, axes_1) say nothing there.
-    return re.sub(r' id="[a-zA-Z0-9]+_\d+"', "", text)
 
 
 def files(experiment: Experiment, rows: Sequence[Row]) -> dict[str, bytes]:
@@ -275,10 +241,10 @@ def files(experiment: Experiment, rows: Sequence[Row]) -> dict[str, bytes]:
     out: dict[str, bytes] = {}
     for name, some in by_file.items():
         labels = dict.fromkeys(label for panel in some for label in panel.labels)
-        with matplotlib.rc_context(_RC | {"svg.hashsalt": name}):
-            figure, axes = _figure(len(some), len(labels))
+        with matplotlib.rc_context(RC | {"svg.hashsalt": name}):
+            figure, axes = sheet_of(len(some), len(labels))
             for panel, axis in zip(some, axes, strict=True):
-                _draw(panel, axis, titled=True)
+                draw_panel(panel, axis, titled=True)
             handles = [
                 Line2D([], [], color=look[k].colour, marker=look[k].marker, label=k) for k in labels
             ]
@@ -290,37 +256,3 @@ def files(experiment: Experiment, rows: Sequence[Row]) -> dict[str, bytes]:
                 figure.savefig(data, format=kind, **more)
                 out[f"{name}.{kind}"] = data.getvalue()
     return out
-
-
-_RC: Any = {
-    "font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK,
-    "xtick.color": INK, "ytick.color": INK, "grid.color": INK,
-}  # fmt: skip
-
-
-def _figure(panels: int, labels: int = 0) -> tuple[Any, list[Any]]:
-    # Figure rather than pyplot: no global state, and no window system is ever looked for.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = min(panels, 3)
-    rows = math.ceil(panels / columns)
-    legend = 0.3 * math.ceil(labels / 4)
-    figure = Figure(figsize=(_WIDTH * columns, _HEIGHT * rows + legend), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes[panels:]:
-        axis.remove()
-    return figure, axes[:panels]
-
-
-def _draw(panel: Panel, axis: Any, titled: bool) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    panel.draw(axis)
-    axis.spines[["top", "right"]].set_visible(False)
-    if axis.get_xscale() == "linear":
-        whole = panel.file == "rounds"
-        axis.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=whole))
-    if titled:
-        axis.set_title(panel.title, fontsize=10)

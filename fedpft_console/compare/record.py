@@ -7,6 +7,7 @@ Keys of a row beyond what names it:
 
 metric                   {name, higher_is_better, share}: what the values below are of, which of two
                          is better, and whether they are shares in [0, 1]
+rows                     [training, validation, test] rows of the task
 fm_test, proxy_test      value of the plugged-in FM and of the sub-FM at the end; `_validation`
                          likewise, on the server's validation rows
 fm-as-trained_test       value of the FM with its head as trained, where fm_test is of a refitted
@@ -64,6 +65,8 @@ def summary(
     """
     rounds = record.rounds
     out: dict[str, Any] = {"metric": asdict(Measure.of(record.task))}
+    if record.task:
+        out["rows"] = [record.task.train, record.task.validation, record.task.test]
     out |= {name: getattr(record.model, name, None) for name in _SIZES}
     out["baselines"] = {name: b.value for name, b in record.baselines.items()} or None
     for r in rounds:

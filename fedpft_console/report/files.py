@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fedpft_console.report.page import html
 from fedpft_console.report.plots import plot_png
 from fedpft_console.report.show import bad_replies, markdown
 from fedpft_console.report.tables import kinds
@@ -68,7 +69,8 @@ def write(folder: Path) -> Record:
     """
     record = read(folder)
     picture = plot_png(record)
-    names = {"report": "report.md", "rounds": "rounds.csv", "summary": "summary.json"}
+    names = {"report": "report.md", "rounds": "rounds.csv", "summary": "summary.json",
+             "page": "report.html"}  # fmt: skip
     if picture is not None:
         names["plot"] = "plot.png"
     record.files |= {name: str(folder / file) for name, file in names.items()}
@@ -76,6 +78,7 @@ def write(folder: Path) -> Record:
         "rounds": rounds_csv(record).encode(),
         "summary": as_json(record).encode(),
         "report": markdown(record).encode(),
+        "page": html(record).encode(),
     }
     if picture is not None:
         content["plot"] = picture

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import html
 import re
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from fedpft_console.report.tables import SAMPLES, sheets
+from fedpft_console.report.verdict import labels, sentence
 from fedpft_console.text import Measure, human_seconds, number
 from server_app.run.record import Record
 
@@ -84,8 +86,10 @@ def markdown(record: Record) -> str:
     Returns:
         Markdown, which ends with a newline and links plot.png where a round was scored.
     """
-    lines = ["# Run report", "", _md(headline(record)), "", *(_md(f) for f in _facts(record))]
-    for sheet in sheets(record):
+    said = sentence(record)
+    lines = ["# Run report", "", _md(headline(record)), *(["", _md(said)] if said else []), ""]
+    lines += [_md(f) for f in _facts(record)]
+    for sheet in [*sheets(record), *labels(record)]:
         cell = _literal if sheet.title == SAMPLES else _md
         lines += ["", f"## {sheet.title}", ""]
         lines.append("| " + " | ".join(_md(c) for c in sheet.columns) + " |")
@@ -98,7 +102,7 @@ def markdown(record: Record) -> str:
         lines += ["", f"![{name}, traffic and agreement by round](plot.png)"]
     for title, items in (
         ("Replies not used", bad_replies(record)),
-        ("Warnings", record.warnings),
+        ("Warnings", warnings(record)),
     ):
         if items:
             lines += ["", f"## {title}", "", *(f"- {_md(item)}" for item in items)]
@@ -121,6 +125,19 @@ def bad_replies(record: Record) -> list[str]:
         for x in r.replies
         if x.status not in ("ok", "need", "late")
     ]
+
+
+def warnings(record: Record) -> list[str]:
+    """The warnings of a run, each once.
+
+    Args:
+        record: a run in any state.
+
+    Returns:
+        Their texts, in order of first appearance, with how often where that is more than once.
+    """
+    counts = Counter(record.warnings)
+    return [text if n == 1 else f"{text} ({n} times)" for text, n in counts.items()]
 
 
 def _facts(record: Record) -> list[str]:

@@ -221,8 +221,11 @@ def _alignments(record: Record) -> Sheet:
         found = r.moments(figure)
         return _change(found.get("before-align"), found.get("after-align"))
 
-    def gap(value: float | None) -> str:
-        return "-" if value is None else measure.difference(value)
+    def sub_fm(r: Round) -> str:
+        moved = r.alignment.moved if r.alignment else None
+        if r.proxy is None or moved is None:
+            return "-"
+        return f"{measure.shown(r.proxy.value)} → {measure.shown(r.proxy.value + moved)}"
 
     rows = [
         [
@@ -231,13 +234,13 @@ def _alignments(record: Record) -> Sheet:
             _change(*r.alignment_errors()),
             moments(r, "cosine"),
             moments(r, "relative_l2"),
-            f"{gap(a.gap_before)} → {gap(a.gap_after)}",
+            sub_fm(r),
         ]
         for r in record.rounds
         if (a := r.alignment)
     ]
     columns = [
-        "", "neurons moved", "output error", "gradient cosine", "gradient relative L2", "gap",
+        "", "neurons moved", "output error", "gradient cosine", "gradient relative L2", "sub-FM",
     ]  # fmt: skip
     return Sheet("Re-alignments, before → after", columns, rows, [])
 
@@ -290,6 +293,12 @@ def _traffic(record: Record) -> Sheet:
     if rows:
         sums = [sum(record.bytes(d, k) for k in occurred) for d in DIRECTIONS]
         rows.append(["all", *(human_bytes(b) for b in (*sums, sum(sums)))])
+        for arm, sizes in record.aside.items():
+            both = [sizes[d] for d in DIRECTIONS]
+            rows.append([f"side run: {arm}", *(human_bytes(b) for b in (*both, sum(both)))])
+            sums = [a + b for a, b in zip(sums, both, strict=True)]
+        if record.aside:
+            rows.append(["with side runs", *(human_bytes(b) for b in (*sums, sum(sums)))])
     return Sheet("Traffic", ["kind", "to clients", "from clients", "both"], rows)
 
 

@@ -8,6 +8,8 @@ from fedpft_core.config.keys import Config
 def method_name(config: Config) -> str:
     """The method these settings amount to, by the names of docs/methods.md.
 
+    The number of rounds is no part of it: a run that is cut short or continued keeps its name.
+
     Args:
         config: a whole run.
 
@@ -17,7 +19,7 @@ def method_name(config: Config) -> str:
     """
     f = config.federation
     before = config.distill.method != "none" and config.distill.steps > 0
-    during = 0 < config.align.interval < f.rounds
+    during = config.align.interval > 0
     if f.aggregate == "none":
         return "local-only"
     if config.plan.proxy == "full":

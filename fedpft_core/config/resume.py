@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# What alters neither the model nor what has been drawn at random.
+# What alters neither the model nor what has been drawn at random. Rounds may be added besides.
 FREE_ON_RESUME = (
     "run.resume", "run.dir", "run.stop-after", "run.checkpoints", "run.proxy-cache",
     "federation.round-timeout", "federation.node-timeout", "federation.attempts",
@@ -24,6 +24,8 @@ def changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
         The dotted key; None where there is none.
     """
     for name, value in now.items():
-        if name not in FREE_ON_RESUME and name in saved and saved[name] != value:
+        if name in FREE_ON_RESUME or name not in saved or saved[name] == value:
+            continue
+        if name != "federation.rounds" or value < saved[name]:
             return name
     return None

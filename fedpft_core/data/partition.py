@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedpft_core.errors import UserError
+from fedpft_core.seeds import derive
 
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
@@ -68,6 +69,39 @@ def partition(
     rows = _partition_rows(strata, num_partitions, scheme, float(alpha), seed)
     _check(rows, len(strata))
     return rows
+
+
+def client_names(count: int) -> list[str]:
+    """What the simulated clients of a run are called, in order.
+
+    The names sort like their numbers, so that replies are averaged in the order of partitions.
+
+    Args:
+        count: how many there are.
+
+    Returns:
+        `client-0` and so on, with leading zeros where there are more than ten.
+    """
+    return [f"client-{i:0{len(str(count - 1))}d}" for i in range(count)]
+
+
+def partition_of_run(
+    strata: np.ndarray, num_partitions: int, scheme: str, alpha: float, run_seed: int
+) -> list[np.ndarray]:
+    """The rows of each simulated client of a run, alike for everybody who knows the run's seed.
+
+    Args:
+        strata: as of :func:`partition`.
+        num_partitions: as of :func:`partition`.
+        scheme: as of :func:`partition`.
+        alpha: as of :func:`partition`.
+        run_seed: of the whole run, from which the partition's is derived.
+
+    Returns:
+        As of :func:`partition`.
+    """
+    seed = derive(run_seed, "partition") % 2**31
+    return partition(strata, num_partitions, scheme, alpha, seed)
 
 
 def _partition_rows(

@@ -15,7 +15,7 @@ from fedpft_core.data.rows import Columns
 from fedpft_core.data.splits import DataSettings, check_settings, columns_of, split_rows
 from fedpft_core.errors import UserError
 from fedpft_core.task.base import Metric, Score, Task, TaskData, Writer, mean_score
-from fedpft_core.task.classify import Classify
+from fedpft_core.task.classify import Classify, confusion
 from fedpft_core.task.generate import Generate
 from fedpft_core.task.multi import MultiLabel
 from fedpft_core.task.regress import Regress
@@ -145,6 +145,7 @@ __all__ = [
     "Task",
     "TaskData",
     "Writer",
+    "confusion",
     "kind_of",
     "load_task",
     "make",

@@ -174,15 +174,15 @@ class Classify(RowTask):
         return F.cross_entropy(logits(model, batch), batch["labels"], reduction=reduction)
 
     def sums(self, model: nn.Module, batch: Batch) -> dict[str, float]:
-        """Rows, rows right, the sum of their cross-entropies, and what each class's F1 needs.
+        """Rows, rows right, their summed cross-entropies, F1's parts, and which class was named.
 
         Args:
             model: a classifier in eval mode.
             batch: inputs and labels, on the model's device.
 
         Returns:
-            `rows`, `correct`, `loss`, and for each class c `hits c`, `named c` and `given c`; see
-            `_by_class`.
+            `rows`, `correct`, `loss`, for each class c `hits c`, `named c` and `given c` (see
+            `_by_class`), and `pair a b` (see `_pairs`).
         """
         scores, labels = logits(model, batch), batch["labels"]
         return {
@@ -190,6 +190,7 @@ class Classify(RowTask):
             "correct": self.merit(scores, labels),
             "loss": float(F.cross_entropy(scores, labels, reduction="sum")),
             **_by_class(scores.argmax(-1).cpu(), labels.cpu(), scores.shape[-1]),
+            **_pairs(scores.argmax(-1).cpu(), labels.cpu()),
         }
 
     def score(self, sums: Mapping[str, float], seconds: float = 0.0) -> Score:
@@ -326,6 +327,34 @@ def _by_class(named: Tensor, labels: Tensor, classes: int) -> dict[str, int]:
             (f"hits {c}", hits[c]), (f"named {c}", given[c] + has[c]), (f"given {c}", given[c])
         )
     }  # fmt: skip
+
+
+def _pairs(named: Tensor, labels: Tensor) -> dict[str, int]:
+    """The confusion table: for classes a and b, rows of a that were given b, without zeros.
+
+    Args:
+        named: int64 [N], the class each row was given.
+        labels: int64 [N], the class it has.
+
+    Returns:
+        Rows by `pair a b`.
+    """
+    found, counts = torch.stack([labels, named]).unique(dim=1, return_counts=True)
+    return {f"pair {a} {b}": n for (a, b), n in zip(found.T.tolist(), counts.tolist(), strict=True)}
+
+
+def confusion(sums: Mapping[str, float]) -> list[list[int]]:
+    """The confusion table that a score was made from.
+
+    Args:
+        sums: of a score of this task, or of another.
+
+    Returns:
+        [class, class that was given, rows], ascending, without zeros; empty where the sums do not
+        tell.
+    """
+    pairs = [(name.split()[1:], n) for name, n in sums.items() if name.startswith("pair ")]
+    return sorted([int(a), int(b), int(n)] for (a, b), n in pairs)
 
 
 def _macro_f1(sums: Mapping[str, float]) -> dict[str, float]:

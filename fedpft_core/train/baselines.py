@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,13 @@ from fedpft_core.train.evaluate import evaluate
 
 
 @torch.inference_mode()
-def features(model: nn.Module, data: Encoded, batch_size: int, task: Task) -> np.ndarray:
+def features(
+    model: nn.Module,
+    data: Encoded,
+    batch_size: int,
+    task: Task,
+    on_rows: Callable[[int], None] | None = None,
+) -> np.ndarray:
     """The last block's output, dropout off: its mean over a row's real positions.
 
     Where the head reads every position, it is that of each position with a label.
@@ -30,6 +37,7 @@ def features(model: nn.Module, data: Encoded, batch_size: int, task: Task) -> np
         data: rows, with or without labels.
         batch_size: rows at once.
         task: says where its head reads.
+        on_rows: told how many rows each batch had.
 
     Returns:
         float32 [rows, D], or [N, D] for N positions, in row order; [0] without rows.
@@ -50,6 +58,8 @@ def features(model: nn.Module, data: Encoded, batch_size: int, task: Task) -> np
             if not rows.size:
                 rows = np.empty((len(data), mean.shape[1]), dtype=np.float32)
             rows[index] = mean.cpu().numpy()
+            if on_rows:
+                on_rows(len(index))
     return rows
 
 
@@ -79,7 +89,13 @@ def texts(rows: Examples) -> list[str]:
     return [" ".join(map(str, x)) if isinstance(x, tuple) else str(x) for x in rows.inputs]
 
 
-def score(fm: nn.Module, processor: Any, data: TaskData, config: Config) -> dict[str, Score]:
+def score(
+    fm: nn.Module,
+    processor: Any,
+    data: TaskData,
+    config: Config,
+    on_rows: Callable[[int, int], None] | None = None,
+) -> dict[str, Score]:
     """Scores of the task's reference points, fitted to all clients' rows pooled.
 
     Args:
@@ -87,6 +103,7 @@ def score(fm: nn.Module, processor: Any, data: TaskData, config: Config) -> dict
         processor: its tokenizer or image processor.
         data: the task and its rows.
         config: of the run; says which rows are scored.
+        on_rows: told how many rows are done, of how many, over all reference points.
 
     Returns:
         By the reference point's name.
@@ -97,12 +114,21 @@ def score(fm: nn.Module, processor: Any, data: TaskData, config: Config) -> dict
         encoded = task.encode(test, processor, config.data.max_length)
         return {"zero-shot": evaluate(fm, task, encoded, config.run.eval_batch_size)}
 
+    done = 0
+
+    def ready(rows: int) -> None:
+        nonlocal done
+        done += rows
+        if on_rows:
+            on_rows(done, len(task.baselines) * (len(data.train) + len(test)))
+
     def known(name: str, rows: Examples) -> tuple[Any, np.ndarray]:
         if name == "tf-idf":
+            ready(len(rows))
             return texts(rows), rows.labels
         encoded = task.encode(rows, processor, config.data.max_length)
         assert encoded.labels is not None
-        found = features(fm, encoded, config.run.eval_batch_size, task)
+        found = features(fm, encoded, config.run.eval_batch_size, task, ready)
         return found, encoded.labels.numpy()
 
     return {

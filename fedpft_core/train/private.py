@@ -81,9 +81,9 @@ def fine_tune_private(
         Steps, rows and seconds; the loss, which would tell of the rows, is 0.
 
     Raises:
-        ValueError: the task packs rows, the settings ask for a part of the adapter or for a rate
-            that falls, or a trained parameter belongs to no linear layer, has no gradient by row, or did
-            not move.
+        ValueError: the task packs rows; the settings ask for a part of the adapter, or for a rate
+            that falls; or a trained parameter belongs to no linear layer, has no gradient by row,
+            or did not move.
     """
     if isinstance(task, Writer):
         raise ValueError("text generation packs rows together, so none has a gradient of its own")

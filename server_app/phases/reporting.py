@@ -68,3 +68,34 @@ def peak_rss_bytes() -> int:
     """
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Waits:
+    """Says from time to time what is waited for, and how long still.
+
+    The first `silent` seconds of a wait nothing is said, and then no more often than every
+    `every` seconds, so that a long wait does not fill the log.
+    """
+
+    def __init__(
+        self, events: Events, what: str, silent: float = 10.0, every: float = 10.0
+    ) -> None:
+        self.events = events
+        self.what = what
+        self.every = every
+        self._next = time.monotonic() + silent
+
+    def __call__(self, done: int, total: int, seconds_left: float) -> None:
+        """Say it, if it is time to.
+
+        Args:
+            done: how many are there.
+            total: how many are waited for.
+            seconds_left: until the wait is given up.
+        """
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + self.every
+            self.events.emit(
+                ev.Waiting(what=self.what, done=done, total=total, seconds_left=seconds_left)
+            )

@@ -10,6 +10,7 @@ from fedpft_core.model.families import base_model, family_of
 from fedpft_core.task import Score, Writer
 from fedpft_core.train.evaluate import evaluate
 from server_app.bench import Bench
+from server_app.phases import reference
 from server_app.phases.plug import refit, refits
 from server_app.phases.reporting import progress
 from server_app.run import schema as ev
@@ -92,6 +93,7 @@ def _emit(bench: Bench, round: int, which: str, result: Score) -> None:
         round=round, model=which, split=bench.config.run.eval_split,
         **result.fields(), seconds=result.seconds,
     ))  # fmt: skip
+    reference.labels_given(bench, round, which, result)
 
 
 def score_all(bench: Bench, round: int) -> tuple[Score, Score, float]:

@@ -11,6 +11,7 @@ from fedpft_core.errors import ReplyError, RunError
 from fedpft_core.wire.envelope import Envelope, open_envelope, seal
 from fedpft_core.wire.messages import Failure, Hello, HelloReply, RefusalReply
 from fedpft_core.wire.validate import check_size
+from server_app.phases.reporting import Waits
 from server_app.rounds import ledger
 from server_app.rounds.ledger import printable
 from server_app.rounds.names import looks, usable_name
@@ -60,6 +61,7 @@ class Nodes:
         f = self.settings
         start = changed = time.monotonic()
         count = -1
+        waits = Waits(self.events, "nodes", silent=1.0)
         while True:
             nodes = len(self.transport.nodes())
             now = time.monotonic()
@@ -82,6 +84,7 @@ class Nodes:
                     f"only {nodes} of federation.min-clients = {f.min_clients} nodes connected "
                     f"within federation.node-timeout = {f.node_timeout:g} s"
                 )
+            waits(nodes, f.clients, max(0.0, f.node_timeout - (now - start)))
             time.sleep(0.2)
 
     def meet(self, state: State, round: int) -> list[Node]:

@@ -45,7 +45,10 @@ def refuse_another(saved: Mapping[str, Any], config: Config) -> None:
     if not saved:
         return
     now = identity(config)
-    name = configs.changed(saved["config"], now["config"])
+    # A file may lie elsewhere, or be named in another way, if it is the same.
+    same = {key for key, digest in now["files"].items() if digest == saved["files"].get(key)}
+    asked = {key: value for key, value in now["config"].items() if key not in same}
+    name = configs.changed(saved["config"], asked)
     if name:
         raise UserError(
             f"{name} = {now['config'][name]!r} contradicts {saved['config'][name]!r} of the run "

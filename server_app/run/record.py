@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from server_app.run import schema as ev
-from server_app.run.events import Entry, entry_of
+from server_app.run.events import Entry, EventLog, entry_of, read_events
 
 DIRECTIONS = ("down", "up")
 # When gradients are compared in a round, latest last.
@@ -31,6 +31,7 @@ class Round:
     replies: list[ev.Reply] = field(default_factory=list)
     got: int = 0  # good replies of the latest attempt
     scores: dict[str, ev.Evaluation] = field(default_factory=dict)  # by model
+    confusion: dict[str, ev.Confusion] = field(default_factory=dict)  # by model
     clients: ev.ClientValidation | None = None
     refit: ev.Refit | None = None
     privacy: ev.PrivacySpent | None = None
@@ -38,7 +39,11 @@ class Round:
     agreements: dict[str, ev.Agreement] = field(default_factory=dict)  # by moment
     norm: float | None = None  # L2 norm of the adapter
     merges: list[ev.Merged] = field(default_factory=list)  # of replies, while others are awaited
+    # by direction and kind, and by direction and client
     bytes: dict[str, dict[str, int]] = field(default_factory=lambda: {d: {} for d in DIRECTIONS})
+    by_client: dict[str, dict[str, int]] = field(
+        default_factory=lambda: {d: {} for d in DIRECTIONS}
+    )
 
     @property
     def proxy(self) -> ev.Evaluation | None:
@@ -110,6 +115,7 @@ class Record:
     task: ev.Task | None = None
     model: ev.Model | None = None
     nodes: ev.Nodes | None = None
+    partition: ev.Partition | None = None
     distilled: ev.Distilled | None = None
     baselines: dict[str, ev.Baseline] = field(default_factory=dict)
     samples: dict[str, ev.Samples] = field(default_factory=dict)  # the last of each model
@@ -118,6 +124,8 @@ class Record:
     peak_bytes: dict[str, int] = field(default_factory=dict)  # by process
     warnings: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
+    # bytes of side runs, by side run and direction
+    aside: dict[str, dict[str, int]] = field(default_factory=dict)
     _rounds: dict[int, Round] = field(default_factory=dict)
     _earlier: float = 0.0  # seconds of the parts before the last resumption
     _start: float | None = None
@@ -167,12 +175,15 @@ class Record:
         return sum(r.bytes[direction].get(kind, 0) for r in self._rounds.values())
 
     def add(self, entry: Entry) -> None:
-        """Fold one more event. Side runs are left out: their figures are not the run's.
+        """Fold one more event. Of side runs only the bytes count: the rest is not the run's.
 
         Args:
             entry: the next one of the log.
         """
         if entry.arm:
+            if isinstance(entry.event, ev.Bytes):
+                sums = self.aside.setdefault(entry.arm, dict.fromkeys(DIRECTIONS, 0))
+                sums[entry.event.direction] = sums.get(entry.event.direction, 0) + entry.event.bytes
             return
         event, now = entry.event, entry.t
         self._start = now if self._start is None else self._start
@@ -203,6 +214,8 @@ class Record:
                 self.model = event
             case ev.Nodes():
                 self.nodes = event
+            case ev.Partition():
+                self.partition = event
             case ev.Distilled():
                 self.distilled = event
             case ev.Baseline():
@@ -247,6 +260,8 @@ class Record:
                 self.round(event.round).scores[event.model] = event
             case ev.Samples():
                 self.samples[event.model] = event
+            case ev.Confusion():
+                self.round(event.round).confusion[event.model] = event
             case ev.ClientValidation():
                 self.round(event.round).clients = event
             case ev.PrivacySpent():
@@ -262,6 +277,8 @@ class Record:
             case ev.Bytes():
                 counts = self.round(event.round).bytes.setdefault(event.direction, {})
                 counts[event.kind] = counts.get(event.kind, 0) + event.bytes
+                own = self.round(event.round).by_client.setdefault(event.direction, {})
+                own[event.client] = own.get(event.client, 0) + event.bytes
 
 
 def fold(lines: Iterable[Mapping[str, Any]]) -> Record:
@@ -279,6 +296,18 @@ def fold(lines: Iterable[Mapping[str, Any]]) -> Record:
         if entry is not None:
             record.add(entry)
     return record
+
+
+def of_log(log: EventLog) -> Record:
+    """The record of a run whose log is still being written.
+
+    Args:
+        log: the run's, in a file or in memory.
+
+    Returns:
+        What its events come to so far.
+    """
+    return fold(log.seen if log.path is None else (line for _, line in read_events(log.path)))
 
 
 def mean(values: Iterable[Any]) -> float | None:

@@ -77,6 +77,16 @@ class Progress(Event, name="progress"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Waiting(Event, name="waiting"):
+    """The run waits for others; said again every few seconds."""
+
+    what: str  # nodes | replies
+    done: int  # how many are there
+    total: int  # how many are waited for
+    seconds_left: float  # until the wait is given up
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunFinished(Event, name="run_finished"):
     """The run has ended well."""
 
@@ -336,6 +346,25 @@ class Evaluation(Scored, name="evaluation"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Confusion(Event, name="confusion"):
+    """Which labels a model gave the rows it was scored on; of the server's own rows only."""
+
+    round: int  # as of an evaluation
+    model: str  # proxy | fm
+    split: str  # as of an evaluation
+    # [label's number, number of the label it was given, rows], without pairs that no row has
+    counts: list[list[int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition(Event, name="partition"):
+    """How a simulation's training rows are divided among its clients."""
+
+    scheme: str  # federation.partition
+    clients: dict[str, dict[str, int]]  # by client's name: rows by label
+
+
+@dataclass(frozen=True, kw_only=True)
 class Validation(Scored, name="validation"):
     """A model's score at the end, on the server's validation rows, for choosing settings."""
 
@@ -372,7 +401,7 @@ class Samples(Event, name="samples"):
 class Baseline(Scored, name="baseline"):
     """The score of a reference point."""
 
-    name: str  # linear-probe | tf-idf | undistilled, or another
+    name: str  # majority-class | linear-probe | tf-idf | undistilled, or another
     split: str  # as of an evaluation
 
 
@@ -487,6 +516,13 @@ class Alignment(Event, name="alignment"):
     # not evaluated
     gap_before: float | None
     gap_after: float | None  # the same, after
+
+    @property
+    def moved(self) -> float | None:
+        """Score of the sub-FM after minus before; None in rounds that are not evaluated."""
+        if self.gap_before is None or self.gap_after is None:
+            return None
+        return self.gap_after - self.gap_before
 
 
 @dataclass(frozen=True, kw_only=True)

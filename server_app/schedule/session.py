@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.train import server
 from server_app.bench import Bench
-from server_app.phases import align, heads, plug, score
+from server_app.phases import align, heads, plug, reference, score
 from server_app.phases.reporting import peak_rss_bytes
 from server_app.rounds.outcome import Outcome
 from server_app.run import schema as ev
@@ -28,6 +28,7 @@ class Session:
         state: where the run stands.
         checkpoints: where that is kept.
         events: the run's log.
+        told: whether this process has noted how the training rows are divided.
     """
 
     strategy: Strategy
@@ -35,6 +36,7 @@ class Session:
     state: State
     checkpoints: Checkpoints
     events: EventLog
+    told: bool = False  # how the training rows are divided
 
     def save(self) -> None:
         """Write a checkpoint of the state, and note the memory in use."""
@@ -78,6 +80,9 @@ def settle(session: Session, round: int, outcome: Outcome, start: float) -> None
         overhead_seconds=seconds - scored - outcome.busy_seconds,
         examples=outcome.examples, good=outcome.good, bad=outcome.bad,
     ))  # fmt: skip
+    if not session.told:
+        session.told = True
+        reference.partition(bench, [node.name for node in session.strategy.nodes.known.values()])
     if align.due(config, bench.models.plan, round) and align.disagrees(bench, state, round):
         align.align(bench, state, round, outcome.counts, values)
     every = config.head.interval

@@ -110,7 +110,7 @@ def test_grid_runs_once_and_is_reused(tmp_path: Path, capsys: pytest.CaptureFixt
     text = (folder / "table.md").read_text()
     assert text in table
     cells = (folder / "cells.jsonl").read_bytes()
-    files = {"table.md", "table.csv", "report.html", "rounds.png", "gap.svg", "traffic.png"}
+    files = {"table.md", "table.csv", "report.html", "rounds.png", "rounds.svg"}
     assert files <= {p.name for p in folder.iterdir()}
     assert main(["compare", str(path), "--table"]) == 0
     assert capsys.readouterr().out == text

@@ -9,10 +9,11 @@ from typing import Any
 from rich.console import Console
 from runlog import event, made, put, whole_run
 
+from fedpft_console import report
 from fedpft_console.lines import lines_for
 from fedpft_console.progress import Follower, View
 from server_app.run.events import EventLog, entry_of
-from server_app.run.record import Record
+from server_app.run.record import Record, fold
 from server_app.run.schema import KINDS
 
 
@@ -104,3 +105,30 @@ def test_a_metric_is_called_by_its_name() -> None:
              event(2, "evaluation", round=1, model="fm", split="test", metric="rmse",
                    value=0.57132)]  # fmt: skip
     assert "round 1: plugged-in FM rmse 0.571 (test)" in shown(found, terminal=False)
+
+
+def test_what_is_waited_for_is_said_with_the_time_left() -> None:
+    waits = [
+        event(100 + i, "waiting", what="nodes", done=1, total=2, seconds_left=245.0 - 5 * i)
+        for i in range(2)
+    ]
+    text = shown(waits, terminal=False)
+    assert "waiting for nodes, 1 of 2, 245 s left" in text
+    assert "waiting for nodes, 1 of 2, 240 s left" in text
+    assert "waiting for nodes" in shown(waits, terminal=True)
+
+
+def test_equal_warnings_are_printed_once_and_counted() -> None:
+    warned = [event(100 + i, "warning", text="slow disk") for i in range(8)]
+    lines = shown([*warned, event(109, "warning", text="other")], terminal=False).splitlines()
+    said = [line for line in lines if "slow disk" in line]
+    assert len(said) == 2 and said[1].endswith("warning, 8 times in all: slow disk")
+    assert sum("other" in line for line in lines) == 1
+    text = report.markdown(fold(warned))
+    assert text.count("slow disk") == 1 and "slow disk (8 times)" in text
+
+
+def test_reference_points_have_a_bar() -> None:
+    steps = [event(100 + 11 * i, "progress", phase="baselines", done=10 * i, total=40, unit="rows")
+             for i in range(3)]  # fmt: skip
+    assert "baselines: 10/40 rows" in shown(steps, terminal=False)

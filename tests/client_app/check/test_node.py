@@ -63,6 +63,8 @@ def test_a_machine_that_is_ready(tls: Any, plan: Path, tmp_path: Path) -> None:
                 plan=plan,
             )
         )
+    # Whether the key is registered only the SuperLink knows, and nothing here claims to.
+    assert found.pop("key is registered").status == SKIPPED
     assert {f.status for f in found.values()} == {PASS}, found
     assert list(found) == [
         "node config", "plan", "policy", "data", "labels", "cache-dir", "memory", "training step",

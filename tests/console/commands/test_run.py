@@ -39,9 +39,9 @@ def test_file_names_become_absolute(
     monkeypatch: pytest.MonkeyPatch, elsewhere: Path, tmp_path: Path
 ) -> None:
     calls = fake_flower(monkeypatch)
-    (elsewhere / "a.csv").touch()
+    (elsewhere / "a.csv").write_text("text,label\n" + "a,yes\nb,no\n" * 3)
     (elsewhere / "fm").mkdir()
-    (elsewhere / "b.csv").touch()
+    (elsewhere / "b.csv").write_text("text,label\na,yes\n")
     argv = ["run", "-c", "data.train=a.csv data.test=./b.csv model.name=fm data.labels=yes,no"]
     assert cli.main([*argv, "--quiet", "--run-dir", str(tmp_path / "r")]) == 0
     assert calls[0]["data.train"] == str(elsewhere / "a.csv")
@@ -217,3 +217,56 @@ def test_a_deployed_run_decides_its_folder_there_unless_told(
     assert "on the machine of the SuperLink" in capsys.readouterr().out
     assert cli.main([*argv, "--run-dir", str(tmp_path / "r")]) == 0
     assert calls[1][1]["run.dir"] == str(tmp_path / "r")
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "sentence"),
+    [
+        ("text,label\na,yes\n", "data.label-column=kind", "no column named 'kind'"),
+        ("text,label\n", "", "holds no rows"),
+        ("text,label\na,\n", "", "row 1 has no label"),
+        ("text,label\n" + "a,b\n" * 4, "", "4 rows are fewer than federation.clients = 5"),
+    ],
+)
+def test_faults_in_the_data_are_found_before_flower_is_started(
+    rows: str, settings: str, sentence: str, elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (elsewhere / "a.csv").write_text(rows)
+    (elsewhere / "b.csv").write_text("text,label\na,yes\n")
+    files = "data.train=a.csv data.test=b.csv"
+    assert sentence in refused(capsys, "run", "-c", f"{files} {settings}")
+    assert not (elsewhere / "runs").exists()
+
+
+def test_an_empty_test_file_and_a_public_corpus_of_texts_for_images_are_found_too(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    (elsewhere / "a.csv").write_text("text,label\n" + "a,b\n" * 9)
+    (elsewhere / "b.csv").write_text("text,label\n")
+    assert "data.test" in refused(capsys, "run", "-c", "data.train=a.csv data.test=b.csv")
+    Image.new("RGB", (2, 2)).save(elsewhere / "x.png")
+    (elsewhere / "i.csv").write_text("image,label\n" + "x.png,a\nx.png,b\n" * 3)
+    said = refused(capsys, "run", "-c", "data.train=i.csv data.test=i.csv data.image-column=image")
+    assert "data.public is 'builtin:public', which is text, but the task has images" in said
+
+
+def test_a_run_is_continued_with_the_same_file_by_another_path_and_with_more_rounds(
+    monkeypatch: pytest.MonkeyPatch, elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (elsewhere / "a.csv").write_text("text,label\n" + "a,b\nc,d\n" * 9)
+    (elsewhere / "other.csv").write_text("text,label\n" + "a,b\nc,d\n" * 9)
+    files = "data.train=a.csv data.test=./a.csv"
+    calls = fake_flower(monkeypatch)
+    assert cli.main(["run", "--run-dir", "r", "--rounds", "3", "-c", files]) == 0
+    assert calls[-1]["federation.rounds"] == 3
+    again = ["run", "--resume", "r", "-c", files]
+    assert cli.main([*again, "--rounds", "5"]) == 0
+    assert calls[-1]["federation.rounds"] == 5 and calls[-1]["run.resume"]
+    assert cli.main(again) == 0
+    assert calls[-1]["federation.rounds"] == 5, "it is a run of five rounds now"
+    assert "is less than the run's 5" in refused(capsys, *again, "--rounds", "2")
+    said = refused(capsys, "run", "--resume", "r", "-c", "data.train=other.csv")
+    assert "contradicts" in said and "federation.round-timeout" in said
+    assert "expected" in refused(capsys, *again, "--rounds", "0")
