@@ -52,6 +52,7 @@ class Tokens(TableTask):
     are tags that mark entities (`B-`, `I-`, `O`), entity F1 decides, else token accuracy.
     """
 
+    per_position = True
     refits = True
     closed_form = "token-classes"
     judged = Metric("words right", higher_is_better=True, share=True)
