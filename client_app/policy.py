@@ -236,7 +236,7 @@ _BETWEEN = ("pooler", "head")
 
 def _of_head(module: str, family: Family, body: str) -> bool:
     """Whether a module is the family's head or lies between it and the last block."""
-    return module in family.head or module.removeprefix(body).split(".")[0] in _BETWEEN
+    return module in family.heads or module.removeprefix(body).split(".")[0] in _BETWEEN
 
 
 def table(policy: Policy) -> list[tuple[str, str, str]]:
