@@ -28,6 +28,7 @@ from fedpft_core.data.batches import Encoded
 from fedpft_core.data.examples import Examples
 from fedpft_core.disk import evict
 from fedpft_core.errors import ReplyError, UserError
+from fedpft_core.head.closed import form_of
 from fedpft_core.head.refit import of_rows
 from fedpft_core.model.processor import from_files
 from fedpft_core.proxy.package import ClientModel, rebuild
@@ -289,11 +290,12 @@ class Client:
             return self._need(request.digest)
         model, rows = held.model, self._rows(held).train
         self.policy.check_rows(request, len(rows))
-        assert rows.labels is not None
-        self.policy.check_classes(rows.labels.numpy())
-        put(model, codec.decode(request.adapter, request.fmt))
-        if not model.task.closed_form:
+        form = form_of(model.task)
+        if form is None:
             raise ReplyError("the request cannot be used (this task's head has no closed form)")
+        assert rows.labels is not None
+        self.policy.check_classes(form.group_rows(rows.labels))
+        put(model, codec.decode(request.adapter, request.fmt))
         found = of_rows(
             model.model, rows, model.task, request.batch_size, request.width, request.seed
         )

@@ -235,11 +235,12 @@ def _edge_client(node: Mapping[str, Any]) -> Client:
     def load_rows(task: Task) -> Examples:
         own = own_task(node).name
         if own != task.name:
-            raise UserError(
+            text = (
                 f"this node's rows are for {own}, but the server's task is {task.name}: its node "
                 "config (task, image-column, text-pair-column, response-column, messages-column) "
                 "has to say so."
             )
+            raise UserError(text, public=text)
         return own_rows(node, task)
 
     def count_rows() -> tuple[int, int]:

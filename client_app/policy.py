@@ -8,11 +8,9 @@ against the message, those on the package against its metadata before a model is
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
-
-import numpy as np
 
 from fedpft_core.adapter.lora import AdapterSpec
 from fedpft_core.errors import UserError
@@ -193,17 +191,16 @@ class Policy:
                     "adapter", ",".join(self.adapter), f"{name[:100]} would be trained"
                 )
 
-    def check_classes(self, labels: np.ndarray) -> None:
+    def check_classes(self, group_rows: Sequence[int]) -> None:
         """Hold class statistics against the rule on rows of a class, before they are summed.
 
         Args:
-            labels: class numbers of the node's rows, int64 [rows].
+            group_rows: how many rows each class of the node has; see `Form.group_rows`.
 
         Raises:
             PolicyError: naming the rule; not the class, which is the node's secret.
         """
-        counts = np.bincount(labels)
-        if ((counts > 0) & (counts < self.min_class_rows)).any():
+        if any(0 < n < self.min_class_rows for n in group_rows):
             raise PolicyError(
                 "min-class-rows", self.min_class_rows, "a class of this node has fewer"
             )
@@ -225,20 +222,21 @@ def trained(spec: AdapterSpec, family: Family, meta: PackageMeta) -> list[tuple[
         Pairs of `lora`, `head` or `other`, and a module's path.
     """
     projections = set(family.lora_targets(tuple(range(len(meta.plan.blocks)))))
-    head = {*family.head, *_POOLERS}
+    body = f"{family.blocks.split('.')[0]}."
     return [
         *(("lora" if t in projections else "other", t) for t in spec.targets),
-        *(("head" if _last(m, meta) in head or m in head else "other", m) for m in spec.modules),
+        *(("head" if _of_head(m, family, body) else "other", m) for m in spec.modules),
     ]
 
 
-# The layer between the last block and the head, which a model without a trained one gets anew.
-_POOLERS = ("pooler",)
+# Layers between the last block and the head, which a model without trained ones gets anew; the
+# second is ModernBERT's.
+_BETWEEN = ("pooler", "head")
 
 
-def _last(module: str, meta: PackageMeta) -> str:
-    """A module's path without the name of the body in front of it."""
-    return module.removeprefix(f"{meta.plan.model_type}.")
+def _of_head(module: str, family: Family, body: str) -> bool:
+    """Whether a module is the family's head or lies between it and the last block."""
+    return module in family.heads or module.removeprefix(body).split(".")[0] in _BETWEEN
 
 
 def table(policy: Policy) -> list[tuple[str, str, str]]:

@@ -133,6 +133,8 @@ def tokenizer(family: str) -> Any:
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
+    if family == "qwen2":
+        return _qwen2_tokenizer(core.post_processor)
     names = ["input_ids", "attention_mask"]
     if family in _TOKEN_TYPES:
         names.insert(1, "token_type_ids")
@@ -146,6 +148,23 @@ def tokenizer(family: str) -> Any:
         model_input_names=names,
         model_max_length=32,
     )
+
+
+def _qwen2_tokenizer(post_processor: Any) -> Any:
+    """The same words in the class that the library takes for Qwen2 whatever its folder says."""
+    from tokenizers import AddedToken
+
+    words = vocabulary()
+    made = transformers.Qwen2Tokenizer(
+        vocab={w: i for i, w in enumerate(words)}, merges=[], unk_token="[UNK]",
+        pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]",
+        bos_token=None, eos_token=None, model_max_length=32,
+    )  # fmt: skip
+    made.add_tokens(
+        [AddedToken(w, single_word=True, lstrip=True, normalized=False) for w in words[5:]]
+    )
+    made.backend_tokenizer.post_processor = post_processor
+    return made
 
 
 def hf_config(family: str, labels: int = len(LABELS), **shape: Any) -> Any:

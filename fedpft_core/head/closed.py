@@ -73,6 +73,16 @@ class Form(Protocol):
             Their sums.
         """
 
+    def group_rows(self, labels: Tensor) -> list[int]:
+        """How many rows each group has whose features the sums tell apart from the others'.
+
+        Args:
+            labels: of a client's rows, first axis rows, as the task encodes them.
+
+        Returns:
+            A number for each group, 0 included; empty where the sums know no groups.
+        """
+
     def numbers(self, width: int) -> int:
         """How many numbers of 8 bytes the sums are.
 
@@ -160,6 +170,18 @@ class Classes:
             Their sums.
         """
         return Statistics.of(features, answers, self.count)
+
+    def group_rows(self, labels: Tensor) -> list[int]:
+        """Rows that have each class, of which there is a sum of its own.
+
+        Args:
+            labels: int64 [rows] or [rows, L].
+
+        Returns:
+            A number for each class.
+        """
+        rows = labels.reshape(len(labels), -1)
+        return [int((rows == c).any(1).sum()) for c in range(self.count)]
 
     def numbers(self, width: int) -> int:
         """A triangle, a vector and a count for each class.
@@ -259,6 +281,17 @@ class Values:
         """
         return Moments.of(features, answers)
 
+    def group_rows(self, labels: Tensor) -> list[int]:
+        """No groups: the sums are over all rows.
+
+        Args:
+            labels: not looked at.
+
+        Returns:
+            Nothing.
+        """
+        return []
+
     def numbers(self, width: int) -> int:
         """A triangle, a vector for each number and one more, and counts.
 
@@ -333,6 +366,18 @@ class Labels(Values):
     """Labels that may hold at once, each 0 or 1: a discriminant for each."""
 
     binary = True
+
+    def group_rows(self, labels: Tensor) -> list[int]:
+        """Rows with each label, then rows without it: the sums tell both apart.
+
+        Args:
+            labels: [rows, K], each 0 or 1.
+
+        Returns:
+            Twice K numbers.
+        """
+        having = (labels > 0).sum(0).tolist()
+        return [*having, *(len(labels) - n for n in having)]
 
     def fit(self, found: Moments, fixed: float | None, features: Tensor, answers: Tensor) -> Head:
         """Log odds, shrunk and scaled to suit the labelled rows.

@@ -43,9 +43,10 @@ def last_linear(model: nn.Module) -> nn.Linear:
     Raises:
         ValueError: the head has none.
     """
-    # Heads of other tasks than the family's own (tokens) share its last module alone.
-    name = family_of_model(model).head[-1]
-    module = base_model(model).get_submodule(name)
+    # Token classifiers have the last module alone, some families' by another name.
+    family, bare = family_of_model(model), base_model(model)
+    name = family.head[-1] if hasattr(bare, family.head[-1]) else family.tokens_head
+    module = bare.get_submodule(name)
     # PEFT keeps the untouched head beside the trained one.
     saved = getattr(module, "modules_to_save", None)
     found: nn.Linear | None = None

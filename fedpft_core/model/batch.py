@@ -19,12 +19,20 @@ def inputs_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         batch: tensors by name, as `batches` serves them.
 
     Returns:
-        The same tensors without `labels` and `index`. Where the batch brings positions, its rows
-        are packed: the positions begin anew with each document, which is how the model library
-        tells documents apart, but only where no mask is given, so the mask is left out too.
+        The same tensors without `labels` and `index`. Where rows are packed, positions begin anew
+        with each document, which is how the model library tells documents apart, but only where
+        no mask is given, so the mask is left out too.
     """
-    unread = ("labels", "index", *(("attention_mask",) if "position_ids" in batch else ()))
+    unread = ("labels", "index", *(("attention_mask",) if _packed(batch) else ()))
     return {k: v for k, v in batch.items() if k not in unread}
+
+
+def _packed(batch: Mapping[str, Tensor]) -> bool:
+    """Whether positions begin anew behind a real one, not only behind padding on the left."""
+    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
+    if positions is None or mask is None:
+        return False
+    return bool(((positions[:, 1:] == 0) & mask[:, :-1].bool()).any())
 
 
 def rows_of(batch: Mapping[str, Tensor]) -> int:

@@ -141,6 +141,7 @@ def _gpt2() -> Family:
         output_norm="",
         attention=("attn.c_attn.q", "attn.c_attn.k", "attn.c_attn.v", "attn.c_proj"),
         head=("score",),
+        tokens_head="classifier",
         fused=(Fused("attn.c_attn", ("q", "k", "v")),),
         causal=True,
         summary="last",

@@ -37,6 +37,7 @@ class Family:
     output_norm: str
     attention: tuple[str, ...]  # LoRA targets: q, k, v, attention output, in this order
     head: tuple[str, ...]  # modules of the library's classification head, as they run
+    tokens_head: str = ""  # that of its token classifier; empty: the last module of `head`
     variant: str = ""  # told from others of its model_type by `when`
     when: tuple[tuple[str, Any], ...] = ()  # fields of the config and what they must be
     after_ffn: str = ""
@@ -52,6 +53,11 @@ class Family:
     def name(self) -> str:
         """What plans call the family: the config's `model_type`, and the variant if it is one."""
         return f"{self.model_type}-{self.variant}" if self.variant else self.model_type
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The modules of `head`, and the token classifier's where it is called otherwise."""
+        return (*self.head, self.tokens_head) if self.tokens_head else self.head
 
     def fits(self, config: Any) -> bool:
         """Whether a model with this config is of this family.

@@ -299,8 +299,8 @@ def _quiet() -> Iterator[None]:
 def _modules(names: list[str], family: Family) -> tuple[str, ...]:
     """Modules holding the given parameters, leaving out what lies inside the head."""
     modules = {name.rpartition(".")[0] for name in names}
-    inside = tuple(f"{h}." for h in family.head)
-    return tuple(sorted(m for m in modules if m not in family.head and not m.startswith(inside)))
+    inside = tuple(f"{h}." for h in family.heads)
+    return tuple(sorted(m for m in modules if m not in family.heads and not m.startswith(inside)))
 
 
 def size(model: nn.Module) -> tuple[int, int]:

@@ -180,6 +180,10 @@ class Task(Protocol):
         """
 
     @property
+    def per_position(self) -> bool:
+        """Whether a row has many answers, each at a position of its own, instead of one."""
+
+    @property
     def refits(self) -> bool:
         """Whether the head ends in one linear layer over one feature vector for each answer."""
 

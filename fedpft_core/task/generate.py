@@ -52,6 +52,7 @@ class Generate:
     further = (EXACT_MATCH, ROUGE_L)
     # Not the squares that the standard error needs: of few rows they would tell more than the mean.
     sent = ("rows", "tokens", "loss")
+    per_position = True
     refits = False
     named = False
     closed_form = ""

@@ -32,6 +32,7 @@ def logits(model: nn.Module, batch: Batch) -> Tensor:
 class RowTask(TableTask):
     """A task with one answer a row, given by the family's own head."""
 
+    per_position = False
     refits = True
 
     @property

@@ -52,6 +52,7 @@ class Tokens(TableTask):
     are tags that mark entities (`B-`, `I-`, `O`), entity F1 decides, else token accuracy.
     """
 
+    per_position = True
     refits = True
     closed_form = "token-classes"
     judged = Metric("words right", higher_is_better=True, share=True)
@@ -158,7 +159,7 @@ class Tokens(TableTask):
         )
 
     def head(self, family: Family) -> tuple[str, ...]:
-        """The last module of the family's head: token classifiers have no more than that.
+        """The family's token classifier: one module, mostly the last of its classification head.
 
         Args:
             family: of the model.
@@ -166,7 +167,7 @@ class Tokens(TableTask):
         Returns:
             Its path in the bare task model.
         """
-        return family.head[-1:]
+        return (family.tokens_head or family.head[-1],)
 
     def position(self, family: Family) -> Position:
         """Every position.

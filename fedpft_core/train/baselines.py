@@ -30,13 +30,13 @@ def features(
 ) -> np.ndarray:
     """The last block's output, dropout off: its mean over a row's real positions.
 
-    Where the head reads every position, it is that of each position with a label.
+    Where a row has many answers, it is that of each position with a label.
 
     Args:
         model: FM or proxy, bare or with the adapter; left in eval mode.
         data: rows, with or without labels.
         batch_size: rows at once.
-        task: says where its head reads.
+        task: says whether a row has one answer.
         on_rows: told how many rows each batch had.
 
     Returns:
@@ -44,7 +44,7 @@ def features(
     """
     model.eval()
     family = family_of_model(model)
-    if task.position(family) == "every":
+    if task.per_position:
         return _by_position(model, data, batch_size, task)
     rows = np.empty(0)
     with keep({"last": family.block_list(model)[-1]}) as seen:

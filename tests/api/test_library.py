@@ -31,7 +31,8 @@ from fedpft_core.train.tune import LocalSettings, fine_tune
 
 ROOT = Path(__file__).parents[2]
 NAMES = (
-    "Plan", "attach", "build_proxy", "distil", "gradient_agreement", "make_plan", "plug_in", "tune",
+    "Plan", "attach", "build_proxy", "distil", "export", "gradient_agreement", "make_plan",
+    "plug_in", "tune",
 )  # fmt: skip
 families = pytest.mark.parametrize("family", tiny.BUILDS)
 

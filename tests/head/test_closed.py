@@ -37,6 +37,16 @@ def labels(n: int, k: int = 3, d: int = 5, seed: int = 0) -> tuple[torch.Tensor,
     return y @ centres + torch.randn(n, d, generator=g, dtype=torch.float64), y
 
 
+def test_rows_of_each_group_the_sums_tell_apart() -> None:
+    """What a node holds against its rule on rows of a class, whatever the task calls a label."""
+    assert FORMS["classes"](3).group_rows(torch.tensor([0, 2, 2, 0, 2])) == [2, 0, 3]
+    words = torch.tensor([[0, 0, 2, -100], [0, -100, -100, -100]])  # rows, not words
+    assert FORMS["token-classes"](3).group_rows(words) == [2, 0, 1]
+    sets = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 1.0]])
+    assert FORMS["labels"](2).group_rows(sets) == [3, 1, 0, 2]
+    assert FORMS["values"](1).group_rows(torch.tensor([1.5, 16.0])) == []
+
+
 def test_moments_equal_a_loop_over_rows() -> None:
     x, y = numbers(30)
     got = Moments.of(x, y)

@@ -155,7 +155,7 @@ def test_a_decoder_without_padding_token_is_given_one_that_ends_no_text(
         alone = {int(row["index"]): logits(made.model, row) for row in batches(rows, 1, None)}
         wanted = torch.cat([alone[int(i)] for i in batch["index"]])
         torch.testing.assert_close(logits(made.model, batch), wanted, rtol=1e-4, atol=1e-5)
-        read = features(made.model, [batch]).float()
+        read = features(made.model, [batch], tiny.TASK).float()
         found = last_linear(made.model)(read)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 

@@ -74,7 +74,9 @@ def test_the_shape_is_the_models(family: str) -> None:
     shape = row.shape(model.config)
     assert row.shape(model.config.to_dict()) == shape
     blocks, ffn = row.block_list(model), row.ffns(model)[0]
-    assert (shape.blocks, shape.ffn) == (len(blocks), ffn.neurons) == (3, 40)
+    # DINOv2's config says how many times the width: 3 times 16, of which a gated FFN keeps 2/3.
+    neurons = {"dinov2": 48, "dinov2-swiglu": 32}.get(family, 40)
+    assert (shape.blocks, shape.ffn) == (len(blocks), ffn.neurons) == (3, neurons)
     assert shape.hidden == ffn.out.out_features == 16
     query = blocks[0].get_submodule(row.attention[0])
     key = blocks[0].get_submodule(row.attention[1])
@@ -98,7 +100,12 @@ def test_the_shape_is_the_models(family: str) -> None:
 def test_a_config_without_a_size_names_it(family: str, value: object) -> None:
     row = FAMILIES[family]
     good = tiny.hf_config(family).to_dict()
-    for name in (row.names.hidden, row.names.ffn, row.names.blocks, row.names.heads):
+    names = row.names
+    for name in (names.hidden, names.ffn_ratio or names.ffn, names.blocks, names.heads):
+        if value is None and name == names.ffn and names.ffn_default:
+            hidden = row.shape(good).hidden
+            assert row.shape(good | {name: None}).ffn == names.ffn_default * hidden
+            continue
         with pytest.raises(ValueError, match=f"the model's config has {name} = "):
             row.shape(good | {name: value})
 
