@@ -13,10 +13,12 @@ from fedpft_core.config import privacy as private
 from fedpft_core.config.key import key as _key
 from fedpft_core.config.privacy import PrivacyConfig
 from fedpft_core.config.schedules import check_schedule
-from fedpft_core.data.rows import TASKS
 from fedpft_core.errors import UserError
 
 Scalar = bool | int | float | str
+
+TASKS = ("classify", "regress", "multi-label", "tokens", "generate")
+"""What is done with rows: a class, a number or several labels a row, a class a word, or text."""
 
 
 @dataclass(frozen=True)
