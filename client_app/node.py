@@ -17,7 +17,7 @@ from fedpft_core import config as configs
 from fedpft_core.data.examples import Examples
 from fedpft_core.data.folders import images, is_folder
 from fedpft_core.data.partition import client_names, partition_of_run
-from fedpft_core.data.rows import TASKS, Columns
+from fedpft_core.data.rows import Columns
 from fedpft_core.errors import UserError
 from fedpft_core.model.device import pick_device
 from fedpft_core.seeds import derive
@@ -119,9 +119,10 @@ def checked(node_config: Mapping[str, Any]) -> dict[str, Any]:
             possible = False
         if not possible:
             raise UserError(f"node config: {key} = {node[key]!r} is a name that no file can have.")
-    if node["task"] not in ("", *TASKS):
+    if node["task"] not in ("", *configs.TASKS):
         raise UserError(
-            f"node config: task = {node['task']!r} is none of {', '.join(TASKS)} (data.task)."
+            f"node config: task = {node['task']!r} is none of {', '.join(configs.TASKS)} "
+            "(data.task)."
         )
     if not node["label-separator"]:
         raise UserError("node config: label-separator is empty.")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def derive(seed: int, *parts: str | int) -> int:
@@ -45,4 +48,6 @@ def torch_stream(seed: int, *parts: str | int) -> torch.Generator:
     Returns:
         A new generator at the start of its stream.
     """
+    import torch  # here, so that sharing rows out does not load it
+
     return torch.Generator().manual_seed(derive(seed, *parts))

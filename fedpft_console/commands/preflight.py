@@ -7,10 +7,11 @@ this and at the rest.
 from __future__ import annotations
 
 from fedpft_core.config import Config
+from fedpft_core.data.examples import Examples
 from fedpft_core.data.public import load_public
-from fedpft_core.data.rows import read_split
-from fedpft_core.data.splits import check_settings, columns_of
+from fedpft_core.data.splits import check_settings, columns_of, owned_split
 from fedpft_core.errors import UserError
+from fedpft_core.task import KINDS, kind_of, make
 
 
 def check(config: Config) -> None:
@@ -26,20 +27,28 @@ def check(config: Config) -> None:
     data = config.data
     check_settings(data)
     columns = columns_of(data)
+    kind = kind_of(columns)
+    task = make(kind)
+    if not owned_split(data)[0].startswith("builtin:"):
+        task, read = KINDS[kind].open(kind, data, None)
+    else:  # labels of built-in data are not looked up: each file is read by itself
+
+        def read(source: str, split: str) -> Examples:
+            return task.read(source, columns, f"data.{split}")
+
     for split, source in (
         ("train", data.train),
         ("validation", data.validation),
         ("test", data.test),
     ):
         if source and not source.startswith("builtin:"):
-            table = read_split(source, split, columns, None)
-            if split == "train" and len(table.cells) < config.federation.clients:
+            rows = len(read(source, split))
+            if split == "train" and rows < config.federation.clients:
                 raise UserError(
-                    f"{table.where}: {len(table.cells)} rows are fewer than federation.clients = "
+                    f"data.train: {source}: {rows} rows are fewer than federation.clients = "
                     f"{config.federation.clients}, so some client would have none."
                 )
     needs_public = config.plan.proxy != "full" or config.distill.method != "none"
-    kind = "image" if columns.image else "text"
-    if needs_public and (kind == "image" or not data.public.startswith("builtin:")):
-        column = data.image_column or data.text_column
-        load_public(data.public, column, kind, (), data.max_public_rows, 0)
+    if needs_public and (task.reads == "image" or not data.public.startswith("builtin:")):
+        column = data.public_column or data.image_column or data.text_column
+        load_public(data.public, column, task.reads, (), data.max_public_rows, 0)

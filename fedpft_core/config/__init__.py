@@ -5,6 +5,7 @@ writes files and `key=value` texts, `methods` names the method that settings amo
 """
 
 from fedpft_core.config.keys import (
+    TASKS,
     AlignConfig,
     Config,
     DataConfig,
@@ -29,6 +30,7 @@ from fedpft_core.config.values import KeyInfo, flatten, from_flat, keys, to_flat
 
 __all__ = [
     "FREE_ON_RESUME",
+    "TASKS",
     "AlignConfig",
     "Config",
     "DataConfig",

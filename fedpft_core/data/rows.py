@@ -23,10 +23,6 @@ from fedpft_core.errors import UserError
 BUILTIN_DOCSTRINGS = "builtin:docstrings"
 """Name of the embedded text-classification data; see :mod:`fedpft_core.data.builtin`."""
 
-
-TASKS = ("classify", "regress", "multi-label", "tokens", "generate")
-"""What is done with rows: a class, a number or several labels a row, a class a word, or text."""
-
 MOST_PIXELS = 64_000_000
 """Pixels of the largest image that is read, 192 MB once it is decoded."""
 
@@ -45,7 +41,7 @@ class Columns:
     label: str = "label"
     """What is to be learned; unused for generation."""
     task: str = ""
-    """What is done with it, one of `TASKS`; "" where the columns tell."""
+    """What is done with it, one of `config.TASKS`; "" where the columns tell."""
     separator: str = ","
     """What stands between several labels in one text."""
     response: str = ""

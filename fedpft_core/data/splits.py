@@ -55,7 +55,7 @@ class DataSettings(Protocol):
 
     @property
     def task(self) -> str:
-        """What is learned of a row, one of `TASKS`; "" for a class."""
+        """What is learned of a row, one of `config.TASKS`; "" for a class."""
         ...
 
     @property

@@ -201,7 +201,8 @@ def test_dare_drops_and_scales_up(tmp_path: Path) -> None:
 def test_arrival_and_weights_of_every_rule_with_lora(tmp_path: Path, rule: str) -> None:
     """Whatever a rule does to factors, the order in which replies came is nothing to it."""
     replies = some(5)
-    found, _ = merged(rule, replies, tmp_path, density=0.5)
-    again, _ = merged(rule, dict(reversed(replies.items())), tmp_path, density=0.5)
+    keys = {"density": 0.5, "own": lambda: adapter(99)}  # what the server computed itself
+    found, _ = merged(rule, replies, tmp_path, **keys)
+    again, _ = merged(rule, dict(reversed(replies.items())), tmp_path, **keys)
     assert found.keys() == replies["00"][1].keys()
     assert all(torch.equal(found[k], again[k]) and found[k].dtype == torch.float32 for k in found)

@@ -10,31 +10,16 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from fedpft_core.config import DataConfig
 from fedpft_core.data import builtin, installed, prose
 from fedpft_core.data.builtin import KINDS, LIBRARIES, ROWS_PER_CLASS, DocstringRows
 from fedpft_core.data.public import load_public
 from fedpft_core.errors import UserError
 from fedpft_core.task import load_task
-
-
-@dataclass(frozen=True)
-class Data:
-    train: str = "builtin:docstrings"
-    validation: str = ""
-    test: str = ""
-    text_column: str = "text"
-    text_pair_column: str = ""
-    image_column: str = ""
-    label_column: str = "label"
-    labels: str = ""
-    validation_share: float = 0.1
-    max_train_rows: int = 0
-    max_test_rows: int = 0
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +308,7 @@ def test_a_file_is_parsed_only_where_needed(
 
 
 def test_task_uses_the_splits(rows: DocstringRows, cache: Path) -> None:
-    data = Data(max_test_rows=80)
+    data = DataConfig(max_test_rows=80)
     task = load_task(data, 0, cache)
     assert task.task.name == "text"
     assert task.task.labels == KINDS
@@ -339,7 +324,7 @@ def test_task_is_neither_trivial_nor_noise(rows: DocstringRows, cache: Path) -> 
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    task = load_task(Data(), 0, cache)
+    task = load_task(DataConfig(), 0, cache)
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     model = LogisticRegression(C=10, max_iter=300)
     model.fit(vectorizer.fit_transform(task.train.inputs), task.train.labels)
@@ -388,7 +373,7 @@ def test_public_readmes_leave_out_the_eight() -> None:
 
 
 def test_load_public_builtin(public: tuple[str, ...], cache: Path, rows: DocstringRows) -> None:
-    task = load_task(Data(), 0, cache)
+    task = load_task(DataConfig(), 0, cache)
     texts = load_public("builtin:public", "", "text", [task.train, task.test], 500, 3, cache)
     assert len(texts) == 500
     assert set(texts) <= set(public)

@@ -244,6 +244,10 @@ def test_a_whole_run_emits_every_event_that_is_not_about_trouble(done: Done) -> 
     seen = {e["event"] for e in done.events}
     optional = {"warning", "waiting", "run_failed", "alignment_check", "client_validation"}
     optional |= {"head", "plugged"}  # of options that are off by default; see test_heads.py
+    optional |= {"joined", "merged"}  # of other schedules; see whole/test_schedules.py
+    optional |= {"aggregated"}  # of rules with figures of their own; see test_lora_rules.py
+    optional |= {"privacy"}  # of privacy.client-noise; see test_private_runs.py
+    optional |= {"samples"}  # of generation; see whole/test_generation.py
     assert len(KINDS) > 15
     assert set(KINDS) - seen <= optional
     assert done.events[0]["event"] == "run_started"

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from client_app.client import Client
+from fedpft_core.config import FederationConfig
 from fedpft_core.errors import ReplyError, RunError
 from fedpft_core.head.closed import Classes, Labels, Values
 from fedpft_core.head.discriminant import solve
@@ -216,5 +217,5 @@ def test_the_order_of_replies_does_not_change_a_bit() -> None:
                 reply = StatisticsReply(node.name, 0, "0" * 64, 9, 1.0, sums)
                 got.judge(node, seal(reply))
             assert not got.bad, got.bad
-            totals.append(got.total().tensors())
+            totals.append(got.total(FederationConfig()).tensors())
         assert all(tiny.same_bits(totals[0], other) for other in totals[1:])

@@ -407,35 +407,34 @@ def check_weights_belong_to_their_replies(flat: dict[str, Any], folder: Path) ->
 def test_5_replies_weighted_wrongly(
     fault: str, task: dict[str, Any], tmp_path: Path, monkeypatch: Patch, fails: Any
 ) -> None:
-    average = average_module.Average
+    running = average_module.RunningSum
 
-    class EqualWeights(average_module.Average):
-        def add(self, adapter: Any, examples: int) -> None:
-            super().add(adapter, 1)
+    class EqualWeights(average_module.RunningSum):
+        def add(self, client: str, weight: float) -> None:
+            super().add(client, 1)
 
-    class AnotherOrder(average_module.Average):
-        def __init__(self) -> None:
-            super().__init__()
-            self.pending: list[tuple[Any, int]] = []
+    class AnotherOrder(average_module.RunningSum):
+        def __init__(self, replies: Any) -> None:
+            super().__init__(replies)
+            self.pending: list[tuple[str, float]] = []
 
-        def add(self, adapter: Any, examples: int) -> None:
-            self.pending.append((adapter, examples))
-            self.examples += examples
+        def add(self, client: str, weight: float) -> None:
+            self.pending.append((client, weight))
 
         def result(self) -> Any:
-            right = average()
-            sizes = [n for _, n in self.pending]
-            for (adapter, _), n in zip(self.pending, reversed(sizes), strict=True):
-                right.add(adapter, n)
+            right = running(self.replies)
+            weights = [w for _, w in self.pending]
+            for (client, _), w in zip(self.pending, reversed(weights), strict=True):
+                right.add(client, w)
             return right.result()
 
     if fault == "none":
         check_weights_belong_to_their_replies(task, tmp_path)
         return
     if fault == "equal weights":
-        monkeypatch.setattr(average_module, "Average", EqualWeights)
+        monkeypatch.setattr(average_module, "RunningSum", EqualWeights)
     elif fault == "another order":
-        monkeypatch.setattr(average_module, "Average", AnotherOrder)
+        monkeypatch.setattr(average_module, "RunningSum", AnotherOrder)
     else:
         mean = outcome_module.aggregate
 
