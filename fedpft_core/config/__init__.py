@@ -5,7 +5,6 @@ writes files and `key=value` texts, `methods` names the method that settings amo
 """
 
 from fedpft_core.config.keys import (
-    TASKS,
     AlignConfig,
     Config,
     DataConfig,
@@ -24,6 +23,7 @@ from fedpft_core.config.keys import (
     WireConfig,
 )
 from fedpft_core.config.methods import method_name
+from fedpft_core.config.model import TASKS
 from fedpft_core.config.resume import FREE_ON_RESUME, changed
 from fedpft_core.config.sources import home, parse_overrides, read_file, write_yaml
 from fedpft_core.config.values import KeyInfo, flatten, from_flat, keys, to_flat, to_tree

@@ -25,9 +25,6 @@ from fedpft_core.errors import UserError
 
 Scalar = bool | int | float | str
 
-TASKS = ("classify", "regress", "multi-label", "tokens", "generate")
-"""What is done with rows: a class, a number or several labels a row, a class a word, or text."""
-
 
 @dataclass(frozen=True)
 class RunConfig:

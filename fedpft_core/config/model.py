@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from fedpft_core import registry
 from fedpft_core.config.key import key as _key
-from fedpft_core.data.rows import TASKS
+
+TASKS = ("classify", "regress", "multi-label", "tokens", "generate")
+"""What is done with rows: a class, a number or several labels a row, a class a word, or text."""
 
 
 @dataclass(frozen=True)
