@@ -1,1 +1,7 @@
 """The Flower ServerApp: owns the FM, builds the proxy, runs the rounds."""
+
+import os
+
+# Before torch is loaded: threads that wait for each other otherwise spin, and take the processor
+# from the clients of a simulation, or from whatever else this machine is doing.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
