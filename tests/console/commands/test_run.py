@@ -225,7 +225,9 @@ def test_a_deployed_run_decides_its_folder_there_unless_told(
         ("text,label\na,yes\n", "data.label-column=kind", "no column named 'kind'"),
         ("text,label\n", "", "holds no rows"),
         ("text,label\na,\n", "", "row 1 has no label"),
-        ("text,label\n" + "a,b\n" * 4, "", "4 rows are fewer than federation.clients = 5"),
+        ("text,label\n" + "a,b\n" * 9, "", "only one label, 'b'"),
+        ("text,label\na,high\n", "data.task=regress", "no finite number"),
+        ("text,label\n" + "a,b\na,c\n" * 2, "", "4 rows are fewer than federation.clients = 5"),
     ],
 )
 def test_faults_in_the_data_are_found_before_flower_is_started(
@@ -243,7 +245,7 @@ def test_an_empty_test_file_and_a_public_corpus_of_texts_for_images_are_found_to
 ) -> None:
     from PIL import Image
 
-    (elsewhere / "a.csv").write_text("text,label\n" + "a,b\n" * 9)
+    (elsewhere / "a.csv").write_text("text,label\n" + "a,b\na,c\n" * 5)
     (elsewhere / "b.csv").write_text("text,label\n")
     assert "data.test" in refused(capsys, "run", "-c", "data.train=a.csv data.test=b.csv")
     Image.new("RGB", (2, 2)).save(elsewhere / "x.png")
