@@ -91,7 +91,12 @@ class Rows:
         steps = math.ceil(count / self.config.distill.batch_size)
         served = list(self.public_batches(steps, *purpose))
         if "pixel_values" in served[0]:
-            return Encoded(labels=None, pixels=torch.cat([b["pixel_values"] for b in served]))
+            prompts = [b["prompt_ids"].to(torch.int32) for b in served if "prompt_ids" in b]
+            return Encoded(
+                labels=None,
+                pixels=torch.cat([b["pixel_values"] for b in served]),
+                prompts=torch.cat(prompts) if prompts else None,
+            )
         ids = torch.cat([b["input_ids"] for b in served])
         types = [b["token_type_ids"] for b in served if "token_type_ids" in b]
         return Encoded(

@@ -103,7 +103,8 @@ class DataConfig:
         "",
         "what is learned of a row: `classify` (one label of a set), `regress` (a number), "
         "`multi-label` (any number of labels of a set), `tokens` (a label for each word; "
-        "text-column and label-column then hold lists) or `generate` (text); empty = `generate` "
+        "text-column and label-column then hold lists), `generate` (text) or `text-to-image` "
+        "(images of image-column for the prompts of text-column); empty = `generate` "
         "where response-column or messages-column is set, else `classify`",
         choices=("", *TASKS),
     )
@@ -591,10 +592,12 @@ class RunConfig:
     samples: int = _key(
         16,
         "generation: rows to which both models write a response at each evaluation, for exact "
-        "match, ROUGE-L and the report, 0 = none",
+        "match, ROUGE-L and the report, 0 = none; text-to-image: rows for whose prompts they make "
+        "images",
         low=0,
     )
     sample_tokens: int = _key(64, "generation: longest response written, tokens", low=1)
+    sample_steps: int = _key(20, "text-to-image: steps of the sampler (DDIM)", low=1)
     gradient_rows: int = _key(
         64,
         "validation rows on which adapter gradients of both models are compared, 0 = none",

@@ -24,8 +24,9 @@ BUILTIN_DOCSTRINGS = "builtin:docstrings"
 """Name of the embedded text-classification data; see :mod:`fedpft_core.data.builtin`."""
 
 
-TASKS = ("classify", "regress", "multi-label", "tokens", "generate")
-"""What is done with rows: a class, a number or several labels a row, a class a word, or text."""
+TASKS = ("classify", "regress", "multi-label", "tokens", "generate", "text-to-image")
+"""What is done with rows: a class, a number or several labels a row, a class a word, text, or
+images."""
 
 MOST_PIXELS = 64_000_000
 """Pixels of the largest image that is read, 192 MB once it is decoded."""
