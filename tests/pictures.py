@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tiny
 import torch
 import transformers
 from torch import nn
@@ -17,7 +18,6 @@ from fedpft_core.data.examples import Captioned, Examples
 from fedpft_core.model.diffusion import TextToImage
 from fedpft_core.model.load import Loaded, load
 from fedpft_core.task import make
-from tests import tiny
 
 TASK = make("text-to-image")
 PROMPTS = ("a big cat", "a small dog", "the old horse")

@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pictures
 import pytest
+import tiny
 import torch
 from peft import PeftModel
 from torch import Tensor
@@ -22,7 +24,6 @@ from fedpft_core.proxy.build import build
 from fedpft_core.proxy.choose import make_plan
 from fedpft_core.proxy.cost import step_flops, step_ratio
 from fedpft_core.proxy.package import make_package, rebuild
-from tests import pictures, tiny
 
 HALF = PlanConfig(keep_share=0.5)
 
