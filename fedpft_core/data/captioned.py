@@ -25,8 +25,8 @@ def read(path: str | Path, image: str, prompt: str, key: str = "") -> list[Capti
         Encoded images with their prompts.
 
     Raises:
-        UserError: missing file or column, no rows, an empty prompt, or no image; names the file
-            and the row (from 1), and nothing that stands in the row.
+        UserError: missing file or column, no column named, no rows, an empty prompt, or no image;
+            names the file and the row (from 1), and nothing that stands in the row.
     """
     where = f"{key}: {path}" if key else str(path)
     if str(path).startswith("builtin:"):
@@ -38,6 +38,8 @@ def read(path: str | Path, image: str, prompt: str, key: str = "") -> list[Capti
             for row, one in enumerate(content, start=1)
         ]
         return [Captioned(*row) for row in zip(found, names, strict=True)]
+    if not image:
+        raise UserError(f"{where}: no column with images is named (image-column).")
     cells = files.read_columns(path, [image, prompt], key)
     prompts = texts_in(cells[prompt], prompt, where)
     folder = Path(path).parent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 
+from client_app.check.node import FAIL, Options, check
 from fedpft_console import report
 from fedpft_core import config
 from fedpft_core.model.plan import pruned_ffns
+from fedpft_core.proxy import size as plansize
+from fedpft_core.proxy.cost import inspect
 from server_app.phases.load import load
 from server_app.run import proxycache
 
@@ -109,3 +113,23 @@ def test_saliencies_and_alignments_cope_with_blocks_of_several_lengths(
 
 def views(bench: Any) -> dict[int, Any]:
     return pruned_ffns(bench.models.proxy, bench.models.plan)
+
+
+def test_inspection_sizes_and_node_check_know_pictures(tmp_path: Path) -> None:
+    flat = pictures.write_task(tmp_path)
+    cfg = config.from_flat(flat)
+    assert inspect(cfg)["step_ratio"] > 1
+    size = plansize.describe(cfg)
+    assert size.meta.kind == "text-to-image" and size.labels == ()
+    (tmp_path / "size.json").write_text(size.to_json(), encoding="utf-8")
+    assert plansize.read(tmp_path / "size.json").meta == size.meta
+    node = {
+        "name": "n", "data-path": flat["data.train"], "image-column": "image",
+        "task": "text-to-image", "cache-dir": str(tmp_path / "cache"),
+    }  # fmt: skip
+    pairs = " ".join(f"{k}={json.dumps(v)}" for k, v in node.items())
+    findings = check(Options(pairs, plan=tmp_path / "size.json"))
+    assert not [f for f in findings if f.status == FAIL], findings
+    assert any("rows of full length" in f.text for f in findings)
+    without = check(Options(pairs.replace('image-column="image"', "")))
+    assert "no column with images is named" in next(f for f in without if f.status == FAIL).text
