@@ -74,7 +74,8 @@ def _read(config: Config, events: Events) -> tuple[models.Loaded, Rows]:
     task = data.task
     if config.train.augment and task.reads != "image":
         raise UserError(
-            f"train.augment = {config.train.augment:g} is for images, but the rows are {task.reads}s."
+            f"train.augment = {config.train.augment:g} is for images, but the rows are "
+            f"{task.reads}s."
         )
     loaded = models.load(config.model, task.model(), config.run.seed)
 
