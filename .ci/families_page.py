@@ -109,7 +109,8 @@ def page(shown: Any) -> str:
         "Every row of `FAMILIES` in `fedpft_core/model/families.py`, and what tests have shown for",
         "it on random models of a few thousand weights, made by the library from a configuration.",
         "A name behind the `model_type` is that of a variant, which a field of the config tells",
-        "apart. Made by `python .ci/families_page.py --write`, which runs the tests.",
+        "apart. Made by `python .ci/families_page.py --write`, which runs the tests. Diffusion",
+        "pipelines, which are several models, have tests of their own ([pictures](pictures.md)).",
         "",
     ]
     lines += [f"{i}. {name}" for i, name in enumerate(INVARIANTS, 1)]
@@ -117,6 +118,8 @@ def page(shown: Any) -> str:
     lines += ["", "| family | reads | " + " | ".join(map(str, columns)) + " |"]
     lines += ["|---|---|" + ":-:|" * len(INVARIANTS)]
     for name, row in FAMILIES.items():
+        if row.kind == "captioned image":
+            continue  # it has a page, and tests, of its own
         cells = [
             ("✓" if shown(invariant, name) else "✗") if applies(invariant, row) else "–"
             for invariant in INVARIANTS

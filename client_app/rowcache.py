@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedpft_core.data.batches import Encoded
-from fedpft_core.data.examples import Examples, Input
+from fedpft_core.data.examples import Captioned, Examples, Input
 from fedpft_core.disk import evict, whole
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ FORMAT = "fedpft rows 1"
 """To be changed with anything that changes what a file holds."""
 _FOLDS = "//folds"
 _PARTS = frozenset(
-    ("labels", "ids", "offsets", "token_types", "token_labels", "pixels", "scale", "shift", _FOLDS)
+    ("labels", "ids", "offsets", "token_types", "token_labels", "pixels", "scale", "shift",
+     "prompts", _FOLDS)
 )  # fmt: skip
 
 
@@ -111,6 +112,8 @@ def key_of(*what: Any) -> str:
 def _bytes(row: Input) -> bytes:
     if isinstance(row, bytes):
         return row
+    if isinstance(row, Captioned):
+        return json.dumps([row.prompt, len(row.image)]).encode() + row.image
     return json.dumps(row).encode()
 
 

@@ -549,9 +549,9 @@ def _is_proxy(model: nn.Module, plan: Plan) -> bool:
             f"The plan is for a {plan.model_type} model, but this one is a {family.name}."
         )
     found = [ffn.neurons for ffn in family.ffns(model)]
-    if found == [plan.fm_neurons] * len(plan.blocks):
+    if found == [plan.neurons(i) for i in range(len(plan.blocks))]:
         return False
-    if found == [len(plan.blocks[i].kept) or plan.fm_neurons for i in plan.present]:
+    if found == [len(plan.blocks[i].kept) or plan.neurons(i) for i in plan.present]:
         return True
     raise UserError(
         f"The plan is for another model: it has {len(plan.blocks)} blocks of {plan.fm_neurons} FFN "

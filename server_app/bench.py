@@ -14,11 +14,12 @@ import torch
 from fedpft_core.config import Config
 from fedpft_core.data.batches import Encoded, public_batches
 from fedpft_core.data.examples import Examples
+from fedpft_core.data.splits import stratified_subset
 from fedpft_core.model.batch import Position
 from fedpft_core.model.families import family_of
 from fedpft_core.proxy.package import make_package
 from fedpft_core.seeds import derive, numpy_stream
-from fedpft_core.task import Task, TaskData
+from fedpft_core.task import Painter, Task, TaskData
 from fedpft_core.wire.package import Package
 from server_app.models import Models
 from server_app.state import Events
@@ -49,9 +50,14 @@ class Rows:
 
     @cached_property
     def samples(self) -> Examples:
-        """The rows of run.eval-split that models write responses to, drawn once for a run."""
+        """The rows of run.eval-split that models write or paint for, drawn once for a run."""
         scored = self.data.test if self.config.run.eval_split == "test" else self.data.validation
-        order = numpy_stream(self.config.run.seed, "samples").permutation(len(scored))
+        stream = numpy_stream(self.config.run.seed, "samples")
+        if isinstance(self.task, Painter):
+            # Not one prompt several times and another never.
+            count = min(self.config.run.samples, len(scored))
+            return scored.select(stratified_subset(self.task.strata(scored), count, stream))
+        order = stream.permutation(len(scored))
         return scored.select(np.sort(order[: self.config.run.samples]))
 
     def encode(self, examples: Examples) -> Encoded:
@@ -91,7 +97,12 @@ class Rows:
         steps = math.ceil(count / self.config.distill.batch_size)
         served = list(self.public_batches(steps, *purpose))
         if "pixel_values" in served[0]:
-            return Encoded(labels=None, pixels=torch.cat([b["pixel_values"] for b in served]))
+            prompts = [b["prompt_ids"].to(torch.int32) for b in served if "prompt_ids" in b]
+            return Encoded(
+                labels=None,
+                pixels=torch.cat([b["pixel_values"] for b in served]),
+                prompts=torch.cat(prompts) if prompts else None,
+            )
         ids = torch.cat([b["input_ids"] for b in served])
         types = [b["token_type_ids"] for b in served if "token_type_ids" in b]
         return Encoded(

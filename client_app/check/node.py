@@ -27,7 +27,7 @@ from fedpft_core.model.processor import from_files
 from fedpft_core.proxy import size as plansize
 from fedpft_core.proxy.package import ClientModel, rebuild
 from fedpft_core.proxy.size import PlanSize
-from fedpft_core.task import Writer, make
+from fedpft_core.task import Headless, make
 from fedpft_core.wire.meta import PackageMeta
 
 # Flower's own pattern: what it does not match, Flower leaves out without a word.
@@ -229,7 +229,7 @@ def _data(
         names = held.model.task.labels
     if found[0].status == FAIL:
         found.append(Finding("labels", SKIPPED, "the data cannot be read."))
-    elif isinstance(nodes.own_task(node), Writer):
+    elif isinstance(nodes.own_task(node), Headless):
         found.append(Finding("labels", SKIPPED, "the task has none."))
     elif not held.named:
         found.append(Finding("labels", PASS, "every label is a number."))

@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 from fedpft_core.model.families import Shape
-from fedpft_core.task import Task, Writer
+from fedpft_core.task import Headless, Task
 
 
 def step_seconds(
@@ -56,10 +56,15 @@ def full_rows(task: Task, shape: Shape, max_length: int, batch_size: int) -> Any
 
     from fedpft_core.data.batches import Encoded
 
-    labels = None if isinstance(task, Writer) else task.any_labels(batch_size)
+    labels = None if isinstance(task, Headless) else task.any_labels(batch_size)
     if shape.image_tokens:
         size = (batch_size, shape.channels, shape.height, shape.width)
-        return Encoded(labels=labels, pixels=torch.rand(size))
+        prompts = torch.zeros(batch_size, shape.prompt_tokens, dtype=torch.int32)
+        return Encoded(
+            labels=labels,
+            pixels=torch.rand(size),
+            prompts=prompts if shape.prompt_tokens else None,
+        )
     # Ids below 5 are special tokens in many vocabularies.
     first = min(5, shape.vocabulary - 1)
     count = batch_size * max_length

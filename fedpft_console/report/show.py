@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fedpft_console.report.tables import SAMPLES, sheets
 from fedpft_console.report.verdict import labels, sentence
-from fedpft_console.text import Measure, human_seconds, number
+from fedpft_console.text import MODELS, Measure, human_seconds, number
 from server_app.run.record import Record
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ def markdown(record: Record) -> str:
     if any(r.proxy or r.fm for r in record.rounds):
         name = Measure.of(record.task).name
         lines += ["", f"![{name}, traffic and agreement by round](plot.png)"]
+    lines += _pictures(record)
     for title, items in (
         ("Replies not used", bad_replies(record)),
         ("Warnings", warnings(record)),
@@ -107,6 +108,19 @@ def markdown(record: Record) -> str:
         if items:
             lines += ["", f"## {title}", "", *(f"- {_md(item)}" for item in items)]
     return "\n".join(lines) + "\n"
+
+
+def _pictures(record: Record) -> list[str]:
+    """What the FM made of some prompts before round 1, and sub-FM and FM after the last."""
+    last = {MODELS[m]: record.pictures[m] for m in ("proxy", "fm") if m in record.pictures}
+    if not last:
+        return []
+    first = record.painted_before
+    rows = ({"FM before round 1": first} if first else {}) | last
+    prompts = next(iter(last.values())).prompts
+    lines = ["", "## Pictures", "", "| model | pictures |", "|---|---|"]
+    lines += [f"| {_md(name)} | ![{_md(name)}]({e.file}) |" for name, e in rows.items()]
+    return [*lines, "", f"Prompts, from left to right: {'; '.join(map(_literal, prompts))}."]
 
 
 def bad_replies(record: Record) -> list[str]:

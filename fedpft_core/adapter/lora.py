@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from fedpft_core.config import LoraConfig as LoraSettings
-from fedpft_core.model.families import Family, family_of_model
-from fedpft_core.model.fused import joined, per_rank
+from fedpft_core.model.families import Family, base_model, family_of_model
+from fedpft_core.model.fused import joined, per_rank, renamed
 from fedpft_core.model.names import WRAPPER, bare, is_lora, to_fm_name, to_proxy_name
 from fedpft_core.model.plan import Plan
 from fedpft_core.seeds import torch_stream
@@ -329,7 +329,8 @@ def export(fm: PeftModel, folder: Path, base_name: str, task_type: str | None = 
 
     `PeftModel.from_pretrained(untouched_fm, folder)` gives the same logits. Where the untouched FM
     keeps query, key and value in one layer, the adapter of that layer is written, of three times
-    the rank (:func:`fedpft_core.model.fused.joined`).
+    the rank (:func:`fedpft_core.model.fused.joined`); of a diffusion pipeline it is the UNet that
+    takes it.
 
     Args:
         fm: the FM with the adapter. Its PEFT configuration is given `base_name` and `task_type`.
@@ -345,8 +346,16 @@ def export(fm: PeftModel, folder: Path, base_name: str, task_type: str | None = 
     config.base_model_name_or_path = base_name
     config.task_type = task_type
     layers = family_of_model(fm).fused
-    made = joined(read(fm), tuple(sorted(config.target_modules)), layers)
-    if not made.ranks:
+    bare_fm: Any = base_model(fm)
+    paths: dict[str, str] = getattr(bare_fm, "vanilla_names", dict)()
+    tensors = read(fm)
+    # Not the configuration's targets: of many PEFT keeps what they have in common.
+    suffix = ".lora_A.weight"
+    targets = sorted(name.removesuffix(suffix) for name in tensors if name.endswith(suffix))
+    made = joined(tensors, tuple(targets), layers)
+    if paths:
+        made = renamed(made, paths)
+    if not made.ranks and not paths:
         fm.save_pretrained(str(folder), safe_serialization=True)
         return sorted(folder.glob("adapter_*"))
     vanilla = copy.deepcopy(config)

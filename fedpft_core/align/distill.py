@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.config import DistillConfig
-from fedpft_core.model.batch import by_row, real_positions
+from fedpft_core.model.batch import at_real, by_row, real_positions
 from fedpft_core.model.device import Batch, device_of, to_device
 from fedpft_core.model.families import FFN, family_of
 from fedpft_core.model.plan import Plan, pruned_ffns
@@ -202,7 +202,7 @@ def hidden_errors(
     """
     out = {}
     for block, h_T in teacher.items():
-        t, s = h_T[real_BL], student[block][real_BL]
+        t, s = at_real(h_T, real_BL), at_real(student[block], real_BL)
         out[block] = (t - s).square().mean() / t.square().mean()
     return out
 

@@ -56,10 +56,12 @@ class RunConfig:
     samples: int = _key(
         16,
         "generation: rows to which both models write a response at each evaluation, for exact "
-        "match, ROUGE-L and the report, 0 = none",
+        "match, ROUGE-L and the report, 0 = none; text-to-image: rows for whose prompts they make "
+        "images",
         low=0,
     )
     sample_tokens: int = _key(64, "generation: longest response written, tokens", low=1)
+    sample_steps: int = _key(20, "text-to-image: steps of the sampler (DDIM)", low=1)
     gradient_rows: int = _key(
         64,
         "validation rows on which adapter gradients of both models are compared, 0 = none",

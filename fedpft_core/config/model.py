@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from fedpft_core import registry
 from fedpft_core.config.key import key as _key
 
-TASKS = ("classify", "regress", "multi-label", "tokens", "generate")
-"""What is done with rows: a class, a number or several labels a row, a class a word, or text."""
+TASKS = ("classify", "regress", "multi-label", "tokens", "generate", "text-to-image")
+"""What is done with rows: a class, a number or several labels a row, a class a word, text, or
+images."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class DataConfig:
         "",
         "what is learned of a row: `classify` (one label of a set), `regress` (a number), "
         "`multi-label` (any number of labels of a set), `tokens` (a label for each word; "
-        "text-column and label-column then hold lists) or `generate` (text); empty = `generate` "
+        "text-column and label-column then hold lists), `generate` (text) or `text-to-image` "
+        "(images of image-column for the prompts of text-column); empty = `generate` "
         "where response-column or messages-column is set, else `classify`",
         choices=("", *TASKS),
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedpft_core.data.examples import Examples
+from fedpft_core.data.examples import Captioned, Examples
 from fedpft_core.data.rows import MOST_PIXELS
 from fedpft_core.errors import UserError
 
@@ -31,7 +31,7 @@ _CHARACTERS, _LEAST_CHARACTERS = 256, 65_536  # of a text, for each token that i
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """Model inputs of all rows: either ragged token ids or pixels.
+    """Model inputs of all rows: ragged token ids, pixels, or pixels with prompts.
 
     Ragged: row i is ``ids[offsets[i]:offsets[i + 1]]``. A plain bundle of tensors and numbers, so
     that it can be stored with safetensors (:meth:`tensors`).
@@ -44,6 +44,9 @@ class Encoded:
     """int32 (all tokens,): the rows' token ids one after the other; None for images."""
     offsets: torch.Tensor | None = None
     """int64 (rows + 1,); None for images."""
+    prompts: torch.Tensor | None = None
+    """int32 (rows, tokens): token ids of the prompts that images come with, padded to one length;
+    None without."""
     token_types: torch.Tensor | None = None
     """uint8 (all tokens,), aligned with ids; None if the tokenizer yields none."""
     token_labels: torch.Tensor | None = None
@@ -88,6 +91,8 @@ class Encoded:
         changes: dict[str, Any] = {}
         if self.labels is not None:
             changes["labels"] = self.labels[index]
+        if self.prompts is not None:
+            changes["prompts"] = self.prompts[index]
         if self.pixels is not None:
             changes["pixels"] = self.pixels[index]
         elif self.offsets is not None and self.ids is not None:
@@ -112,6 +117,7 @@ class Encoded:
         """
         names = (
             "labels", "ids", "offsets", "token_types", "token_labels", "pixels", "scale", "shift",
+            "prompts",
         )  # fmt: skip
         values = {name: getattr(self, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
@@ -177,7 +183,9 @@ def batches(
         ``token_type_ids``, each int64 (B, L), padded on the right to the batch's own longest row;
         for images ``pixel_values`` float32 (B, channels, height, width). Further ``labels``
         (B, …) unless the rows have none, of rows with token labels int64 (B, L) with -100 behind
-        each row's end, and ``index`` int64 (B,): the row numbers in ``encoded``.
+        each row's end, and ``index`` int64 (B,): the row numbers in ``encoded``. Of images with
+        prompts ``prompt_ids`` int64 (B, tokens), and ``noise_seed`` int64 (B,): what a diffusion
+        model draws noise by, a function of the row's number and the seed.
 
     Raises:
         ValueError: the batch size is less than 1.
@@ -185,11 +193,14 @@ def batches(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}")
     for rows in _batch_rows(encoded.lengths, batch_size, generator_seed):
-        yield _collate(encoded, rows)
+        batch = _collate(encoded, rows)
+        if encoded.prompts is not None:
+            batch["noise_seed"] = noise_seeds(rows, generator_seed or 0)
+        yield batch
 
 
 def public_batches(
-    texts: Sequence[str] | Sequence[bytes] | Sequence[np.ndarray],
+    texts: Sequence[str] | Sequence[bytes] | Sequence[np.ndarray] | Sequence[Captioned],
     processor: Any,
     batch_size: int,
     length: int,
@@ -199,7 +210,8 @@ def public_batches(
     """Serve unlabelled rows for distillation, as often over as ``steps`` batches take.
 
     Args:
-        texts: texts, encoded images, or texts from :func:`tokenise_public`.
+        texts: texts, encoded images with or without prompts, or texts from
+            :func:`tokenise_public`.
         processor: a Hugging Face tokenizer for texts, an image processor for images.
         batch_size: B.
         length: tokens per row, special tokens included.
@@ -223,7 +235,9 @@ def public_batches(
         raise UserError("data.public has no rows.")
     if steps < 1:
         return
-    if isinstance(texts[0], bytes):
+    if isinstance(texts[0], Captioned):
+        yield from _captioned_stream(texts, processor, batch_size, steps, seed)
+    elif isinstance(texts[0], bytes):
         yield from _image_stream(texts, processor, batch_size, steps, seed)
     else:
         yield from _packed_stream(texts, processor, batch_size, length, steps, seed)
@@ -478,6 +492,8 @@ def _collate(encoded: Encoded, rows: np.ndarray) -> dict[str, torch.Tensor]:
         batch["pixel_values"] = _final_pixels(encoded.pixels[index], encoded.scale, encoded.shift)
     else:
         batch.update(_padded(encoded, index))
+    if encoded.prompts is not None:
+        batch["prompt_ids"] = encoded.prompts[index].long()
     if encoded.labels is not None:
         batch["labels"] = encoded.labels[index]
     batch["index"] = index
@@ -577,14 +593,86 @@ def _image_stream(
     """
     import torch
 
-    order: list[int] = []
-    epoch = 0
-    for _ in range(steps):
-        while len(order) < batch_size:
-            order += np.random.default_rng([seed, epoch]).permutation(len(images)).tolist()
-            epoch += 1
-        rows, order = order[:batch_size], order[batch_size:]
+    for rows in _endless_rows(len(images), batch_size, steps, seed):
         pixels = _raw_pixels(images, rows, processor)
         if pixels.dtype == torch.uint8:
             pixels = _final_pixels(pixels, *_scale_and_shift(processor))
         yield {"pixel_values": pixels, "index": torch.tensor(rows)}
+
+
+def _endless_rows(count: int, batch_size: int, steps: int, seed: int) -> Iterator[list[int]]:
+    """Row numbers of so many batches; their order is drawn anew when all have been served."""
+    order: list[int] = []
+    epoch = 0
+    for _ in range(steps):
+        while len(order) < batch_size:
+            order += np.random.default_rng([seed, epoch]).permutation(count).tolist()
+            epoch += 1
+        rows, order = order[:batch_size], order[batch_size:]
+        yield rows
+
+
+def _captioned_stream(
+    rows: Sequence[Any], processor: Any, batch_size: int, steps: int, seed: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The same of images with prompts.
+
+    Yields:
+        ``pixel_values``, ``prompt_ids``, ``noise_seed`` and ``index`` of each batch.
+    """
+    import torch
+
+    numbers = _endless_rows(len(rows), batch_size, steps, seed)
+    for step, chosen in enumerate(numbers):
+        batch = _collate(
+            encode_captioned([rows[i] for i in chosen], processor), np.arange(len(chosen))
+        )
+        # Another time that a row is served it gets other noise.
+        batch["noise_seed"] = noise_seeds(np.arange(len(chosen)) + step * batch_size, seed)
+        yield batch | {"index": torch.tensor(chosen)}
+
+
+def encode_captioned(rows: Sequence[Captioned], processor: Any) -> Encoded:
+    """Images in the model's size, and their prompts as token ids.
+
+    Args:
+        rows: images with prompts.
+        processor: a `CaptionedProcessor`.
+
+    Returns:
+        The rows in their order, without labels; pixels are in [-1, 1] once they are served.
+
+    Raises:
+        UserError: an image cannot be decoded (its row is named, counting from 1).
+    """
+    import torch
+
+    size = (processor.channels, processor.height, processor.width)
+    parts = [torch.zeros(0, *size, dtype=torch.uint8)]
+    parts += [processor.images([_decode(row.image, i)]) for i, row in enumerate(rows)]
+    prompts = torch.zeros(0, processor.prompt_tokens, dtype=torch.int64)
+    if len(rows):
+        prompts = processor.prompts([row.prompt for row in rows])
+    return Encoded(
+        labels=None,
+        pixels=torch.cat(parts),
+        scale=torch.full((processor.channels,), 2 / 255),
+        shift=torch.full((processor.channels,), -1.0),
+        prompts=prompts.to(torch.int32),
+    )
+
+
+def noise_seeds(rows: np.ndarray, seed: int) -> torch.Tensor:
+    """A seed for each row, spread over all numbers of 62 bits.
+
+    Args:
+        rows: row numbers, whole numbers (B,).
+        seed: of what the rows are served for.
+
+    Returns:
+        int64 (B,), each a function of its row and the seed alone.
+    """
+    import torch
+
+    drawn = [np.random.default_rng([seed, int(row)]).integers(2**62) for row in rows]
+    return torch.from_numpy(np.array(drawn, dtype=np.int64))

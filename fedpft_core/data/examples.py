@@ -10,8 +10,19 @@ import numpy as np
 Chat = tuple[tuple[str, str], ...]
 """The messages of a conversation in order, each a role and what was said."""
 
-Input = str | tuple[str, ...] | Chat | bytes
-"""An example: a text, a pair of texts, a list of words, a conversation, or an encoded image."""
+
+@dataclass(frozen=True)
+class Captioned:
+    """An image with the prompt that describes it."""
+
+    image: bytes
+    """Encoded."""
+    prompt: str
+
+
+Input = str | tuple[str, ...] | Chat | bytes | Captioned
+"""An example: a text, a pair of texts, a list of words, a conversation, an encoded image, or one
+with a prompt."""
 
 
 def texts_of(row: Input) -> tuple[str | bytes, ...]:
@@ -22,8 +33,10 @@ def texts_of(row: Input) -> tuple[str | bytes, ...]:
 
     Returns:
         One text, the two of a pair and the text that they are together (as a list of words is one),
-        what was said in each message, or the image.
+        what was said in each message, or the image, with a prompt or without.
     """
+    if isinstance(row, Captioned):
+        return (row.image,)
     if not isinstance(row, tuple):
         return (row,)
     parts = tuple(part if isinstance(part, str) else part[1] for part in row)
@@ -35,7 +48,8 @@ class Examples:
     """Inputs with their labels; row i of one belongs to row i of the other."""
 
     inputs: tuple[Input, ...]
-    """Texts, pairs of texts, lists of words, conversations, or encoded images (all of one kind)."""
+    """Texts, pairs of texts, lists of words, conversations, or encoded images with or without
+    prompts (all of one kind)."""
     labels: np.ndarray
     """What the task has made of the rows' label cells, first axis rows: whole numbers as int64,
     others as float32."""

@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from fedpft_core.data import files, prose
-from fedpft_core.data.examples import Examples, texts_of
+from fedpft_core.data import captioned, files, prose
+from fedpft_core.data.examples import Captioned, Examples, texts_of
 from fedpft_core.data.folders import images, is_folder
 from fedpft_core.data.rows import image_bytes
 from fedpft_core.errors import UserError
@@ -21,7 +21,7 @@ BUILTIN_PUBLIC = "builtin:public"
 
 _KEY = "data.public"
 
-_Row = TypeVar("_Row", str, bytes)
+_Row = TypeVar("_Row", str, bytes, Captioned)
 
 
 def load_public(
@@ -32,19 +32,22 @@ def load_public(
     max_rows: int,
     seed: int,
     cache_dir: Path | None = None,
-) -> list[str] | list[bytes]:
+    prompt_column: str = "",
+) -> list[str] | list[bytes] | list[Captioned]:
     """Load the public corpus without any row of the task.
 
     Args:
         spec: ``data.public``: "builtin:public" (texts only), a .csv, .tsv, .json, .jsonl or
             .parquet file, a .txt file with one text per line, or a folder of images.
         column: column with the text or image; unused for built-in data and .txt.
-        kind: what the task reads; "image" gives encoded images, "text" gives texts.
+        kind: what the task reads; "image" gives encoded images, "captioned image" such with their
+            prompts, "text" gives texts.
         avoid: the task's splits. A text is dropped if its :func:`prose.key` is that of one of
             their texts (either one of a pair), an image if its bytes are.
         max_rows: a seeded subset is taken if there are more rows; 0 for all.
         seed: run seed, for the subset.
         cache_dir: where built-in data is cached; None for the default folder.
+        prompt_column: column with the prompts of images.
 
     Returns:
         Texts or encoded images in source order, empty ones and repetitions left out.
@@ -59,6 +62,9 @@ def load_public(
     taken = {
         _fingerprint(part) for split in avoid for row in split.inputs for part in texts_of(row)
     }
+    if kind == "captioned image":
+        rows = captioned.read(spec, column, prompt_column, _KEY)
+        return _choose(rows, taken, max_rows, seed, spec)
     if kind == "image":
         return _choose(_images(spec, column), taken, max_rows, seed, spec)
     return _choose(_texts(spec, column, cache_dir), taken, max_rows, seed, spec)
@@ -121,5 +127,7 @@ def _choose(
     return kept
 
 
-def _fingerprint(row: str | bytes) -> str | bytes:
+def _fingerprint(row: str | bytes | Captioned) -> str | bytes:
+    if isinstance(row, Captioned):
+        row = row.image
     return hashlib.sha256(row).digest() if isinstance(row, bytes) else prose.key(row)

@@ -146,6 +146,11 @@ def check_settings(data: DataSettings) -> None:
         raise UserError(
             "data.image-column cannot be set with data.response-column or data.messages-column."
         )
+    if data.task == "text-to-image" and not _images(data):
+        raise UserError(
+            "data.image-column is empty, but data.task = text-to-image has images and, in "
+            "data.text-column, their prompts."
+        )
     if not data.label_separator:
         raise UserError("data.label-separator is empty; name what stands between labels.")
     if data.task == "tokens":
@@ -172,6 +177,11 @@ def check_settings(data: DataSettings) -> None:
                 raise UserError(f"{key} is {value!r}, but {BUILTIN_DOCSTRINGS} has single texts.")
     if not data.test and data.train != BUILTIN_DOCSTRINGS:
         raise UserError("data.test is empty; name a file with test rows.")
+
+
+def _images(data: DataSettings) -> bool:
+    """Whether the rows have images."""
+    return bool(data.image_column) or is_folder(data.train) or is_folder(data.test)
 
 
 def owned_split(data: DataSettings) -> tuple[str, str]:

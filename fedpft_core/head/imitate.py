@@ -23,7 +23,7 @@ from fedpft_core.adapter import lora as adapters
 from fedpft_core.data.batches import Encoded, batches
 from fedpft_core.model.device import Batch, device_of, to_device
 from fedpft_core.seeds import derive, numpy_stream
-from fedpft_core.task import Task, Writer
+from fedpft_core.task import Headless, Task
 
 _KEPT = 5  # one row of so many is kept from tuning
 _LOOKS = 5  # times the kept rows are looked at, the start apart
@@ -126,7 +126,7 @@ def imitate(
     tuned, kept = rows.select(order[kept_count:]), rows.select(order[:kept_count])
     size = 4 * settings.batch_size
     loss: Callable[[Batch], Tensor]
-    if isinstance(task, Writer):
+    if isinstance(task, Headless):
         writer = task
 
         def distance() -> float:
@@ -163,7 +163,7 @@ def imitate(
 
 @torch.inference_mode()
 def _mean_apart(
-    task: Writer, fm: nn.Module, proxy: nn.Module, rows: Encoded, batch_size: int
+    task: Headless, fm: nn.Module, proxy: nn.Module, rows: Encoded, batch_size: int
 ) -> float:
     """Mean divergence over rows of a task whose outputs are too many to be kept."""
     fm.eval()

@@ -77,6 +77,20 @@ def real_positions(batch: Mapping[str, Tensor], length: int) -> Tensor:
     return mask.bool()
 
 
+def at_real(h_BLD: Tensor, real_BL: Tensor) -> Tensor:
+    """What stands at the real positions.
+
+    Args:
+        h_BLD: what passes in a block [B, L, D].
+        real_BL: bool, for one length of all blocks. A block that reads another number of positions
+            (in a UNet, which has no padding) has none but real ones.
+
+    Returns:
+        [N, D] in row order.
+    """
+    return h_BLD[real_BL] if h_BLD.shape[1] == real_BL.shape[1] else h_BLD.flatten(0, 1)
+
+
 def read_at(h_BLD: Tensor, batch: Mapping[str, Tensor], position: Position) -> Tensor:
     """What a head reads of the last block's output.
 

@@ -172,6 +172,28 @@ def _opt(norm_first: bool, **more: Any) -> Family:
     )
 
 
+def _text_to_image() -> Family:
+    return Family(
+        model_type="text-to-image",
+        kind="captioned image",
+        blocks="all_blocks",
+        ffn_in=("ff.net.0.proj.gate", "ff.net.0.proj.value"),
+        activation="ff.net.0.act",
+        ffn_out="ff.net.2",
+        output_norm="",
+        attention=tuple(
+            f"{attention}.{name}"
+            for attention in ("attn1", "attn2")
+            for name in ("to_q", "to_k", "to_v", "to_out.0")
+        ),
+        head=(),
+        fused=(Fused("ff.net.0.proj", ("value", "gate")),),
+        drops=False,
+        summary="every",
+        names=ConfigNames(head_dim="head_dim"),
+    )
+
+
 FAMILIES: dict[str, Family] = {
     f.name: f
     for f in (
@@ -199,6 +221,7 @@ FAMILIES: dict[str, Family] = {
         _llama_like("qwen2"),
         _llama_like("qwen3"),
         _llama_like("gemma2", after_ffn="post_feedforward_layernorm"),
+        _text_to_image(),
     )
 }
 """Every family by its name. One that a config does not tell from another is not in it."""
@@ -208,7 +231,7 @@ def supported(kind: str | None = None, causal: bool = False) -> str:
     """The Hugging Face model types there is a family for, for messages.
 
     Args:
-        kind: `text` or `image`; None for all.
+        kind: `text`, `image` or `captioned image`; None for all.
         causal: whether only decoders are wanted.
 
     Returns:

@@ -29,13 +29,15 @@ class Family:
     """
 
     model_type: str  # what the Hugging Face config calls it
-    kind: str  # "text" or "image"
+    kind: str  # "text", "image" or "captioned image"
     blocks: str
     ffn_in: tuple[str, ...]
     activation: str
     ffn_out: str
     output_norm: str
-    attention: tuple[str, ...]  # LoRA targets: q, k, v, attention output, in this order
+    # LoRA targets: q, k, v, attention output, in this order; where a block has a second attention,
+    # its four behind those of the first.
+    attention: tuple[str, ...]
     head: tuple[str, ...]  # modules of the library's classification head, as they run
     tokens_head: str = ""  # that of its token classifier; empty: the last module of `head`
     variant: str = ""  # told from others of its model_type by `when`
@@ -43,6 +45,7 @@ class Family:
     after_ffn: str = ""
     fused: tuple[Fused, ...] = ()  # layers of a block that hold several projections
     causal: bool = False  # a decoder: each position reads those before it alone
+    drops: bool = True  # whether a block can be left out
     packs: bool = True  # a decoder of the library's that tells packed documents by positions
     after_padding: bool = False  # positions count from pad_token_id + 1 (RoBERTa)
     summary: Position = "first"  # the position that this head reads
@@ -98,6 +101,13 @@ class Family:
             unused = size(config, "pad_token_id", least=0) + 1 if self.after_padding else 0
             positions = size(config, n.positions) - unused
             return replace(body, vocabulary=size(config, n.vocabulary), positions=positions)
+        if self.kind == "captioned image":
+            body = replace(
+                body,
+                vocabulary=size(config, n.vocabulary),
+                prompt_tokens=size(config, "prompt_tokens"),
+                block_tokens=tuple(value_of(config, "block_tokens") or ()),
+            )
         height, width = sides(config, "image_size")
         down, across = sides(config, "patch_size")
         patches = (height // down) * (width // across)

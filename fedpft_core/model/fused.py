@@ -117,6 +117,28 @@ def joined(
     return Joined(left, tuple(out), ranks)
 
 
+def renamed(adapter: Joined, paths: Mapping[str, str]) -> Joined:
+    """An adapter by the names that the vanilla model has for its blocks.
+
+    Args:
+        adapter: by the names that they have here.
+        paths: the vanilla model's path of each block, by the path here.
+
+    Returns:
+        The same tensors.
+    """
+
+    def new(name: str) -> str:
+        whole, number, rest = name.split(".", 2)
+        return f"{paths[f'{whole}.{number}']}.{rest}"
+
+    return Joined(
+        {new(name): t for name, t in adapter.tensors.items()},
+        tuple(map(new, adapter.targets)),
+        {new(path): rank for path, rank in adapter.ranks.items()},
+    )
+
+
 def per_rank(ranks: Mapping[str, int], alpha: float, rank: int) -> dict[str, float]:
     """The alpha of layers with another rank that leaves updates scaled as they were.
 
@@ -133,4 +155,4 @@ def per_rank(ranks: Mapping[str, int], alpha: float, rank: int) -> dict[str, flo
     return found
 
 
-__all__ = ["Apart", "Fused", "Joined", "joined", "per_rank"]
+__all__ = ["Apart", "Fused", "Joined", "joined", "per_rank", "renamed"]

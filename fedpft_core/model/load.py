@@ -16,6 +16,8 @@ from torch import nn
 
 from fedpft_core.config import ModelConfig
 from fedpft_core.errors import UserError, first_line
+from fedpft_core.model import pipeline
+from fedpft_core.model.diffusion import TextToImage
 from fedpft_core.model.families import Family, Shape, family_of_config, supported
 from fedpft_core.model.normalise import normalise
 from fedpft_core.model.processor import load_processor
@@ -30,8 +32,8 @@ class TaskModel:
     """What of the model library a task is done with.
 
     Attributes:
-        reads: what its rows are, `text` or `image`.
-        auto: name of transformers' class that makes models with this task's head.
+        reads: what its rows are, `text`, `image` or `captioned image`.
+        auto: name of transformers' class that makes models with this task's head, or `TextToImage`.
         settings: fields of the Hugging Face config that the task sets.
         causal: whether only decoders will do.
     """
@@ -43,14 +45,16 @@ class TaskModel:
 
 
 def task_class(task: TaskModel) -> Any:
-    """Transformers' class that makes models with a task's head.
+    """The class that makes models with a task's head.
 
     Args:
         task: what the task asks of the model library.
 
     Returns:
-        One of transformers' `AutoModelFor…` classes.
+        One of transformers' `AutoModelFor…` classes, or the class of diffusion pipelines.
     """
+    if task.auto == TextToImage.__name__:
+        return TextToImage
     import transformers
 
     return getattr(transformers, task.auto)
@@ -125,6 +129,8 @@ def _options(cfg: ModelConfig) -> dict[str, Any]:
 def _config(cfg: ModelConfig) -> Any:
     from transformers import AutoConfig
 
+    if pipeline.is_pipeline(resolve(cfg)):
+        return pipeline.read_config(resolve(cfg), cfg.name)
     try:
         return AutoConfig.from_pretrained(resolve(cfg), **_options(cfg))
     except UserError:
@@ -143,7 +149,7 @@ def kind_of(cfg: ModelConfig) -> str:
         cfg: which model.
 
     Returns:
-        `text` or `image`.
+        `text`, `image` or `captioned image`.
 
     Raises:
         UserError: the config cannot be read, or the family is not supported.
@@ -182,6 +188,12 @@ def load(cfg: ModelConfig, task: TaskModel, seed: int) -> Loaded:
             f"is to learn (families that do: {supported(causal=True)})."
         )
     shape = _shape(cfg, family, config)
+    if want == "captioned image":
+        with _quiet():
+            model = pipeline.read_model(source, cfg.name, config)
+        processor = load_processor(source, want)
+        processor.check(shape, cfg.name)
+        return Loaded(normalise(model).eval(), family, shape, processor, (), cfg.name)
     for name, value in task.settings.items():
         setattr(config, name, value)
     with torch.random.fork_rng(devices=[]), _quiet():

@@ -21,27 +21,33 @@ from fedpft_core.model.families import FFN, family_of
 class BlockPlan:
     """What the proxy keeps of one block: `whole`, `pruned` to `kept`, or `dropped`.
 
-    In a pruned block query and key have rank `qk_rank`; 0 = as in the FM.
+    In a pruned block query and key have rank `qk_rank`; 0 = as in the FM. `neurons` is the FM's FFN
+    width in this block where it is not the plan's `fm_neurons`; 0 = as that.
     """
 
     state: str
     kept: tuple[int, ...] = ()
     qk_rank: int = 0
+    neurons: int = 0
 
     def as_raw(self) -> dict[str, Any]:
         """The entry as JSON values.
 
         Returns:
-            `state` and `kept`, and `qk_rank` where it is not 0.
+            `state` and `kept`, and `qk_rank` and `neurons` where they are not 0.
         """
         # Left out where there is none, so that plans without it keep their digest.
         low = {"qk_rank": self.qk_rank} if self.qk_rank else {}
-        return {"state": self.state, "kept": list(self.kept), **low}
+        own = {"neurons": self.neurons} if self.neurons else {}
+        return {"state": self.state, "kept": list(self.kept), **low, **own}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One entry per block of the FM, in order; `fm_neurons` is the FM's FFN width F."""
+    """One entry per block of the FM, in order; `fm_neurons` is the FM's FFN width F.
+
+    Where blocks have widths of their own (UNets) it is the first one's, and entries say theirs.
+    """
 
     model_type: str
     fm_neurons: int
@@ -56,6 +62,17 @@ class Plan:
     def present(self) -> tuple[int, ...]:
         """FM indices of the blocks the proxy has; their position here is the proxy's index."""
         return tuple(i for i, b in enumerate(self.blocks) if b.state != "dropped")
+
+    def neurons(self, block: int) -> int:
+        """Neurons that the FM's FFN has in a block.
+
+        Args:
+            block: its position in the FM.
+
+        Returns:
+            F of this block.
+        """
+        return self.blocks[block].neurons or self.fm_neurons
 
     @property
     def is_full(self) -> bool:
@@ -112,7 +129,8 @@ class Plan:
         """
         try:
             blocks = tuple(
-                BlockPlan(b["state"], tuple(b["kept"]), b.get("qk_rank", 0)) for b in raw["blocks"]
+                BlockPlan(b["state"], tuple(b["kept"]), b.get("qk_rank", 0), b.get("neurons", 0))
+                for b in raw["blocks"]
             )
             plan = Plan(raw["model_type"], raw["fm_neurons"], blocks)
         except (KeyError, TypeError, AttributeError) as error:
@@ -120,7 +138,9 @@ class Plan:
         if not isinstance(plan.model_type, str) or type(plan.fm_neurons) is not int:
             raise ValueError("not a plan: the model's type or width is not valid")
         for i, b in enumerate(blocks):
-            in_range = all(type(j) is int and 0 <= j < plan.fm_neurons for j in b.kept)
+            if type(b.neurons) is not int or b.neurons < 0:
+                raise ValueError(f"not a plan: the width of block {i} is not valid")
+            in_range = all(type(j) is int and 0 <= j < plan.neurons(i) for j in b.kept)
             in_order = in_range and all(x < y for x, y in zip(b.kept, b.kept[1:], strict=False))
             if b.state not in ("whole", "pruned", "dropped"):
                 raise ValueError(f"not a plan: block {i} is {b.state!r}")

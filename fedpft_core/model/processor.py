@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpft_core.errors import UserError, first_line
+from fedpft_core.model.captioned import load_captioned
 
 # Keys of a Hugging Face config that say where the FM came from: no client's business.
 PRIVATE = ("_name_or_path", "name_or_path", "_commit_hash")
@@ -19,17 +20,19 @@ def load_processor(source: str, kind: str, options: Mapping[str, Any] | None = N
 
     Args:
         source: a folder or a name on the hub.
-        kind: what the model reads, `text` or `image`.
+        kind: what the model reads, `text`, `image` or `captioned image`.
         options: further arguments of `from_pretrained`; None for `trust_remote_code` off.
 
     Returns:
-        A tokenizer for texts, an image processor for images.
+        A tokenizer for texts, an image processor for images, both for images with prompts.
 
     Raises:
         UserError: there is none, or one that knows no word.
     """  # noqa: DOC501  # the ValueError below does not leave this function
     from transformers import AutoImageProcessor, AutoTokenizer
 
+    if kind == "captioned image":
+        return load_captioned(source)
     given = dict(options or {"trust_remote_code": False})
     try:
         if kind == "image":
@@ -57,7 +60,7 @@ def files_of(processor: Any) -> dict[str, bytes]:
     """
     # A tokenizer remembers how it last truncated and padded, and would save that as well: the same
     # tokenizer, used or not, must give the same bytes. Every use says anew how it is to be done.
-    backend = getattr(processor, "backend_tokenizer", None)
+    backend = getattr(getattr(processor, "tokenizer", processor), "backend_tokenizer", None)
     if backend is not None:
         backend.no_truncation()
         backend.no_padding()
@@ -78,10 +81,10 @@ def from_files(files: Mapping[str, bytes], kind: str) -> Any:
 
     Args:
         files: content by file name.
-        kind: what the model reads, `text` or `image`.
+        kind: what the model reads, `text`, `image` or `captioned image`.
 
     Returns:
-        A tokenizer for texts, an image processor for images.
+        A tokenizer for texts, an image processor for images, both for images with prompts.
 
     Raises:
         UserError: the files make no such processor.

@@ -21,7 +21,10 @@ class Shape:
         vocabulary: token ids a text model knows; 0 for images.
         positions: tokens a text model can read; 0 for images.
         channels, height, width: the image a model takes, in pixels; 0 for texts.
-        image_tokens: positions an image becomes, special ones included; 0 for texts.
+        image_tokens: positions an image becomes, special ones included; 0 for texts. Where blocks
+            read different numbers of them, the most.
+        prompt_tokens: tokens of the prompt that comes with an image; 0 where none does.
+        block_tokens: positions that each block reads; empty where they all read as many.
     """
 
     hidden: int
@@ -36,6 +39,8 @@ class Shape:
     height: int = 0
     width: int = 0
     image_tokens: int = 0
+    prompt_tokens: int = 0
+    block_tokens: tuple[int, ...] = ()
 
     @property
     def attention(self) -> int:

@@ -90,11 +90,19 @@ def make_plan(
     family = family_of_model(model)
     ffns = family.ffns(model)
     n, f = len(ffns), ffns[0].neurons
+    # What each entry says of its width: nothing where it is the first one's.
+    own = [0 if ffn.neurons == f else ffn.neurons for ffn in ffns]
     if cfg.proxy == "full":
-        return Plan(family.name, f, tuple(BlockPlan("whole") for _ in ffns))
-    if cfg.keep_neurons > f:
+        return Plan(family.name, f, tuple(BlockPlan("whole", neurons=w) for w in own))
+    fewest = min(ffn.neurons for ffn in ffns)
+    if cfg.keep_neurons > fewest:
         raise UserError(
-            f"plan.keep-neurons = {cfg.keep_neurons} is more than the FM's {f} neurons."
+            f"plan.keep-neurons = {cfg.keep_neurons} is more than the FM's {fewest} neurons."
+        )
+    if cfg.proxy == "layer-drop" and not family.drops:
+        raise UserError(
+            f"plan.proxy = layer-drop: a {family.model_type} model has no blocks that can be left "
+            "out; ffn-pruned and full are for it."
         )
     most = _largest_rank(family, model)
     if cfg.qk_rank > most:
@@ -102,7 +110,8 @@ def make_plan(
             f"plan.qk-rank = {cfg.qk_rank} is more than the {most} that the model's query and key "
             "projections can have."
         )
-    k = cfg.keep_neurons or max(1, round(cfg.keep_share * f))
+    keeps = [cfg.keep_neurons or max(1, round(cfg.keep_share * ffn.neurons)) for ffn in ffns]
+    k = keeps[0]
     retained = parse_layers(cfg.retained_layers, n)
     if cfg.proxy == "layer-drop":
         keep = evenly_spaced(n, cfg.drop_to or _same_budget(model, family, k, retained), cfg)
@@ -111,18 +120,18 @@ def make_plan(
             f,
             tuple(BlockPlan("whole" if i in keep else "dropped") for i in range(n)),
         )
-    whole = [i in retained or k == f for i in range(n)]
+    whole = [i in retained or keeps[i] == ffns[i].neurons for i in range(n)]
     if all(whole):
-        return Plan(family.name, f, tuple(BlockPlan("whole") for _ in ffns))
+        return Plan(family.name, f, tuple(BlockPlan("whole", neurons=w) for w in own))
     scores = saliency.scores(cfg.saliency, saliency.Probe(model, seed, public, head_reads))
     return Plan(
         family.name,
         f,
         tuple(
-            BlockPlan("whole")
+            BlockPlan("whole", neurons=w)
             if all_of_it
-            else BlockPlan("pruned", keep_most_salient(s, k), cfg.qk_rank)
-            for all_of_it, s in zip(whole, scores, strict=True)
+            else BlockPlan("pruned", keep_most_salient(s, keep), cfg.qk_rank, w)
+            for all_of_it, s, keep, w in zip(whole, scores, keeps, own, strict=True)
         ),
     )
 

@@ -3,7 +3,9 @@
 FLOPs count a multiply and an add as two. Forward: 2 per weight of every linear, plus the two
 attention products, 4·L·D per token at length L. A training step with frozen weights needs the
 forward pass, the backward pass through activations (as much again), and three times LoRA's
-forward; weight gradients exist for the adapter only. Products with relative positions (DeBERTa),
+forward; weight gradients exist for the adapter only. Blocks of a UNet read fewer
+positions the deeper they lie, and count by their share; what else a UNet has (convolutions) and
+attention to the prompt's few tokens is left out. Products with relative positions (DeBERTa),
 which a row has besides whatever its length, are left out.
 """
 
@@ -38,7 +40,7 @@ class BlockCost:
     step: float
 
 
-def block_cost(family: Family, block: nn.Module, length: int, rank: int, width: int) -> BlockCost:
+def block_cost(family: Family, block: nn.Module, length: float, rank: int, width: int) -> BlockCost:
     """What a block costs per token.
 
     Args:
@@ -81,7 +83,10 @@ def step_ratio(fm: nn.Module, proxy: nn.Module, family: Family, length: int, ran
     """
     width = _attention_width(family, fm)
     total = [
-        sum(block_cost(family, b, length, rank, width).step for b in family.block_list(m))
+        sum(
+            w * block_cost(family, b, w * length, rank, width).step
+            for b, w in zip(family.block_list(m), _weights(family, m), strict=True)
+        )
         for m in (fm, proxy)
     ]
     return total[0] / total[1]
@@ -102,8 +107,22 @@ def step_flops(family: Family, model: nn.Module, rank: int) -> tuple[float, floa
     """
     blocks = list(family.block_list(model))
     width = _attention_width(family, model)
-    at = [sum(block_cost(family, b, n, rank, width).step for b in blocks) for n in (0, 1)]
+    weights = _weights(family, model)
+    at = [
+        sum(
+            w * block_cost(family, b, w * n, rank, width).step
+            for b, w in zip(blocks, weights, strict=True)
+        )
+        for n in (0, 1)
+    ]
     return at[0], at[1] - at[0]
+
+
+def _weights(family: Family, model: nn.Module) -> list[float]:
+    """Positions of each block as a share of the longest's: 1 where all read as many."""
+    config: Any = base_model(model).config
+    tokens = family.shape(config).block_tokens
+    return [n / max(tokens) for n in tokens] or [1.0] * len(family.block_list(model))
 
 
 def _attention_width(family: Family, model: nn.Module) -> int:
@@ -146,10 +165,10 @@ def inspect(config: Config) -> dict[str, Any]:
             own = BlockCost(0, 0.0, 0.0)
         else:
             own = block_cost(family, proxy_blocks[i], length, rank, width)
-        kept = {"whole": plan.fm_neurons, "dropped": 0}.get(entry.state, len(entry.kept))
+        kept = {"whole": plan.neurons(i), "dropped": 0}.get(entry.state, len(entry.kept))
         rows.append(
             [
-                i, entry.state, f"{kept:,} / {plan.fm_neurons:,}", f"{fm.parameters:,}",
+                i, entry.state, f"{kept:,} / {plan.neurons(i):,}", f"{fm.parameters:,}",
                 f"{own.parameters:,}", f"{4 * own.parameters:,}", f"{fm.forward / 1e6:.2f}",
                 f"{own.forward / 1e6:.2f}",
             ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,6 +169,7 @@ def _made(meta: PackageMeta, weights: Mapping[str, Tensor] | None) -> ClientMode
 _FOREIGN = re.compile(
     r"implementation|kernel|quantiz|auto_map|custom|remote|adapter_kwargs|compile"
 )
+_PLAIN = frozenset(("conv_in_kernel", "conv_out_kernel"))  # sizes, whose names only look foreign
 _MOST_SIZE = 2**24  # of any number in a config: larger ones are nobody's model
 
 
@@ -181,8 +182,9 @@ def _check_config(meta: PackageMeta) -> None:
     """
     config = meta.model_config
     shape = family_of(config["model_type"]).shape(config)
-    for key, value in config.items():
-        if _FOREIGN.search(key) and value not in (None, False, "eager", "sdpa", {}, []):
+    for key, value in _entries(config):
+        foreign = _FOREIGN.search(key) and key not in _PLAIN
+        if foreign and value not in (None, False, "eager", "sdpa", {}, []):
             raise ValueError(f"the model's config sets {key[:40]!r}")
         if type(value) is int and not isinstance(value, bool) and abs(value) > _MOST_SIZE:
             raise ValueError(f"the model's config has {key[:40]} = {value}")
@@ -192,6 +194,16 @@ def _check_config(meta: PackageMeta) -> None:
         raise ValueError(f"rows of {meta.max_length} tokens, and {shape.positions} positions")
     if not 0 <= meta.adapter.dropout < 1:
         raise ValueError(f"LoRA's dropout is {meta.adapter.dropout:g}")
+
+
+def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The entries of a config and of those inside it (of a pipeline's parts), lists' one by one."""
+    for key, value in config.items():
+        yield key, value
+        if isinstance(value, Mapping):
+            yield from _entries(value)
+        elif isinstance(value, list):
+            yield from ((key, item) for item in value if isinstance(item, int))
 
 
 def _fill(model: nn.Module, weights: Mapping[str, Tensor], spec: AdapterSpec) -> None:

@@ -14,14 +14,27 @@ from typing import Any
 from fedpft_core.data.rows import Columns
 from fedpft_core.data.splits import DataSettings, check_settings, columns_of, split_rows
 from fedpft_core.errors import UserError
-from fedpft_core.task.base import Metric, Score, Task, TaskData, Writer, mean_score
+from fedpft_core.task.base import (
+    Headless,
+    Metric,
+    Painter,
+    Score,
+    Task,
+    TaskData,
+    Writer,
+    mean_score,
+)
 from fedpft_core.task.classify import Classify, confusion
 from fedpft_core.task.generate import Generate
 from fedpft_core.task.multi import MultiLabel
 from fedpft_core.task.regress import Regress
+from fedpft_core.task.text_to_image import TextToImage
 from fedpft_core.task.tokens import Tokens
 
-_Kind = type[Classify] | type[Regress] | type[MultiLabel] | type[Tokens] | type[Generate]
+_Kind = (
+    type[Classify] | type[Regress] | type[MultiLabel] | type[Tokens] | type[Generate]
+    | type[TextToImage]
+)  # fmt: skip
 
 KINDS: dict[str, _Kind] = {
     "text": Classify,
@@ -35,6 +48,7 @@ KINDS: dict[str, _Kind] = {
     "image-labels": MultiLabel,
     "tokens": Tokens,
     "generate": Generate,
+    "text-to-image": TextToImage,
 }
 """Kinds of task by the name they have in packages: what a row is, and what is done with it."""
 
@@ -72,8 +86,8 @@ def kind_of(columns: Columns) -> str:
     said = not columns.task and (columns.response or columns.messages)
     if columns.task == "generate" or said:
         return "generate"
-    if columns.task == "tokens":
-        return "tokens"
+    if columns.task in ("tokens", "text-to-image"):
+        return columns.task
     rows = "image" if columns.image else "pair" if columns.text_pair else "text"
     return rows + _SUFFIX[columns.task]
 
@@ -82,7 +96,7 @@ def of_model(reads: str, architecture: str, config: Any) -> Task:
     """The task that a model of the library is for.
 
     Args:
-        reads: what it reads, `text` or `image`.
+        reads: what it reads, `text`, `image` or `captioned image`.
         architecture: the name of its class.
         config: its Hugging Face config: the problem that it names decides, and one output without
             a name of the problem is a number, as the library has it.
@@ -91,6 +105,8 @@ def of_model(reads: str, architecture: str, config: Any) -> Task:
         The task, with the names of the head's outputs.
     """
     labels: Mapping[int, str] = getattr(config, "id2label", None) or {}
+    if reads == "captioned image":
+        return make("text-to-image")
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return make("generate")
     if architecture.endswith("ForTokenClassification"):
@@ -113,6 +129,8 @@ def sample(reads: str, columns: Columns, labels: Iterable[str] = ()) -> Task:
     Returns:
         The task.
     """
+    if reads == "captioned image":
+        return make("text-to-image")
     image = (columns.image or "image") if reads == "image" else ""
     name = kind_of(replace(columns, image=image))
     return make(name, (tuple(labels) or ("a", "b")) if KINDS[name].named else ())
@@ -140,7 +158,9 @@ def load_task(data: DataSettings, seed: int, cache_dir: Path | None = None) -> T
 
 __all__ = [
     "KINDS",
+    "Headless",
     "Metric",
+    "Painter",
     "Score",
     "Task",
     "TaskData",

@@ -140,7 +140,7 @@ class Task(Protocol):
 
     @property
     def reads(self) -> str:
-        """What its rows are to a model: `text` or `image`."""
+        """What its rows are to a model: `text`, `image` or `captioned image`."""
 
     @property
     def metric(self) -> Metric:
@@ -425,7 +425,24 @@ class Task(Protocol):
 
 
 @runtime_checkable
-class Writer(Protocol):
+class Headless(Protocol):
+    """What a task can besides that trains no head."""
+
+    def apart(self, model: nn.Module, other: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        """How far a model's outputs, which are too many to be kept, are from another's.
+
+        Args:
+            model: gets gradients, where they are on.
+            other: what it should come to; run without gradients.
+            batch: on the models' device, with or without labels.
+
+        Returns:
+            The sum of the divergences, and how many terms it has.
+        """
+
+
+@runtime_checkable
+class Writer(Headless, Protocol):
     """What a task can besides where its models write text: its responses are shown and judged."""
 
     def prepare(self, processor: Any, template: str, vocabulary: int, name: str, say: Say) -> None:
@@ -440,18 +457,6 @@ class Writer(Protocol):
 
         Raises:
             UserError: tokenizer and model do not fit, or the template cannot be used.
-        """
-
-    def apart(self, model: nn.Module, other: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-        """How far a model's outputs, which are too many to be kept, are from another's.
-
-        Args:
-            model: gets gradients, where they are on.
-            other: what it should come to; run without gradients.
-            batch: on the models' device, with or without labels.
-
-        Returns:
-            The sum of the divergences, and how many terms it has.
         """
 
     def write(
@@ -485,6 +490,32 @@ class Writer(Protocol):
 
         Returns:
             By the metric's name; nothing without samples.
+        """
+
+
+@runtime_checkable
+class Painter(Headless, Protocol):
+    """What a task can besides where its models make images: they are shown."""
+
+    def paint(
+        self,
+        model: nn.Module,
+        examples: Examples,
+        processor: Any,
+        steps: int,
+        batch_size: int,
+    ) -> list[bytes]:
+        """Let a model make an image for the prompt of each row.
+
+        Args:
+            model: FM or proxy with the adapter.
+            examples: rows of the task.
+            processor: the FM's.
+            steps: of the sampler.
+            batch_size: rows at once.
+
+        Returns:
+            PNG files, one for each row, in order; the same for the same rows and weights.
         """
 
 

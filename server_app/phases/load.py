@@ -74,7 +74,8 @@ def _read(config: Config, events: Events) -> tuple[models.Loaded, Rows]:
     task = data.task
     if config.train.augment and task.reads != "image":
         raise UserError(
-            f"train.augment = {config.train.augment:g} is for images, but the rows are texts."
+            f"train.augment = {config.train.augment:g} is for images, but the rows are "
+            f"{task.reads}s."
         )
     loaded = models.load(config.model, task.model(), config.run.seed)
 
@@ -93,6 +94,7 @@ def _read(config: Config, events: Events) -> tuple[models.Loaded, Rows]:
         (data.train, data.validation, data.test),
         config.data.max_public_rows,
         derive(config.run.seed, "public") % 2**31,
+        prompt_column=config.data.text_column,
     )
     _check_lengths(config, loaded)
     if task.reads == "text":
@@ -211,10 +213,10 @@ def _emit_model(
                 {
                     "block": i,
                     "kind": entry.state,
-                    "neurons": {"whole": plan.fm_neurons, "dropped": 0}.get(
+                    "neurons": {"whole": plan.neurons(i), "dropped": 0}.get(
                         entry.state, len(entry.kept)
                     ),
-                    "fm_neurons": plan.fm_neurons,
+                    "fm_neurons": plan.neurons(i),
                 }
                 for i, entry in enumerate(plan.blocks)
             ],

@@ -14,7 +14,7 @@ from fedpft_core.head.closed import Sums
 from fedpft_core.head.imitate import Settings, imitate
 from fedpft_core.head.mapped import fit as mapped_to
 from fedpft_core.seeds import derive, numpy_stream
-from fedpft_core.task import Writer
+from fedpft_core.task import Headless
 from fedpft_core.tensors import Tensors
 from fedpft_core.train.evaluate import evaluate
 from server_app.bench import Bench
@@ -102,7 +102,7 @@ def settles(bench: Bench) -> bool:
     config = bench.config
     if config.federation.aggregate == "none":
         return False
-    if isinstance(bench.rows.task, Writer):
+    if isinstance(bench.rows.task, Headless):
         # Between the two ways of `best` there is nothing to choose by without rows.
         some = len(bench.rows.data.validation) > 1
         asked = config.plug.method == "distil" or (config.plug.method == "best" and some)
@@ -127,7 +127,7 @@ def finish(bench: Bench, strategy: Strategy, state: State, events: Events) -> No
     if not settles(bench):
         refit(bench, state.round, events)
         return
-    if isinstance(bench.rows.task, Writer):
+    if isinstance(bench.rows.task, Headless):
         _finish_headless(bench, state, events)
         return
     mapped = method in ("best", "mapped") and not models.plan.is_full

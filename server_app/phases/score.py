@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 
 from fedpft_core.adapter import lora as adapters
+from fedpft_core.disk import whole
 from fedpft_core.model.families import base_model, family_of
-from fedpft_core.task import Score, Writer
+from fedpft_core.task import Painter, Score, Writer
+from fedpft_core.task.painting import prompts_of, side_by_side
 from fedpft_core.train.evaluate import evaluate
 from server_app.bench import Bench
 from server_app.phases import reference
@@ -33,6 +36,7 @@ def score(bench: Bench, round: int, which: str) -> Score:
         The score, which has been emitted.
     """
     result = _written(bench, round, which, measure(bench, round, which))
+    _painted(bench, round, which)
     _emit(bench, round, which, result)
     return result
 
@@ -86,6 +90,26 @@ def _written(bench: Bench, round: int, which: str, result: Score) -> Score:
     return replace(
         result, more={**result.more, **task.judge(found)}, seconds=result.seconds + seconds
     )
+
+
+def _painted(bench: Bench, round: int, which: str) -> None:
+    """Images of the model's making, as a file of the run, where the task is to make some."""
+    task, config, rows = bench.rows.task, bench.config, bench.rows.samples
+    if not isinstance(task, Painter) or not len(rows):
+        return
+    start = time.perf_counter()
+    model = bench.models.proxy if which == "proxy" else bench.models.fm
+    made = task.paint(
+        model, rows, bench.rows.processor, config.run.sample_steps, config.run.eval_batch_size
+    )
+    file = f"pictures/round-{round}-{which}.png"
+    path = Path(config.run.dir) / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole.write(path, side_by_side(made))
+    bench.events.emit(ev.Pictures(
+        round=round, model=which, prompts=[prompt[-_SHOWN:] for prompt in prompts_of(rows)],
+        file=file, seconds=time.perf_counter() - start,
+    ))  # fmt: skip
 
 
 def _emit(bench: Bench, round: int, which: str, result: Score) -> None:

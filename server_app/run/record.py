@@ -119,6 +119,8 @@ class Record:
     distilled: ev.Distilled | None = None
     baselines: dict[str, ev.Baseline] = field(default_factory=dict)
     samples: dict[str, ev.Samples] = field(default_factory=dict)  # the last of each model
+    pictures: dict[str, ev.Pictures] = field(default_factory=dict)  # likewise
+    painted_before: ev.Pictures | None = None  # by the FM before round 1
     validation: dict[str, ev.Validation] = field(default_factory=dict)  # by model
     phase_seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)  # by process
@@ -262,6 +264,10 @@ class Record:
                 self.samples[event.model] = event
             case ev.Confusion():
                 self.round(event.round).confusion[event.model] = event
+            case ev.Pictures():
+                self.pictures[event.model] = event
+                if event.model == "fm" and not event.round:
+                    self.painted_before = event
             case ev.ClientValidation():
                 self.round(event.round).clients = event
             case ev.PrivacySpent():

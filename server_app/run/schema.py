@@ -398,6 +398,17 @@ class Samples(Event, name="samples"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pictures(Event, name="pictures"):
+    """A model has made images for the prompts of some rows, all with the same noise each time."""
+
+    round: int  # the round; 0 is before the first
+    model: str  # as of an evaluation
+    prompts: list[str]  # one for each image, in their order; cut to what a report shows
+    file: str  # PNG file with the images side by side, relative to the run folder
+    seconds: float  # how long it took
+
+
+@dataclass(frozen=True, kw_only=True)
 class Baseline(Scored, name="baseline"):
     """The score of a reference point."""
 

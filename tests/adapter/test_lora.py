@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.adapter.lora import AdapterSpec
-from fedpft_core.config import LoraConfig
+from fedpft_core.config import LoraConfig, PlanConfig
 from fedpft_core.model.families import family_of
 from fedpft_core.proxy.build import build
+from fedpft_core.proxy.choose import make_plan
 from fedpft_core.task.classify import logits
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -157,6 +158,24 @@ def test_export_gives_identical_logits_on_the_untouched_fm(family: str, tmp_path
     own = {k.removeprefix("base_model.model."): v for k, v in stored.items()}
     if not family_of(family).fused:
         assert tiny.same_bits(own, adapters.read(fm))
+
+
+def test_the_adapter_of_a_deep_model_with_fused_layers_is_exported_whole(tmp_path: Path) -> None:
+    """Of more than twenty targets PEFT keeps only what their names have in common."""
+    shape = {"num_hidden_layers": 8}
+    fm = tiny.model("gpt2", **shape)
+    plan = make_plan(fm, PlanConfig(proxy="full"), 0)
+    spec = adapters.make_spec(family_of("gpt2"), plan, (), LoraConfig(rank=2, dropout=0.0))
+    wrapped = adapters.attach(fm, spec)
+    assert len(spec.targets) == 32
+    with torch.no_grad():
+        for name, p in adapters.parameters(wrapped).items():
+            if ".lora_" in name:
+                p.normal_(std=0.2, generator=torch.Generator().manual_seed(len(name)))
+    adapters.export(wrapped, tmp_path, "somewhere")
+    untouched = tiny.vanilla("gpt2", **shape)
+    loaded = PeftModel.from_pretrained(untouched, str(tmp_path)).eval()
+    _expect_same("gpt2", loaded, wrapped, tiny.batch_of("gpt2"))
 
 
 def _expect_same(

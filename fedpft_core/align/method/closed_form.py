@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fedpft_core.align.distill import local_views
 from fedpft_core.align.method import Job
+from fedpft_core.model.batch import at_real
 from fedpft_core.model.device import device_of, to_device
 from fedpft_core.model.families import FFN
 from fedpft_core.model.plan import pruned_ffns
@@ -31,7 +32,7 @@ def align(job: Job) -> tuple[float, float]:
         for step, batch in enumerate(job.batches(job.cfg.fit_batches)):
             views, real = local_views(job.teacher, job.plan, to_device(batch, device))
             for b, view in views.items():
-                a, target = ffns[b].inner(view.x[real]), view.y[real]
+                a, target = ffns[b].inner(at_real(view.x, real)), at_real(view.y, real)
                 fits[b].add(a, target - ffns[b].out(a), target)
             if job.on_step:
                 job.on_step(step + 1, job.cfg.fit_batches, float("nan"))

@@ -7,6 +7,7 @@ import torch
 from fedpft_core.align.distill import local_views
 from fedpft_core.align.method import Job
 from fedpft_core.align.method.closed_form import Fit, means
+from fedpft_core.model.batch import at_real
 from fedpft_core.model.device import device_of, to_device
 from fedpft_core.model.plan import pruned_ffns
 
@@ -41,7 +42,9 @@ def align(job: Job) -> tuple[float, float]:
                     residual = theirs[b].y - mine[b].y
                 else:
                     residual = theirs[b].total - mine[b].total
-                fit.add(mine[b].a[real], residual[real], theirs[b].y[real])
+                fit.add(
+                    at_real(mine[b].a, real), at_real(residual, real), at_real(theirs[b].y, real)
+                )
                 if job.on_step:
                     job.on_step(i * n + step + 1, n * len(ffns), float("nan"))
             losses.append(fit.solve(job.cfg.ridge))
