@@ -24,7 +24,8 @@ _PIPELINES = {
     "AutoModelForTokenClassification": "token-classification",
     "AutoModelForCausalLM": "text-generation",
 }
-_HUB_METRICS = {"macro-F1": "f1"}  # names the Hub has for ours
+# Names the Hub has for ours.
+_HUB_METRICS = {"macro-F1": "f1", "Matthews correlation": "matthews_correlation"}
 
 
 def write(folder: Path, record: Record, config: Config, task: Task) -> None:

@@ -28,10 +28,11 @@ def card_of(flat: dict[str, Any], run: Path) -> tuple[dict[str, Any], str]:
 def test_the_card_says_what_the_adapter_is(tmp_path: Path) -> None:
     flat = tiny.write_task("bert", tmp_path / "task", rows=90) | SHORT
     head, body = card_of(flat, tmp_path / "run")
+    names = ["accuracy", "f1", "matthews_correlation"]
     assert head["library_name"] == "peft" and head["pipeline_tag"] == "text-classification"
-    assert head["metrics"] == ["accuracy", "f1"] and head["license"] == "unknown"
+    assert head["metrics"] == names and head["license"] == "unknown"
     (result,) = head["model-index"][0]["results"]
-    assert [m["type"] for m in result["metrics"]] == ["accuracy", "f1"]
+    assert [m["type"] for m in result["metrics"]] == names
     assert "More Information Needed" not in body
     assert str(tmp_path) not in body + str(head), "no path of this machine"
     labels = re.findall(r"^\| (\d+) \| (.+) \|$", body, flags=re.M)

@@ -37,7 +37,7 @@ def opened(flat: dict[str, Any], **changes: Any) -> None:
 
 @pytest.mark.parametrize(("key", "value"), [
     ("train.lr", 0.5), ("run.seed", 7), ("federation.partition", "iid"), ("wire.adapter", "fp32"),
-    ("federation.aggregate", "median"), ("lora.rank", 3), ("federation.rounds", 9),
+    ("federation.aggregate", "median"), ("lora.rank", 3), ("federation.rounds", 1),
 ])  # fmt: skip
 def test_another_configuration_is_refused_by_its_key(
     stopped: tuple[dict[str, Any], Path], key: str, value: Any

@@ -10,9 +10,10 @@ import pytest
 import tiny
 import torch
 
+from fedpft_core.config import TASKS
 from fedpft_core.data.batches import batches
 from fedpft_core.data.examples import Examples
-from fedpft_core.data.rows import TASKS, Columns
+from fedpft_core.data.rows import Columns
 from fedpft_core.errors import UserError
 from fedpft_core.model.batch import Position, read_at
 from fedpft_core.model.families import FAMILIES
