@@ -3,4 +3,4 @@
 import os
 
 # As in server_app: threads that wait must not take the processor from those that work.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")

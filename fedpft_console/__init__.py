@@ -3,4 +3,4 @@
 import os
 
 # As in server_app, before anything loads torch; what is launched from here inherits it.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")

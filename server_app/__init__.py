@@ -2,6 +2,6 @@
 
 import os
 
-# Before torch is loaded: threads that wait for each other otherwise spin, and take the processor
-# from the clients of a simulation, or from whatever else this machine is doing.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before torch is loaded: threads that wait for each other otherwise spin for long, and take the
+# processor from the clients of a simulation, or from whatever else this machine is doing.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")

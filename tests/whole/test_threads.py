@@ -1,4 +1,4 @@
-"""Threads that wait for each other do not spin, however the program is started."""
+"""Threads that wait for each other do not spin for long, however the program is started."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import sys
 
 import pytest
 
-SHOW = "import os, sys; import {}; print(os.environ.get('OMP_WAIT_POLICY'), 'torch' in sys.modules)"
+SHOW = "import os, sys; import {}; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
 
 
 @pytest.mark.parametrize("package", ["server_app", "client_app", "fedpft_console"])
-def test_the_policy_is_set_before_torch_is_loaded(package: str) -> None:
+def test_the_limit_is_set_before_torch_is_loaded(package: str) -> None:
     code = SHOW.format(package)
     clean = {"PATH": "", "PYTHONPATH": ":".join(sys.path)}
-    for given, want in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
-        env = clean | ({"OMP_WAIT_POLICY": given} if given else {})
+    for given, want in ((None, "10000"), ("7", "7")):
+        env = clean | ({"GOMP_SPINCOUNT": given} if given else {})
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True
         )
