@@ -15,7 +15,7 @@ from client_app.client import Client, ProcessCache
 from client_app.node import NODE_KEYS, checked, client_for
 from client_app.policy import KEYS, Policy, table, trained
 from fedpft_core.errors import UserError
-from fedpft_core.model.families import FAMILIES, family_of
+from fedpft_core.model.families import family_of
 from fedpft_core.wire.envelope import open_envelope, seal
 from fedpft_core.wire.messages import Message, RefusalReply, StatisticsRequest, TrainReply
 from fedpft_core.wire.package import Package
@@ -132,7 +132,7 @@ def test_the_rule_of_today_holds_for_what_was_stored_before(
     refused(ask(replace(whole, package=b"")), "adapter")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_what_this_program_sends_is_allowed(family: str) -> None:
     from fedpft_core.adapter.lora import make_spec
     from fedpft_core.config import LoraConfig
