@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import inf, nan, sqrt
+from math import nan, sqrt
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,15 @@ from fedpft_core.errors import UserError
 from fedpft_core.model.device import Batch
 from fedpft_core.model.load import TaskModel
 from fedpft_core.task.base import MOST_TOKENS, Metric, Score
-from fedpft_core.task.labels import STRANGE, LabelTable, label_names, names_from_rows, shown
+from fedpft_core.task.figures import announced, check_loss
+from fedpft_core.task.labels import (
+    STRANGE,
+    LabelTable,
+    label_names,
+    label_settings,
+    names_from_rows,
+    shown,
+)
 from fedpft_core.task.row import RowTask, logits
 
 ACCURACY = Metric("accuracy", higher_is_better=True, share=True)
@@ -114,12 +122,7 @@ class Classify(RowTask):
         return TaskModel(
             reads=self.reads,
             auto=self.auto,
-            settings={
-                "num_labels": len(self.labels),
-                "id2label": dict(enumerate(self.labels)),
-                "label2id": {name: i for i, name in enumerate(self.labels)},
-                "problem_type": "single_label_classification",
-            },
+            settings=label_settings(self.labels) | {"problem_type": "single_label_classification"},
         )
 
     # --- rows ---
@@ -227,17 +230,12 @@ class Classify(RowTask):
         Raises:
             ValueError: the figures are others than these, or those that so many rows cannot have.
         """
-        if not sums and not rows:
+        if not announced(sums, self.sent, rows):
             return
-        if sums.keys() != set(self.sent):
-            raise ValueError(f"the figures of validation rows are {', '.join(sorted(sums))[:100]}")
         correct = sums["correct"]
-        if sums["rows"] != rows:
-            raise ValueError(f"validation row count {sums['rows']} is not the {rows} announced")
         if type(correct) is not int or not 0 <= correct <= rows:
             raise ValueError(f"{correct} of {rows} validation rows cannot be right")
-        if not 0 <= sums["loss"] < inf:
-            raise ValueError("the loss of the validation rows is no finite number of at least 0")
+        check_loss(sums["loss"])
 
     def divergence(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Mean Kullback-Leibler divergence of the outputs' class shares from the target's.

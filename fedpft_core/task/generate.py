@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, inf, nan, sqrt
 from pathlib import Path
@@ -18,13 +18,13 @@ from fedpft_core.data.dialogues import groups, read_dialogues
 from fedpft_core.data.examples import Examples
 from fedpft_core.data.packing import pack
 from fedpft_core.data.rows import Columns
-from fedpft_core.data.splits import DataSettings, columns_of
-from fedpft_core.model.batch import Position
 from fedpft_core.model.device import Batch
-from fedpft_core.model.families import Family, family_of_model
+from fedpft_core.model.families import family_of_model
 from fedpft_core.model.load import TaskModel
 from fedpft_core.task import causal
 from fedpft_core.task.base import MOST_TOKENS, Metric, Score
+from fedpft_core.task.figures import announced, check_loss
+from fedpft_core.task.headless import HeadlessTask
 from fedpft_core.task.writing import Sample, exact, rouge_l, write
 
 PERPLEXITY = Metric("perplexity", higher_is_better=False, share=False)
@@ -34,7 +34,7 @@ _MOST = 700.0  # nats a token; the exponential of more is no number
 
 
 @dataclass(frozen=True)
-class Generate:
+class Generate(HeadlessTask):
     """The next token; see `fedpft_core.task.base.Task` for each part.
 
     There is no head to train: the layer that scores tokens is the FM's, and stays as it is.
@@ -45,7 +45,6 @@ class Generate:
     """
 
     name: str = "generate"
-    labels: tuple[str, ...] = ()
 
     reads = "text"
     metric = PERPLEXITY
@@ -53,34 +52,7 @@ class Generate:
     # Not the squares that the standard error needs: of few rows they would tell more than the mean.
     sent = ("rows", "tokens", "loss")
     per_position = True
-    refits = False
-    named = False
-    closed_form = ""
     judged = Metric("tokens right", higher_is_better=True, share=True)
-    baselines = ("zero-shot",)
-
-    @staticmethod
-    def open(
-        name: str, data: DataSettings, cache_dir: Path | None
-    ) -> tuple[Generate, Callable[[str, str], Examples]]:
-        """The task of a run's configuration, and a reader of (source, split).
-
-        Args:
-            name: `generate`.
-            data: the run's settings of its rows.
-            cache_dir: unused; there is no built-in data for this task.
-
-        Returns:
-            The task, and a function that gives the rows of a source's split.
-        """
-        columns, read = columns_of(data), dict[str, Examples]()
-
-        def rows(source: str, split: str) -> Examples:
-            if source not in read:
-                read[source] = read_dialogues(source, columns, f"data.{split}")
-            return read[source]
-
-        return Generate(name), rows
 
     # --- the model ---
 
@@ -91,28 +63,6 @@ class Generate:
             The library's class.
         """
         return TaskModel(reads="text", auto="AutoModelForCausalLM", settings={}, causal=True)
-
-    def head(self, family: Family) -> tuple[str, ...]:
-        """Nothing is trained whole.
-
-        Args:
-            family: of the model.
-
-        Returns:
-            No paths.
-        """
-        return ()
-
-    def position(self, family: Family) -> Position:
-        """Every position tells the next token.
-
-        Args:
-            family: of the model.
-
-        Returns:
-            `every`.
-        """
-        return "every"
 
     # --- rows ---
 
@@ -132,19 +82,6 @@ class Generate:
         """
         return read_dialogues(path, columns, key)
 
-    def learn(self, path: str | Path, columns: Columns, key: str = "") -> Generate:
-        """The task itself: there are no labels to learn from a file.
-
-        Args:
-            path: unused.
-            columns: unused.
-            key: unused.
-
-        Returns:
-            This task.
-        """
-        return self
-
     def strata(self, examples: Examples) -> np.ndarray:
         """Rows go by their source, or by their length where all are from one.
 
@@ -155,17 +92,6 @@ class Generate:
             int64 (rows,).
         """
         return groups(examples)
-
-    def histogram(self, examples: Examples) -> dict[str, int]:
-        """There are no labels to count.
-
-        Args:
-            examples: rows of this task.
-
-        Returns:
-            Nothing.
-        """
-        return {}
 
     def encode(
         self, examples: Examples, processor: Any, max_length: int, say: Say | None = None
@@ -291,17 +217,12 @@ class Generate:
         Raises:
             ValueError: the figures are others than these, or those that so many rows cannot have.
         """
-        if not sums and not rows:
+        if not announced(sums, self.sent, rows):
             return
-        if sums.keys() != set(self.sent):
-            raise ValueError(f"the figures of validation rows are {', '.join(sorted(sums))[:100]}")
-        if sums["rows"] != rows:
-            raise ValueError(f"validation row count {sums['rows']} is not the {rows} announced")
         tokens = sums["tokens"]
         if type(tokens) is not int or not 0 <= tokens <= rows * tokens_per_row:
             raise ValueError(f"{rows} validation rows cannot have {tokens} tokens to learn")
-        if not 0 <= sums["loss"] < inf or (not tokens and sums["loss"]):
-            raise ValueError("the loss of the validation rows is no finite number of at least 0")
+        check_loss(sums["loss"], tokens)
 
     # --- outputs, which are too many to be kept ---
 
@@ -441,24 +362,3 @@ class Generate:
             EXACT_MATCH.name: sum(map(exact, samples)) / n,
             ROUGE_L.name: sum(rouge_l(s.response, s.reference) for s in samples) / n,
         }
-
-    # --- reference points ---
-
-    def fit_baseline(
-        self, name: str, train: tuple[Any, np.ndarray], test: tuple[Any, np.ndarray], seed: int
-    ) -> Score:
-        """There is none that is fitted: the zero-shot model is scored as it is.
-
-        Args:
-            name: unused.
-            train: unused.
-            test: unused.
-            seed: unused.
-
-        Returns:
-            Nothing.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(f"{name} is not fitted")

@@ -141,3 +141,19 @@ def shown(names: Sequence[str]) -> str:
     """
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return ", ".join(repr(name) for name in names[:8]) + more
+
+
+def label_settings(names: Sequence[str]) -> dict[str, Any]:
+    """The fields of a model's config that name its outputs.
+
+    Args:
+        names: the task's labels in order.
+
+    Returns:
+        By field.
+    """
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+    }

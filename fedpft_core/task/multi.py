@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import inf, nan
+from math import nan
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,15 @@ from fedpft_core.errors import UserError
 from fedpft_core.model.device import Batch
 from fedpft_core.model.load import TaskModel
 from fedpft_core.task.base import MOST_TOKENS, Metric, Score
-from fedpft_core.task.labels import STRANGE, LabelTable, label_names, names_from_rows, shown
+from fedpft_core.task.figures import announced, check_loss
+from fedpft_core.task.labels import (
+    STRANGE,
+    LabelTable,
+    label_names,
+    label_settings,
+    names_from_rows,
+    shown,
+)
 from fedpft_core.task.ratio import check_ratio, ratio_sums, ratio_with_error
 from fedpft_core.task.row import RowTask, logits
 
@@ -123,12 +131,7 @@ class MultiLabel(RowTask):
         return TaskModel(
             reads=self.reads,
             auto=self.auto,
-            settings={
-                "num_labels": len(self.labels),
-                "id2label": dict(enumerate(self.labels)),
-                "label2id": {name: i for i, name in enumerate(self.labels)},
-                "problem_type": "multi_label_classification",
-            },
+            settings=label_settings(self.labels) | {"problem_type": "multi_label_classification"},
         )
 
     # --- rows ---
@@ -244,18 +247,13 @@ class MultiLabel(RowTask):
         Raises:
             ValueError: the figures are others than these, or those that so many rows cannot have.
         """
-        if not sums and not rows:
+        if not announced(sums, self.sent, rows):
             return
-        if sums.keys() != set(self.sent):
-            raise ValueError(f"the figures of validation rows are {', '.join(sorted(sums))[:100]}")
-        if sums["rows"] != rows:
-            raise ValueError(f"validation row count {sums['rows']} is not the {rows} announced")
         exact = sums["exact"]
         if type(exact) is not int or not 0 <= exact <= rows:
             raise ValueError(f"{exact} of {rows} validation rows cannot match")
         check_ratio(sums, rows, 2 * len(self.labels))
-        if not 0 <= sums["loss"] < inf:
-            raise ValueError("the loss of the validation rows is no finite number of at least 0")
+        check_loss(sums["loss"])
 
     def divergence(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Mean Kullback-Leibler divergence of each label's odds from the target's.

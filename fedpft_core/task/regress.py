@@ -25,6 +25,7 @@ from fedpft_core.errors import UserError
 from fedpft_core.model.device import Batch
 from fedpft_core.model.load import TaskModel
 from fedpft_core.task.base import MOST_TOKENS, Metric, Score
+from fedpft_core.task.figures import announced
 from fedpft_core.task.row import RowTask, logits
 
 PEARSON = Metric("Pearson correlation", higher_is_better=True, share=False)
@@ -227,12 +228,8 @@ class Regress(RowTask):
         Raises:
             ValueError: the figures are others than these, or those that so many rows cannot have.
         """
-        if not sums and not rows:
+        if not announced(sums, self.sent, rows):
             return
-        if sums.keys() != set(self.sent):
-            raise ValueError(f"the figures of validation rows are {', '.join(sorted(sums))[:100]}")
-        if sums["rows"] != rows:
-            raise ValueError(f"validation row count {sums['rows']} is not the {rows} announced")
         # So small that products of two are numbers as well.
         if not all(abs(value) < 1e150 for value in sums.values()):
             raise ValueError("a figure of the validation rows is no finite number")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf, nan, sqrt
+from math import nan, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ from fedpft_core.data.batches import Encoded, encode_captioned
 from fedpft_core.data.chat import Say
 from fedpft_core.data.examples import Captioned, Examples
 from fedpft_core.data.rows import Columns
-from fedpft_core.data.splits import DataSettings, columns_of
-from fedpft_core.model.batch import Position, inputs_of, rows_of
+from fedpft_core.model.batch import inputs_of, rows_of
 from fedpft_core.model.device import Batch
-from fedpft_core.model.families import Family
 from fedpft_core.model.load import TaskModel
 from fedpft_core.task.base import MOST_TOKENS, Metric, Score
+from fedpft_core.task.figures import announced, check_loss
+from fedpft_core.task.headless import HeadlessTask
 from fedpft_core.task.painting import paint, png, prompts_of
 
 DENOISING_LOSS = Metric("denoising loss", higher_is_better=False, share=False)
@@ -30,7 +30,7 @@ _DRAWS = 4  # of noise and time step for each row that is scored
 
 
 @dataclass(frozen=True)
-class TextToImage:
+class TextToImage(HeadlessTask):
     """The noise in an image; see `fedpft_core.task.base.Task` for each part.
 
     There is no head to train: the UNet's last layer stays as it is.
@@ -41,41 +41,13 @@ class TextToImage:
     """
 
     name: str = "text-to-image"
-    labels: tuple[str, ...] = ()
 
     reads = "captioned image"
     metric = DENOISING_LOSS
     further: tuple[Metric, ...] = ()
     sent = ("rows", "loss")
-    refits = False
     per_position = False
-    named = False
-    closed_form = ""
     judged = DENOISING_LOSS
-    baselines = ("zero-shot",)
-
-    @staticmethod
-    def open(
-        name: str, data: DataSettings, cache_dir: Path | None
-    ) -> tuple[TextToImage, Callable[[str, str], Examples]]:
-        """The task of a run's configuration, and a reader of (source, split).
-
-        Args:
-            name: `text-to-image`.
-            data: the run's settings of its rows.
-            cache_dir: unused; there is no built-in data for this task.
-
-        Returns:
-            The task, and a function that gives the rows of a source's split.
-        """
-        task, columns, found = TextToImage(name), columns_of(data), dict[str, Examples]()
-
-        def rows(source: str, split: str) -> Examples:
-            if source not in found:
-                found[source] = task.read(source, columns, f"data.{split}")
-            return found[source]
-
-        return task, rows
 
     # --- the model ---
 
@@ -86,28 +58,6 @@ class TextToImage:
             This program's class.
         """
         return TaskModel(reads=self.reads, auto="TextToImage", settings={})
-
-    def head(self, family: Family) -> tuple[str, ...]:
-        """Nothing is trained whole.
-
-        Args:
-            family: of the model.
-
-        Returns:
-            No paths.
-        """
-        return ()
-
-    def position(self, family: Family) -> Position:
-        """Every position of the image is denoised.
-
-        Args:
-            family: of the model.
-
-        Returns:
-            `every`.
-        """
-        return "every"
 
     # --- rows ---
 
@@ -126,19 +76,6 @@ class TextToImage:
         groups = np.unique([row.prompt for row in rows], return_inverse=True)[1]
         return Examples(tuple(rows), groups)
 
-    def learn(self, path: str | Path, columns: Columns, key: str = "") -> TextToImage:
-        """The task itself: there are no labels to learn from a file.
-
-        Args:
-            path: unused.
-            columns: unused.
-            key: unused.
-
-        Returns:
-            This task.
-        """
-        return self
-
     def strata(self, examples: Examples) -> np.ndarray:
         """Rows go by their prompts.
 
@@ -149,17 +86,6 @@ class TextToImage:
             int64 (rows,).
         """
         return examples.labels
-
-    def histogram(self, examples: Examples) -> dict[str, int]:
-        """There are no labels to count.
-
-        Args:
-            examples: rows of this task.
-
-        Returns:
-            Nothing.
-        """
-        return {}
 
     def encode(
         self, examples: Examples, processor: Any, max_length: int, say: Say | None = None
@@ -273,14 +199,9 @@ class TextToImage:
         Raises:
             ValueError: the figures are others than these, or those that so many rows cannot have.
         """
-        if not sums and not rows:
+        if not announced(sums, self.sent, rows):
             return
-        if sums.keys() != set(self.sent):
-            raise ValueError(f"the figures of validation rows are {', '.join(sorted(sums))[:100]}")
-        if sums["rows"] != rows:
-            raise ValueError(f"validation row count {sums['rows']} is not the {rows} announced")
-        if not 0 <= sums["loss"] < inf or (not rows and sums["loss"]):
-            raise ValueError("the loss of the validation rows is no finite number of at least 0")
+        check_loss(sums["loss"], rows)
 
     # --- outputs ---
 
@@ -383,27 +304,6 @@ class TextToImage:
         """
         made = paint(model, prompts_of(examples), processor, steps, batch_size)
         return [png(image) for image in made]
-
-    # --- reference points ---
-
-    def fit_baseline(
-        self, name: str, train: tuple[Any, np.ndarray], test: tuple[Any, np.ndarray], seed: int
-    ) -> Score:
-        """There is none that is fitted: the zero-shot model is scored as it is.
-
-        Args:
-            name: unused.
-            train: unused.
-            test: unused.
-            seed: unused.
-
-        Returns:
-            Nothing.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(f"{name} is not fitted")
 
 
 def _by_row(prediction: Tensor, target: Tensor) -> Tensor:

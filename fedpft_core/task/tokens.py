@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import inf, nan
+from math import nan
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,15 @@ from fedpft_core.model.device import Batch
 from fedpft_core.model.families import Family
 from fedpft_core.model.load import TaskModel
 from fedpft_core.task.base import MOST_TOKENS, Metric, Score
-from fedpft_core.task.labels import STRANGE, LabelTable, label_names, names_from_rows, shown
+from fedpft_core.task.figures import announced, check_loss
+from fedpft_core.task.labels import (
+    STRANGE,
+    LabelTable,
+    label_names,
+    label_settings,
+    names_from_rows,
+    shown,
+)
 from fedpft_core.task.ratio import check_ratio, ratio_sums, ratio_with_error
 from fedpft_core.task.row import logits
 from fedpft_core.task.spans import are_tags, entities
@@ -151,11 +159,7 @@ class Tokens(TableTask):
         return TaskModel(
             reads=self.reads,
             auto="AutoModelForTokenClassification",
-            settings={
-                "num_labels": len(self.labels),
-                "id2label": dict(enumerate(self.labels)),
-                "label2id": {name: i for i, name in enumerate(self.labels)},
-            },
+            settings=label_settings(self.labels),
         )
 
     def head(self, family: Family) -> tuple[str, ...]:
@@ -394,12 +398,8 @@ class Tokens(TableTask):
         Raises:
             ValueError: the figures are others than these, or those that so many rows cannot have.
         """
-        if not sums and not rows:
+        if not announced(sums, self.sent, rows):
             return
-        if sums.keys() != set(self.sent):
-            raise ValueError(f"the figures of validation rows are {', '.join(sorted(sums))[:100]}")
-        if sums["rows"] != rows:
-            raise ValueError(f"validation row count {sums['rows']} is not the {rows} announced")
         words = sums["words"]
         if type(words) is not int or not 0 <= words <= rows * _WORDS:
             raise ValueError(f"{rows} validation rows cannot have {words} words")
@@ -407,8 +407,7 @@ class Tokens(TableTask):
         check_ratio(sums, rows, 2 * _WORDS, 2 if tags else 1)
         if sums["below"] > 2 * words or (not tags and sums["below"] != words):
             raise ValueError(f"{words} words cannot have these counts")
-        if not 0 <= sums["loss"] < inf:
-            raise ValueError("the loss of the validation rows is no finite number of at least 0")
+        check_loss(sums["loss"])
 
     def divergence(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Kullback-Leibler divergence of the class shares from the target's, the mean over rows.
