@@ -26,6 +26,7 @@ from client_app.store import Residuals, Store
 from fedpft_core import __version__
 from fedpft_core.data.batches import Encoded
 from fedpft_core.data.examples import Examples
+from fedpft_core.data.faults import check_learned
 from fedpft_core.disk import evict
 from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.head.closed import form_of
@@ -33,7 +34,7 @@ from fedpft_core.head.refit import of_rows
 from fedpft_core.model.processor import from_files
 from fedpft_core.proxy.package import ClientModel, rebuild
 from fedpft_core.proxy.patch import apply_patch
-from fedpft_core.task import Task
+from fedpft_core.task import Task, Writer
 from fedpft_core.tensors import Tensors
 from fedpft_core.train.tune import LocalSettings
 from fedpft_core.wire import codec
@@ -122,6 +123,11 @@ class Client:
     for equal rows and differs for others (another seed, another file), so that encoded rows kept
     in this process are never taken for those of another run.
 
+    `max_bad_rows` is how many rows may have no response left where rows are cut to the model's
+    length: below 1 a share, from 1 on a number; a simulated client's limit is the run's, which is
+    of all rows and not of each client's. How many rows of the file were left out is logged
+    here and never sent.
+
     `audit` is the file in which the node notes what it was asked and what left it; `attack` makes
     a simulated client an attacker. `policy` is what the node's owner lets a server ask for; with
     `private` it trains with example-level differential privacy. `own_rows` says that the rows are
@@ -144,6 +150,7 @@ class Client:
     kept_rows: RowCache | None = None
     rows_digest: Callable[[], str] = str
     own_rows: bool = True
+    max_bad_rows: float = math.inf
     attack: Callable[[Tensors, Tensors, int], Tensors] | None = None
     audit: Path | None = None
     policy: Policy = field(default_factory=Policy)
@@ -414,6 +421,8 @@ class Client:
             found = self.kept_rows.get(key)
             if found:
                 return found
+        if examples.left_out:
+            log.warning("client %s: %s", self.name, examples.left_out)
         if held.reader not in self.cache.processors:
             self.cache.processors[held.reader] = from_files(held.files, held.model.task.reads)
         processor = self.cache.processors[held.reader]
@@ -421,6 +430,8 @@ class Client:
             examples, processor, held.model.max_length,
             lambda text: log.warning("client %s: %s", self.name, text),
         )  # fmt: skip
+        if isinstance(held.model.task, Writer):
+            check_learned(rows.learned_rows, len(rows), self.max_bad_rows, "max-bad-rows")
         folds = rowcache.folds_of(examples)
         # Not what was read while the file changed, under the digest of what it was before.
         if self.kept_rows and self.rows_digest() == source:

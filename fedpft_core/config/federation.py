@@ -185,10 +185,32 @@ class FederationConfig:
     )
     partition: str = _key(
         "dirichlet",
-        "how simulated clients share the training rows: `iid`, `dirichlet`, or `shards` (two "
-        "shards of the rows sorted by label each)",
-        choices=("iid", "dirichlet", "shards"),
+        "how simulated clients share the training rows: `iid`, `dirichlet`, `shards` (two shards "
+        "of the rows sorted by label each), `pathological` (federation.classes-per-client labels "
+        "each), `linear`, `square` or `exponential` (client k has rows in proportion to k, its "
+        "square or its exponential), or `natural` (each value of data.source-column is one "
+        "client's; where there are more of them than clients, they are dealt out)",
+        choices=(
+            "iid",
+            "dirichlet",
+            "shards",
+            "pathological",
+            "linear",
+            "square",
+            "exponential",
+            "natural",
+        ),
     )
+    partition_by: str = _key(
+        "label",
+        "what `dirichlet`, `shards` and `pathological` tell rows apart by: `label` (of text to be "
+        "generated: data.source-column, or else the length), `source` (data.source-column), "
+        "`length` (tenths of the texts by their characters) or `cluster` (of the sub-FM's "
+        "features, by k-means)",
+        choices=("label", "source", "length", "cluster"),
+    )
+    clusters: int = _key(10, "clusters of federation.partition-by = cluster", low=2)
+    classes_per_client: int = _key(2, "labels each client has with `pathological`", low=1)
     dirichlet_alpha: float = _key(1.0, "Dirichlet concentration (smaller = more skewed)", above=0.0)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedpft_core.data.examples import Captioned, Examples
+from fedpft_core.data.images import decode
 from fedpft_core.data.rows import MOST_PIXELS
 from fedpft_core.errors import UserError
 
@@ -75,6 +76,14 @@ class Encoded:
         if self.offsets is None:
             return np.ones(len(self), dtype=np.int64)
         return np.diff(self.offsets.numpy())
+
+    @property
+    def learned_rows(self) -> int:
+        """Rows of which something is learned: with token labels those that have one."""
+        if self.token_labels is None or self.offsets is None:
+            return len(self)
+        learned = np.concatenate([[0], (self.token_labels.numpy() != UNLEARNED).cumsum()])
+        return int((np.diff(learned[self.offsets.numpy()]) > 0).sum())
 
     def select(self, rows: np.ndarray) -> Encoded:
         """The rows with these numbers, in this order.
@@ -427,25 +436,12 @@ def _bounded(texts: Sequence[str], max_length: int, side: str) -> list[str]:
 
 
 def _decode(content: bytes, row: int) -> Any:
-    from PIL import Image
-
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            return _colours(image)
+        return decode(content)
     except Exception as error:  # PIL raises a dozen kinds, SyntaxError among them
         raise UserError(
             f"the image in row {row + 1} cannot be decoded ({type(error).__name__}: {error})."
         ) from error
-
-
-def _colours(image: Any) -> Any:
-    """An image of any mode with three channels of 8 bits."""
-    from PIL import Image
-
-    if image.mode.startswith("I;16"):
-        # PIL would cut 16 bits off at 255.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
 
 
 def _scale_and_shift(processor: Any) -> Any:

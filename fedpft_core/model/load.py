@@ -18,7 +18,7 @@ from fedpft_core.config import ModelConfig
 from fedpft_core.errors import UserError, first_line
 from fedpft_core.model import pipeline
 from fedpft_core.model.diffusion import TextToImage
-from fedpft_core.model.families import Family, Shape, family_of_config, supported
+from fedpft_core.model.families import Family, Shape, family_of, family_of_config, supported
 from fedpft_core.model.normalise import normalise
 from fedpft_core.model.processor import load_processor
 from fedpft_core.seeds import derive
@@ -142,6 +142,21 @@ def _config(cfg: ModelConfig) -> Any:
         ) from error
 
 
+def read_config(cfg: ModelConfig) -> Any:
+    """A model's Hugging Face config, without its weights.
+
+    Args:
+        cfg: which model.
+
+    Returns:
+        The config.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return _config(cfg)
+
+
 def kind_of(cfg: ModelConfig) -> str:
     """What a model reads, by its config alone; no weights are loaded.
 
@@ -176,6 +191,10 @@ def load(cfg: ModelConfig, task: TaskModel, seed: int) -> Loaded:
     """
     source, common, config = resolve(cfg), _options(cfg), _config(cfg)
     family = family_of_config(config)
+    if cfg.family and family_of(cfg.family) != family:
+        raise UserError(
+            f"model.family = {cfg.family}, but model.name = {cfg.name} is a {family.name} model."
+        )
     want = task.reads
     if family.kind != want:
         raise UserError(

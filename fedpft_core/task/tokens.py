@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from fedpft_core.data.batches import Encoded, ragged, say_cut
 from fedpft_core.data.chat import Say
 from fedpft_core.data.examples import Examples
+from fedpft_core.data.faults import RowFault
 from fedpft_core.data.rows import Table
 from fedpft_core.errors import UserError
 from fedpft_core.model.batch import Position, real_positions
@@ -100,6 +101,21 @@ class Tokens(TableTask):
             )
         return found
 
+    @staticmethod
+    def usable(table: Table) -> Table:
+        """The rows whose cells hold a label for each word.
+
+        Args:
+            table: rows as read.
+
+        Returns:
+            The table without the others.
+
+        Raises:
+            UserError: more rows than may be cannot be used.
+        """
+        return table.keep(lambda i: _labels_of(table, i))
+
     def learned(self, table: Table) -> Tokens:
         """The task with the labels that the words of some rows have, sorted.
 
@@ -141,8 +157,8 @@ class Tokens(TableTask):
                 number = index[str(value)]
                 if number is None:
                     raise UserError(
-                        f"{table.where}: row {i + 1} has an unknown label at word {j + 1}; known "
-                        f"are {shown(self.labels)}.",
+                        f"{table.where}: row {table.row(i)} has an unknown label at word {j + 1}; "
+                        f"known are {shown(self.labels)}.",
                         public=STRANGE,
                     )
                 found[i, j] = number
@@ -490,24 +506,30 @@ class Tokens(TableTask):
 
 
 def _labels(table: Table) -> list[list[Any]]:
-    """The labels of each row's words; UserError where a row has not one for each word."""
-    out: list[list[Any]] = []
-    for row, (words, value) in enumerate(zip(table.inputs, table.cells, strict=True), start=1):
-        if not isinstance(words, tuple) or not isinstance(value, list | tuple):
-            what = type(words if not isinstance(words, tuple) else value).__name__
-            raise UserError(
-                f"{table.where}: row {row} holds {what} instead of a list of words and a list of "
-                "their labels."
+    """The labels of each row's words."""
+    return [_labels_of(table, i) for i in range(len(table.cells))]
+
+
+def _labels_of(table: Table, i: int) -> list[Any]:
+    """The labels of a row's words; RowFault where it has not one for each word."""
+    words, value = table.inputs[i], table.cells[i]
+    at = f"{table.where}: row {table.row(i)}"
+    if not isinstance(words, tuple) or not isinstance(value, list | tuple):
+        what = type(words if not isinstance(words, tuple) else value).__name__
+        raise RowFault(
+            f"{at} holds {what} instead of a list of words and a list of their labels.",
+            "with no list of labels",
+        )
+    if len(words) != len(value):
+        raise RowFault(
+            f"{at} has {len(words)} words but {len(value)} labels.", "with another number of labels"
+        )
+    for label in value:
+        if not isinstance(label, str | int) or isinstance(label, bool) or label == "":
+            raise RowFault(
+                f"{at} has a word whose label is no name.", "with a label that is no name"
             )
-        if len(words) != len(value):
-            raise UserError(
-                f"{table.where}: row {row} has {len(words)} words but {len(value)} labels."
-            )
-        for label in value:
-            if not isinstance(label, str | int) or isinstance(label, bool) or label == "":
-                raise UserError(f"{table.where}: row {row} has a word whose label is no name.")
-        out.append(list(value))
-    return out
+    return list(value)
 
 
 def _fitted(batch: Batch) -> Tensor:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpft_core import config as configs
-from fedpft_core.data.partition import SCHEMES, partition
+from fedpft_core.data.partition import SCHEMES, digest, partition
 from fedpft_core.errors import UserError
 
 
@@ -42,7 +42,8 @@ def test_every_row_once_or_a_sentence(
         parts = partition(labels, clients, scheme, alpha, seed)
     except UserError as error:
         assert "federation." in str(error)
-        assert clients * 2 > rows or scheme == "dirichlet"
+        free = ("dirichlet", "pathological", "natural", "exponential", "square", "linear")
+        assert clients * 2 > rows or scheme in free
     else:
         check(parts, rows, clients)
 
@@ -131,3 +132,43 @@ def test_wrong_settings_name_the_key(
         partition(labels_of(rows, 2), clients, scheme, alpha, 0)
     assert words in str(caught.value)
     assert not [w for w in recwarn if "min_partition_size" in str(w.message)]
+
+
+def test_natural_groups_stay_whole() -> None:
+    ids = np.random.default_rng(0).integers(0, 30, 400)
+    for clients in (30, 7):
+        parts = partition(ids, clients, "natural", 1.0, 3)
+        check(parts, 400, clients)
+        owners = [set(ids[p].tolist()) for p in parts]
+        assert sum(map(len, owners)) == 30
+        assert {len(o) for o in owners} <= {30 // clients, -(-30 // clients)}
+    assert partition(ids, 7, "natural", 1.0, 3)[0].tolist() != parts[1].tolist()
+    with pytest.raises(UserError, match="the rows are of 30 groups"):
+        partition(ids, 31, "natural", 1.0, 3)
+
+
+def test_pathological_clients_have_so_many_classes() -> None:
+    labels = np.arange(600) % 6
+    for classes in (1, 2, 6):
+        parts = partition(labels, 12, "pathological", 1.0, 0, classes)
+        check(parts, 600, 12)
+        assert {len(set(labels[p].tolist())) for p in parts} == {classes}
+    with pytest.raises(UserError, match="classes-per-client is 7"):
+        partition(labels, 12, "pathological", 1.0, 0, 7)
+    with pytest.raises(UserError, match="nobody has the rows"):
+        partition(labels, 4, "pathological", 1.0, 0, 1)
+
+
+@pytest.mark.parametrize(("scheme", "power"), [("linear", 1), ("square", 2)])
+def test_sizes_grow_with_the_clients_number(scheme: str, power: int) -> None:
+    sizes = [len(p) for p in partition(labels_of(5500, 3), 5, scheme, 1.0, 0)]
+    shares = np.arange(1, 6) ** power / sum(np.arange(1, 6) ** power)
+    assert np.allclose(np.array(sizes) / 5500, shares, atol=1e-3)
+    sizes = [len(p) for p in partition(labels_of(5500, 3), 5, "exponential", 1.0, 0)]
+    assert sizes == sorted(sizes) and 2.5 < sizes[4] / sizes[3] < 2.9
+
+
+def test_the_digest_tells_partitions_apart() -> None:
+    a, b = np.arange(3), np.arange(3, 5)
+    assert digest([a, b]) == digest([a.copy(), b.copy()])
+    assert len({digest(p) for p in ([a, b], [b, a], [np.arange(5)], [np.arange(4), b[1:]])}) == 4
