@@ -30,7 +30,7 @@ from fedpft_core import config
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.align import distill, selection
 from fedpft_core.align import method as alignment
-from fedpft_core.data.batches import public_batches
+from fedpft_core.data.stream import public_batches
 from fedpft_core.train import agreement as measure
 from fedpft_core.train.evaluate import evaluate
 from fedpft_core.train.inactivity import count_inactive

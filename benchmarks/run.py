@@ -27,8 +27,9 @@ from fedpft_core import config
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.aggregation.average import Average
 from fedpft_core.align import distill
-from fedpft_core.data.batches import encode, public_batches
+from fedpft_core.data.encoding import encode
 from fedpft_core.data.public import load_public
+from fedpft_core.data.stream import public_batches
 from fedpft_core.head import imitate
 from fedpft_core.head.refit import last_linear, of_rows
 from fedpft_core.model import load as models

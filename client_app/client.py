@@ -24,7 +24,7 @@ from client_app.secure import Secure
 from client_app.startup import collector_paused
 from client_app.store import Residuals, Store
 from fedpft_core import __version__
-from fedpft_core.data.batches import Encoded
+from fedpft_core.data.encoded import Encoded
 from fedpft_core.data.examples import Examples
 from fedpft_core.disk import evict
 from fedpft_core.errors import ReplyError, UserError

@@ -23,7 +23,9 @@ from client_app.client import Client, ProcessCache
 from client_app.node import client_for
 from fedpft_core import config
 from fedpft_core.adapter import lora as adapters
-from fedpft_core.data.batches import Encoded, batches, encode
+from fedpft_core.data.batches import batches
+from fedpft_core.data.encoded import Encoded
+from fedpft_core.data.encoding import encode
 from fedpft_core.data.examples import Examples
 from fedpft_core.model import families
 from fedpft_core.model.families import Family, family_of

@@ -18,7 +18,8 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from fedpft_core.data.batches import Encoded, batches
+from fedpft_core.data.batches import batches
+from fedpft_core.data.encoded import Encoded
 from fedpft_core.head.closed import Sums, form_of
 from fedpft_core.head.mapped import Map, fit
 from fedpft_core.head.statistics import add, projection

@@ -16,8 +16,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor, nn
 
-from fedpft_core.data.batches import Encoded
 from fedpft_core.data.chat import Say
+from fedpft_core.data.encoded import Encoded
 from fedpft_core.data.examples import Examples
 from fedpft_core.data.rows import Columns
 from fedpft_core.data.splits import Splits

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedpft_core.data.batches import UNLEARNED, Encoded
 from fedpft_core.data.chat import Say, encode_told, prepare
 from fedpft_core.data.dialogues import groups, read_dialogues
+from fedpft_core.data.encoded import UNLEARNED, Encoded
 from fedpft_core.data.examples import Examples
 from fedpft_core.data.packing import pack
 from fedpft_core.data.rows import Columns

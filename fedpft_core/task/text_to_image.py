@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from fedpft_core.data import captioned
-from fedpft_core.data.batches import Encoded, encode_captioned
 from fedpft_core.data.chat import Say
+from fedpft_core.data.encoded import Encoded
 from fedpft_core.data.examples import Captioned, Examples
+from fedpft_core.data.pixels import encode_captioned
 from fedpft_core.data.rows import Columns
 from fedpft_core.model.batch import inputs_of, rows_of
 from fedpft_core.model.device import Batch

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedpft_core.data.batches import Encoded, ragged, say_cut
 from fedpft_core.data.chat import Say
+from fedpft_core.data.encoded import Encoded
+from fedpft_core.data.encoding import ragged, say_cut
 from fedpft_core.data.examples import Examples
 from fedpft_core.data.rows import Table
 from fedpft_core.errors import UserError

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedpft_core.data.batches import Encoded, batches
+from fedpft_core.data.batches import batches
+from fedpft_core.data.encoded import Encoded
 from fedpft_core.model.batch import by_row, inputs_of, real_positions
 from fedpft_core.model.device import Batch, device_of, to_device
 from fedpft_core.model.plan import Plan, pruned_ffns

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedpft_core.data.batches import Encoded, batches
+from fedpft_core.data.batches import batches
+from fedpft_core.data.encoded import Encoded
 from fedpft_core.model.batch import rows_of
 from fedpft_core.model.device import device_of, to_device
 from fedpft_core.privacy.accounting import Spend

@@ -27,7 +27,7 @@ from fedpft_core import config
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.aggregation import average as average_module
 from fedpft_core.align import distill, selection
-from fedpft_core.data.batches import public_batches
+from fedpft_core.data.stream import public_batches
 from fedpft_core.model import load as models
 from fedpft_core.model.families import family_of
 from fedpft_core.model.plan import BlockPlan, Plan, pruned_ffns
@@ -794,7 +794,7 @@ def test_9_hard_coded_alignment(
 
 
 def check_image_size_is_the_models(load: Callable[..., models.Loaded], folder: Path) -> None:
-    from fedpft_core.data.batches import encode
+    from fedpft_core.data.encoding import encode
 
     for size in (16, 24):
         where = tiny.folder("vit", folder / str(size), image_size=size)
