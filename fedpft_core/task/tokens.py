@@ -30,7 +30,7 @@ from fedpft_core.model.batch import Position, real_positions
 from fedpft_core.model.device import Batch
 from fedpft_core.model.families import Family
 from fedpft_core.model.load import TaskModel
-from fedpft_core.task.base import MOST_TOKENS, Metric, Score
+from fedpft_core.task.base import MOST_TOKENS
 from fedpft_core.task.figures import announced, check_loss
 from fedpft_core.task.labels import (
     STRANGE,
@@ -42,6 +42,7 @@ from fedpft_core.task.labels import (
 )
 from fedpft_core.task.ratio import check_ratio, ratio_sums, ratio_with_error
 from fedpft_core.task.row import logits
+from fedpft_core.task.score import Metric, Score
 from fedpft_core.task.spans import are_tags, entities
 from fedpft_core.task.table import TableTask
 
