@@ -118,3 +118,18 @@ def count_over(model: nn.Module, plan: Plan, served: Iterable[Batch], rule: str)
             batch = to_device(batch, device)
             model(**inputs_of(batch))
     return Counts(inactive, tokens)
+
+
+def apoz(inactive: Tensor, tokens: int) -> Tensor:
+    """APoZ_j = Σ inactive / Σ tokens over a round's clients.
+
+    Source: FedPFT, eq. (7).
+
+    Args:
+        inactive: tokens that left each neuron of a block inactive, int64 [K], over all clients.
+        tokens: real tokens counted at that block, over all clients.
+
+    Returns:
+        Shares in [0, 1], float64 [K]; 0 where there were no tokens.
+    """
+    return inactive.double() / max(tokens, 1)
