@@ -17,7 +17,7 @@ from pathlib import Path
 from fedpft_core.aggregation import Replies, RuleSettings, withstands
 from fedpft_core.config import Config
 from fedpft_core.errors import RunError
-from fedpft_core.head.closed import Sums
+from fedpft_core.head.form import Sums
 from fedpft_core.seeds import derive, numpy_stream
 from fedpft_core.task import Task
 from fedpft_core.tensors import Tensors
