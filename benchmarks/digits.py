@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from client_app.client import ProcessCache
 from client_app.node import client_for
+from client_app.process import ProcessCache
 from fedpft_core import config
 from fedpft_core.config import ModelConfig
 from fedpft_core.data.batches import batches

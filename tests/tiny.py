@@ -19,8 +19,9 @@ import torch
 import transformers
 from torch import nn
 
-from client_app.client import Client, ProcessCache
+from client_app.client import Client
 from client_app.node import client_for
+from client_app.process import ProcessCache
 from fedpft_core import config
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.data.batches import batches

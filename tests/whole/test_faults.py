@@ -22,6 +22,7 @@ import torch
 import client_app.chain
 import client_app.client
 import client_app.node
+import client_app.process
 import server_app.app
 from fedpft_core import config
 from fedpft_core.adapter import lora as adapters
@@ -321,8 +322,8 @@ def check_nothing_leaks_between_clients(flat: dict[str, Any], folder: Path) -> N
     federation = tiny.Federation(flat)
     tiny.run(flat, folder, federation, federation__rounds=1)
     (request, *_) = (e for _, e in federation.sent if e.kind == "train")
-    alone = client_app.client.ProcessCache()
-    shared = client_app.client.ProcessCache()
+    alone = client_app.process.ProcessCache()
+    shared = client_app.process.ProcessCache()
     replies = []
     for cache, order in ((alone, [1]), (shared, [0, 2, 1]), (shared, [1])):
         for index in order:
