@@ -7,7 +7,6 @@ order, none of which that class's `start` has room for.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from fedpft_core.errors import RunError
 from fedpft_core.head.form import Sums
 from fedpft_core.seeds import derive, numpy_stream
 from fedpft_core.tensors import Tensors
+from fedpft_core.train.tune import steps_of
 from fedpft_core.wire import codec
 from fedpft_core.wire.envelope import Envelope
 from fedpft_core.wire.validate import Expected, ExpectedStatistics
@@ -31,7 +31,7 @@ from server_app.rounds.outcome import Outcome, outcome
 from server_app.rounds.patience import Patience
 from server_app.rounds.private import ClientPrivacy
 from server_app.rounds.remarks import Remarks
-from server_app.rounds.requests import Request, expected, learning_rate, requests
+from server_app.rounds.requests import Request, expected, learning_rate, local_settings, requests
 from server_app.rounds.secure import Phase, SecureRound, Sum
 from server_app.rounds.statistics import Gathered, statistics_requests
 from server_app.run import schema as ev
@@ -184,11 +184,8 @@ class Strategy:
         Args:
             got: the replies of a round that are good so far.
         """
-        t = self.config.train
-        steps = {
-            name: t.local_steps or t.local_epochs * math.ceil(r.examples / t.batch_size)
-            for name, r in got.good.items()
-        }
+        work = local_settings(self.config, got.round)
+        steps = {name: steps_of(r.examples, work) for name, r in got.good.items()}
         got.leave_out(steps, self.config.federation.largest_change)
 
     def gather(self, state: State, want: ExpectedStatistics) -> Sums:
