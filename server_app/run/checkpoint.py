@@ -200,5 +200,12 @@ def _read(folder: Path) -> Saved:
         clock=meta.get("clock", 0.0),
         spent=meta.get("spent", []),
         bound=meta.get("bound", 0.0),
-        best=Best(*meta["best"], blobs["best.safetensors"]) if meta.get("best") else None,
+        best=_best(meta.get("best"), blobs.get("best.safetensors")),
     )
+
+
+def _best(kept: list[Any] | None, adapter: Tensors | None) -> Best | None:
+    if kept is None or adapter is None:
+        return None
+    round, value = kept
+    return Best(int(round), float(value), adapter)
