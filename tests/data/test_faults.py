@@ -13,7 +13,7 @@ from PIL import Image
 
 from client_app.node import checked
 from fedpft_core import config
-from fedpft_core.data.batches import encode
+from fedpft_core.data.encoding import encode
 from fedpft_core.data.examples import Captioned, Examples
 from fedpft_core.data.faults import Faults, RowFault, check_learned, exceeded
 from fedpft_core.data.images import decode
