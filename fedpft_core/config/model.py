@@ -21,6 +21,14 @@ class ModelConfig:
         "foundation model: `builtin:minilm`, a local folder, or a Hugging Face name",
     )
     revision: str = _key("", "revision of a Hugging Face name; empty = its default branch")
+    dtype: str = _key(
+        "fp32",
+        "float type of the FM's and the sub-FM's frozen weights: `fp32`, `bf16` or `fp16` (half "
+        "the memory, and half the bytes of a package); the adapter and what alignment steps on are "
+        "float32 in any case. `fp16` is for GPUs, and may lose small gradients; `closed-form`, "
+        "`sequential` and `gradient` need fp32",
+        choices=("fp32", "bf16", "fp16"),
+    )
     family: str = _key(
         "",
         "family of models that it must be of (docs/families.md); empty = any supported one. "

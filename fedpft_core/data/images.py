@@ -71,7 +71,7 @@ def decode(content: bytes) -> Any:
     from PIL import Image, ImageOps
 
     with Image.open(io.BytesIO(content)) as image:
-        upright = image
+        upright: Any = image
         with contextlib.suppress(Exception):  # tags that cannot be read tell no orientation
             upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I;16"):

@@ -13,7 +13,7 @@ import torch
 
 from fedpft_core.errors import UserError
 from fedpft_core.model.families import Family, family_of
-from fedpft_core.model.load import TaskModel, task_class
+from fedpft_core.model.load import TaskModel, quiet, task_class
 
 BLOCKS = 4
 """Blocks of a shrunken model: the first, the last, and two that are pruned."""
@@ -47,10 +47,14 @@ def write(
     config = _config(row, len(vocabulary), positions)
     for name, value in task.settings.items():
         setattr(config, name, value)
+    found = task_class(task)._model_mapping[type(config)]
+    # Where the library has several, the first is the plain one (DeiT has one with a teacher too).
+    config.architectures = [(found[0] if isinstance(found, tuple) else found).__name__]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = task_class(task).from_config(config)
-    model.save_pretrained(folder)
+    with quiet():
+        model.save_pretrained(folder)
     _processor(row, vocabulary, positions).save_pretrained(folder)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
 from client_app.node import checked
@@ -23,7 +24,6 @@ from fedpft_core.data.splits import check_settings
 from fedpft_core.errors import UserError
 from fedpft_core.model.processor import load_processor
 from fedpft_core.task import load_task, make
-from tests import tiny
 
 SECRET = "the patient's name"
 

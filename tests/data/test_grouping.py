@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 
 from client_app.node import partition_rows
 from fedpft_core import config
@@ -17,7 +18,6 @@ from fedpft_core.data.grouping import CLUSTERS, read_clusters, share_out, write_
 from fedpft_core.data.partition import digest, partition_of_run
 from fedpft_core.errors import UserError
 from fedpft_core.task import load_task
-from tests import tiny
 
 
 def rows(n: int = 40) -> Examples:

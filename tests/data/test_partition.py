@@ -51,10 +51,10 @@ def test_every_row_once_or_a_sentence(
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_function_of_the_seed(scheme: str) -> None:
     labels = labels_of(500, 5)
-    first = partition(labels, 10, scheme, 1.0, 7)
+    first = partition(labels, 5, scheme, 1.0, 7)
     np.random.seed(1)  # the global stream has no say
-    again = partition(labels, 10, scheme, 1.0, 7)
-    other = partition(labels, 10, scheme, 1.0, 8)
+    again = partition(labels, 5, scheme, 1.0, 7)
+    other = partition(labels, 5, scheme, 1.0, 8)
     assert [p.tolist() for p in first] == [p.tolist() for p in again]
     assert [p.tolist() for p in first] != [p.tolist() for p in other]
 

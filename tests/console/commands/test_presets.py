@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 
 from fedpft_console.cli import main
 from fedpft_console.commands import dry_run
@@ -15,7 +16,6 @@ from fedpft_core.errors import UserError
 from fedpft_core.model.families import FAMILIES, family_of
 from fedpft_core.model.load import load
 from fedpft_core.task import load_task
-from tests import tiny
 
 FOLDER = Path(__file__).parents[3] / "configs"
 PRESETS = sorted(p.stem for p in FOLDER.glob("*.yaml"))
@@ -80,7 +80,7 @@ def test_a_preset_resolves_to_a_small_model_and_rows_of_its_columns(
 
 def trained(name: str, folder: Path) -> None:
     events = tiny.run(small(name, folder / "fabricated"), folder / "run")
-    rounds = [e["round"] for e in tiny.main_run(events, "round")]
+    rounds = [e["round"] for e in tiny.main_run(events, "round_finished")]
     assert rounds == [1, 2]
     assert tiny.main_run(events, "evaluation")
     assert (folder / "run" / "adapter" / "adapter_model.safetensors").is_file()
