@@ -30,6 +30,7 @@ class Good:
     validation_sums: Mapping[str, float] = field(default_factory=dict)
     norms: Mapping[str, float] = field(default_factory=dict)
     counts: Counts | None = None
+    width: str = ""  # of the sub-FM it was trained on, with plan.widths
 
 
 @dataclass(frozen=True)

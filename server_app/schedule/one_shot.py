@@ -71,10 +71,12 @@ class OneShot:
         )  # fmt: skip
         self.resumed = list(self.kept.good)
         asked = Asked(
-            self.work.want, self.settings.clip_update_norm, self.kept, self.work.rule.scaling
-        )
+            self.work.want, self.settings.clip_update_norm, self.kept, self.work.rule.scaling,
+            own=self.work.own,
+        )  # fmt: skip
         self.got = Collection(asked, [], state, _ROUND, session.events)
         self.got.good = dict(self.kept.good)
+        self.got.matching = session.strategy.matching
         self.merging = Merging(session, self.kept, _ROUND)
         self.post = Post(session.strategy, state, self.settings.round_timeout)
         self.waiting: set[int] = set()  # nodes whose reply is still to come
@@ -130,7 +132,7 @@ class OneShot:
             have: digests of the sub-FMs it has.
         """
         self.waiting.add(node.id)
-        self.post.send(node, self.work.request(have), _ROUND)
+        self.post.send(node, self.work.request(node, have), _ROUND)
 
     def take(self, node_id: int, reply: Envelope | Failure) -> None:
         """Take a reply through the chain, keep it, and merge it.
