@@ -52,11 +52,8 @@ def narrowed(proxy: nn.Module, wide: Plan, narrow: Plan) -> nn.Module:
     for block, index in at.items():
         ffn = ffns[block]
         for path, linear in ffn.resized(len(index)).items():
-            memo[id(ffn.block.get_submodule(path))] = linear
+            memo[id(ffn.block.get_submodule(path))] = linear.requires_grad_(False)
     made = copy.deepcopy(proxy, memo)
-    for linear in memo.values():
-        if isinstance(linear, nn.Linear):
-            linear.requires_grad_(False)
     made.eval()
     follow(made, narrow, proxy, wide)
     return made
