@@ -39,6 +39,15 @@ class Flight:
     due: float
 
 
+@dataclass(frozen=True)
+class Best:
+    """The round whose adapter did best on the server's validation rows, and that adapter."""
+
+    round: int
+    value: float
+    adapter: Tensors
+
+
 @dataclass
 class Version:
     """The sub-FM of one width, as clients get it; as the fields of a `State`."""
@@ -87,6 +96,8 @@ class State:
     # What the rounds have spent of the privacy budget; the bound of the next, 0 = as configured.
     spent: list[list[float]] = field(default_factory=list)
     bound: float = 0.0
+    # With federation.early-stopping.
+    best: Best | None = None
     # With plan.widths: the name of the sub-FM above, the sub-FMs of the other widths, narrowest
     # first, and by client name what each has been given.
     width: str = ""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -18,7 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from fedpft_core import registry
-from fedpft_core.align import distill
+from fedpft_core.align.blocks import moving_parts
+from fedpft_core.align.distill import (
+    AdapterNoise,
+    fixed_neurons,
+    only_trained,
+    teacher_ffns,
+    warmup_then_linear,
+)
+from fedpft_core.align.losses import Objective, products, weight_error
 from fedpft_core.align.method import Job, parts
 from fedpft_core.errors import UserError
 from fedpft_core.model.device import device_of, to_device
@@ -88,7 +96,9 @@ def drawn(widths: int, step: int, seed: int) -> list[int]:
     return [0, int(between), widths - 1]
 
 
-def _align(objective_of, job: Job, smaller: Sequence[Smaller]) -> tuple[float, float]:  # type: ignore[no-untyped-def]
+def _align(
+    objective_of: Callable[[Job], Objective], job: Job, smaller: Sequence[Smaller]
+) -> tuple[float, float]:
     """One method's steps; losses are means over the widths that a step trains."""
     cfg, widest = job.cfg, pruned_ffns(job.student, job.plan)
     everyone = [*smaller, Smaller(job.student, job.plan)]
@@ -97,14 +107,17 @@ def _align(objective_of, job: Job, smaller: Sequence[Smaller]) -> tuple[float, f
     for w in (job.teacher, *(w.student for w in everyone)):
         w.eval()
     device = device_of(job.student)
-    moving = distill.moving_parts(job.student, job.plan)
-    own = [distill.moving_parts(w.student, w.plan) for w in everyone]
-    fixed = distill._fixed(widest, job.chosen)
+    moving = moving_parts(job.student, job.plan)
+    own = [moving_parts(w.student, w.plan) for w in everyone]
+    fixed = fixed_neurons(widest, job.chosen)
     with torch.no_grad():
-        target = {b: distill.products(f) for b, f in _of_teacher(job).items()} if job.alpha else {}
+        target = (
+            {b: products(f) for b, f in teacher_ffns(job.teacher, job.plan).items()}
+            if job.alpha
+            else {}
+        )
     noises = [
-        distill._AdapterNoise(job.teacher, w.student, w.plan, cfg.adapter_noise, job.seed)
-        for w in everyone
+        AdapterNoise(job.teacher, w.student, w.plan, cfg.adapter_noise, job.seed) for w in everyone
     ]
     errors = [objective_of(j) for j in jobs]
     ffns = [pruned_ffns(w.student, w.plan) for w in everyone]
@@ -114,7 +127,7 @@ def _align(objective_of, job: Job, smaller: Sequence[Smaller]) -> tuple[float, f
     try:
         with ExitStack() as stack:
             for w, parts_of in zip(everyone, own, strict=True):
-                stack.enter_context(distill.only_trained(w.student, parts_of.values()))
+                stack.enter_context(only_trained(w.student, parts_of.values()))
             for step, batch in enumerate(job.batches(job.steps)):
                 if step == job.steps:
                     break
@@ -128,7 +141,7 @@ def _align(objective_of, job: Job, smaller: Sequence[Smaller]) -> tuple[float, f
                     loss = errors[i](batch)
                     if target:
                         terms = [
-                            distill.weight_error(ffn, target[b])
+                            weight_error(ffn, target[b])
                             for b, ffn in ffns[i].items() if b in target
                         ]  # fmt: skip
                         loss = loss + job.alpha * torch.stack(terms).mean()
@@ -142,7 +155,7 @@ def _align(objective_of, job: Job, smaller: Sequence[Smaller]) -> tuple[float, f
                     total[key].index_fill_(axis, index, 0.0)
                 nn.utils.clip_grad_norm_(params, cfg.clip)
                 for group in optimiser.param_groups:
-                    rate = distill.warmup_then_linear(step, job.steps, cfg.warmup_share)
+                    rate = warmup_then_linear(step, job.steps, cfg.warmup_share)
                     group["lr"] = job.lr * rate
                 optimiser.step()
                 # Weight decay touches what has no gradient too: put the fixed neurons back.
@@ -159,10 +172,6 @@ def _align(objective_of, job: Job, smaller: Sequence[Smaller]) -> tuple[float, f
         for noise in noises:
             noise.restore()
     return first, last
-
-
-def _of_teacher(job: Job) -> dict[int, FFN]:
-    return distill._teacher_ffns(job.teacher, job.plan)
 
 
 def _add(

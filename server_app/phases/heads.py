@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from fedpft_core.adapter import lora as adapters
-from fedpft_core.data.batches import Encoded, batches
-from fedpft_core.head.closed import Form, Sums, form_of
+from fedpft_core.data.batches import batches
+from fedpft_core.data.encoded import Encoded
+from fedpft_core.head.closed import form_of
 from fedpft_core.head.discriminant import Head
+from fedpft_core.head.form import Form, Sums
 from fedpft_core.head.mapped import fit as mapped_to
 from fedpft_core.head.refit import features, labelled_features, last_linear
 from fedpft_core.head.statistics import add, projection

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedpft_core.align import distill
 from fedpft_core.align import method as alignment
 from fedpft_core.align.joint import Smaller
+from fedpft_core.align.losses import output_error
 from fedpft_core.errors import UserError
 from fedpft_core.model.families import family_of
 from fedpft_core.proxy import cost
@@ -75,7 +75,7 @@ def distil_apart(bench: Bench, job: alignment.Job) -> None:
         if not shared(bench):
             own = replace(job, student=w.proxy, plan=w.plan)
             seconds = alignment.run(bench.config.distill.method, own)[2]
-        found = distill.output_error(bench.models.fm, w.proxy, w.plan, bench.rows.probe())
+        found = output_error(bench.models.fm, w.proxy, w.plan, bench.rows.probe())
         bench.events.emit(ev.WidthDistilled(width=w.name, output_error=found, seconds=seconds))
 
 

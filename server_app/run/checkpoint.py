@@ -16,7 +16,7 @@ from fedpft_core.tensors import Tensors
 from fedpft_core.wire import codec
 from fedpft_core.wire.identity import tensor_digest
 from fedpft_core.wire.package import Package, Patch
-from server_app.state import Flight, Given, State, Version
+from server_app.state import Best, Flight, Given, State, Version
 
 if TYPE_CHECKING:
     from server_app.models import Models
@@ -52,6 +52,7 @@ class Saved:
     events_digest: str = ""  # sha256 of the event log up to `events_offset`
     spent: list[list[float]] = field(default_factory=list)
     bound: float = 0.0
+    best: Best | None = None
     width: str = ""
     others: list[SavedWidth] = field(default_factory=list)
     given: dict[str, Given] = field(default_factory=dict)
@@ -87,7 +88,7 @@ class Saved:
         return State(
             self.round, self.adapter, own.package, own.digests, own.digest, own.patches,
             dict(self.have), self.memory, list(self.flights), dict(self.bases), self.clock,
-            self.run, [list(s) for s in self.spent], self.bound,
+            self.run, [list(s) for s in self.spent], self.bound, self.best,
             self.width, every, dict(self.given),
         )  # fmt: skip
 
@@ -146,6 +147,8 @@ class Checkpoints:
                 blobs[f"width-{i}-patch-{j:04d}.safetensors"] = patch.to_bytes()
         for version, tensors in state.bases.items():
             blobs[f"base-{version:04d}.safetensors"] = codec.pack(tensors)
+        if state.best:
+            blobs["best.safetensors"] = codec.pack(state.best.adapter)
         meta = {
             "round": state.round,
             "digest": state.digest,
@@ -165,6 +168,7 @@ class Checkpoints:
                 for name, own in state.others.items()
             ],
             "given": {k: asdict(v) for k, v in state.given.items()},
+            "best": [state.best.round, state.best.value] if state.best else None,
             "have": {k: list(v) for k, v in state.have.items()},
             "sha256": {k: hashlib.sha256(v).hexdigest() for k, v in blobs.items()},
         }
@@ -254,4 +258,12 @@ def _read(folder: Path) -> Saved:
             for i, (name, digest, patches) in enumerate(meta.get("others", []))
         ],
         given={k: Given(**v) for k, v in meta.get("given", {}).items()},
+        best=_best(meta.get("best"), blobs.get("best.safetensors")),
     )  # fmt: skip
+
+
+def _best(kept: list[Any] | None, adapter: Tensors | None) -> Best | None:
+    if kept is None or adapter is None:
+        return None
+    round, value = kept
+    return Best(int(round), float(value), adapter)

@@ -10,8 +10,9 @@ import pytest
 import tiny
 import torch
 
-from fedpft_core.align import distill, joint
+from fedpft_core.align import joint
 from fedpft_core.align import method as alignment
+from fedpft_core.align.losses import output_error
 from fedpft_core.config import DistillConfig, PlanConfig
 from fedpft_core.errors import UserError
 from fedpft_core.model.plan import Plan, pruned_ffns
@@ -48,7 +49,7 @@ def test_widths_stay_parts_of_the_widest_and_all_improve(family: str, method: st
     probe = tiny.public(family, 3)
 
     def errors() -> list[float]:
-        found = [distill.output_error(job.teacher, w.student, w.plan, probe) for w in everyone]
+        found = [output_error(job.teacher, w.student, w.plan, probe) for w in everyone]
         return [sum(e.values()) for e in found]
 
     before = errors()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedpft_core.align import distill
-from fedpft_core.align.distill import Objective
+from fedpft_core.align.losses import Objective, hidden_objective
 from fedpft_core.align.method import Job
 
 LAYER_DROP = True
@@ -38,4 +38,4 @@ def objective_of(job: Job) -> Objective:
     Returns:
         A function from a batch on the models' device to a scalar.
     """
-    return distill.hidden_objective(job.teacher, job.student, job.plan)
+    return hidden_objective(job.teacher, job.student, job.plan)
