@@ -123,11 +123,12 @@ class Client:
         except Exception as error:
             if means.out_of_memory(error):
                 self.cache.models.clear()
-                return seal(RefusalReply(self.name, OUT_OF_MEMORY))
-            if not self.own_rows:
+                answer = RefusalReply(self.name, OUT_OF_MEMORY)
+            elif not self.own_rows:
                 raise
-            # Flower would send the traceback's last line, whatever it quotes.
-            answer = RefusalReply(self.name, reason(error, self.name))
+            else:
+                # Flower would send the traceback's last line, whatever it quotes.
+                answer = RefusalReply(self.name, reason(error, self.name))
         sealed = seal(answer)
         if self.audit:
             entry = noted | {"name": self.name, "policy": self.policy.digest()}

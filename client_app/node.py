@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from client_app import attacks, means, policy, private
-from client_app.client import PROCESS_CACHE, Client
+from client_app.client import Client
+from client_app.process import PROCESS_CACHE
 from client_app.rowcache import RowCache, content_of_file, folds_of, held_out, key_of
 from client_app.store import Store
 from fedpft_core import config as configs
@@ -332,7 +333,7 @@ def _partitions(
         federation.partition,
         federation.dirichlet_alpha,
         seed,
-        width_names(federation.widths),
+        width_names(federation.groups),
     )
 
 

@@ -208,9 +208,14 @@ class FederationConfig:
     partition: str = _key(
         "dirichlet",
         "how simulated clients share the training rows: `iid`, `dirichlet`, `shards` (two "
-        "shards of the rows sorted by label each), or `by-width` (the clients of each of "
-        "federation.widths have labels of their own, which they share evenly)",
-        choices=("iid", "dirichlet", "shards", "by-width"),
+        "shards of the rows sorted by label each), or `grouped` (the clients of each of "
+        "federation.groups have labels of their own, which they share evenly)",
+        choices=("iid", "dirichlet", "shards", "grouped"),
+    )
+    groups: str = _key(
+        "",
+        "groups of simulated clients for federation.partition = grouped, by any names, dealt out "
+        "to them one after the other, again and again, as `a,a,b`",
     )
     dirichlet_alpha: float = _key(1.0, "Dirichlet concentration (smaller = more skewed)", above=0.0)
 

@@ -63,6 +63,11 @@ def check_widths(config: Config) -> None:
         UserError: naming the keys.
     """
     p, f = config.plan, config.federation
+    if f.partition == "grouped" and not all(width_names(f.groups) or [""]):
+        raise UserError(
+            f"federation.partition = grouped needs federation.groups, a name for each client, as "
+            f"a,a,b, not {f.groups!r}."
+        )
     names = width_names(p.widths)
     for one, other in pairwise(names):
         a, b = shares_of(one), shares_of(other)
@@ -77,8 +82,6 @@ def check_widths(config: Config) -> None:
     if not names:
         if f.widths:
             raise UserError(f"federation.widths = {f.widths} needs plan.widths.")
-        if f.partition == "by-width":
-            raise UserError("federation.partition = by-width needs plan.widths.")
         return
     for key, value, only in (
         ("plan.proxy", p.proxy, "ffn-pruned"),
@@ -95,8 +98,6 @@ def check_widths(config: Config) -> None:
             raise UserError(
                 f"federation.widths: {entry!r} is none of plan.widths = {p.widths}, nor {NOBODY!r}."
             )
-    if f.partition == "by-width" and not f.widths:
-        raise UserError("federation.partition = by-width needs federation.widths.")
 
 
 def simulated_width(config: Config, index: int) -> str:

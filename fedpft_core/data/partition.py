@@ -15,7 +15,7 @@ from fedpft_core.seeds import derive
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
 
-SCHEMES = ("iid", "dirichlet", "shards", "by-width")
+SCHEMES = ("iid", "dirichlet", "shards", "grouped")
 """Values of ``federation.partition``."""
 
 _SHARDS_PER_CLIENT = 2
@@ -34,13 +34,13 @@ def partition(
         scheme: "iid" (shuffled, equal sizes up to one row), "dirichlet" (each class is divided in
             proportions drawn from a symmetric Dirichlet distribution; client sizes differ), or
             "shards" (rows sorted by class, cut into two equal shards per client: a client sees
-            about two classes; the few rows that no shard holds are dealt out), or "by-width" (the
+            about two classes; the few rows that no shard holds are dealt out), or "grouped" (the
             classes are dealt to the groups of clients, and the rows of a group's classes are
             divided evenly among its clients).
         alpha: concentration of the Dirichlet distribution, > 0; small means uneven. Unused by the
             other schemes.
         seed: run seed; the same arguments give the same partitions.
-        groups: what the clients are grouped by, dealt out to them again and again; of "by-width"
+        groups: what the clients are grouped by, dealt out to them again and again; of "grouped"
             alone.
 
     Returns:
@@ -72,8 +72,9 @@ def partition(
         )
     if num_partitions == 1:
         return [np.arange(len(strata), dtype=np.int64)]
-    if scheme == "by-width":
-        rows = _by_group(strata, [groups[i % len(groups)] for i in range(num_partitions)], seed)
+    if scheme == "grouped":
+        names = groups or ("",)
+        rows = _by_group(strata, [names[i % len(names)] for i in range(num_partitions)], seed)
     else:
         rows = _partition_rows(strata, num_partitions, scheme, float(alpha), seed)
     _check(rows, len(strata))
@@ -122,7 +123,7 @@ def _by_group(strata: np.ndarray, groups: Sequence[str], seed: int) -> list[np.n
     names = sorted(set(groups))
     if len(classes) < len(names):
         raise UserError(
-            f"federation.partition 'by-width' gives each of {len(names)} widths classes of its "
+            f"federation.partition 'grouped' gives each of {len(names)} groups classes of its "
             f"own, and there are only {len(classes)}."
         )
     room = {name: len(strata) * groups.count(name) / len(groups) for name in names}
@@ -141,7 +142,7 @@ def _by_group(strata: np.ndarray, groups: Sequence[str], seed: int) -> list[np.n
         members = [i for i, group in enumerate(groups) if group == name]
         if len(rows) < len(members):
             raise UserError(
-                f"federation.partition 'by-width': {len(members)} clients share the {len(rows)} "
+                f"federation.partition 'grouped': {len(members)} clients share the {len(rows)} "
                 "rows of their classes; lower federation.clients."
             )
         for i, part in zip(members, np.array_split(rows, len(members)), strict=True):

@@ -7,7 +7,7 @@ of the smaller plan are some of the larger one's, and :func:`positions` says whi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -49,13 +49,16 @@ def make_plans(
             classification head does.
 
     Returns:
-        Plans by the name of the width, narrowest first.
+        Plans by the name of the width, narrowest first; one without a name where there are no
+        widths.
 
     Raises:
         UserError: a width names another number of blocks than the FM has, widths are not nested,
             or a setting does not fit the FM; names the key.
     """
     names = width_names(cfg.widths)
+    if not names:
+        return {"": make_plan(model, cfg, seed, public, head_reads)}
     # What one width's plan would refuse is refused before anything is scored.
     whole = make_plan(model, replace(cfg, proxy="full", widths=""), seed)
     ffns = family_of_model(model).ffns(model)
@@ -92,6 +95,19 @@ def make_plans(
             ),
         )
     return made
+
+
+def trunk(plans: Mapping[str, Plan]) -> str:
+    """The width that is aligned, and scored as the proxy: the widest that is not the FM itself.
+
+    Args:
+        plans: by the name of the width, narrowest first; at least one.
+
+    Returns:
+        Its name; of plans that are all the FM the last.
+    """
+    names = [name for name, plan in plans.items() if not plan.is_full] or list(plans)
+    return names[-1]
 
 
 def _by_block(name: str, blocks: int, retained: set[int]) -> list[float]:
@@ -178,4 +194,4 @@ def nested(plans: Sequence[Plan]) -> bool:
     return True
 
 
-__all__ = ["make_plans", "nested", "positions"]
+__all__ = ["make_plans", "nested", "positions", "trunk"]

@@ -19,9 +19,8 @@ from fedpft_core.model.device import pick_device
 from fedpft_core.model.plan import Plan, block_parameters
 from fedpft_core.proxy import cost as inspect
 from fedpft_core.proxy.build import build
-from fedpft_core.proxy.choose import make_plan
 from fedpft_core.proxy.narrow import narrowed
-from fedpft_core.proxy.nested import make_plans
+from fedpft_core.proxy.nested import make_plans, trunk
 from fedpft_core.seeds import derive, numpy_stream
 from fedpft_core.task import Writer, load_task
 from fedpft_core.tensors import Tensors
@@ -139,17 +138,17 @@ def _build(
     config: Config, events: Events, loaded: models.Loaded, rows: Rows, device: torch.device
 ) -> Models:
     """The plan, the proxy it describes, and the adapter on both models."""
-    chosen = (
-        loaded.model, config.plan, config.run.seed,
+    plans = make_plans(
+        loaded.model,
+        config.plan,
+        config.run.seed,
         lambda: public_stream(
             config, rows.public, loaded.processor, config.plan.saliency_batches, "saliency"
         ),
         rows.task.position(loaded.family),
-    )  # fmt: skip
-    plans = make_plans(*chosen) if config.plan.widths else {"": make_plan(*chosen)}
-    # Of several widths the widest that is not the FM itself is aligned and scored as the proxy.
-    width = [name for name, p in plans.items() if not p.is_full][-1:] or list(plans)[-1:]
-    plan = plans.pop(width[0])
+    )
+    width = trunk(plans)
+    plan = plans.pop(width)
     if config.plan.proxy != "full" and (plan.is_full or any(p.is_full for p in plans.values())):
         events.emit(
             ev.Warned(
@@ -170,7 +169,7 @@ def _build(
         Width(name, p, narrowed(fm, p, p) if p.is_full else narrowed(proxy, plan, p))
         for name, p in plans.items()
     )
-    return Models(fm, proxy, plan, spec, loaded.source, start, width[0], others)
+    return Models(fm, proxy, plan, spec, loaded.source, start, width, others)
 
 
 def _start(config: Config, rows: Rows, processor: Any, fm: nn.Module) -> Tensors:

@@ -59,7 +59,7 @@ def partition(bench: Bench, names: Collection[str]) -> None:
         return
     parts = partition_of_run(
         task.strata(data.train), f.clients, f.partition, f.dirichlet_alpha, bench.config.run.seed,
-        width_names(f.widths),
+        width_names(f.groups),
     )  # fmt: skip
     rows = {
         name: task.histogram(data.train.select(part)) or {"rows": len(part)}

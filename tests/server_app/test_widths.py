@@ -13,7 +13,6 @@ import torch
 
 from client_app.client import Client
 from client_app.node import client_for
-from fedpft_core import config as configs
 from fedpft_core.errors import RunError, UserError
 from fedpft_core.model.names import is_lora
 from fedpft_core.wire.codec import decode
@@ -99,7 +98,7 @@ def test_each_width_has_a_patch_chain_of_its_own(mixed: Any) -> None:
     events, federation, _ = mixed
     assert len(tiny.main_run(events, "alignment")) == 2
     for i in range(4):
-        kinds = [set(e.sizes()) for e in federation.requests(i)]
+        kinds = [set(e.sizes()) for j, e in federation.sent if j == i]
         # A package once, then a patch for each alignment.
         assert sum("package" in k for k in kinds) == 1
         assert sum("patch" in k for k in kinds) == 2
@@ -447,23 +446,3 @@ def test_agreement_needs_validation_rows(text: dict[str, Any], tmp_path: Path) -
     flat = text | MIXED | {"federation.width-weighting": "agreement", "run.gradient-rows": 0}
     with pytest.raises(UserError, match="width-weighting"):
         tiny.run(flat, tmp_path / "run")
-
-
-def test_labels_of_their_own_for_each_width() -> None:
-    import numpy as np
-
-    from fedpft_core.data.partition import partition
-
-    strata = np.repeat(np.arange(6), 20)
-    groups = ("0.25", "0.25", "0.5")
-    parts = partition(strata, 6, "by-width", 1.0, 3, groups)
-    classes = [set(strata[p].tolist()) for p in parts]
-    small = classes[0] | classes[1] | classes[3] | classes[4]
-    large = classes[2] | classes[5]
-    assert small | large == set(range(6)) and not small & large
-    assert sorted(np.concatenate(parts).tolist()) == list(range(120))
-    assert len(small) == 4 and len(large) == 2
-    assert configs.from_flat({
-        "plan.widths": "0.25,0.5", "federation.widths": "0.25,0.5",
-        "federation.partition": "by-width",
-    }).federation.partition == "by-width"  # fmt: skip
