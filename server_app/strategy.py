@@ -198,7 +198,7 @@ class Strategy:
         self.remarks.of_replies(got.round, got.good)
         self.patience.learn(r.arrived for r in got.good.values())
         self.remarks.validation(got.asked.want.task, got.round, got.good)
-        made = outcome(f, replies, got.good, len(got.bad), start, combine)
+        made = outcome(f, replies, got.good, len(got.bad), start, combine, widths.join(got.state))
         if replies.figures:
             self.events.emit(
                 ev.Aggregated(round=got.round, rule=f.aggregate, figures=dict(replies.figures))

@@ -110,6 +110,15 @@ def align(
         RunError: when the alignment diverges.
     """
     config, models = bench.config, bench.models
+    lacking = selection.needs_counts(config.align.selection, config.align.proportion) and (
+        counts is None or counts.inactive.keys() != set(models.plan.pruned)
+    )
+    if lacking:
+        # With several widths a round's clients may all have the FM itself.
+        bench.events.emit(ev.Warned(
+            text=f"round {round}: no client has counted inactive neurons; nothing is re-aligned"
+        ))  # fmt: skip
+        return
     a, d = config.align, config.distill
     noise = d.adapter_noise if a.adapter_noise < 0 else a.adapter_noise
     with phase(bench.events, "align", round=round):

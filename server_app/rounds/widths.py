@@ -1,12 +1,18 @@
-"""What a client's width adds to what its reply weighs (federation.width-weighting)."""
+"""What a reply weighs by its width (federation.width-weighting), and counts of several widths."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
 
 from fedpft_core.config import Config
 from fedpft_core.model.plan import Plan
+from fedpft_core.proxy.nested import positions
+from fedpft_core.train.inactivity import Counts
 from server_app.state import Given, State
+
+_LEAST = 1e-3
 
 Agreement = Callable[[State], Mapping[str, float]]
 """How well each width's gradients agree with the FM's at the adapter of a state, in [-1, 1]."""
@@ -51,8 +57,43 @@ def factor(
     largest = max(found.values())
     if not largest > 0:
         return None
-    shares = {name: value / largest for name, value in found.items()}
+    # None at 0: a round of such clients alone must have a mean.
+    shares = {name: max(_LEAST, value / largest) for name, value in found.items()}
     return lambda client: shares[state.given.get(client, Given()).width or state.width]
 
 
-__all__ = ["Agreement", "factor", "share_of"]
+def join(state: State) -> Callable[[Sequence[tuple[str, Counts]]], Counts] | None:
+    """How inactivity counts of several widths are added up.
+
+    Args:
+        state: has all widths.
+
+    Returns:
+        A function from counts with their widths to counts over the neurons of the widest pruned
+        width, in which each neuron has the share of tokens that those clients found it inactive on
+        who have it; None where there is one sub-FM.
+    """
+    if not state.others:
+        return None
+    widest, widths = state.package.meta.plan, state.widths
+
+    def joined(found: Sequence[tuple[str, Counts]]) -> Counts:
+        inactive, tokens = {}, {}
+        for block in widest.pruned:
+            off = torch.zeros(len(widest.blocks[block].kept), dtype=torch.float64)
+            seen, total = torch.zeros_like(off), 0
+            for width, counts in found:
+                if block in counts.inactive:
+                    at = positions(widest, widths[width].package.meta.plan)[block]
+                    off[at] += counts.inactive[block]
+                    seen[at] += counts.tokens[block]
+                    total += counts.tokens[block]
+            if total:
+                tokens[block] = total
+                inactive[block] = (off / seen.clamp_min(1) * total).round().to(torch.int64)
+        return Counts(inactive, tokens)
+
+    return joined
+
+
+__all__ = ["Agreement", "factor", "join", "share_of"]

@@ -442,6 +442,63 @@ def test_a_width_weighs_as_it_is_asked_to(text: dict[str, Any], tmp_path: Path, 
     torch.testing.assert_close(found, (total / weights).float(), rtol=0, atol=1e-6)
 
 
+def test_counts_of_a_neuron_are_of_the_clients_that_have_it(
+    text: dict[str, Any], tmp_path: Path
+) -> None:
+    from fedpft_core.train.inactivity import Counts
+    from server_app.rounds.widths import join
+    from server_app.state import State, version_of
+
+    flat = text | MIXED | {"align.proportion": 0.5, "federation.rounds": 2}
+    federation = Nodes(flat)
+    events = tiny.run(flat, tmp_path / "run", federation)
+    assert len(tiny.main_run(events, "alignment")) == 1
+    store = federation.client(0).store
+    made = {}
+    for i, name in enumerate(("0.25", "0.5", "0.75")):
+        package = store.get(open_envelope(federation.requests(i)[0]).digest)
+        assert package is not None
+        made[name] = version_of(package)
+    wide = made.pop("0.75")
+    state = State(0, {}, wide.package, wide.digests, wide.digest, width="0.75", others=made)
+    plans = {name: v.package.meta.plan for name, v in state.widths.items()}
+    blocks = wide.package.meta.plan.pruned
+    stream = torch.Generator().manual_seed(5)
+    found, share = [], {}
+    for width, tokens in (("0.25", 10), ("0.75", 30), ("0.25", 20)):
+        off = {b: torch.randint(0, tokens, (len(plans[width].blocks[b].kept),), generator=stream)
+               for b in blocks}  # fmt: skip
+        found.append((width, Counts(off, dict.fromkeys(blocks, tokens))))
+        for b in blocks:
+            for neuron, n in zip(plans[width].blocks[b].kept, off[b].tolist(), strict=True):
+                a, t = share.get((b, neuron), (0, 0))
+                share[b, neuron] = (a + n, t + tokens)
+    joined = join(state)
+    assert joined is not None
+    total = joined(found)
+    assert set(total.tokens.values()) == {60}
+    for b in blocks:
+        for neuron, n in zip(plans["0.75"].blocks[b].kept, total.inactive[b].tolist(), strict=True):
+            a, t = share[b, neuron]
+            assert n == round(a / t * 60)
+
+
+@pytest.mark.parametrize("how", ["joint", "apart"])
+def test_distilled_widths_are_found_in_the_cache(
+    text: dict[str, Any], tmp_path: Path, how: str
+) -> None:
+    flat = text | MIXED | {
+        "distill.widths": how, "run.proxy-cache": str(tmp_path / "cache"), "federation.rounds": 1,
+        "align.interval": 0,
+    }  # fmt: skip
+    runs = [tiny.run(flat, tmp_path / name) for name in ("first", "second")]
+    assert [tiny.main_run(e, "distilled")[0].get("cached", False) for e in runs] == [False, True]
+    assert [len(tiny.main_run(e, "width_distilled")) for e in runs] == [2, 2]
+    assert (tmp_path / "first" / ADAPTER).read_bytes() == (
+        tmp_path / "second" / ADAPTER
+    ).read_bytes()
+
+
 def test_agreement_needs_validation_rows(text: dict[str, Any], tmp_path: Path) -> None:
     flat = text | MIXED | {"federation.width-weighting": "agreement", "run.gradient-rows": 0}
     with pytest.raises(UserError, match="width-weighting"):
