@@ -20,6 +20,7 @@ from server_app.run.replies import KeptReplies
 from server_app.schedule.merge import Merging
 from server_app.schedule.post import Post
 from server_app.schedule.session import Session, settle
+from server_app.state import Given
 
 _ROUND = 1
 
@@ -70,6 +71,10 @@ class OneShot:
             f"{state.run} {state.digest}",
         )  # fmt: skip
         self.resumed = list(self.kept.good)
+        if state.others:
+            # Who has replied weighs by the width it had, whatever it would be given now.
+            widths = {name: good.width for name, good in self.kept.good.items()}
+            state.given |= {name: Given(w, most=w) for name, w in widths.items()}
         asked = Asked(
             self.work.want, self.settings.clip_update_norm, self.kept, self.work.rule.scaling,
             own=self.work.own,
