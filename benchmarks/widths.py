@@ -4,6 +4,10 @@ A package of each width is made of one FM, and a process for each does what a cl
 unpacks it, builds the model, trains some steps on rows of full length. Prints a Markdown table.
 
     python benchmarks/widths.py [--widths 0.125,0.25,0.5,1] [--batch 8] [--steps 12] [-c KEY=VALUE]
+    python benchmarks/widths.py --distil [--widths 0.125,0.25,0.5] [-c KEY=VALUE]
+
+With `--distil`: the mean output error of each width after distillation of all together (`joint`) and
+of each alone (`apart`), and the cosine of its gradients with the FM's.
 """
 
 from __future__ import annotations
@@ -65,17 +69,56 @@ def in_process(path: str, batch: int, steps: int) -> dict[str, float]:
     return found
 
 
+def distil(flat: dict[str, Any]) -> None:
+    """Distil all widths together and each alone, and print what it comes to."""
+    from fedpft_core import config as configs
+    from fedpft_core.train.agreement import gradient_agreement
+    from server_app.phases import distil as phase
+    from server_app.phases.load import load
+    from server_app.run.events import EventLog
+
+    print("| distill.widths | width | output error before | after | cosine | all widths, s |")
+    print("|---|---|--:|--:|--:|--:|")
+    for how in ("joint", "apart"):
+        log = EventLog(None)
+        bench = load(configs.from_flat(flat | {"distill.widths": how}), log)
+        before = {w.name: _error(bench, w) for w in bench.models.widths}
+        start = time.process_time()
+        phase.distil(bench)
+        seconds = time.process_time() - start
+        for w in bench.models.widths:
+            found = gradient_agreement(
+                bench.models.fm, w.proxy, w.plan, bench.rows.task, bench.rows.gradient, 16, True
+            )
+            print(f"| {how} | {w.name} | {before[w.name]:.3f} | {_error(bench, w):.3f} | "
+                  f"{found['cosine']:.3f} | {seconds:.0f} |", flush=True)  # fmt: skip
+
+
+def _error(bench: Any, width: Any) -> float:
+    from fedpft_core.align.losses import output_error
+
+    found = output_error(bench.models.fm, width.proxy, width.plan, bench.rows.probe())
+    return sum(found.values()) / len(found)
+
+
 def main() -> None:
     """Make the packages, measure each, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--widths", default="0.125,0.25,0.5,1")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--distil", action="store_true")
     parser.add_argument("--client", metavar="PACKAGE", help=argparse.SUPPRESS)
     parser.add_argument("-c", dest="keys", action="append", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
     if args.client is not None:
         print(json.dumps(client(args.client, args.batch, args.steps)))
+        return
+    if args.distil:
+        from fedpft_core.config import parse_overrides
+
+        flat = {"plan.widths": args.widths, "plan.retained-layers": "", "run.threads": 1}
+        distil(flat | parse_overrides(args.keys))
         return
     from fedpft_core import config as configs
     from fedpft_core.adapter import lora as adapters
@@ -86,7 +129,7 @@ def main() -> None:
     from fedpft_core.proxy.package import make_package
     from fedpft_core.task import make
 
-    flat: dict[str, Any] = {"plan.widths": args.widths, "plan.retained-layers": ""}
+    flat = {"plan.widths": args.widths, "plan.retained-layers": ""}
     config = configs.from_flat(flat | configs.parse_overrides(args.keys))
     task = make("text", ("a", "b", "c", "d", "e", "f"))
     loaded = models.load(config.model, task.model(), 0)

@@ -415,7 +415,8 @@ def test_secure_aggregation_serves_each_client_its_width(
 @pytest.mark.parametrize("how", ["width", "agreement"])
 def test_a_width_weighs_as_it_is_asked_to(text: dict[str, Any], tmp_path: Path, how: str) -> None:
     flat = text | MIXED | {
-        "federation.width-weighting": how, "run.gradient-rows": 8, "wire.adapter": "fp32", "federation.rounds": 1,
+        "federation.width-weighting": how, "run.gradient-rows": 8, "wire.adapter": "fp32",
+        "federation.rounds": 1,
         "align.interval": 0, "plug.method": "as-trained", "plug.refit": "none",
     }  # fmt: skip
     federation = Nodes(flat)
