@@ -6,8 +6,8 @@ unpacks it, builds the model, trains some steps on rows of full length. Prints a
     python benchmarks/widths.py [--widths 0.125,0.25,0.5,1] [--batch 8] [--steps 12] [-c KEY=VALUE]
     python benchmarks/widths.py --distil [--widths 0.125,0.25,0.5] [-c KEY=VALUE]
 
-With `--distil`: the mean output error of each width after distillation of all together (`joint`) and
-of each alone (`apart`), and the cosine of its gradients with the FM's.
+With `--distil`: the mean output error of each width after distillation of all together (`joint`)
+or of each alone (`apart`), and the cosine of its gradients with the FM's.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def main() -> None:
         from fedpft_core.config import parse_overrides
 
         flat = {"plan.widths": args.widths, "plan.retained-layers": "", "run.threads": 1}
-        distil(flat | parse_overrides(args.keys))
+        distil(flat | parse_overrides(" ".join(args.keys)))
         return
     from fedpft_core import config as configs
     from fedpft_core.adapter import lora as adapters
@@ -130,7 +130,7 @@ def main() -> None:
     from fedpft_core.task import make
 
     flat = {"plan.widths": args.widths, "plan.retained-layers": ""}
-    config = configs.from_flat(flat | configs.parse_overrides(args.keys))
+    config = configs.from_flat(flat | configs.parse_overrides(" ".join(args.keys)))
     task = make("text", ("a", "b", "c", "d", "e", "f"))
     loaded = models.load(config.model, task.model(), 0)
     plans = make_plans(loaded.model, config.plan, 0)
