@@ -15,7 +15,6 @@ from fedpft_core.model.plan import BlockPlan, Plan, pruned_ffns
 from fedpft_core.proxy.nested import positions
 from fedpft_core.tensors import Tensors
 
-
 Model = TypeVar("Model", bound=nn.Module)
 
 
