@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
+from fedpft_core.adapter.lora import narrowed, rank_of
 from fedpft_core.aggregation import Replies, RuleSettings, withstands
 from fedpft_core.config import Config
 from fedpft_core.errors import RunError
@@ -52,12 +53,12 @@ class Prepared:
     """A round before it is asked for.
 
     Attributes:
-        request: the message by what a client has.
+        request: the message by what a client has, and by its rank.
         want: what a good reply looks like; its adapter is what clients start from.
         rule: what the rule of aggregation may know besides the replies.
     """
 
-    request: Request
+    request: Callable[[Iterable[str], int], Envelope]
     want: Expected
     rule: RuleSettings
 
@@ -65,6 +66,14 @@ class Prepared:
 def _by_have(request: Request) -> Callable[[int, Iterable[str]], Envelope]:
     """The same message for all nodes that have the same, whoever they are."""
     return lambda _, have: request(have)
+
+
+def _by_rank(
+    request: Callable[[Iterable[str], int], Envelope], nodes: Iterable[Node]
+) -> Callable[[int, Iterable[str]], Envelope]:
+    """The same message for all nodes that have the same and train at the same rank."""
+    ranks = {node.id: node.rank for node in nodes}
+    return lambda node_id, have: request(have, ranks[node_id])
 
 
 class Strategy:
@@ -121,14 +130,15 @@ class Strategy:
                 text = self._too_few(f"round {round}", len(summed.good), summed.bad, attempt)
                 continue
             work = self.prepare(state, round, count_rule)
-            with Replies(work.want.adapter, self._folder(), work.rule) as replies:
-                asked = Asked(work.want, f.clip_update_norm, replies, work.rule.scaling)
+            want = work.want
+            with Replies(want.adapter, self._folder(), work.rule, want.beside) as replies:
+                asked = Asked(want, f.clip_update_norm, replies, work.rule.scaling)
                 got = Collection(asked, nodes, state, round, self.events, f.enough)
-                self._exchange(got, _by_have(work.request))
+                self._exchange(got, _by_rank(work.request, nodes))
                 if not private:  # who is left out would depend on the others' rows
                     self.leave_out(got)
                 if len(got.good) >= needed:
-                    start_from = dict(work.want.adapter)
+                    start_from = dict(want.adapter)
                     combine = (
                         private.combine(state, start_from, round, len(met)) if private else None
                     )
@@ -148,13 +158,24 @@ class Strategy:
             The messages by what a client has, what a good reply looks like, and what the rule of
             aggregation may know.
         """
-        config = self.config
-        sent = codec.encode(state.adapter, config.wire.adapter)
-        base = codec.decode(sent, config.wire.adapter)
+        config, fmt = self.config, self.config.wire.adapter
+        full = rank_of(state.adapter)
+
+        @cache
+        def at(rank: int) -> tuple[Request, Expected]:
+            adapter = narrowed(state.adapter, rank) if rank < full else state.adapter
+            sent = codec.encode(adapter, fmt)
+            base = codec.decode(sent, fmt)
+            return (
+                requests(config, state, self._blob(state), round, sent, count_rule),
+                expected(config, state, round, base, count_rule),
+            )
+
+        want = replace(at(full)[1], narrower=lambda rank: at(rank)[1])
         return Prepared(
-            requests(config, state, self._blob(state), round, sent, count_rule),
-            expected(config, state, round, base, count_rule),
-            self._rule(state, base, round),
+            lambda have, rank: at(min(rank, full) if rank else full)[0](have),
+            want,
+            self._rule(state, dict(want.adapter), round),
         )
 
     def conclude(self, got: Collection, start: float, combine: Combine | None = None) -> Outcome:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from fedpft_core.aggregation import factors
+from fedpft_core.aggregation import factors, merging
 from fedpft_core.config import Config
 from fedpft_core.tensors import Tensors
 from fedpft_core.train.tune import LocalSettings
@@ -129,6 +129,7 @@ def _fields(config: Config, state: State, round: int, adapter: Tensors) -> dict[
         "seed": config.run.seed,
         "reply_fmt": reply_format(config),
         "run": state.run,
+        "merging_rule": merging(config.federation.aggregate),
     }
 
 
@@ -185,4 +186,5 @@ def expected(config: Config, state: State, round: int, sent: Tensors, count_rule
         task=meta.task,
         tokens_per_row=meta.max_length if meta.task.reads == "text" else _MOST_PATCHES,
         factors=factors(config.federation.aggregate, round),
+        merging_rule=merging(config.federation.aggregate),
     )

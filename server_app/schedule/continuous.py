@@ -114,7 +114,8 @@ class Continuous:
         post, work = self.post, self.work(version)
         post.deadline = post.box.now() + self.settings.round_timeout
         self.aloft[node.id] = Aloft(node, work, version, due, post.box.now())
-        post.send(node, work.request(self.session.state.have.get(node.name, ())), round)
+        have = self.session.state.have.get(node.name, ())
+        post.send(node, work.request(have, node.rank), round)
 
     def ask(self, got: Buffer) -> None:
         """Keep as many clients at work as federation.clients-per-round says.
@@ -147,7 +148,7 @@ class Continuous:
         # on one that is gone.
         drain = align.due(self.config, session.bench.models.plan, version)
         folder = Path(self.config.run.dir) if self.config.run.dir else None
-        with Replies(work.want.adapter, folder, work.rule) as replies:
+        with Replies(work.want.adapter, folder, work.rule, work.want.beside) as replies:
             asked = Asked(work.want, f.clip_update_norm, replies, work.rule.scaling)
             got = Buffer(asked, f.staleness_exponent, state, version, session.events)
             self.ask(got)
@@ -205,7 +206,8 @@ class Continuous:
             if node.id in got.again and node.id not in got.served:
                 got.served.add(node.id)
                 flight.reply, flight.sent = None, self.post.box.now()
-                self.post.send(node, flight.work.request(got.again[node.id]), got.round)
+                again = flight.work.request(got.again[node.id], node.rank)
+                self.post.send(node, again, got.round)
                 continue
             del self.aloft[node.id]
             if len(got.good) < self.size:

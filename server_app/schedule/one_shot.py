@@ -67,7 +67,7 @@ class OneShot:
         self.work = session.strategy.prepare(state, _ROUND)
         self.kept = KeptReplies(
             self.work.want.adapter, Path(config.run.dir) / "replies", self.work.rule,
-            f"{state.run} {state.digest}",
+            f"{state.run} {state.digest}", self.work.want.beside,
         )  # fmt: skip
         self.resumed = list(self.kept.good)
         asked = Asked(
@@ -130,7 +130,7 @@ class OneShot:
             have: digests of the sub-FMs it has.
         """
         self.waiting.add(node.id)
-        self.post.send(node, self.work.request(have), _ROUND)
+        self.post.send(node, self.work.request(have, node.rank), _ROUND)
 
     def take(self, node_id: int, reply: Envelope | Failure) -> None:
         """Take a reply through the chain, keep it, and merge it.
