@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from fedpft_core.adapter.lora import change_norms, clip_change, widened
+from fedpft_core.adapter.lora import change_norms, clip_change
+from fedpft_core.adapter.ranks import widened
 from fedpft_core.aggregation import Replies
 from fedpft_core.errors import ReplyError
 from fedpft_core.tensors import Tensors

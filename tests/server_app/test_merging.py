@@ -18,7 +18,8 @@ from fabricate import Network
 from safetensors.torch import load_file
 
 from fedpft_core import config as configs
-from fedpft_core.adapter.lora import narrowed, rank_of, widened
+from fedpft_core.adapter.lora import rank_of
+from fedpft_core.adapter.ranks import narrowed, widened
 from fedpft_core.config.ranks import ranks_of
 from fedpft_core.errors import UserError
 from fedpft_core.tensors import Tensors
