@@ -17,11 +17,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from client_app.client import ProcessCache, Rows
 from client_app.node import client_for
+from client_app.process import ProcessCache, Rows
 from fedpft_core import config as configs
 from fedpft_core.adapter import lora as adapters
-from fedpft_core.data.batches import Encoded, batches
+from fedpft_core.data.batches import batches
+from fedpft_core.data.encoded import Encoded
 from fedpft_core.data.partition import client_names
 from fedpft_core.proxy.package import ClientModel
 from fedpft_core.task import Task

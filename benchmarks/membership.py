@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import exposure
 
-from fedpft_core.data.batches import Encoded
+from fedpft_core.data.encoded import Encoded
 from fedpft_core.seeds import numpy_stream
 from fedpft_core.task import Task
 

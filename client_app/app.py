@@ -17,11 +17,12 @@ with collector_paused(freeze=True):
     import transformers.modeling_utils  # noqa: F401
 
     from client_app.disclosure import reason
+    from client_app.means import out_of_memory
     from client_app.node import client_for
     from fedpft_core.errors import ReplyError, UserError
     from fedpft_core.wire import flower as wire
     from fedpft_core.wire.envelope import Envelope, seal
-    from fedpft_core.wire.messages import RefusalReply
+    from fedpft_core.wire.messages import OUT_OF_MEMORY, RefusalReply
 
 app = ClientApp()
 
@@ -36,9 +37,12 @@ def _answer(message: Message, context: Context) -> Message:
     except (UserError, ReplyError, OSError) as error:
         reply = seal(RefusalReply(name, reason(error, name, own_rows)))
     except Exception as error:
-        if not own_rows:
+        if out_of_memory(error):
+            reply = seal(RefusalReply(name, OUT_OF_MEMORY))
+        elif not own_rows:
             raise
-        reply = seal(RefusalReply(name, reason(error, name)))
+        else:
+            reply = seal(RefusalReply(name, reason(error, name)))
     return Message(wire.to_record(reply), reply_to=message)
 
 

@@ -22,6 +22,7 @@ from fedpft_core.config.model import DataConfig, LoraConfig, ModelConfig, PlanCo
 from fedpft_core.config.privacy import PrivacyConfig
 from fedpft_core.config.ranks import check_ranks
 from fedpft_core.config.schedules import check_schedule
+from fedpft_core.config.widths import check_widths
 from fedpft_core.errors import UserError
 
 Scalar = bool | int | float | str
@@ -121,6 +122,7 @@ class Config:
             )
         check_schedule(self)
         check_ranks(self)
+        check_widths(self)
         if self.simulate.attack in ("label-flip", "backdoor") and self.data.task not in (
             "", "classify",
         ):  # fmt: skip

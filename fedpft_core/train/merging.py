@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fedpft_core.adapter import lora as adapters
-from fedpft_core.data.batches import Encoded, batches
+from fedpft_core.data.batches import batches
+from fedpft_core.data.encoded import Encoded
 from fedpft_core.model.batch import inputs_of
 from fedpft_core.model.device import device_of, to_device
 from fedpft_core.model.names import bare, is_trained, to_fm_name

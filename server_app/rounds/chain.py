@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from fedpft_core.adapter.lora import change_norms, clip_change
+from fedpft_core.adapter.lora import change_norms, clip_change, rank_of
 from fedpft_core.adapter.ranks import widened
 from fedpft_core.aggregation import Replies
 from fedpft_core.errors import ReplyError
@@ -32,7 +32,8 @@ class Asked:
 
     `longest` is federation.clip-update-norm; 0 = no limit. Norms of LoRA's product are multiplied
     by `scaling`, alpha / rank. `rebase` is what becomes of an adapter before it is kept, where it
-    was not trained from the round's own; None = nothing.
+    was not trained from the round's own; None = nothing. Where clients have sub-FMs of several
+    widths, or adapters of several ranks, `own` says what is wanted of each.
     """
 
     want: Expected
@@ -40,6 +41,18 @@ class Asked:
     replies: Replies
     scaling: float = 1.0
     rebase: Callable[[Tensors], Tensors] | None = None
+    own: Callable[[Node], Expected] | None = None
+
+    def of(self, node: Node) -> Expected:
+        """What a good reply of one client looks like.
+
+        Args:
+            node: the client, whose sub-FM may be another than others'.
+
+        Returns:
+            What its reply is held against.
+        """
+        return self.own(node) if self.own else self.want
 
 
 @dataclass(frozen=True)
@@ -104,7 +117,7 @@ def decode(hand: InHand, asked: Asked) -> InHand:
         ReplyError: when it refuses, or the reply is too large, damaged or of another kind.
     """
     assert hand.envelope is not None
-    message = opened(hand.envelope, asked.want.max_bytes, TrainReply)
+    message = opened(hand.envelope, asked.of(hand.node).max_bytes, TrainReply)
     return replace(hand, envelope=None, message=message)
 
 
@@ -123,7 +136,7 @@ def check(hand: InHand, asked: Asked) -> InHand:
     """
     assert hand.message is not None
     node = hand.node
-    want = asked.want.of_rank(node.rank)
+    want = asked.of(node)
     adapter, counts = validate(hand.message, want, node.name, node.examples, node.validation)
     figures = validated_merging(hand.message, want)
     bare = replace(hand.message, adapter={}, counts={}, merging={})
@@ -142,7 +155,7 @@ def clip(hand: InHand, asked: Asked) -> InHand:
     """
     if not asked.longest:
         return hand
-    start = asked.want.of_rank(hand.node.rank).adapter
+    start = asked.of(hand.node).adapter
     return replace(hand, adapter=clip_change(hand.adapter, start, asked.longest))
 
 
@@ -156,7 +169,7 @@ def measure(hand: InHand, asked: Asked) -> InHand:
     Returns:
         The reply with the norms of its change.
     """
-    start = asked.want.of_rank(hand.node.rank).adapter
+    start = asked.of(hand.node).adapter
     return replace(hand, norms=change_norms(hand.adapter, start, asked.scaling))
 
 
@@ -171,7 +184,7 @@ def widen(hand: InHand, asked: Asked) -> InHand:
         The reply with adapter and merging figures at that rank.
     """
     want = asked.want
-    if want.of_rank(hand.node.rank) is want:
+    if rank_of(hand.adapter) == rank_of(want.adapter):
         return hand
     figures = merging.widened(hand.merging, want.beside)
     return replace(hand, adapter=widened(hand.adapter, want.adapter), merging=figures)
@@ -204,7 +217,10 @@ def spool(hand: InHand, asked: Asked) -> InHand:
         OSError: when the disk is full.
     """
     assert hand.message is not None
-    asked.replies.add(hand.node.name, hand.message.examples, hand.adapter, hand.merging)
+    names = asked.of(hand.node).names
+    asked.replies.add(
+        hand.node.name, hand.message.examples, hand.adapter, names, beside=hand.merging
+    )
     return replace(hand, adapter={}, merging={})
 
 

@@ -31,7 +31,7 @@ def merged(
     beside = shapes(merging(rule), trained)
     with Replies(start, folder, RuleSettings(**keys), beside) as kept:  # type: ignore[arg-type]
         for name, (examples, tensors, figures) in replies.items():
-            kept.add(name, examples, tensors, figures)
+            kept.add(name, examples, tensors, beside=figures)
         return aggregate(rule, kept)
 
 

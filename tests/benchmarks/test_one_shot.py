@@ -19,7 +19,8 @@ import membership
 import one_shot_theory as theory
 
 from fedpft_core.adapter import lora as adapters
-from fedpft_core.data.batches import Encoded, batches
+from fedpft_core.data.batches import batches
+from fedpft_core.data.encoded import Encoded
 
 SHOT = {"federation.schedule": "one-shot", "federation.rounds": 1}
 
