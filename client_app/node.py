@@ -46,6 +46,7 @@ NODE_KEYS: dict[str, tuple[type, Any]] = {
     "validation-share": (float, 0.0),
     "device": (str, "cpu"),
     "max-threads": (int, 0),
+    "lora-rank": (int, 0),
     "dp-noise": (float, 0.0),
     "dp-clip": (float, 1.0),
     "dp-epsilon": (float, 0.0),
@@ -115,6 +116,10 @@ def checked(node_config: Mapping[str, Any]) -> dict[str, Any]:
     if node["max-threads"] < 0:
         raise UserError(
             f"node config: max-threads = {node['max-threads']} is below 0, which is no limit."
+        )
+    if node["lora-rank"] < 0:
+        raise UserError(
+            f"node config: lora-rank = {node['lora-rank']} is below 0, which is the run's own."
         )
     for key in ("name", "data-path", "cache-dir"):
         try:
@@ -284,6 +289,7 @@ def _edge_client(node: Mapping[str, Any]) -> Client:
         policy=policy.Policy.of(node),
         private=_private(node, root / "privacy.json"),
         means=means.of_node(node, root),
+        rank=node["lora-rank"],
     )
 
 
@@ -399,4 +405,5 @@ def _simulated_client(node: Mapping[str, Any], config: configs.Config) -> Client
         validation_share=share,
         private=_simulated_privacy(config, root / "privacy" / f"{name}.json"),
         means=means.of_simulated(node, config, index),
+        rank=node["lora-rank"],
     )

@@ -33,7 +33,7 @@ from fedpft_core.wire.messages import (
 )
 from fedpft_core.wire.package import Patch
 
-PROTOCOL = 4
+PROTOCOL = 5
 
 
 _MAX_HEAD = 2**20  # characters; real heads have well under a thousand per patch
@@ -56,8 +56,8 @@ class Envelope:
         """Size of the message, as the ledger counts it.
 
         Returns:
-            Bytes by kind: package, patch, adapter, counts, statistics, and control (head, checksum
-            and parts of no other kind).
+            Bytes by kind: package, patch, adapter, counts, merging, statistics, and control (head,
+            checksum and parts of no other kind).
         """
         out = {"control": len(_bytes(self.head)) + len(_bytes(self.check))}
         for name, data in self.parts.items():
@@ -68,7 +68,7 @@ class Envelope:
         return out
 
 
-_PART_KINDS = ("package", "patch", "adapter", "counts", "statistics")
+_PART_KINDS = ("package", "patch", "adapter", "counts", "merging", "statistics")
 
 
 def _bytes(text: str) -> bytes:
@@ -144,7 +144,7 @@ def seal(message: Message) -> Envelope:
 def _always(message: Message | type) -> tuple[str, ...]:
     """Parts that a message of this kind has even where they are empty."""
     cls = message if isinstance(message, type) else type(message)
-    return tuple(f.name for f in fields(cls) if f.name in _TENSORS and f.name != "counts")
+    return tuple(f.name for f in fields(cls) if f.name in _TENSORS and f.name not in _OPTIONAL)
 
 
 def open_envelope(envelope: Envelope) -> Message:
@@ -181,14 +181,14 @@ def open_envelope(envelope: Envelope) -> Message:
         head["settings"] = _settings(head["settings"])
     if issubclass(cls, TrainRequest | StatisticsRequest):
         names = [f"patch.{i}" for i in range(len(head["patches"]))]
-        _check_parts(parts, [*needed, *names], optional="package")
+        _check_parts(parts, [*needed, *names], optional=("package",))
         head["patches"] = tuple(
             Patch(source, target, fmt, codec.unpack(parts[name]))
             for (source, target, fmt), name in zip(head["patches"], names, strict=True)
         )
         head["package"] = parts.get("package", b"")
     else:
-        _check_parts(parts, needed, optional="counts" if cls is TrainReply else "")
+        _check_parts(parts, needed, optional=_OPTIONAL if cls is TrainReply else ())
     head |= {name: codec.unpack(parts[name]) for name in _TENSORS if name in parts}
     for name in ("have", "alive", "answered", "dropped"):
         if name in head:
@@ -277,7 +277,8 @@ _MOST_CLIENTS = 100_000  # of one session
 
 
 # What the head says of each field, by its name; fields that travel as parts are not in it.
-_TENSORS = ("adapter", "counts", "statistics")
+_TENSORS = ("adapter", "counts", "merging", "statistics")
+_OPTIONAL = ("counts", "merging")  # absent where they are empty
 _IN_PARTS = (*_TENSORS, "package")
 
 
@@ -305,6 +306,8 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "fmt": ("a short text", _is_text),
     "reply_fmt": ("a short text", _is_text),
     "count_rule": ("a short text", _is_text),
+    "merging_rule": ("a short text", _is_text),
+    "rank": ("a whole number", _is_int),
     "run": ("a short text", _is_text),
     "patches": ("a list of source, target, format", lambda v: _is_list(v, _is_patch, 100_000)),
     "session": ("32 hex digits", lambda v: _is_hex(v, 32)),
@@ -351,7 +354,7 @@ def _settings(raw: Mapping[str, Any]) -> LocalSettings:
     return LocalSettings(**raw)
 
 
-def _check_parts(parts: Mapping[str, bytes], needed: list[str], optional: str = "") -> None:
-    if not set(needed) <= parts.keys() <= {*needed, optional}:
-        odd = min(set(needed) ^ parts.keys() - {optional})
+def _check_parts(parts: Mapping[str, bytes], needed: list[str], optional: tuple[str, ...]) -> None:
+    if not set(needed) <= parts.keys() <= {*needed, *optional}:
+        odd = min(set(needed) ^ parts.keys() - {*optional})
         raise ReplyError(f"message is malformed (part {odd[:40]!r} is missing or too much)")
