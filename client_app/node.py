@@ -13,6 +13,7 @@ from client_app import attacks, policy, private
 from client_app.client import Client
 from client_app.rowcache import RowCache, content_of_file, folds_of, held_out, key_of
 from client_app.store import Store
+from client_app.warm.ask import IDLE_SECONDS, MEMORY_MB
 from fedpft_core import config as configs
 from fedpft_core.data.examples import Examples
 from fedpft_core.data.folders import images, is_folder
@@ -48,6 +49,8 @@ NODE_KEYS: dict[str, tuple[type, Any]] = {
     "dp-epsilon": (float, 0.0),
     "dp-delta": (float, 1e-5),
     "keep-rows": (int, 0),
+    "worker-idle": (int, IDLE_SECONDS),
+    "worker-memory": (int, MEMORY_MB),
     **{key: (kind, default) for key, (kind, default, _) in policy.KEYS.items()},
 }
 
@@ -112,6 +115,12 @@ def checked(node_config: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"node config: max-threads = {node['max-threads']} is below 0, which is no limit."
         )
+    if node["worker-idle"] < 0:
+        raise UserError(
+            f"node config: worker-idle = {node['worker-idle']} is below 0, which is no worker."
+        )
+    if node["worker-memory"] < 1:
+        raise UserError(f"node config: worker-memory = {node['worker-memory']} is below 1 MB.")
     for key in ("name", "data-path", "cache-dir"):
         try:
             possible = b"\0" not in os.fsencode(node[key])
@@ -192,6 +201,19 @@ def own_rows(node: Mapping[str, Any], task: Task) -> Examples:
         UserError: anything wrong in the file, naming it.
     """
     return task.read(Path(node["data-path"]), columns_of(node))
+
+
+def rows_tell(node_config: Mapping[str, Any]) -> bool:
+    """Whether the data file tells that its rows have changed.
+
+    Args:
+        node_config: as Flower has it.
+
+    Returns:
+        False for a file with a column of images: a cell may name an image file, whose content may
+        change while the data file stays as it is.
+    """
+    return not node_config.get("image-column") or is_folder(str(node_config["data-path"]))
 
 
 def cache_root(node: Mapping[str, Any]) -> Path:
@@ -308,7 +330,8 @@ def _file_id(path: Path) -> tuple[object, ...]:
         stat = path.stat()
     except OSError:
         return (str(path),)
-    return (str(path), stat.st_mtime_ns, stat.st_size)
+    # The time of the last change is nobody's to set back, unlike that of the last writing.
+    return (str(path), stat.st_mtime_ns, stat.st_size, stat.st_ctime_ns, stat.st_ino)
 
 
 @lru_cache(maxsize=2)
