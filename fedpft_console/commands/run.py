@@ -141,8 +141,14 @@ def _run(
                     options = launch.federation_config(
                         f.clients, f.clients_per_round, resolved.train.threads, launch.cpu_count()
                     )
-                    outcome = launch.run_simulation(
-                        folder, flat, federation=options, tick=tick, note=view.note
+
+                    def simulate(flat: Mapping[str, Scalar]) -> Result:
+                        return launch.run_simulation(
+                            folder, flat, federation=options, tick=tick, note=view.note
+                        )
+
+                    outcome = launch.going_on(
+                        simulate, flat, follower, folder / CHECKPOINTS, view.line, tick
                     )
                 tick()
         except KeyboardInterrupt:

@@ -25,6 +25,7 @@ from fedpft_console.launch.signals import signals_held
 from fedpft_console.launch.superlink import start_superlink
 from fedpft_core.config import Scalar
 from fedpft_core.errors import RunError
+from server_app import SIMULATION
 
 CONNECTION = "fedpft"
 
@@ -100,7 +101,7 @@ def run_simulation(
     ray_tmpdir = _ray_tmpdir()
     # Ray listens on every interface; with a token only what knows it may run code there.
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    extra = {MARKER: mark, "FLWR_HOME": str(home)} | token
+    extra = {MARKER: mark, "FLWR_HOME": str(home), SIMULATION: "1"} | token
     if ray_tmpdir:
         extra |= {"RAY_TMPDIR": ray_tmpdir}
     env = environment(extra)

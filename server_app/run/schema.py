@@ -98,6 +98,7 @@ class RunFailed(Event, name="run_failed"):
     """The run has ended early."""
 
     reason: str  # one sentence
+    again: bool = False  # a simulated client's process died: from a checkpoint the run can go on
 
 
 @dataclass(frozen=True, kw_only=True)
