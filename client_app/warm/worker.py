@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from client_app import answer, node
-from client_app.client import PROCESS_CACHE
+from client_app.process import PROCESS_CACHE
 from client_app.warm.frames import BrokenLink, receive, send
 from client_app.warm.place import Place, user_of
 from fedpft_core.disk import lock

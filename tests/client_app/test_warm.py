@@ -21,7 +21,7 @@ import pytest
 import tiny
 
 from client_app import answer as here
-from client_app.client import PROCESS_CACHE
+from client_app.process import PROCESS_CACHE
 from client_app.warm import ask as asking
 from client_app.warm import frames, place
 from client_app.warm.ask import ask
