@@ -52,6 +52,43 @@ def names() -> list[str]:
     return own + sorted({p.name for p in entry_points(group=GROUP)}.difference(own))
 
 
+def origin(name: str) -> str:
+    """Where a tracker is from.
+
+    Args:
+        name: one of :func:`names`.
+
+    Returns:
+        `fedpft`, or name and version of the other package.
+    """
+    if (Path(__file__).parent / f"{name}.py").is_file():
+        return "fedpft"
+    (point, *_) = (p for p in entry_points(group=GROUP) if p.name == name)
+    return f"{point.dist.name} {point.dist.version}" if point.dist else "?"
+
+
+def fault(name: str) -> str:
+    """Why a tracker cannot be used.
+
+    Args:
+        name: one of :func:`names`; it is imported.
+
+    Returns:
+        A sentence; empty where it can be used.
+    """
+    try:
+        _module(name)
+    except Exception as error:  # whatever another program's import may raise
+        return f"{type(error).__name__}: {first_line(error)}"
+    return ""
+
+
+def _module(name: str) -> Any:
+    if (Path(__file__).parent / f"{name}.py").is_file():
+        return importlib.import_module(f"{__name__}.{name}")
+    return next(p for p in entry_points(group=GROUP) if p.name == name).load()
+
+
 def start(name: str, folder: Path, config: Mapping[str, Any]) -> Tracker:
     """Begin to track a run.
 
@@ -69,12 +106,8 @@ def start(name: str, folder: Path, config: Mapping[str, Any]) -> Tracker:
     """
     if name not in names():
         raise UserError(f"--tracker {name}: there is {', '.join(names())}.")
-    points = [p for p in entry_points(group=GROUP) if p.name == name]
     try:
-        if (Path(__file__).parent / f"{name}.py").is_file():
-            module: Any = importlib.import_module(f"{__name__}.{name}")
-        else:
-            module = points[0].load()
+        module = _module(name)
     except ImportError as error:
         raise UserError(
             f"--tracker {name}: {first_line(error)}; pip install 'fedpft[{name}]' brings what the "
