@@ -255,10 +255,11 @@ def test_a_run_on_a_ray_cluster_has_the_same_bits(
 ) -> None:
     from safetensors.torch import load_file
 
-    keys = [word for k, v in small(tmp_path).items() for word in ("-c", f"{k}={v}")]
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(small(tmp_path)))
     for name, where in (("a", ["--ray", cluster[0]]), ("b", [])):
         command = [sys.executable, "-m", "fedpft_console.cli", "run", "--quiet", "--run-dir",
-                   str(tmp_path / name), *where, *keys]  # fmt: skip
+                   str(tmp_path / name), *where, "--config", str(config)]  # fmt: skip
         done = subprocess.run(
             command, cwd=tmp_path, capture_output=True, text=True, timeout=500,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
