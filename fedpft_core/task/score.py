@@ -22,6 +22,18 @@ class Metric:
     higher_is_better: bool
     share: bool
 
+    def better(self, value: float, than: float) -> bool:
+        """Whether one value is better than another.
+
+        Args:
+            value: of this metric.
+            than: another.
+
+        Returns:
+            Whether it is; never of equal ones.
+        """
+        return value > than if self.higher_is_better else value < than
+
     def fields(self) -> dict[str, Any]:
         """What the `task` event says of it.
 

@@ -39,9 +39,11 @@ from server_app.run.schema.rounds import (
     Reply,
     RoundFinished,
     RoundStarted,
+    Stopped,
 )
 from server_app.run.schema.scores import (
     Baseline,
+    Check,
     ClientValidation,
     Confusion,
     Evaluation,
@@ -69,6 +71,7 @@ __all__ = [
     "BlockError",
     "BlockSize",
     "Bytes",
+    "Check",
     "ClientValidation",
     "Confusion",
     "Distilled",
@@ -99,6 +102,7 @@ __all__ = [
     "Sample",
     "Samples",
     "Scored",
+    "Stopped",
     "Task",
     "Validation",
     "Waiting",

@@ -117,6 +117,15 @@ class PrivacySpent(Event, name="privacy"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stopped(Event, name="stopped"):
+    """Rounds have ended, and the adapter of the best round is what becomes of them."""
+
+    round: int  # the last round
+    rounds: int  # federation.rounds
+    best: int  # whose adapter is kept
+
+
+@dataclass(frozen=True, kw_only=True)
 class Adapter(Event, name="adapter"):
     """The average of a round's adapters."""
 

@@ -59,6 +59,15 @@ class Validation(Scored, name="validation"):
     seconds: float  # how long it took
 
 
+@dataclass(frozen=True, kw_only=True)
+class Check(Scored, name="check"):
+    """The sub-FM's score after a round on validation rows, by which rounds end early."""
+
+    round: int  # rounds done
+    best: int  # the round of the best score so far
+    seconds: float  # how long it took
+
+
 class Sample(TypedDict):
     """A row with what a model wrote for it.
 
