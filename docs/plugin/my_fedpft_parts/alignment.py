@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fedpft_core.align.distill import local_views
+from fedpft_core.align.blocks import local_views
 from fedpft_core.align.method import Job
 from fedpft_core.model.device import device_of, to_device
 from fedpft_core.model.plan import pruned_ffns
