@@ -21,7 +21,7 @@ log = logging.getLogger("fedpft")
 
 IDLE_SECONDS = 600
 MEMORY_MB = 4096
-_GREETING_SECONDS = 10.0
+_GREETING_SECONDS = 30.0
 _START_SECONDS = 300.0  # the imports of a worker, on a slow and busy machine
 
 
@@ -124,6 +124,7 @@ def _answer(
         "node": dict(node_config), "run": dict(run_config), "kind": envelope.kind,
         "head": envelope.head, "check": envelope.check,
     }  # fmt: skip
+    link.settimeout(_START_SECONDS)
     send(link, head, envelope.parts)
     link.settimeout(None)  # training takes as long as it takes; a worker that dies is noticed
     while True:

@@ -115,7 +115,8 @@ class Worker:
                     link.settimeout(_GREETING_SECONDS)
                     self._welcome(link)
                 at_work = self.current
-                if at_work is not None and _hung_up(at_work):
+                # Looked at again: a link is closed as well when its answer has been sent.
+                if at_work is not None and _hung_up(at_work) and self.current is at_work:
                     os._exit(_GONE)
 
     def _welcome(self, link: socket.socket) -> None:
