@@ -78,11 +78,19 @@ class Processes:
         self._temporary.cleanup()
 
     def room(self) -> int:
-        """How many more processes may begin."""
+        """How many more processes may begin.
+
+        Returns:
+            0 where all are at work.
+        """
         return self.jobs - len(self._at_work)
 
     def begin(self, cell: Cell) -> None:
-        """Start a process for a cell."""
+        """Start a process for a cell.
+
+        Args:
+            cell: the cell.
+        """
         out = Path(self._temporary.name) / f"{cell.digest()}.json"
         out.unlink(missing_ok=True)
         path = os.pathsep.join(p for p in (str(_ROOT), os.environ.get("PYTHONPATH", "")) if p)
@@ -100,7 +108,11 @@ class Processes:
         self._at_work[process] = cell, out
 
     def ended(self) -> list[tuple[Cell, dict[str, Any] | Lost]]:
-        """Cells whose processes have ended."""
+        """Cells whose processes have ended, after a short wait where none has.
+
+        Returns:
+            Each with its result.
+        """
         found: list[tuple[Cell, dict[str, Any] | Lost]] = []
         for process in [p for p in self._at_work if p.poll() is not None]:
             cell, out = self._at_work.pop(process)
@@ -184,15 +196,27 @@ class RayTasks:
         return count
 
     def room(self) -> int:
-        """How many more cells the cluster holds now; it may have grown or shrunk."""
+        """How many more cells the cluster holds now; it may have grown or shrunk.
+
+        Returns:
+            0 where it is full.
+        """
         return max(0, self._places() - len(self._at_work))
 
     def begin(self, cell: Cell) -> None:
-        """Hand a cell to the cluster."""
+        """Hand a cell to the cluster.
+
+        Args:
+            cell: the cell.
+        """
         self._at_work[self._task.remote(to_text(cell))] = cell
 
     def ended(self) -> list[tuple[Cell, dict[str, Any] | Lost]]:
-        """Cells whose tasks have ended, with their run folders written here."""
+        """Cells whose tasks have ended, with their run folders written here.
+
+        Returns:
+            Each with its result.
+        """
         if not self._at_work:
             time.sleep(_TICK_SECONDS)
             return []
