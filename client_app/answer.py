@@ -13,11 +13,12 @@ with collector_paused(freeze=True):
     import transformers.modeling_utils  # noqa: F401
 
     from client_app.disclosure import reason
+    from client_app.means import out_of_memory
     from client_app.node import client_for
     from fedpft_core.errors import ReplyError, UserError
     from fedpft_core.wire.envelope import seal
     from fedpft_core.wire.form import Envelope
-    from fedpft_core.wire.messages import RefusalReply
+    from fedpft_core.wire.messages import OUT_OF_MEMORY, RefusalReply
 
 
 def answer(
@@ -44,6 +45,8 @@ def answer(
     except (UserError, ReplyError, OSError) as error:
         return seal(RefusalReply(name, reason(error, name, own_rows)))
     except Exception as error:
+        if out_of_memory(error):
+            return seal(RefusalReply(name, OUT_OF_MEMORY))
         if not own_rows:
             raise
         return seal(RefusalReply(name, reason(error, name)))

@@ -20,6 +20,7 @@ from client_app.private import ExamplePrivacy
 from client_app.secure import Secure
 from client_app.store import Residuals
 from fedpft_core.adapter import lora as adapters
+from fedpft_core.adapter.layers import in_blocks, only_blocks
 from fedpft_core.data.encoded import Encoded
 from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.model.names import is_trained
@@ -142,6 +143,8 @@ def tune(work: Work) -> Work:
         raise ReplyError("the request cannot be used (what is to be trained, or at which rate)")
     seed = derive(request.seed, "local", request.round, work.name)
     settings, private = request.settings, work.private
+    if private and settings.blocks:
+        raise ReplyError("example-level privacy trains LoRA in all blocks")
     if private:
         private.spend(work.name, settings, len(work.rows))
         try:
@@ -152,7 +155,8 @@ def tune(work: Work) -> Work:
             text = f"example-level privacy (dp-noise): {error}"
             raise UserError(text, public=text) from error
     else:
-        done = fine_tune(model.model, model.task, work.rows, settings, seed)
+        with only_blocks(model.model, settings.blocks, model.plan):
+            done = fine_tune(model.model, model.task, work.rows, settings, seed)
     return replace(
         work, steps=done.steps, loss=done.loss, seconds=done.seconds,
         adapter=adapters.read(model.model, model.plan),
@@ -213,7 +217,11 @@ def encode(work: Work) -> Work:
     request, kept = work.request, work.residuals
     # What was not trained is as the server sent it: it need not travel.
     factors = request.settings.factors
-    new = {k: t for k, t in work.adapter.items() if is_trained(k, factors)}
+    plan, blocks = work.model.plan, request.settings.blocks
+    new = {
+        k: t for k, t in work.adapter.items()
+        if is_trained(k, factors) and in_blocks(k, blocks, plan)
+    }  # fmt: skip
     base = {k: work.sent[k] for k in new}
     fmt = request.reply_fmt or request.fmt
     if fmt not in codec.UPDATE_FORMATS:

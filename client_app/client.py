@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from client_app import audit
+from client_app import audit, means
 from client_app.chain import SECURE_STEPS, STEPS, Steps, Work, put, work_through
 from client_app.disclosure import reason
 from client_app.policy import Policy
@@ -37,6 +37,7 @@ from fedpft_core.wire import codec
 from fedpft_core.wire.envelope import Envelope, open_envelope, seal
 from fedpft_core.wire.identity import combine_digest, is_digest
 from fedpft_core.wire.messages import (
+    OUT_OF_MEMORY,
     Hello,
     HelloReply,
     KeysRequest,
@@ -70,6 +71,8 @@ class Client:
     for equal rows and differs for others (another seed, another file), so that encoded rows kept
     in this process are never taken for those of another run.
 
+    `means` is what the node says that it has and will take (`HelloReply.means`).
+
     `audit` is the file in which the node notes what it was asked and what left it; `attack` makes
     a simulated client an attacker. `policy` is what the node's owner lets a server ask for; with
     `private` it trains with example-level differential privacy. `own_rows` says that the rows are
@@ -96,6 +99,7 @@ class Client:
     audit: Path | None = None
     policy: Policy = field(default_factory=Policy)
     private: ExamplePrivacy | None = None
+    means: dict[str, int | str] = field(default_factory=dict)
     cache: ProcessCache = field(default_factory=lambda: PROCESS_CACHE)
 
     def handle(self, envelope: Envelope) -> Envelope:
@@ -117,10 +121,14 @@ class Client:
         except (UserError, ReplyError, OSError) as error:
             answer = RefusalReply(self.name, reason(error, self.name, self.own_rows))
         except Exception as error:
-            if not self.own_rows:
+            if means.out_of_memory(error):
+                self.cache.models.clear()
+                answer = RefusalReply(self.name, OUT_OF_MEMORY)
+            elif not self.own_rows:
                 raise
-            # Flower would send the traceback's last line, whatever it quotes.
-            answer = RefusalReply(self.name, reason(error, self.name))
+            else:
+                # Flower would send the traceback's last line, whatever it quotes.
+                answer = RefusalReply(self.name, reason(error, self.name))
         sealed = seal(answer)
         if self.audit:
             entry = noted | {"name": self.name, "policy": self.policy.digest()}
@@ -138,7 +146,7 @@ class Client:
         if isinstance(message, Hello):
             have = () if self.shared_store else self.store.digests()
             examples, validation = self.count_rows()
-            return HelloReply(self.name, examples, have, __version__, validation)
+            return HelloReply(self.name, examples, have, __version__, validation, self.means)
         if isinstance(message, KeysRequest):
             return self._secure.show_keys(message)
         if isinstance(message, SharesRequest):
@@ -162,6 +170,7 @@ class Client:
         start = time.perf_counter()
         _check_settings(request.settings)
         self.policy.check_request(request)
+        means.check_blocks(self.means, request.settings.blocks)
         self._use(request.settings.threads)
         held = self._held(request)
         if held is None:

@@ -9,12 +9,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from client_app import attacks, policy, private
+from client_app import attacks, means, policy, private
 from client_app.client import Client
+from client_app.process import PROCESS_CACHE
 from client_app.rowcache import RowCache, content_of_file, folds_of, held_out, key_of
 from client_app.store import Store
 from client_app.warm.ask import IDLE_SECONDS, MEMORY_MB
 from fedpft_core import config as configs
+from fedpft_core.config.widths import width_names
 from fedpft_core.data.examples import Examples
 from fedpft_core.data.folders import images, is_folder
 from fedpft_core.data.partition import client_names, partition_of_run
@@ -25,6 +27,7 @@ from fedpft_core.seeds import derive
 from fedpft_core.task import Task, TaskData, kind_of, load_task, make
 
 _MOST_HELD_OUT = 0.9
+_STORED = 3  # sub-FMs that a simulation's store keeps of each width
 
 # key: (type, default); types are those of Flower's node config.
 NODE_KEYS: dict[str, tuple[type, Any]] = {
@@ -51,6 +54,7 @@ NODE_KEYS: dict[str, tuple[type, Any]] = {
     "keep-rows": (int, 0),
     "worker-idle": (int, IDLE_SECONDS),
     "worker-memory": (int, MEMORY_MB),
+    **means.KEYS,
     **{key: (kind, default) for key, (kind, default, _) in policy.KEYS.items()},
 }
 
@@ -135,6 +139,7 @@ def checked(node_config: Mapping[str, Any]) -> dict[str, Any]:
         )
     if not node["label-separator"]:
         raise UserError("node config: label-separator is empty.")
+    means.check(node)
     policy.Policy.of(node)
     wrong = private.check(*(node[f"dp-{key}"] for key in ("noise", "clip", "epsilon", "delta")))
     if wrong:
@@ -300,6 +305,7 @@ def _edge_client(node: Mapping[str, Any]) -> Client:
         rows_digest=rows_digest,
         policy=policy.Policy.of(node),
         private=_private(node, root / "privacy.json"),
+        means=means.of_node(node, root),
     )
 
 
@@ -350,6 +356,7 @@ def _partitions(
         federation.partition,
         federation.dirichlet_alpha,
         seed,
+        width_names(federation.groups),
     )
 
 
@@ -390,13 +397,16 @@ def _simulated_client(node: Mapping[str, Any], config: configs.Config) -> Client
     def count_rows() -> tuple[int, int]:
         return split_sizes(partition_rows(config, index, count), share)
 
+    # All clients share one store and one process, and with it the sub-FMs of every width.
+    widths = max(1, len(width_names(config.plan.widths)))
+    PROCESS_CACHE.max_models = max(PROCESS_CACHE.max_models, widths + 1)
     name = client_names(count)[index]
     root = Path(config.run.dir) / "clients" if config.run.dir else configs.home() / "clients"
     return Client(
         name=name,
         count_rows=count_rows,
         load_rows=load_rows,
-        store=Store(root),
+        store=Store(root, keep=_STORED * widths),
         device=node["device"],
         max_threads=node["max-threads"],
         shared_store=True,
@@ -411,4 +421,5 @@ def _simulated_client(node: Mapping[str, Any], config: configs.Config) -> Client
         own_rows=False,
         validation_share=share,
         private=_simulated_privacy(config, root / "privacy" / f"{name}.json"),
+        means=means.of_simulated(node, config, index),
     )

@@ -21,7 +21,7 @@ from fedpft_core.train import baselines
 from server_app import SIMULATION, schedule
 from server_app.bench import Bench
 from server_app.local import local_only
-from server_app.phases import agree, heads, load, own, plug, reference, score
+from server_app.phases import agree, heads, load, own, plug, reference, score, widths
 from server_app.phases.reporting import Waits, phase, progress
 from server_app.phases.undistilled import undistilled
 from server_app.run import card, proxycache, replies
@@ -32,7 +32,7 @@ from server_app.run.folder import RunFolder
 from server_app.run.identity import identity, refuse_another
 from server_app.run.record import of_log
 from server_app.schedule.session import Session
-from server_app.state import State, fresh_state
+from server_app.state import State
 from server_app.strategy import Strategy
 from server_app.transport import FlowerTransport, Transport, WorkerLost
 
@@ -125,11 +125,11 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
         ))  # fmt: skip
 
     bench = load.load(config, events)
-    strategy = Strategy(config, transport, events, own.update_of(bench))
+    strategy = Strategy(config, transport, events, own.update_of(bench), widths.agreement_of(bench))
     if strategy.private:
         strategy.private.plan()
     if saved is not None:
-        state = saved.restore(bench.models, bench.package())
+        state = saved.restore(bench.models, bench.package(), bench.others())
     else:
         state = _before_round_1(bench, strategy, transport, events)
     if f.aggregate == "none":
@@ -162,7 +162,8 @@ def _before_round_1(
     if config.run.undistilled:
         undistilled(bench, transport, events)
     proxycache.distil(bench)
-    state = fresh_state(models.start, bench.package())
+    state = bench.fresh_state()
+    widths.announce(bench)
     models.plug(state.adapter)
     if config.federation.aggregate != "none" and heads.asked(bench):
         with phase(events, "statistics"):

@@ -260,7 +260,8 @@ _ERRORS = {
     5: "the node is gone",
     8: "the client process died",
 }
-_GONE = (5, 8)
+_DIED = 8
+_GONE = (5, _DIED)
 _RAY_ERRORS = ("RayActorError", "ActorDiedError", "ActorUnavailableError", "WorkerCrashedError",
                "OutOfMemoryError", "NodeDiedError")  # fmt: skip
 
@@ -277,7 +278,8 @@ def _opened(reply: Message) -> Envelope | Failure:
         what = _ERRORS.get(code, "Flower reported an error")
         # Of a process or node that is gone Flower can only say so once more, at length.
         lines = [] if code in _GONE else (reply.error.reason or "").strip().splitlines()
-        return Failure(f"{what} (code {code}{': ' + lines[-1] if lines else ''})")
+        text = f"{what} (code {code}{': ' + lines[-1] if lines else ''})"
+        return Failure(text, died=code == _DIED)
     try:
         return wire.from_record(reply.content)
     except ReplyError as error:

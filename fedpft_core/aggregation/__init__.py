@@ -8,7 +8,9 @@ many replies it stands, and `NEEDS_OWN = True` where it calls `replies.settings.
 
 Some files say more of themselves: `factors(round)`, which of LoRA's factors clients train (`both`,
 `a` or `b`); `AVERAGES = True`, that the rule is the mean of the replies by their weights, which can
-be had as a running sum; `GROWS = True`, that what it returns has another rank than it was given.
+be had as a running sum; `BY_TENSOR = True`, that it heeds `replies.partly`, which tensors some
+clients alone have trained, so that clients may train LoRA in fewer blocks; `GROWS = True`, that
+what it returns has another rank than it was given.
 Figures that a rule finds on its way go into `replies.figures`.
 """
 
@@ -49,6 +51,7 @@ class RuleSettings:
         seed: of what a rule draws at random in this round.
         own: gives the server's own adapter, trained from `Replies.start` on the server's
             validation rows; None where it has none.
+        factor: what the weight of a client is multiplied by, by its name; None = 1 for all.
     """
 
     weighting: str = "examples"
@@ -59,6 +62,7 @@ class RuleSettings:
     density: float = 1.0
     seed: int = 0
     own: Callable[[], Tensors] | None = None
+    factor: Callable[[str], float] | None = None
 
 
 class Replies:
@@ -94,6 +98,8 @@ class Replies:
             self._at[name] = self._size
             self._size += like[name].numel()
         self._slots: dict[str, tuple[int, int]] = {}  # by client: slot, examples
+        # By client that trained some of the tensors only: their names.
+        self.partly: dict[str, frozenset[str]] = {}
         self._used = 0  # slots written so far
         self._file = self._open(folder)
 
@@ -115,13 +121,18 @@ class Replies:
     def __len__(self) -> int:
         return len(self._slots)
 
-    def add(self, name: str, examples: int, adapter: Mapping[str, Tensor]) -> None:
+    def add(
+        self, name: str, examples: int, adapter: Mapping[str, Tensor],
+        trained: frozenset[str] = frozenset(),
+    ) -> None:  # fmt: skip
         """Keep the adapter of client `name`, which was trained on so many examples.
 
         Args:
             name: which client; the names set the order in which replies are read.
             examples: its rows, by which a rule may weigh the reply.
             adapter: float32 tensors on the CPU, by FM name.
+            trained: the tensors that the client has trained, where these are not all; the others
+                are as it was sent them.
 
         Raises:
             ValueError: when names, shapes or types are not those agreed, or the client is known.
@@ -138,6 +149,8 @@ class Replies:
             self._file.write(t.detach().contiguous().numpy().reshape(-1).view(np.uint8).data)
         self._slots[name] = slot, examples
         self._used = slot + 1
+        if trained:
+            self.partly[name] = trained
 
     def drop(self, name: str) -> None:
         """Leave out a reply that was added.
@@ -149,6 +162,7 @@ class Replies:
             KeyError: there is none of that client.
         """
         del self._slots[name]
+        self.partly.pop(name, None)
 
     @property
     def names(self) -> list[str]:
@@ -158,7 +172,21 @@ class Replies:
     @property
     def weights(self) -> list[float]:
         """What each reply weighs by `settings.weighting`, in the order of the names."""
-        return weights_of(self.examples, self.settings.weighting, self.settings.weight_cap)
+        found = weights_of(self.examples, self.settings.weighting, self.settings.weight_cap)
+        if self.settings.factor is None:
+            return found
+        return [w * self.factor(name) for w, name in zip(found, self.names, strict=True)]
+
+    def factor(self, name: str) -> float:
+        """What the weight of one client is multiplied by.
+
+        Args:
+            name: which client's.
+
+        Returns:
+            At least 0; 1 for all where widths do not matter.
+        """
+        return 1.0 if self.settings.factor is None else self.settings.factor(name)
 
     @property
     def hostile(self) -> int:

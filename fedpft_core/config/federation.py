@@ -98,6 +98,19 @@ class FederationConfig:
         above=0.0,
         high=1.0,
     )
+    widths: str = _key(
+        "",
+        "plan.widths of simulated clients, dealt out to them one after the other, again and again; "
+        "`none` = a client whose budget is below the smallest. Empty = the widest to all. Nodes "
+        "with rows of their own say in their node config what they have",
+    )
+    width_weighting: str = _key(
+        "examples",
+        "what a client's width adds to its weight: `examples` (nothing), `width` (times its share "
+        "of the widest's FFN neurons) or `agreement` (times the cosine between the gradients of "
+        "its sub-FM and of the FM for the adapter, on the server's validation rows)",
+        choices=("examples", "width", "agreement"),
+    )
     attackers: float = _key(
         0.2,
         "share of a round's clients that a robust federation.aggregate takes to be hostile, "
@@ -194,9 +207,15 @@ class FederationConfig:
     )
     partition: str = _key(
         "dirichlet",
-        "how simulated clients share the training rows: `iid`, `dirichlet`, or `shards` (two "
-        "shards of the rows sorted by label each)",
-        choices=("iid", "dirichlet", "shards"),
+        "how simulated clients share the training rows: `iid`, `dirichlet`, `shards` (two "
+        "shards of the rows sorted by label each), or `grouped` (the clients of each of "
+        "federation.groups have labels of their own, which they share evenly)",
+        choices=("iid", "dirichlet", "shards", "grouped"),
+    )
+    groups: str = _key(
+        "",
+        "groups of simulated clients for federation.partition = grouped, by any names, dealt out "
+        "to them one after the other, again and again, as `a,a,b`",
     )
     dirichlet_alpha: float = _key(1.0, "Dirichlet concentration (smaller = more skewed)", above=0.0)
 

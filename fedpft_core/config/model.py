@@ -113,6 +113,20 @@ class PlanConfig:
     keep_share: float = _key(
         0.25, "share of FFN neurons kept per pruned block", above=0.0, high=1.0
     )
+    widths: str = _key(
+        "",
+        "several sub-FMs of one FM, for clients of different means: shares of the FFN neurons, the "
+        "narrowest first, as `0.125,0.25,0.5`; each keeps the first neurons of one ranking, so "
+        "that a smaller one is a part of every larger one. For blocks of different shares one of "
+        "each block with `/` between them (`1/0.25/0.25/1`); `1` is the FM itself. Empty = one "
+        "sub-FM, by plan.keep-share",
+    )
+    width_budget: str = _key(
+        "even",
+        "how the neurons of a width are shared out among its pruned blocks: `even` (the same share "
+        "of each) or `saliency` (as many in all, where they stand out most)",
+        choices=("even", "saliency"),
+    )
     retained_layers: str = _key(
         "first,last",
         "blocks kept whole: comma-separated indices, `first`, `last`; empty = none",

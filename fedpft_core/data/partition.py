@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +15,7 @@ from fedpft_core.seeds import derive
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
 
-SCHEMES = ("iid", "dirichlet", "shards")
+SCHEMES = ("iid", "dirichlet", "shards", "grouped")
 """Values of ``federation.partition``."""
 
 _SHARDS_PER_CLIENT = 2
@@ -22,8 +23,9 @@ _DRAWS = 50  # times a partitioner is asked, eleven draws each
 
 
 def partition(
-    strata: np.ndarray, num_partitions: int, scheme: str, alpha: float, seed: int
-) -> list[np.ndarray]:
+    strata: np.ndarray, num_partitions: int, scheme: str, alpha: float, seed: int,
+    groups: Sequence[str] = (),
+) -> list[np.ndarray]:  # fmt: skip
     """Assign every row to exactly one client.
 
     Args:
@@ -32,10 +34,14 @@ def partition(
         scheme: "iid" (shuffled, equal sizes up to one row), "dirichlet" (each class is divided in
             proportions drawn from a symmetric Dirichlet distribution; client sizes differ), or
             "shards" (rows sorted by class, cut into two equal shards per client: a client sees
-            about two classes; the few rows that no shard holds are dealt out).
+            about two classes; the few rows that no shard holds are dealt out), or "grouped" (the
+            classes are dealt to the groups of clients, and the rows of a group's classes are
+            divided evenly among its clients).
         alpha: concentration of the Dirichlet distribution, > 0; small means uneven. Unused by the
             other schemes.
         seed: run seed; the same arguments give the same partitions.
+        groups: what the clients are grouped by, dealt out to them again and again; of "grouped"
+            alone.
 
     Returns:
         One ascending int64 array of row numbers per client; none is empty.
@@ -66,7 +72,11 @@ def partition(
         )
     if num_partitions == 1:
         return [np.arange(len(strata), dtype=np.int64)]
-    rows = _partition_rows(strata, num_partitions, scheme, float(alpha), seed)
+    if scheme == "grouped":
+        names = groups or ("",)
+        rows = _by_group(strata, [names[i % len(names)] for i in range(num_partitions)], seed)
+    else:
+        rows = _partition_rows(strata, num_partitions, scheme, float(alpha), seed)
     _check(rows, len(strata))
     return rows
 
@@ -86,8 +96,9 @@ def client_names(count: int) -> list[str]:
 
 
 def partition_of_run(
-    strata: np.ndarray, num_partitions: int, scheme: str, alpha: float, run_seed: int
-) -> list[np.ndarray]:
+    strata: np.ndarray, num_partitions: int, scheme: str, alpha: float, run_seed: int,
+    groups: Sequence[str] = (),
+) -> list[np.ndarray]:  # fmt: skip
     """The rows of each simulated client of a run, alike for everybody who knows the run's seed.
 
     Args:
@@ -96,12 +107,47 @@ def partition_of_run(
         scheme: as of :func:`partition`.
         alpha: as of :func:`partition`.
         run_seed: of the whole run, from which the partition's is derived.
+        groups: as of :func:`partition`.
 
     Returns:
         As of :func:`partition`.
     """
     seed = derive(run_seed, "partition") % 2**31
-    return partition(strata, num_partitions, scheme, alpha, seed)
+    return partition(strata, num_partitions, scheme, alpha, seed, groups)
+
+
+def _by_group(strata: np.ndarray, groups: Sequence[str], seed: int) -> list[np.ndarray]:
+    """Each group has classes of its own, about as many rows as its share of the clients."""
+    rng = np.random.default_rng([zlib.crc32(b"partition"), seed])
+    classes, counts = np.unique(strata, return_counts=True)
+    names = sorted(set(groups))
+    if len(classes) < len(names):
+        raise UserError(
+            f"federation.partition 'grouped' gives each of {len(names)} groups classes of its "
+            f"own, and there are only {len(classes)}."
+        )
+    room = {name: len(strata) * groups.count(name) / len(groups) for name in names}
+    dealt: dict[str, list[int]] = {name: [] for name in names}
+    order = rng.permutation(len(classes))
+    for left, i in zip(range(len(classes), 0, -1), order, strict=True):
+        # Nobody stays without a class; else whoever has the most room left takes the next.
+        bare = [name for name in names if not dealt[name]]
+        among = bare if len(bare) == left else names
+        taker = max(among, key=lambda name: room[name])
+        dealt[taker].append(int(classes[i]))
+        room[taker] -= float(counts[i])
+    parts: list[np.ndarray] = [np.empty(0, np.int64) for _ in groups]
+    for name in names:
+        rows = rng.permutation(np.flatnonzero(np.isin(strata, dealt[name])))
+        members = [i for i, group in enumerate(groups) if group == name]
+        if len(rows) < len(members):
+            raise UserError(
+                f"federation.partition 'grouped': {len(members)} clients share the {len(rows)} "
+                "rows of their classes; lower federation.clients."
+            )
+        for i, part in zip(members, np.array_split(rows, len(members)), strict=True):
+            parts[i] = np.sort(part)
+    return parts
 
 
 def _partition_rows(

@@ -191,6 +191,11 @@ def _is_numbers(value: Any) -> bool:
     )
 
 
+def _is_means(value: Any) -> bool:
+    kinds = {"memory": _is_int, "package": _is_int, "width": _is_text, "blocks": _is_text}
+    return isinstance(value, dict) and all(k in kinds and kinds[k](v) for k, v in value.items())
+
+
 def _is_hex(value: Any, digits: int) -> bool:
     return isinstance(value, str) and len(value) == digits and _HEX.issuperset(value)
 
@@ -231,6 +236,7 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "examples": ("a whole number", _is_int),
     "validation": ("a whole number", _is_int),
     "validation_rows": ("a whole number", _is_int),
+    "means": ("memory, package, width and blocks", _is_means),
     "private": ("true or false", lambda v: isinstance(v, bool)),
     "validation_sums": ("numbers by name", _is_numbers),
     "steps": ("a whole number", _is_int),
@@ -282,7 +288,7 @@ def _check_fields(cls: type, head: Mapping[str, Any]) -> None:
 
 def _settings(raw: Mapping[str, Any]) -> LocalSettings:
     whole = ("batch_size", "epochs", "steps", "threads")
-    words = ("factors", "decay")
+    words = ("factors", "decay", "blocks")
     names = [f.name for f in fields(LocalSettings)]
     checks = dict.fromkeys(whole, _is_int) | dict.fromkeys(words, _is_text)
     if sorted(raw) != sorted(names) or not all(checks.get(k, _is_float)(v) for k, v in raw.items()):

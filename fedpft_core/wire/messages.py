@@ -13,6 +13,9 @@ from fedpft_core.tensors import Tensors
 from fedpft_core.train.tune import LocalSettings
 from fedpft_core.wire.package import Patch
 
+OUT_OF_MEMORY = "out of memory"
+"""How the reason of a client's refusal begins when the sub-FM is too large for it."""
+
 
 @dataclass(frozen=True)
 class Hello:
@@ -23,7 +26,9 @@ class Hello:
 class HelloReply:
     """`name` is the node's stable name; `have` the digests in its own store.
 
-    `examples` are the rows it trains on, `validation` those it keeps from training.
+    `examples` are the rows it trains on, `validation` those it keeps from training. `means` is
+    what it has and will take, where it says so: `memory` and `package` in bytes, the widest `width`
+    by its name, and the `blocks` whose LoRA it trains.
     """
 
     name: str
@@ -31,6 +36,7 @@ class HelloReply:
     have: tuple[str, ...] = ()
     version: str = ""
     validation: int = 0
+    means: dict[str, int | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -212,11 +218,12 @@ class RefusalReply:
 class Failure:
     """No usable reply: Flower reported an error, or the round's time was up.
 
-    `late` says that it was not waited for any longer.
+    `late` says that it was not waited for any longer, `died` that the client's process is gone.
     """
 
     reason: str
     late: bool = False
+    died: bool = False
 
 
 Message = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -36,11 +36,18 @@ class Expected:
     task: Task  # says what figures of held-out rows are possible
     tokens_per_row: int = 2**16  # the most real tokens one example can have
     factors: str = "both"  # which of LoRA's factors are trained, and sent back
+    # Tensors that a client with LoRA in fewer blocks trains; empty = all.
+    names: frozenset[str] = frozenset()
+    widths: Mapping[str, str] = field(default_factory=dict)  # other widths' names by digest
 
     @cached_property
     def trained(self) -> Tensors:
         """The tensors of the adapter that are trained, as they were sent."""
-        return {k: t for k, t in self.adapter.items() if is_trained(k, self.factors)}
+        return {
+            k: t
+            for k, t in self.adapter.items()
+            if is_trained(k, self.factors) and (not self.names or k in self.names)
+        }
 
     @cached_property
     def layout(self) -> codec.Layout:
@@ -68,6 +75,25 @@ def check_size(envelope: Envelope, most: int) -> None:
     size = sum(envelope.sizes().values())
     if size > most:
         raise ReplyError(f"the reply has {size} bytes, more than the {most} a good one can have")
+
+
+def check_digest(what: str, found: str, wanted: str, widths: Mapping[str, str]) -> None:
+    """Refuse what was made with another sub-FM than the one served.
+
+    Args:
+        what: what was made with it, and a verb.
+        found: the digest of the sub-FM that it says.
+        wanted: the digest of the one served.
+        widths: the names of other widths of the run, by digest.
+
+    Raises:
+        ReplyError: they differ; names the width, where it is one of the run.
+    """
+    if found == wanted:
+        return
+    if found in widths:
+        raise ReplyError(f"{what} width {widths[found]}, which is not the one it was served")
+    raise ReplyError(f"{what} another sub-FM than the one asked for")
 
 
 def _at_least(value: float, low: float) -> bool:
@@ -100,8 +126,7 @@ def validate(
         raise ReplyError(f"the reply is signed {reply.name[:40]!r}, not {name!r}")
     if reply.round != want.round:
         raise ReplyError(f"the reply is for round {reply.round}, not {want.round}")
-    if reply.digest != want.digest:
-        raise ReplyError("the reply was trained on another sub-FM than the one asked for")
+    check_digest("the reply was trained on", reply.digest, want.digest, want.widths)
     if reply.examples < 1:
         raise ReplyError(f"example count {reply.examples} is not positive")
     if reply.examples != announced:
@@ -180,6 +205,7 @@ class ExpectedStatistics:
         width: features D that are summed over.
         longest: largest L2 norm that a feature vector can have.
         most: the most answers that a row can have.
+        widths: the names of the other widths, by digest.
     """
 
     round: int
@@ -188,6 +214,7 @@ class ExpectedStatistics:
     width: int
     longest: float
     most: int = 1
+    widths: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def max_bytes(self) -> int:
@@ -216,8 +243,7 @@ def validate_statistics(
         raise ReplyError(f"the reply is signed {reply.name[:40]!r}, not {name!r}")
     if reply.round != want.round:
         raise ReplyError(f"the reply is for round {reply.round}, not {want.round}")
-    if reply.digest != want.digest:
-        raise ReplyError("the statistics are of another sub-FM than the one asked for")
+    check_digest("the statistics are of", reply.digest, want.digest, want.widths)
     if reply.examples != announced:
         raise ReplyError(f"example count {reply.examples} is not the {announced} announced")
     if not _at_least(reply.seconds, 0):

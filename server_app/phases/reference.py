@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+from fedpft_core.config.widths import width_names
 from fedpft_core.data.partition import client_names, partition_of_run
 from fedpft_core.task import Score, confusion
 from server_app.bench import Bench
@@ -57,8 +58,9 @@ def partition(bench: Bench, names: Collection[str]) -> None:
     if not len(data.train) or set(names) != set(expected):
         return
     parts = partition_of_run(
-        task.strata(data.train), f.clients, f.partition, f.dirichlet_alpha, bench.config.run.seed
-    )
+        task.strata(data.train), f.clients, f.partition, f.dirichlet_alpha, bench.config.run.seed,
+        width_names(f.groups),
+    )  # fmt: skip
     rows = {
         name: task.histogram(data.train.select(part)) or {"rows": len(part)}
         for name, part in zip(expected, parts, strict=True)

@@ -30,7 +30,8 @@ class Asked:
 
     `longest` is federation.clip-update-norm; 0 = no limit. Norms of LoRA's product are multiplied
     by `scaling`, alpha / rank. `rebase` is what becomes of an adapter before it is kept, where it
-    was not trained from the round's own; None = nothing.
+    was not trained from the round's own; None = nothing. Where clients have sub-FMs of several
+    widths, `own` says what is wanted of each.
     """
 
     want: Expected
@@ -38,6 +39,18 @@ class Asked:
     replies: Replies
     scaling: float = 1.0
     rebase: Callable[[Tensors], Tensors] | None = None
+    own: Callable[[Node], Expected] | None = None
+
+    def of(self, node: Node) -> Expected:
+        """What a good reply of one client looks like.
+
+        Args:
+            node: the client, whose sub-FM may be another than others'.
+
+        Returns:
+            What its reply is held against.
+        """
+        return self.own(node) if self.own else self.want
 
 
 @dataclass(frozen=True)
@@ -101,7 +114,7 @@ def decode(hand: InHand, asked: Asked) -> InHand:
         ReplyError: when it refuses, or the reply is too large, damaged or of another kind.
     """
     assert hand.envelope is not None
-    message = opened(hand.envelope, asked.want.max_bytes, TrainReply)
+    message = opened(hand.envelope, asked.of(hand.node).max_bytes, TrainReply)
     return replace(hand, envelope=None, message=message)
 
 
@@ -120,7 +133,8 @@ def check(hand: InHand, asked: Asked) -> InHand:
     """
     assert hand.message is not None
     node = hand.node
-    adapter, counts = validate(hand.message, asked.want, node.name, node.examples, node.validation)
+    want = asked.of(node)
+    adapter, counts = validate(hand.message, want, node.name, node.examples, node.validation)
     bare = replace(hand.message, adapter={}, counts={})
     return replace(hand, message=bare, adapter=adapter, counts=counts)
 
@@ -181,7 +195,8 @@ def spool(hand: InHand, asked: Asked) -> InHand:
         OSError: when the disk is full.
     """
     assert hand.message is not None
-    asked.replies.add(hand.node.name, hand.message.examples, hand.adapter)
+    names = asked.of(hand.node).names
+    asked.replies.add(hand.node.name, hand.message.examples, hand.adapter, names)
     return replace(hand, adapter={})
 
 

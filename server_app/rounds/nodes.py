@@ -14,6 +14,7 @@ from fedpft_core.wire.validate import check_size
 from server_app.phases.reporting import Waits
 from server_app.rounds import ledger
 from server_app.rounds.ledger import printable
+from server_app.rounds.matching import Matching
 from server_app.rounds.names import looks, usable_name
 from server_app.run import schema as ev
 from server_app.state import Events, State
@@ -45,8 +46,12 @@ class Node:
 class Nodes:
     """The nodes of one federation; each is asked once who it is."""
 
-    def __init__(self, settings: FederationConfig, transport: Transport, events: Events) -> None:
+    def __init__(
+        self, settings: FederationConfig, transport: Transport, events: Events,
+        matching: Matching | None = None,
+    ) -> None:  # fmt: skip
         self.settings = settings
+        self.matching = matching
         self.transport = transport
         self.events = events
         self.known: dict[int, Node] = {}
@@ -122,7 +127,7 @@ class Nodes:
             state: which sub-FMs a new client has is noted in it.
             round: the round that the messages are booked to.
         """
-        name = self._introduce(node_id, reply, state)
+        name = self._introduce(node_id, reply, state, round)
         ledger.count_bytes(self.events, round, name, "down", hello)
         if isinstance(reply, Envelope):
             ledger.count_bytes(self.events, round, name, "up", reply)
@@ -148,7 +153,7 @@ class Nodes:
         names = [n.name for n in present]
         self.events.emit(ev.Nodes(count=len(names), names=names))
 
-    def _introduce(self, node_id: int, reply: Envelope | Failure, state: State) -> str:
+    def _introduce(self, node_id: int, reply: Envelope | Failure, state: State, round: int) -> str:
         """Note who a node is; its name, or `?` when it is left out."""
         try:
             if isinstance(reply, Failure):
@@ -175,6 +180,8 @@ class Nodes:
                         raise ReplyError(f"another connected node is already named {name}")
                     # The same client back under a new node id.
                     del self.known[other_id]
+            if self.matching:
+                self.matching.meet(name, message.means, state, round)
         except ReplyError as error:
             self.left_out[node_id] = printable(error)
             text = f"node {node_id} is left out: {self.left_out[node_id]}"

@@ -72,6 +72,8 @@ class KeptReplies(Replies):
             # Written over after a fault on the disk, which only a later process can do.
             if self._digest(slot) == line["sha256"]:
                 self._slots[name] = slot, line["figures"]["examples"]
+                if line.get("trained"):
+                    self.partly[name] = frozenset(line["trained"])
                 self.good[name] = Good(**line["figures"])
             self._used = max(self._used, slot + 1)
 
@@ -93,6 +95,7 @@ class KeptReplies(Replies):
         self._append({
             "client": name, "slot": slot, "sha256": self._digest(slot),
             "figures": asdict(figures), "events_offset": events_offset,
+            **({"trained": sorted(self.partly[name])} if name in self.partly else {}),
         })  # fmt: skip
         self.good[name] = figures
 

@@ -77,13 +77,13 @@ def test_one_that_cannot_be_imported_is_named_and_the_others_live(
 def test_families_and_tasks_of_plugins_that_cannot_be_used_are_named_and_ours_live(
     site: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    install(site, "bad-family", "fedpft.families", {"albert": "broken_one", "odd": "my_saliency"})
-    install(site, "bad-task", "fedpft.tasks", {"ordinal": "broken_one"})
+    install(site, "badfamily", "fedpft.families", {"albert": "broken_one", "odd": "my_saliency"})
+    install(site, "badtask", "fedpft.tasks", {"ordinal": "broken_one"})
     assert family_of("bert").name == "bert"
-    with pytest.raises(UserError, match=r"'albert' is not supported.*plugin albert of bad-family"):
+    with pytest.raises(UserError, match=r"'albert' is not supported.*plugin albert of badfamily"):
         family_of("albert")
     assert make("text-regression").name == "text-regression"
-    with pytest.raises(UserError, match="the plugin ordinal of bad-task"):
+    with pytest.raises(UserError, match="the plugin ordinal of badtask"):
         make("pair-ordinal")
     with pytest.raises(UserError, match="is no kind of task"):
         make("pair-cardinal")
