@@ -81,7 +81,11 @@ def of_simulated(node: Mapping[str, Any], config: Config, index: int) -> dict[st
     """
     width = simulated_width(config, index)
     found = of_node(node, Path())
-    return {**found, **({"package": 1} if width == NOBODY else {"width": width} if width else {})}
+    if width == NOBODY:
+        found["package"] = 1
+    elif width:
+        found["width"] = width
+    return found
 
 
 def check_blocks(means: Mapping[str, int | str], asked: str) -> None:

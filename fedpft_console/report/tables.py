@@ -86,15 +86,19 @@ def _widths(record: Record) -> Sheet:
     """The sub-FMs of a run with several, and what their clients have sent and received."""
     rows = []
     measure = Measure.of(record.task)
-    scored = [r for r in record.rounds if r.widths]
-    last = scored[-1] if scored else None
-    for w in record.widths.sizes if record.widths else []:
+    columns = [
+        "width", "FFN neurons", "parameters", "package", "memory (formula)", "clients",
+        "to clients", "from clients", f"sub-FM, {measure.name}",
+    ]  # fmt: skip
+    if record.widths is None:
+        return Sheet("Widths", columns, [])
+    last = next((r for r in reversed(record.rounds) if r.widths), None)
+    for w in record.widths.sizes:
         name = w["width"]
         clients = sum(1 for g in record.given.values() if g.width == name)
         of_width: ev.Scored | None = None
         if last:
-            proxy = bool(record.widths) and record.widths.proxy == name
-            of_width = last.proxy if proxy else last.widths.get(name)
+            of_width = last.proxy if record.widths.proxy == name else last.widths.get(name)
         sums = record.by_width.get(name, {})
         rows.append([
             name, f"{100 * w['share']:.1f} %", human_count(w["parameters"]),
@@ -102,10 +106,6 @@ def _widths(record: Record) -> Sheet:
             *(human_bytes(sums.get(d, 0)) for d in DIRECTIONS),
             measure.shown(of_width.value) if of_width else "-",
         ])  # fmt: skip
-    columns = [
-        "width", "FFN neurons", "parameters", "package", "memory (formula)", "clients",
-        "to clients", "from clients", f"sub-FM, {measure.name}",
-    ]  # fmt: skip
     return Sheet("Widths", columns, rows)
 
 

@@ -104,8 +104,8 @@ def _align(
     everyone = [*smaller, Smaller(job.student, job.plan)]
     jobs = [replace(job, student=w.student, plan=w.plan) for w in everyone]
     at = [positions(job.plan, w.plan) for w in everyone]
-    for w in (job.teacher, *(w.student for w in everyone)):
-        w.eval()
+    for model in (job.teacher, *(w.student for w in everyone)):
+        model.eval()
     device = device_of(job.student)
     moving = moving_parts(job.student, job.plan)
     own = [moving_parts(w.student, w.plan) for w in everyone]

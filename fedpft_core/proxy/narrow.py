@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from fedpft_core.model.names import PatchedWeights
 from fedpft_core.model.plan import BlockPlan, Plan, pruned_ffns
 from fedpft_core.proxy.nested import positions
 from fedpft_core.tensors import Tensors
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def _as_pruned(plan: Plan) -> Plan:
@@ -27,7 +29,7 @@ def _as_pruned(plan: Plan) -> Plan:
     return Plan(plan.model_type, plan.fm_neurons, blocks)
 
 
-def narrowed(proxy: nn.Module, wide: Plan, narrow: Plan) -> nn.Module:
+def narrowed(proxy: Model, wide: Plan, narrow: Plan) -> Model:
     """A copy of a wider proxy with the neurons of a narrower plan.
 
     What no alignment moves and no client trains is not copied: both models hold it.

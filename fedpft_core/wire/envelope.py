@@ -1,16 +1,16 @@
-"""Messages as envelopes: a JSON head, byte parts and a checksum that are checked when opened."""
+"""Messages into envelopes and out of them; an envelope is checked when it is opened."""
 
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from fedpft_core.errors import ReplyError
 from fedpft_core.train.tune import LocalSettings
 from fedpft_core.wire import codec
+from fedpft_core.wire.form import Envelope, checksum
 from fedpft_core.wire.identity import is_digest
 from fedpft_core.wire.messages import (
     Hello,
@@ -35,62 +35,7 @@ from fedpft_core.wire.package import Patch
 
 PROTOCOL = 5
 
-
 _MAX_HEAD = 2**20  # characters; real heads have well under a thousand per patch
-
-
-@dataclass(frozen=True)
-class Envelope:
-    """A message ready to travel: JSON head, byte parts, and a checksum over all of it.
-
-    The checksum finds damage, in messages of either direction; against forgery stand digests
-    (package, patch) and validation (replies).
-    """
-
-    kind: str
-    head: str
-    parts: dict[str, bytes]
-    check: str = ""
-
-    def sizes(self) -> dict[str, int]:
-        """Size of the message, as the ledger counts it.
-
-        Returns:
-            Bytes by kind: package, patch, adapter, counts, merging, statistics, and control (head,
-            checksum and parts of no other kind).
-        """
-        out = {"control": len(_bytes(self.head)) + len(_bytes(self.check))}
-        for name, data in self.parts.items():
-            kind = name.partition(".")[0]
-            # A part nobody asked for must not make up a kind of its own.
-            kind = kind if kind in _PART_KINDS else "control"
-            out[kind] = out.get(kind, 0) + len(data)
-        return out
-
-
-_PART_KINDS = ("package", "patch", "adapter", "counts", "merging", "statistics")
-
-
-def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
-
-
-def checksum(kind: str, head: str, parts: Mapping[str, bytes]) -> str:
-    """CRC-32 over a message's content.
-
-    Args:
-        kind: the message's kind, such as `train`.
-        head: its JSON text.
-        parts: its byte parts by name; their order does not matter.
-
-    Returns:
-        8 hex digits.
-    """
-    crc = zlib.crc32(_bytes(f"{kind}\n{head}"))
-    for name in sorted(parts):
-        crc = zlib.crc32(_bytes(f"\n{name} {len(parts[name])}\n"), crc)
-        crc = zlib.crc32(parts[name], crc)
-    return f"{crc:08x}"
 
 
 _KINDS: dict[str, type] = {
