@@ -6,7 +6,8 @@ makes a step in one second (`federation.speed-spread`), and every message to a c
 `latency` besides. Nothing is trained: who is when done follows from the speeds alone.
 
 `first` is when there is an adapter that a client's training has gone into, `half` when half of all
-steps have, `all` when all have; in rounds and in async that is after a merge.
+steps have, `all` when all have; in rounds and in async that is after a merge. In async there are as
+many steps in all, but fast clients make more of them: its last adapter has seen less of the slow.
 """
 
 from __future__ import annotations
