@@ -73,6 +73,11 @@ class Client:
 
     `means` is what the node says that it has and will take (`HelloReply.means`).
 
+    `max_bad_rows` is how many rows may have no response left where rows are cut to the model's
+    length: below 1 a share, from 1 on a number; a simulated client's limit is the run's, which is
+    of all rows and not of each client's. How many rows of the file were left out is logged here and
+    never sent.
+
     `audit` is the file in which the node notes what it was asked and what left it; `attack` makes
     a simulated client an attacker. `policy` is what the node's owner lets a server ask for; with
     `private` it trains with example-level differential privacy. `own_rows` says that the rows are
@@ -96,6 +101,7 @@ class Client:
     kept_rows: RowCache | None = None
     rows_digest: Callable[[], str] = str
     own_rows: bool = True
+    max_bad_rows: float = math.inf
     attack: Callable[[Tensors, Tensors, int], Tensors] | None = None
     audit: Path | None = None
     policy: Policy = field(default_factory=Policy)
@@ -355,7 +361,9 @@ class Client:
             self.name, self.rows_id, share, held.reader, held.model.task, held.model.max_length,
         )  # fmt: skip
         if key not in self.cache.rows:
-            source = Source(self.name, self.load_rows, self.kept_rows, self.rows_digest)
+            source = Source(
+                self.name, self.load_rows, self.kept_rows, self.rows_digest, self.max_bad_rows
+            )
             rows = divided(*encoded(source, held, self.cache.processors), share, self.name)
             self.cache.keep_rows(key, rows)
         return self.cache.rows[key]

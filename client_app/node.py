@@ -18,8 +18,10 @@ from client_app.warm.ask import IDLE_SECONDS, MEMORY_MB
 from fedpft_core import config as configs
 from fedpft_core.config.widths import width_names
 from fedpft_core.data.examples import Examples
+from fedpft_core.data.faults import check_limit
 from fedpft_core.data.folders import images, is_folder
-from fedpft_core.data.partition import client_names, partition_of_run
+from fedpft_core.data.grouping import share_out
+from fedpft_core.data.partition import client_names
 from fedpft_core.data.rows import Columns
 from fedpft_core.errors import UserError
 from fedpft_core.model.device import pick_device
@@ -45,6 +47,7 @@ NODE_KEYS: dict[str, tuple[type, Any]] = {
     "task": (str, ""),
     "cache-dir": (str, ""),
     "validation-share": (float, 0.0),
+    "max-bad-rows": (float, 0.01),
     "device": (str, "cpu"),
     "max-threads": (int, 0),
     "lora-rank": (int, 0),
@@ -116,6 +119,7 @@ def checked(node_config: Mapping[str, Any]) -> dict[str, Any]:
             f"node config: validation-share = {node['validation-share']:g} is not between 0 and "
             f"{_MOST_HELD_OUT:g}."
         )
+    check_limit(node["max-bad-rows"], "node config: max-bad-rows")
     if node["max-threads"] < 0:
         raise UserError(
             f"node config: max-threads = {node['max-threads']} is below 0, which is no limit."
@@ -174,6 +178,7 @@ def columns_of(node: Mapping[str, Any]) -> Columns:
         node["text-column"], node["text-pair-column"], node["image-column"] or of_folder,
         node["label-column"], task=node["task"], separator=node["label-separator"],
         response=node["response-column"], messages=node["messages-column"],
+        max_bad=node["max-bad-rows"],
     )  # fmt: skip
 
 
@@ -284,7 +289,7 @@ def _edge_client(node: Mapping[str, Any]) -> Client:
             return ""  # a cell may name an image file, whose content the data file does not tell
         named = (
             "text-column", "text-pair-column", "label-column", "label-separator", "task",
-            "response-column", "messages-column",
+            "response-column", "messages-column", "max-bad-rows",
         )  # fmt: skip
         columns = [node[key] for key in named]
         try:
@@ -305,6 +310,7 @@ def _edge_client(node: Mapping[str, Any]) -> Client:
         max_threads=node["max-threads"],
         rows_id=_file_id(path),
         validation_share=share,
+        max_bad_rows=node["max-bad-rows"],
         kept_rows=RowCache(root / "rows") if node["keep-rows"] else None,
         audit=root / "audit.jsonl",
         rows_digest=rows_digest,
@@ -353,17 +359,14 @@ def _task(data: configs.DataConfig, seed: int) -> TaskData:
 
 @lru_cache(maxsize=2)
 def _partitions(
-    data: configs.DataConfig, federation: configs.FederationConfig, seed: int, count: int
+    data: configs.DataConfig,
+    federation: configs.FederationConfig,
+    seed: int,
+    count: int,
+    run_dir: str,
 ) -> list[Any]:
     found = _task(data, seed)
-    return partition_of_run(
-        found.task.strata(found.train),
-        count,
-        federation.partition,
-        federation.dirichlet_alpha,
-        seed,
-        width_names(federation.groups),
-    )
+    return share_out(found.train, found.task.strata, federation, count, seed, run_dir)
 
 
 def partition_rows(config: configs.Config, index: int, count: int) -> Examples:
@@ -382,7 +385,9 @@ def partition_rows(config: configs.Config, index: int, count: int) -> Examples:
     """
     if index >= count:
         raise UserError(f"partition-id {index} is not below num-partitions {count}.")
-    rows = _partitions(config.data, config.federation, config.run.seed, count)[index]
+    # Only clusters hang on the run folder, and another run's are other ones.
+    folder = config.run.dir if config.federation.partition_by == "cluster" else ""
+    rows = _partitions(config.data, config.federation, config.run.seed, count, folder)[index]
     return _task(config.data, config.run.seed).train.select(rows)
 
 
@@ -416,7 +421,15 @@ def _simulated_client(node: Mapping[str, Any], config: configs.Config) -> Client
         device=node["device"],
         max_threads=node["max-threads"],
         shared_store=True,
-        rows_id=(config.data, config.federation, config.run.seed, index, count, bad and simulate),
+        rows_id=(
+            config.data,
+            config.federation,
+            config.run.seed,
+            index,
+            count,
+            bad and simulate,
+            config.run.dir if config.federation.partition_by == "cluster" else "",
+        ),
         attack=(
             lambda new, sent, round: attacks.spoiled(
                 simulate, new, sent, derive(config.run.seed, "attack", round, index)

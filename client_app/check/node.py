@@ -210,7 +210,8 @@ def _data(
             raise UserError(f"validation-share leaves none of the {out} rows to train on.")
         apart = f", {out} of them kept for validation" if out else ""
         held.rows, held.named = rows, bool(task.labels)
-        return f"{len(rows)} rows{apart}: {shown}{more}."
+        gone = f" {rows.left_out}." if rows.left_out else ""
+        return f"{len(rows)} rows{apart}: {shown}{more}.{gone}"
 
     found = [guarded("data", readable)]
 

@@ -53,4 +53,6 @@ def check(config: Config) -> None:
     needs_public = config.plan.proxy != "full" or config.distill.method != "none"
     if needs_public and (task.reads == "image" or not data.public.startswith("builtin:")):
         column = data.public_column or data.image_column or data.text_column
-        load_public(data.public, column, task.reads, (), data.max_public_rows, 0)
+        load_public(
+            data.public, column, task.reads, (), data.max_public_rows, 0, max_bad=data.max_bad_rows
+        )

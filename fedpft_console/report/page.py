@@ -230,6 +230,8 @@ def _partition(record: Record) -> tuple[Panel, str] | None:
     )
     scheme = record.partition.scheme if record.partition and len(groups) > 1 else ""
     caption = f"federation.partition = {scheme}." if scheme else "As clients announce them."
+    if scheme and record.partition and record.partition.by != "label":
+        caption = f"federation.partition = {scheme}, by {record.partition.by}."
     return Panel("partition", "Clients", "Training rows of each client", caption, (), draw), alt
 
 

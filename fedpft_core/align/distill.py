@@ -21,6 +21,7 @@ from fedpft_core.config import DistillConfig
 from fedpft_core.model.device import Batch, device_of, to_device
 from fedpft_core.model.families import FFN, family_of
 from fedpft_core.model.plan import Plan, pruned_ffns
+from fedpft_core.model.precision import Masters
 from fedpft_core.seeds import torch_stream
 
 Progress = Callable[[int, int, float], None]
@@ -135,7 +136,8 @@ def distil(
     noise = AdapterNoise(teacher, student, plan, cfg.adapter_noise, noise_seed)
     error = objective or hidden_objective(teacher, student, plan)
     params = list(moving.values())
-    optimiser = torch.optim.AdamW(params, lr=lr, weight_decay=cfg.weight_decay, fused=True)
+    masters = Masters(params)
+    optimiser = torch.optim.AdamW(masters.params, lr=lr, weight_decay=cfg.weight_decay, fused=True)
     start = time.perf_counter()
     first = last = math.nan
     try:
@@ -155,10 +157,12 @@ def distil(
                     grad = moving[key].grad
                     assert grad is not None
                     grad.index_fill_(axis, index, 0.0)
-                nn.utils.clip_grad_norm_(params, cfg.clip)
+                masters.take_gradients()
+                nn.utils.clip_grad_norm_(masters.params, cfg.clip)
                 for group in optimiser.param_groups:
                     group["lr"] = lr * warmup_then_linear(step, steps, cfg.warmup_share)
                 optimiser.step()
+                masters.give_back()
                 # Weight decay touches what has no gradient too: put the fixed neurons back.
                 with torch.no_grad():
                     for key, (value, axis, index) in fixed.items():

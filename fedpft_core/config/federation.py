@@ -36,6 +36,11 @@ class TrainConfig:
         choices=("none", "linear"),
     )
     threads: int = _key(1, "torch threads of each client process", low=1)
+    gradient_checkpointing: bool = _key(
+        False,
+        "clients keep only what enters each block and compute the rest once more when gradients "
+        "need it: less memory for about a third more time, the same result to the bit",
+    )
     augment: float = _key(
         0.0,
         "images: smallest share of the area that a random crop keeps at the clients, with "
@@ -213,16 +218,40 @@ class FederationConfig:
     )
     partition: str = _key(
         "dirichlet",
-        "how simulated clients share the training rows: `iid`, `dirichlet`, `shards` (two "
-        "shards of the rows sorted by label each), or `grouped` (the clients of each of "
-        "federation.groups have labels of their own, which they share evenly)",
-        choices=("iid", "dirichlet", "shards", "grouped"),
+        "how simulated clients share the training rows: `iid`, `dirichlet`, `shards` (two shards "
+        "of the rows sorted by label each), `pathological` (federation.classes-per-client labels "
+        "each), `grouped` (the clients of each of federation.groups have labels of their own, "
+        "which they share evenly), `linear`, `square` or `exponential` (client k has rows in "
+        "proportion to k, its square or its exponential), or `natural` (each value of "
+        "data.source-column is one client's; where there are more of them than clients, they are "
+        "dealt out)",
+        choices=(
+            "iid",
+            "dirichlet",
+            "shards",
+            "pathological",
+            "grouped",
+            "linear",
+            "square",
+            "exponential",
+            "natural",
+        ),
     )
     groups: str = _key(
         "",
         "groups of simulated clients for federation.partition = grouped, by any names, dealt out "
         "to them one after the other, again and again, as `a,a,b`",
     )
+    partition_by: str = _key(
+        "label",
+        "what `dirichlet`, `shards` and `pathological` tell rows apart by: `label` (of text to be "
+        "generated: data.source-column, or else the length), `source` (data.source-column), "
+        "`length` (tenths of the texts by their characters) or `cluster` (of the sub-FM's "
+        "features, by k-means)",
+        choices=("label", "source", "length", "cluster"),
+    )
+    clusters: int = _key(10, "clusters of federation.partition-by = cluster", low=2)
+    classes_per_client: int = _key(2, "labels each client has with `pathological`", low=1)
     dirichlet_alpha: float = _key(1.0, "Dirichlet concentration (smaller = more skewed)", above=0.0)
 
 

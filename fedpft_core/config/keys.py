@@ -123,6 +123,7 @@ class Config:
         check_schedule(self)
         check_ranks(self)
         check_widths(self)
+        self._check_dtype()
         if self.simulate.attack in ("label-flip", "backdoor") and self.data.task not in (
             "", "classify",
         ):  # fmt: skip
@@ -137,3 +138,19 @@ class Config:
                 f"{self.align.disagreement} needs run.gradient-rows above 0."
             )
         private.check(self)
+
+    def _check_dtype(self) -> None:
+        """Half precision is for alignment by AdamW, which steps on float32 copies.
+
+        Raises:
+            UserError: another alignment is asked for.
+        """
+        if self.model.dtype == "fp32":
+            return
+        for key, method in (
+            ("distill.method", self.distill.method), ("align.method", self.align.method)
+        ):  # fmt: skip
+            if method not in ("sgd", "none"):
+                raise UserError(
+                    f"{key} = {method} needs model.dtype = fp32, not {self.model.dtype}."
+                )

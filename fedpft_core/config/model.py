@@ -22,6 +22,19 @@ class ModelConfig:
         "foundation model: `builtin:minilm`, a local folder, or a Hugging Face name",
     )
     revision: str = _key("", "revision of a Hugging Face name; empty = its default branch")
+    dtype: str = _key(
+        "fp32",
+        "float type of the FM's and the sub-FM's frozen weights: `fp32`, `bf16` or `fp16` (half "
+        "the memory, and half the bytes of a package); the adapter and what alignment steps on are "
+        "float32 in any case. `fp16` is for GPUs, and may lose small gradients; `closed-form`, "
+        "`sequential` and `gradient` need fp32",
+        choices=("fp32", "bf16", "fp16"),
+    )
+    family: str = _key(
+        "",
+        "family of models that it must be of (docs/families.md); empty = any supported one. "
+        "`fedpft run --dry-run` builds one of this family where the model itself is not at hand",
+    )
 
 
 @dataclass(frozen=True)
@@ -30,15 +43,18 @@ class DataConfig:
 
     train: str = _key(
         "builtin:docstrings",
-        "training rows: `builtin:docstrings`, a .csv, .jsonl, .json or .parquet file, or a folder "
-        "with a folder of images for each class; empty when only the clients have any (deployment)",
+        "training rows: `builtin:docstrings`, a .csv, .jsonl, .json or .parquet file, a folder of "
+        "such files, a folder with a folder of images for each class, or "
+        "`hub:NAME[#CONFIG][@REVISION][:SPLIT]` on the Hugging Face Hub; empty when only the "
+        "clients have any (deployment)",
     )
     validation: str = _key(
         "", "validation rows held by the server; empty = carved from the training file"
     )
     test: str = _key("", "test rows; must be given when `data.train` is a file")
     public: str = _key(
-        "builtin:public", "public corpus for distillation: `builtin:public` or a file"
+        "builtin:public",
+        "public corpus for distillation: `builtin:public`, a file, or `hub:` as data.train",
     )
     public_column: str = _key(
         "",
@@ -63,8 +79,9 @@ class DataConfig:
     )
     source_column: str = _key(
         "",
-        "generation: column that says where a row is from; rows are shared out among clients by it "
-        "as by a label; empty = by their length",
+        "column that says where a row is from (a person, a place, a kind of request), for "
+        "federation.partition = natural and federation.partition-by = source. In generation rows "
+        "are shared out among clients by it as by a label; empty = by their length",
     )
     prompt_template: str = _key(
         "",
@@ -97,6 +114,14 @@ class DataConfig:
     max_train_rows: int = _key(0, "training rows used, 0 = all", low=0)
     max_test_rows: int = _key(0, "test rows used, 0 = all", low=0)
     max_public_rows: int = _key(20000, "rows of the public corpus used, 0 = all", low=0)
+    max_bad_rows: float = _key(
+        0.01,
+        "rows of a file that may be left out because they cannot be used (no text or label, an "
+        "image that cannot be decoded, an empty response, a line that is no JSON): below 1 a share "
+        "of the file's rows, from 1 on a number, 0 = none; with more the run stops. The same limit "
+        "is for scored rows of whose responses data.max-length leaves nothing",
+        low=0.0,
+    )
     max_length: int = _key(64, "longest input, tokens (text only)", low=4)
 
 

@@ -41,7 +41,7 @@ def apply_patch(package: Package, patch: Patch, digests: dict[str, str]) -> Pack
                 if axis is None:
                     if value.shape != weights[name].shape:
                         raise ReplyError(f"patch of {name} has shape {list(value.shape)}")
-                    new = value
+                    new = value.to(weights[name].dtype)
                 else:
                     new = weights[name].index_copy(axis, index, value.to(weights[name].dtype))
                 weights[name] = new.contiguous()

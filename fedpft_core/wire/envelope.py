@@ -167,6 +167,10 @@ def _is_int(value: Any) -> bool:
     return type(value) is int and -(2**63) <= value < 2**63
 
 
+def _is_bool(value: Any) -> bool:
+    return type(value) is bool
+
+
 def _is_float(value: Any) -> bool:
     return type(value) is float or _is_int(value)
 
@@ -294,6 +298,7 @@ def _settings(raw: Mapping[str, Any]) -> LocalSettings:
     words = ("factors", "decay", "blocks")
     names = [f.name for f in fields(LocalSettings)]
     checks = dict.fromkeys(whole, _is_int) | dict.fromkeys(words, _is_text)
+    checks["checkpointing"] = _is_bool
     if sorted(raw) != sorted(names) or not all(checks.get(k, _is_float)(v) for k, v in raw.items()):
         raise ReplyError("message is malformed (settings)")
     return LocalSettings(**raw)

@@ -11,6 +11,7 @@ from fedpft_core.adapter import lora as adapters
 from fedpft_core.adapter.start import by_inputs, orthonormal
 from fedpft_core.config import Config
 from fedpft_core.data.encoded import UNLEARNED
+from fedpft_core.data.faults import check_learned
 from fedpft_core.data.public import load_public
 from fedpft_core.data.stream import tokenise_public
 from fedpft_core.errors import UserError
@@ -26,6 +27,7 @@ from fedpft_core.task import Writer, load_task
 from fedpft_core.tensors import Tensors
 from server_app.bench import Bench, Rows, public_stream
 from server_app.models import Models, Width
+from server_app.phases import cluster
 from server_app.phases.plug import refits, settles
 from server_app.phases.reporting import phase
 from server_app.run import schema as ev
@@ -57,6 +59,8 @@ def load(config: Config, events: Events) -> Bench:
         made = _build(config, events, loaded, rows, device)
     bench = Bench(config, events, made, rows, device)
     made.plug(made.start)
+    if len(rows.data.train):
+        cluster.note(bench)
     # `as-trained` is asked for, and the other ways say themselves what they lack.
     by_refit = config.plug.method == "refit" or not settles(bench)
     asked = by_refit and config.plug.refit != "none" and rows.task.refits
@@ -84,6 +88,8 @@ def _read(config: Config, events: Events) -> tuple[models.Loaded, Rows]:
     def say(text: str) -> None:
         events.emit(ev.Warned(text=text))
 
+    for text in data.left_out:
+        say(text)
     if isinstance(task, Writer):
         task.prepare(
             loaded.processor, config.data.prompt_template, loaded.shape.vocabulary,
@@ -97,6 +103,8 @@ def _read(config: Config, events: Events) -> tuple[models.Loaded, Rows]:
         config.data.max_public_rows,
         derive(config.run.seed, "public") % 2**31,
         prompt_column=config.data.text_column,
+        max_bad=config.data.max_bad_rows,
+        say=say,
     )
     _check_lengths(config, loaded)
     if task.reads == "text":
@@ -130,6 +138,10 @@ def _read(config: Config, events: Events) -> tuple[models.Loaded, Rows]:
         raise UserError(
             f"data.max-length = {length} leaves nothing of the responses of the "
             f"{config.run.eval_split} rows to score."
+        )
+    if isinstance(task, Writer):
+        check_learned(
+            encoded[0].learned_rows, len(encoded[0]), config.data.max_bad_rows, "data.max-bad-rows"
         )
     return loaded, Rows(config, data, public, loaded.processor, *encoded)
 

@@ -71,6 +71,7 @@ def local_settings(config: Config, round: int, blocks: str = "") -> LocalSetting
         learning_rate(t.lr, round, config.federation.rounds), t.batch_size, t.local_epochs,
         t.local_steps, t.weight_decay, t.clip, t.threads, t.head_lr_scale, t.b_lr_scale,
         t.augment, factors(config.federation.aggregate, round), t.local_decay, blocks,
+        t.gradient_checkpointing,
     )  # fmt: skip
 
 
