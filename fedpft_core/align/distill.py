@@ -130,10 +130,10 @@ def distil(
     if chosen is not None and set(chosen) != set(ffns):
         raise ValueError("neurons must be chosen for each pruned block and for no other")
     moving = moving_parts(student, plan)
-    fixed = _fixed(ffns, chosen)
+    fixed = fixed_neurons(ffns, chosen)
     with torch.no_grad():
-        target = {b: products(f) for b, f in _teacher_ffns(teacher, plan).items()} if alpha else {}
-    noise = _AdapterNoise(teacher, student, plan, cfg.adapter_noise, noise_seed)
+        target = {b: products(f) for b, f in teacher_ffns(teacher, plan).items()} if alpha else {}
+    noise = AdapterNoise(teacher, student, plan, cfg.adapter_noise, noise_seed)
     error = objective or hidden_objective(teacher, student, plan)
     params = list(moving.values())
     masters = Masters(params)
@@ -177,15 +177,32 @@ def distil(
     return first, last, time.perf_counter() - start
 
 
-def _teacher_ffns(teacher: nn.Module, plan: Plan) -> dict[int, FFN]:
+def teacher_ffns(teacher: nn.Module, plan: Plan) -> dict[int, FFN]:
+    """Views of the FM's FFNs in the blocks that a plan prunes.
+
+    Args:
+        teacher: the FM.
+        plan: of the proxy.
+
+    Returns:
+        By FM block.
+    """
     ffns = family_of(plan.model_type).ffns(teacher)
     return {b: ffns[b] for b in plan.pruned}
 
 
-def _fixed(
+def fixed_neurons(
     ffns: Mapping[int, FFN], chosen: Mapping[int, Tensor] | None
 ) -> dict[tuple[int, str], tuple[Tensor, int, Tensor]]:
-    """Per moving parameter: values, axis and positions of the neurons that must not move."""
+    """What must not move, to be put back after each step.
+
+    Args:
+        ffns: of the proxy, by FM block.
+        chosen: positions of the neurons that move, by FM block; None for all.
+
+    Returns:
+        By block and part: values, axis and positions of the neurons that stay.
+    """
     if chosen is None:
         return {}
     out = {}
@@ -200,8 +217,16 @@ def _fixed(
     return out
 
 
-class _AdapterNoise:
-    """Random LoRA factors on teacher and student alike, around the adapter they carry."""
+class AdapterNoise:
+    """Random LoRA factors on teacher and student alike, around the adapter they carry.
+
+    Args:
+        teacher: the FM with the adapter.
+        student: a proxy with the same adapter.
+        plan: its plan.
+        size: largest std of the noise; 0 = none.
+        seed: of the noise. Several students of one teacher with equal seeds get the same.
+    """
 
     def __init__(
         self, teacher: nn.Module, student: nn.Module, plan: Plan, size: float, seed: int
@@ -216,6 +241,7 @@ class _AdapterNoise:
 
     @torch.no_grad()
     def draw(self) -> None:
+        """Put other noise on both."""
         if not self.size:
             return
         scale = self.size * float(torch.rand((), generator=self.stream))
@@ -227,6 +253,7 @@ class _AdapterNoise:
 
     @torch.no_grad()
     def restore(self) -> None:
+        """Put the adapter back as it was."""
         if self.size:
             for (t, s), start in zip(self.pairs, self.start, strict=True):
                 t.copy_(start)

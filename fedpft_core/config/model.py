@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from fedpft_core import registry
 from fedpft_core.config.key import key as _key
 
-TASKS = ("classify", "regress", "multi-label", "tokens", "generate", "text-to-image")
+OWN_TASKS = ("classify", "regress", "multi-label", "tokens", "generate", "text-to-image")
+TASKS = (*OWN_TASKS, *(n for n in registry.names("task") if n not in OWN_TASKS))
 """What is done with rows: a class, a number or several labels a row, a class a word, text, or
 images."""
 
@@ -136,6 +137,20 @@ class PlanConfig:
     keep_neurons: int = _key(0, "FFN neurons K kept per pruned block, 0 = use keep-share", low=0)
     keep_share: float = _key(
         0.25, "share of FFN neurons kept per pruned block", above=0.0, high=1.0
+    )
+    widths: str = _key(
+        "",
+        "several sub-FMs of one FM, for clients of different means: shares of the FFN neurons, the "
+        "narrowest first, as `0.125,0.25,0.5`; each keeps the first neurons of one ranking, so "
+        "that a smaller one is a part of every larger one. For blocks of different shares one of "
+        "each block with `/` between them (`1/0.25/0.25/1`); `1` is the FM itself. Empty = one "
+        "sub-FM, by plan.keep-share",
+    )
+    width_budget: str = _key(
+        "even",
+        "how the neurons of a width are shared out among its pruned blocks: `even` (the same share "
+        "of each) or `saliency` (as many in all, where they stand out most)",
+        choices=("even", "saliency"),
     )
     retained_layers: str = _key(
         "first,last",

@@ -4,24 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from fedpft_core.config import FederationConfig
 from fedpft_core.data.dialogues import length_groups
 from fedpft_core.data.examples import Examples
 from fedpft_core.data.partition import partition_of_run
-from fedpft_core.disk import plain
+from fedpft_core.disk import plain, whole
 from fedpft_core.errors import UserError
 
 CLUSTERS = "clusters.bin"
 """The file in a run folder that says of each training row which cluster it is in (int32)."""
 
 
+class Sharing(Protocol):
+    """The configuration attributes that say how rows are shared out (under ``federation.``)."""
+
+    @property
+    def partition(self) -> str:
+        """One of `fedpft_core.data.partition.SCHEMES`."""
+        ...
+
+    @property
+    def partition_by(self) -> str:
+        """What rows are told apart by: label, source, length or cluster."""
+        ...
+
+    @property
+    def dirichlet_alpha(self) -> float:
+        """Concentration, for the scheme of that name."""
+        ...
+
+    @property
+    def classes_per_client(self) -> int:
+        """For the scheme "pathological"."""
+        ...
+
+    @property
+    def groups(self) -> str:
+        """Names with commas between them, for the scheme "grouped"."""
+        ...
+
+
 def share_out(
     examples: Examples,
     strata: Callable[[Examples], np.ndarray],
-    federation: FederationConfig,
+    federation: Sharing,
     clients: int,
     run_seed: int,
     run_dir: str,
@@ -53,11 +82,12 @@ def share_out(
     else:
         groups = read_clusters(run_dir, len(examples))
     return partition_of_run(
-        groups, clients, f.partition, f.dirichlet_alpha, run_seed, f.classes_per_client
-    )
+        groups, clients, f.partition, f.dirichlet_alpha, run_seed, f.classes_per_client,
+        [name.strip() for name in f.groups.split(",")],
+    )  # fmt: skip
 
 
-def _sources(examples: Examples, f: FederationConfig) -> np.ndarray:
+def _sources(examples: Examples, f: Sharing) -> np.ndarray:
     if examples.sources is None:
         what = (
             "federation.partition = natural"
@@ -83,8 +113,6 @@ def write_clusters(run_dir: Path, groups: np.ndarray) -> None:
         run_dir: the run folder.
         groups: whole numbers (rows,).
     """
-    from fedpft_core.disk import whole
-
     whole.write(run_dir / CLUSTERS, groups.astype("<i4").tobytes())
 
 

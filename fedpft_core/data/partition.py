@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 import zlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
 
 SCHEMES = (
-    "iid", "dirichlet", "shards", "pathological", "linear", "square", "exponential", "natural",
+    "iid", "dirichlet", "shards", "pathological", "grouped", "linear", "square", "exponential",
+    "natural",
 )  # fmt: skip
 """Values of ``federation.partition``."""
 SIZES = ("linear", "square", "exponential")
@@ -33,6 +35,7 @@ def partition(
     alpha: float,
     seed: int,
     classes: int = 2,
+    groups: Sequence[str] = (),
 ) -> list[np.ndarray]:
     """Assign every row to exactly one client.
 
@@ -43,14 +46,17 @@ def partition(
             proportions drawn from a symmetric Dirichlet distribution; client sizes differ), or
             "shards" (rows sorted by class, cut into two equal shards per client: a client sees
             about two classes; the few rows that no shard holds are dealt out), "pathological"
-            (each client has rows of so many classes and no others), "linear", "square" and
-            "exponential" (shuffled; sizes go up with the client's number, its square or its
-            exponential), or "natural" (each group belongs to one client whole; where there are
-            more groups than clients, they are dealt out).
+            (each client has rows of so many classes and no others), "grouped" (the classes are
+            dealt to the groups of clients, and the rows of a group's classes are divided evenly
+            among its clients), "linear", "square" and "exponential" (shuffled; sizes go up with
+            the client's number, its square or its exponential), or "natural" (each group belongs
+            to one client whole; where there are more groups than clients, they are dealt out).
         alpha: concentration of the Dirichlet distribution, > 0; small means uneven. Unused by the
             other schemes.
         seed: run seed; the same arguments give the same partitions.
         classes: classes of each client, for "pathological".
+        groups: what the clients are grouped by, dealt out to them again and again; of "grouped"
+            alone.
 
     Returns:
         One ascending int64 array of row numbers per client; none is empty.
@@ -79,24 +85,28 @@ def partition(
             f"federation.clients is {num_partitions}: federation.partition 'shards' needs "
             f"{_SHARDS_PER_CLIENT} rows per client, and there are only {len(strata)}."
         )
-    groups = len(np.unique(strata))
-    if scheme == "natural" and groups < num_partitions:
+    present = len(np.unique(strata))
+    if scheme == "natural" and present < num_partitions:
         raise UserError(
-            f"federation.clients is {num_partitions}, but the rows are of {groups} groups, each of "
-            "which federation.partition 'natural' gives to one client."
+            f"federation.clients is {num_partitions}, but the rows are of {present} groups, each "
+            "of which federation.partition 'natural' gives to one client."
         )
-    if scheme == "pathological" and not 1 <= classes <= groups:
+    if scheme == "pathological" and not 1 <= classes <= present:
         raise UserError(
-            f"federation.classes-per-client is {classes}; the rows are of {groups} classes."
+            f"federation.classes-per-client is {classes}; the rows are of {present} classes."
         )
-    if scheme == "pathological" and num_partitions + classes - 1 < groups:
+    if scheme == "pathological" and num_partitions + classes - 1 < present:
         raise UserError(
             f"federation.classes-per-client is {classes}: with federation.clients = "
-            f"{num_partitions} nobody has the rows of some of the {groups} classes; raise either."
+            f"{num_partitions} nobody has the rows of some of the {present} classes; raise either."
         )
     if num_partitions == 1:
         return [np.arange(len(strata), dtype=np.int64)]
-    rows = _partition_rows(strata, num_partitions, scheme, float(alpha), seed, classes)
+    if scheme == "grouped":
+        names = groups or ("",)
+        rows = _by_group(strata, [names[i % len(names)] for i in range(num_partitions)], seed)
+    else:
+        rows = _partition_rows(strata, num_partitions, scheme, float(alpha), seed, classes)
     _check(rows, len(strata))
     return rows
 
@@ -122,6 +132,7 @@ def partition_of_run(
     alpha: float,
     run_seed: int,
     classes: int = 2,
+    groups: Sequence[str] = (),
 ) -> list[np.ndarray]:
     """The rows of each simulated client of a run, alike for everybody who knows the run's seed.
 
@@ -132,12 +143,47 @@ def partition_of_run(
         alpha: as of :func:`partition`.
         run_seed: of the whole run, from which the partition's is derived.
         classes: as of :func:`partition`.
+        groups: as of :func:`partition`.
 
     Returns:
         As of :func:`partition`.
     """
     seed = derive(run_seed, "partition") % 2**31
-    return partition(strata, num_partitions, scheme, alpha, seed, classes)
+    return partition(strata, num_partitions, scheme, alpha, seed, classes, groups)
+
+
+def _by_group(strata: np.ndarray, groups: Sequence[str], seed: int) -> list[np.ndarray]:
+    """Each group has classes of its own, about as many rows as its share of the clients."""
+    rng = np.random.default_rng([zlib.crc32(b"partition"), seed])
+    classes, counts = np.unique(strata, return_counts=True)
+    names = sorted(set(groups))
+    if len(classes) < len(names):
+        raise UserError(
+            f"federation.partition 'grouped' gives each of {len(names)} groups classes of its "
+            f"own, and there are only {len(classes)}."
+        )
+    room = {name: len(strata) * groups.count(name) / len(groups) for name in names}
+    dealt: dict[str, list[int]] = {name: [] for name in names}
+    order = rng.permutation(len(classes))
+    for left, i in zip(range(len(classes), 0, -1), order, strict=True):
+        # Nobody stays without a class; else whoever has the most room left takes the next.
+        bare = [name for name in names if not dealt[name]]
+        among = bare if len(bare) == left else names
+        taker = max(among, key=lambda name: room[name])
+        dealt[taker].append(int(classes[i]))
+        room[taker] -= float(counts[i])
+    parts: list[np.ndarray] = [np.empty(0, np.int64) for _ in groups]
+    for name in names:
+        rows = rng.permutation(np.flatnonzero(np.isin(strata, dealt[name])))
+        members = [i for i, group in enumerate(groups) if group == name]
+        if len(rows) < len(members):
+            raise UserError(
+                f"federation.partition 'grouped': {len(members)} clients share the {len(rows)} "
+                "rows of their classes; lower federation.clients."
+            )
+        for i, part in zip(members, np.array_split(rows, len(members)), strict=True):
+            parts[i] = np.sort(part)
+    return parts
 
 
 def digest(partitions: list[np.ndarray]) -> str:

@@ -43,6 +43,7 @@ class LocalSettings:
     augment: float = 0.0  # of images: smallest share of the area that a crop keeps; 0 = none
     factors: str = "both"  # which of LoRA's are trained: both, a or b
     decay: str = "none"  # none, or linear: the rate falls over the steps
+    blocks: str = ""  # whose LoRA is trained: `first:n` or `last:n`; empty = all
     checkpointing: bool = False  # inner values of blocks are computed again instead of kept
 
 

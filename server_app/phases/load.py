@@ -20,12 +20,13 @@ from fedpft_core.model.device import pick_device
 from fedpft_core.model.plan import Plan, block_parameters
 from fedpft_core.proxy import cost as inspect
 from fedpft_core.proxy.build import build
-from fedpft_core.proxy.choose import make_plan
+from fedpft_core.proxy.narrow import narrowed
+from fedpft_core.proxy.nested import make_plans, trunk
 from fedpft_core.seeds import derive, numpy_stream
 from fedpft_core.task import Writer, load_task
 from fedpft_core.tensors import Tensors
 from server_app.bench import Bench, Rows, public_stream
-from server_app.models import Models
+from server_app.models import Models, Width
 from server_app.phases import cluster
 from server_app.phases.plug import refits, settles
 from server_app.phases.reporting import phase
@@ -149,7 +150,7 @@ def _build(
     config: Config, events: Events, loaded: models.Loaded, rows: Rows, device: torch.device
 ) -> Models:
     """The plan, the proxy it describes, and the adapter on both models."""
-    plan = make_plan(
+    plans = make_plans(
         loaded.model,
         config.plan,
         config.run.seed,
@@ -158,11 +159,13 @@ def _build(
         ),
         rows.task.position(loaded.family),
     )
-    if plan.is_full and config.plan.proxy != "full":
+    width = trunk(plans)
+    plan = plans.pop(width)
+    if config.plan.proxy != "full" and (plan.is_full or any(p.is_full for p in plans.values())):
         events.emit(
             ev.Warned(
                 text="the plan keeps every neuron of every block: clients get the whole FM "
-                "(plan.keep-share, plan.keep-neurons and plan.retained-layers decide)",
+                "(plan.keep-share, plan.keep-neurons, plan.retained-layers and plan.widths decide)",
             )
         )
     bare = build(loaded.model, plan)
@@ -174,7 +177,11 @@ def _build(
     fm.to(device)
     proxy.to(device)
     start = _start(config, rows, loaded.processor, fm)
-    return Models(fm, proxy, plan, spec, loaded.source, start)
+    others = tuple(
+        Width(name, p, narrowed(fm, p, p) if p.is_full else narrowed(proxy, plan, p))
+        for name, p in plans.items()
+    )
+    return Models(fm, proxy, plan, spec, loaded.source, start, width, others)
 
 
 def _start(config: Config, rows: Rows, processor: Any, fm: nn.Module) -> Tensors:

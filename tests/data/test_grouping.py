@@ -84,6 +84,7 @@ def test_sources_come_with_the_rows(tmp_path: Path, task: str) -> None:
         "data.train": str(file), "data.test": str(file), "data.source-column": "who",
         "data.task": task, "data.max-bad-rows": 1, "data.validation-share": 0.25,
         "federation.partition": "natural", "federation.clients": 3,
+        "federation.clients-per-round": 3,
     }  # fmt: skip
     made = config.from_flat(flat)
     train = load_task(made.data, 0).train

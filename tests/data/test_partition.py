@@ -134,6 +134,32 @@ def test_wrong_settings_name_the_key(
     assert not [w for w in recwarn if "min_partition_size" in str(w.message)]
 
 
+def test_groups_have_labels_of_their_own() -> None:
+    strata = np.repeat(np.arange(6), 20)
+    parts = partition(strata, 6, "grouped", 1.0, 3, groups=("a", "a", "b"))
+    classes = [set(strata[p].tolist()) for p in parts]
+    small = classes[0] | classes[1] | classes[3] | classes[4]
+    large = classes[2] | classes[5]
+    assert small | large == set(range(6)) and not small & large
+    assert sorted(np.concatenate(parts).tolist()) == list(range(120))
+    assert len(small) == 4 and len(large) == 2
+    again = partition(strata, 6, "grouped", 1.0, 3, groups=("a", "a", "b"))
+    assert all(np.array_equal(p, q) for p, q in zip(parts, again, strict=True))
+
+
+def test_more_groups_than_labels_are_refused() -> None:
+    with pytest.raises(UserError, match="grouped"):
+        partition(np.repeat(np.arange(2), 9), 3, "grouped", 1.0, 3, groups=("a", "b", "c"))
+
+
+@pytest.mark.parametrize("groups", ["", "a,,b"])
+def test_groups_have_names(groups: str) -> None:
+    from fedpft_core.config import from_flat
+
+    with pytest.raises(UserError, match=r"federation\.groups"):
+        from_flat({"federation.partition": "grouped", "federation.groups": groups})
+
+
 def test_natural_groups_stay_whole() -> None:
     ids = np.random.default_rng(0).integers(0, 30, 400)
     for clients in (30, 7):
