@@ -22,6 +22,7 @@ from fedpft_core.seeds import derive, numpy_stream
 from fedpft_core.task import Painter, Task, TaskData
 from fedpft_core.wire.package import Package
 from server_app.models import Models
+from server_app.owner.neurons import Ledger
 from server_app.state import Events
 
 
@@ -131,6 +132,8 @@ class Bench:
     models: Models
     rows: Rows
     device: torch.device
+    ledger: Ledger | None = None  # of the FM's neurons; None before it is known who is served
+    leaves: bool = False  # whether messages leave the machine
 
     @property
     def head_reads(self) -> Position:
@@ -144,9 +147,10 @@ class Bench:
             A package of copies, without the adapter.
         """
         m, rows = self.models, self.rows
+        hidden = self.config.plan.disguise != "none"
         return make_package(
-            m.proxy, m.plan, m.spec, rows.processor, rows.task.name, rows.task.labels,
-            self.config.data.max_length,
+            m.proxy, m.plan.anonymous() if hidden else m.plan, m.spec, rows.processor,
+            rows.task.name, rows.task.labels, self.config.data.max_length,
         )  # fmt: skip
 
 

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.align import distill
 from fedpft_core.model.names import bare
 from fedpft_core.model.plan import Plan
+from fedpft_core.proxy.disguise import Disguise
 from fedpft_core.tensors import Tensors
 
 
@@ -18,7 +20,9 @@ from fedpft_core.tensors import Tensors
 class Models:
     """FM and proxy with adapters attached, and what both were made from.
 
-    `source` names the FM in the exported adapter; `start` is the adapter before round 1.
+    `source` names the FM in the exported adapter; `start` is the adapter before round 1;
+    `withheld` are the tokens whose embeddings the proxy has not, None where it has all;
+    `disguise` is what the proxy's neurons wear, the plan's kept ones being in its order.
     """
 
     fm: PeftModel
@@ -27,6 +31,8 @@ class Models:
     spec: adapters.AdapterSpec
     source: str
     start: Tensors
+    withheld: Tensor | None = None
+    disguise: Disguise | None = None
 
     def plug(self, adapter: Tensors) -> None:
         """Put one adapter on both models, which take its rank.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -151,9 +151,10 @@ class Strategy:
         config = self.config
         sent = codec.encode(state.adapter, config.wire.adapter)
         base = codec.decode(sent, config.wire.adapter)
+        want = expected(config, state, round, base, count_rule)
         return Prepared(
-            requests(config, state, self._blob(state), round, sent, count_rule),
-            expected(config, state, round, base, count_rule),
+            requests(config, state, self._blob(state), round, sent, count_rule, want.max_bytes),
+            want,
             self._rule(state, base, round),
         )
 
@@ -210,7 +211,9 @@ class Strategy:
                 self.nodes.wait()
             got = Gathered(want, self.nodes.meet(state, want.round), state, self.events)
             sent = codec.encode(state.adapter, self.config.wire.adapter)
-            request = statistics_requests(self.config, state, self._blob(state), sent)
+            request = statistics_requests(
+                self.config, state, self._blob(state), sent, want.max_bytes
+            )
             self._exchange(got, _by_have(request))
             why = self.why(got.bad)
             if len(got.good) >= f.min_clients:
@@ -303,6 +306,8 @@ class Strategy:
 
         def send(wanted: Mapping[int, Iterable[str]], deadline: float) -> None:
             messages = {i: request(i, have) for i, have in wanted.items()}
+            if isinstance(got, Phase):
+                messages = {i: replace(m, answer=got.most) for i, m in messages.items()}
             for node_id, message in messages.items():
                 name = got.nodes[node_id].name
                 ledger.count_bytes(self.events, got.round, name, "down", message)

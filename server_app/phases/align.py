@@ -17,6 +17,7 @@ from fedpft_core.seeds import derive
 from fedpft_core.train.evaluate import evaluate
 from fedpft_core.train.inactivity import Counts
 from server_app.bench import Bench
+from server_app.owner import disclose
 from server_app.phases import agree
 from server_app.phases.distil import check_finite
 from server_app.phases.reporting import phase, progress
@@ -133,6 +134,7 @@ def align(
         )
         state.package, state.digest = package, patch.target
         state.patches.append(patch)
+        disclose.note(bench, package, patch.target)
         agree.record(bench, round, "after-align")
         gap_before = gap_after = None
         if values is not None:

@@ -17,6 +17,7 @@ from fedpft_core.model import load as models
 from fedpft_core.model.device import pick_device
 from fedpft_core.model.plan import Plan, block_parameters
 from fedpft_core.proxy import cost as inspect
+from fedpft_core.proxy import embeddings
 from fedpft_core.proxy.build import build
 from fedpft_core.proxy.choose import make_plan
 from fedpft_core.seeds import derive, numpy_stream
@@ -24,6 +25,7 @@ from fedpft_core.task import Writer, load_task
 from fedpft_core.tensors import Tensors
 from server_app.bench import Bench, Rows, public_stream
 from server_app.models import Models
+from server_app.owner import disclose
 from server_app.phases.plug import refits, settles
 from server_app.phases.reporting import phase
 from server_app.run import schema as ev
@@ -144,6 +146,7 @@ def _build(
             config, rows.public, loaded.processor, config.plan.saliency_batches, "saliency"
         ),
         rows.task.position(loaded.family),
+        disclose.preferred(config, loaded.model),
     )
     if plan.is_full and config.plan.proxy != "full":
         events.emit(
@@ -153,6 +156,7 @@ def _build(
             )
         )
     bare = build(loaded.model, plan)
+    withheld = _withheld(config, rows, loaded, bare)
     head = rows.task.head(loaded.family)
     spec = adapters.make_spec(loaded.family, plan, loaded.fresh, config.lora, head)
     _emit_model(events, loaded, bare, plan, config.lora.rank)
@@ -161,7 +165,19 @@ def _build(
     fm.to(device)
     proxy.to(device)
     start = _start(config, rows, loaded.processor, fm)
-    return Models(fm, proxy, plan, spec, loaded.source, start)
+    return Models(fm, proxy, plan, spec, loaded.source, start, withheld)
+
+
+def _withheld(
+    config: Config, rows: Rows, loaded: models.Loaded, proxy: nn.Module
+) -> torch.Tensor | None:
+    """Tokens whose embeddings have been taken out of the proxy; None where all are in it."""
+    if config.plan.embeddings == "all":
+        return None
+    if rows.task.reads != "text":
+        raise UserError(f"plan.embeddings = seen is for texts; the rows are {rows.task.reads}s.")
+    sent = embeddings.seen(rows.public, loaded.processor)
+    return embeddings.withhold(proxy, sent, loaded.processor.unk_token_id)
 
 
 def _start(config: Config, rows: Rows, processor: Any, fm: nn.Module) -> Tensors:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fedpft_core.train.evaluate import evaluate
 from server_app.bench import Bench
+from server_app.owner import disclose
 from server_app.phases import distil, heads, own, plug
 from server_app.phases.reporting import phase
 from server_app.run import schema as ev
@@ -36,6 +37,7 @@ def undistilled(bench: Bench, transport: Transport, events: EventLog) -> None:
         strategy.nodes.wait()
         models.plug(models.start)
         state = fresh_state(models.start, bench.package())
+        disclose.note(bench, state.package, state.digest, arm)
         if heads.asked(bench):
             heads.start(bench, strategy, state, arm)
         for round in range(1, config.federation.rounds + 1):

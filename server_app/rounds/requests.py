@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from fedpft_core.aggregation import factors
@@ -69,8 +70,9 @@ def local_settings(config: Config, round: int) -> LocalSettings:
 
 
 def requests(
-    config: Config, state: State, package: bytes, round: int, adapter: Tensors, count_rule: str
-) -> Request:
+    config: Config, state: State, package: bytes, round: int, adapter: Tensors, count_rule: str,
+    answer: int = 0,
+) -> Request:  # fmt: skip
     """A function from what a client has to the message it gets.
 
     Clients that need the same things get the same message: one copy in memory serves all.
@@ -82,6 +84,7 @@ def requests(
         round: the round the messages begin.
         adapter: the adapter to start from, in the wire's format.
         count_rule: how clients are to count inactive neurons; empty = not at all.
+        answer: bytes that a good reply can have; 0 for no limit.
 
     Returns:
         The function; see `by_need`.
@@ -91,7 +94,7 @@ def requests(
     def make(package: bytes, patches: tuple[Patch, ...]) -> TrainRequest:
         return TrainRequest(**fields, count_rule=count_rule, package=package, patches=patches)
 
-    return by_need(state, package, make)
+    return by_need(state, package, make, answer)
 
 
 def secure_request(
@@ -133,8 +136,9 @@ def _fields(config: Config, state: State, round: int, adapter: Tensors) -> dict[
 
 
 def by_need(
-    state: State, package: bytes, make: Callable[[bytes, tuple[Patch, ...]], Message]
-) -> Request:
+    state: State, package: bytes, make: Callable[[bytes, tuple[Patch, ...]], Message],
+    answer: int = 0,
+) -> Request:  # fmt: skip
     """A function from what a client has to the message that also brings what it lacks.
 
     Clients that need the same things get the same message: one copy in memory serves all.
@@ -143,6 +147,7 @@ def by_need(
         state: where the run stands; patches too old to be of use are dropped from it.
         package: the state's package as bytes.
         make: the message, from the package (or nothing) and the patches that it carries.
+        answer: bytes that a good reply can have; 0 for no limit.
 
     Returns:
         A function from the digests of the sub-FMs that a client has to its sealed message.
@@ -154,7 +159,7 @@ def by_need(
         whole, chain = delivery(tuple(have), state.digest, len(package), state.patches)
         key = (whole, len(chain))
         if key not in made:
-            made[key] = seal(make(package if whole else b"", chain))
+            made[key] = replace(seal(make(package if whole else b"", chain)), answer=answer)
         return made[key]
 
     return request

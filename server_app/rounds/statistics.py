@@ -66,7 +66,9 @@ class Gathered(Awaited):
         return add(s.part(part) for s, part in zip(found, parts, strict=True))
 
 
-def statistics_requests(config: Config, state: State, package: bytes, adapter: Tensors) -> Request:
+def statistics_requests(
+    config: Config, state: State, package: bytes, adapter: Tensors, answer: int = 0
+) -> Request:
     """A function from what a client has to the message it gets.
 
     Args:
@@ -74,6 +76,7 @@ def statistics_requests(config: Config, state: State, package: bytes, adapter: T
         state: where the run stands.
         package: the state's package as bytes.
         adapter: the adapter whose features are wanted, in the wire's format.
+        answer: bytes that a good reply can have; 0 for no limit.
 
     Returns:
         The function; see `by_need`.
@@ -93,7 +96,7 @@ def statistics_requests(config: Config, state: State, package: bytes, adapter: T
             patches=patches,
         )
 
-    return by_need(state, package, make)
+    return by_need(state, package, make, answer)
 
 
 __all__ = ["Gathered", "statistics_requests"]

@@ -14,6 +14,7 @@ from typing import Any
 
 from server_app.run import schema as ev
 from server_app.run.events import Entry, EventLog, entry_of, read_events
+from server_app.run.exposed import Exposed
 
 DIRECTIONS = ("down", "up")
 # When gradients are compared in a round, latest last.
@@ -128,6 +129,8 @@ class Record:
     files: dict[str, str] = field(default_factory=dict)
     # bytes of side runs, by side run and direction
     aside: dict[str, dict[str, int]] = field(default_factory=dict)
+    # what of the FM each version of the sub-FM holds: by side run ("" for the run itself), digest
+    exposed: dict[str, dict[str, Exposed]] = field(default_factory=dict)
     _rounds: dict[int, Round] = field(default_factory=dict)
     _earlier: float = 0.0  # seconds of the parts before the last resumption
     _start: float | None = None
@@ -177,11 +180,13 @@ class Record:
         return sum(r.bytes[direction].get(kind, 0) for r in self._rounds.values())
 
     def add(self, entry: Entry) -> None:
-        """Fold one more event. Of side runs only the bytes count: the rest is not the run's.
+        """Fold one more event. Of side runs only what was sent counts: the rest is not the run's.
 
         Args:
             entry: the next one of the log.
         """
+        if isinstance(entry.event, Exposed):
+            self.exposed.setdefault(entry.arm, {})[entry.event.digest] = entry.event
         if entry.arm:
             if isinstance(entry.event, ev.Bytes):
                 sums = self.aside.setdefault(entry.arm, dict.fromkeys(DIRECTIONS, 0))
