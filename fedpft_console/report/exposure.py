@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from fedpft_console.sheet import Sheet
 from fedpft_console.text import Measure, human_bytes, human_count, percent
-from server_app.run.exposed import Exposed
 from server_app.run.record import Record
+from server_app.run.schema import Exposed
 
 TITLE = "What left of the FM"
 

@@ -21,7 +21,6 @@ from fedpft_core.wire.package import Package
 from server_app.bench import Bench
 from server_app.owner import neurons
 from server_app.owner.neurons import Ledger
-from server_app.run import exposed
 from server_app.run import schema as ev
 from server_app.state import Events
 from server_app.transport import Transport, leaves_machine
@@ -120,7 +119,7 @@ def note(bench: Bench, package: Package, digest: str, events: Events | None = No
     else:
         before = ledger.read().neurons
         ever = tuple(a | b for a, b in zip(before, found.disclosed, strict=True))
-    (events or bench.events).emit(exposed.Exposed(
+    (events or bench.events).emit(ev.Exposed(
         digest=digest, fm=ledger.fm,
         parts=[
             {"part": p.name, "fm": p.fm, "sent": p.sent, "copied": p.copied} for p in found.parts

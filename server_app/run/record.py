@@ -14,7 +14,6 @@ from typing import Any
 
 from server_app.run import schema as ev
 from server_app.run.events import Entry, EventLog, entry_of, read_events
-from server_app.run.exposed import Exposed
 
 DIRECTIONS = ("down", "up")
 # When gradients are compared in a round, latest last.
@@ -130,7 +129,7 @@ class Record:
     # bytes of side runs, by side run and direction
     aside: dict[str, dict[str, int]] = field(default_factory=dict)
     # what of the FM each version of the sub-FM holds: by side run ("" for the run itself), digest
-    exposed: dict[str, dict[str, Exposed]] = field(default_factory=dict)
+    exposed: dict[str, dict[str, ev.Exposed]] = field(default_factory=dict)
     _rounds: dict[int, Round] = field(default_factory=dict)
     _earlier: float = 0.0  # seconds of the parts before the last resumption
     _start: float | None = None
@@ -185,7 +184,7 @@ class Record:
         Args:
             entry: the next one of the log.
         """
-        if isinstance(entry.event, Exposed):
+        if isinstance(entry.event, ev.Exposed):
             self.exposed.setdefault(entry.arm, {})[entry.event.digest] = entry.event
         if entry.arm:
             if isinstance(entry.event, ev.Bytes):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypedDict
 
-from server_app.run.schema import Event
+from server_app.run.schema.event import Event
 
 
 class ExposedPart(TypedDict):
