@@ -8,15 +8,22 @@ The size of one object is the SuperLink's proxy to bound (docs/systemd/fedpft-ng
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from typing import Any
 
+from flwr.app import Array
 from flwr.proto.message_pb2 import PullObjectResponse
+from flwr.supercore.inflatable.inflatable_object import (
+    get_object_body,
+    get_object_type_from_object_content,
+)
 
 _SLACK = 2**16  # bytes of Flower's own for a message and its records
 _OBJECTS = 256  # objects of a message, besides those that hold its bytes
-_OBJECT_BYTES = 2**20  # Flower's are 5 MB, all but the last of an array
+_OBJECT_BYTES = 2**20  # Flower's are larger, all but the last of an array
+_CHUNK = 5 * 2**20  # bytes of Flower's pieces of an array
 
 
 class Guard:
@@ -32,6 +39,7 @@ class Guard:
         self._left: dict[str, int] = {}
         self._lock = threading.Lock()
         self.refused: set[str] = set()  # messages whose reply was too large
+        self.came: set[str] = set()  # messages whose reply Flower is, or was last, fetching
         self._messages, self._object = client.PullMessages, client.PullObject
         client.PullMessages, client.PullObject = self._pull_messages, self._pull_object
 
@@ -58,6 +66,7 @@ class Guard:
 
     def _pull_messages(self, request: Any) -> Any:
         found = self._messages(request)
+        self.came = {reply.metadata.reply_to_message_id for reply in found.messages_list}
         for reply, tree in zip(found.messages_list, found.message_object_trees, strict=True):
             message = reply.metadata.reply_to_message_id
             limit = self._limits.get(message)
@@ -77,7 +86,7 @@ class Guard:
         found = self._object(request)
         if message is not None:
             with self._lock:
-                self._left[message] -= len(found.object_content)
+                self._left[message] -= _cost(found.object_content)
                 if self._left[message] < 0:
                     self.refused.add(message)
                     return _nothing()
@@ -105,6 +114,17 @@ def _ids(tree: Any) -> Iterator[str]:
         node = stack.pop()
         yield node.object_id
         stack.extend(node.children)
+
+
+def _cost(content: bytes) -> int:
+    """Bytes that an object brings: its own, and of an array the pieces that it names repeatedly."""
+    try:
+        if get_object_type_from_object_content(content) != "Array":
+            return len(content)
+        named = json.loads(get_object_body(content, Array))["arraychunk_ids"]
+        return len(content) + _CHUNK * (len(named) - len(set(named)))
+    except (ValueError, KeyError, TypeError, IndexError):
+        return len(content)  # Flower will not read it either
 
 
 def _nothing() -> Any:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from flwr.app import Message, MessageType
@@ -122,7 +122,7 @@ def registered_name(transport: Transport, node: int) -> str:
     """
     if not isinstance(transport, FlowerTransport):
         return ""
-    nodes = getattr(transport.grid, "get_nodes", tuple)()
+    nodes: Iterable[Any] = getattr(transport.grid, "get_nodes", tuple)()
     return next((n.name for n in nodes if n.node_id == node), "") or ""
 
 
@@ -270,7 +270,16 @@ def _pull(
     """Replies to messages that are waited for, by their ids; those that came wait no more."""
     asked = list(waiting)
     for start in range(0, len(asked), _AT_ONCE):
-        for reply in grid.pull_messages(asked[start : start + _AT_ONCE]):
+        try:
+            replies = list(grid.pull_messages(asked[start : start + _AT_ONCE]))
+        except (ValueError, KeyError, TypeError, IndexError):
+            # Flower gives up on all that came together when it cannot read one of them.
+            for sent in sorted(guard.came & waiting.keys()) if guard else ():
+                yield waiting.pop(sent), Failure("unreadable reply, or one that came with such")
+            if not guard or not guard.came:
+                raise
+            continue
+        for reply in replies:
             # By the id replied to: the error reply of a dead node has another source id.
             sent = reply.metadata.reply_to_message_id
             if sent not in waiting:

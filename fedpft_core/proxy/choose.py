@@ -132,6 +132,7 @@ def make_plan(
     whole = [i in retained or keeps[i] == ffns[i].neurons for i in range(n)]
     if all(whole):
         return Plan(family.name, f, tuple(BlockPlan("whole", neurons=w) for w in own))
+    first: list[Tensor | None] = [*preferred] or [None] * n
     scores = saliency.scores(cfg.saliency, saliency.Probe(model, seed, public, head_reads))
     return Plan(
         family.name,
@@ -139,10 +140,8 @@ def make_plan(
         tuple(
             BlockPlan("whole", neurons=w)
             if all_of_it
-            else BlockPlan("pruned", keep_most_salient(s, keep, first), cfg.qk_rank, w)
-            for all_of_it, s, keep, w, first in zip(
-                whole, scores, keeps, own, preferred or [None] * n, strict=True
-            )
+            else BlockPlan("pruned", keep_most_salient(s, keep, before), cfg.qk_rank, w)
+            for all_of_it, s, keep, w, before in zip(whole, scores, keeps, own, first, strict=True)
         ),
     )
 

@@ -62,9 +62,9 @@ class Disguise:
             if kind not in found or not block.isdecimal():
                 raise ValueError(f"{name} is no part of a disguise")
             found[kind][int(block)] = value
-        for block, order in found["order"].items():
+        for place, order in found["order"].items():
             if not torch.equal(order.sort().values, torch.arange(len(order))):
-                raise ValueError(f"the order of block {block} is none")
+                raise ValueError(f"the order of block {place} is none")
         if found["order"].keys() != found["scale"].keys():
             raise ValueError("orders and scales are of different blocks")
         return Disguise(found["order"], found["scale"])

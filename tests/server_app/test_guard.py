@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from flwr.app import Message
+from flwr.app import Array, Message
 from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import PullObjectResponse
+from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import PullAppMessagesResponse
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
@@ -33,6 +35,8 @@ class Client:
         self.sent: list[str] = []
         self.objects: dict[str, bytes] = {}
         self.fetched = 0
+        self.alike = False  # whether all pieces of a reply are the same one
+        self.broken = False
 
     def PushMessages(self, request: Any) -> Any:
         raise AssertionError
@@ -41,12 +45,15 @@ class Client:
         protos, trees = [], []
         for sent in request.message_ids:
             size = self.sizes[self.sent.index(sent)]
-            envelope = Envelope("train-reply", "{}", {"adapter": bytes(size)})
+            data = bytes(size) if self.alike else random.Random(size).randbytes(size)
+            envelope = Envelope("train-reply", "{}", {"adapter": data})
             reply = Message(wire.to_record(envelope), dst_node_id=1, message_type="train")
             reply.metadata.__dict__["_reply_to_message_id"] = sent
             reply.metadata.__dict__["_message_id"] = reply.object_id
             for key, part in get_all_nested_objects(reply).items():
                 self.objects[key] = part.deflate()
+                if self.broken and isinstance(part, Array):
+                    self.objects[key] = self.objects[key].replace(b"arraychunk_ids", b"other")
             trees.append(get_object_tree(reply))
             protos.append(message_to_proto(reply))
         return PullAppMessagesResponse(messages_list=protos, message_object_trees=trees)
@@ -66,7 +73,7 @@ class Grid(HttpGrid):
     def __init__(self, client: Client) -> None:
         self._client: Any = client
         self._run: Any = SimpleNamespace(run_id=1)
-        self.node = SimpleNamespace(node_id=1)  # type: ignore[assignment]
+        self.node = Node(node_id=1)
 
     def push_messages(self, messages: Any) -> list[str]:
         client: Any = self._client
@@ -74,8 +81,10 @@ class Grid(HttpGrid):
         return [client.sent[-1]]
 
 
-def exchanged(sizes: list[int], most: int) -> tuple[Client, list[Any]]:
+def exchanged(sizes: list[int], most: int, **traits: bool) -> tuple[Client, list[Any]]:
     client = Client(sizes)
+    for name, value in traits.items():
+        setattr(client, name, value)
     transport = FlowerTransport(Grid(client), poll_seconds=0.0)
     assert transport.guard
     asked = Envelope("train", "{}", {}, answer=most)
@@ -97,6 +106,19 @@ def test_a_reply_that_is_too_large_is_given_up_and_the_others_come() -> None:
     assert isinstance(large, Failure) and "larger than a good one" in large.reason
     # Its first megabytes, and what Flower's threads had asked for by then.
     assert client.fetched < 60 * MB
+
+
+def test_one_piece_named_many_times_counts_as_often() -> None:
+    client, (reply,) = exchanged([60 * MB], most=20 * MB, alike=True)
+    assert isinstance(reply, Failure) and "larger than a good one" in reply.reason
+    assert client.fetched < 6 * MB
+    _, (reply,) = exchanged([20 * MB], most=20 * MB, alike=True)
+    assert isinstance(reply, Envelope)
+
+
+def test_a_reply_that_flower_cannot_read_ends_no_run() -> None:
+    _, (reply,) = exchanged([MB], most=2 * MB, broken=True)
+    assert isinstance(reply, Failure) and "unreadable" in reply.reason
 
 
 def test_without_a_limit_everything_comes() -> None:

@@ -91,7 +91,8 @@ def test_preferred_neurons_go_out_again(
     assert noted(run(task, tmp_path / "c", **other))[-1]["ever"] > 60
     # Fewer than have left are some of those; resumed, a run keeps its own.
     keys = {"plan__prefer_disclosed": True, "plan__keep_share": 0.25}
-    events = run(task, tmp_path / "d", run__stop_after=1, **keys)
+    with pytest.raises(RunError, match="stop"):
+        run(task, tmp_path / "d", run__stop_after=1, **keys)
     before = (tmp_path / "d" / "plan.json").read_text()
     run(task, tmp_path / "e", plan__saliency="random", run__seed=9)
     run(task, tmp_path / "d", run__resume=True, **keys)
@@ -170,7 +171,8 @@ def test_the_audit_and_the_report_show_it(
 ) -> None:
     run(task, tmp_path / "a", run__undistilled=True)
     run(task, tmp_path / "b", plan__retained_layers="last")
-    assert main(["audit", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    ledger = ["--ledger", str(tmp_path / "ledger")]
+    assert main(["audit", str(tmp_path / "a"), str(tmp_path / "b"), *ledger]) == 0
     shown = capsys.readouterr().out
     assert "62.5 %" in shown and "Ledger of all runs in deployments" in shown
     assert "Side run undistilled: " in shown and "60 of 60 neurons sent left bit-equal" in shown
@@ -179,7 +181,7 @@ def test_the_audit_and_the_report_show_it(
     for name in ("report.md", "report.html"):
         text = (tmp_path / "a" / name).read_text()
         assert "What left of the FM" in text and "62.5 %" in text
-    assert main(["audit", "--ledger", str(tmp_path / "ledger")]) == 0
+    assert main(["audit", *ledger]) == 0
     assert main(["audit", str(tmp_path / "nowhere")]) == 2
 
 
