@@ -28,7 +28,7 @@ from torch import Tensor, nn
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
 from fedpft_core import config as configs  # noqa: E402
-from fedpft_core.align.distill import outputs  # noqa: E402
+from fedpft_core.align.blocks import outputs  # noqa: E402
 from fedpft_core.model.families import FFN, family_of  # noqa: E402
 from fedpft_core.model.plan import Plan, pruned_ffns  # noqa: E402
 from fedpft_core.proxy.exposure import exposure  # noqa: E402
