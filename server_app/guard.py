@@ -13,13 +13,6 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from flwr.app import Array
-from flwr.proto.message_pb2 import PullObjectResponse
-from flwr.supercore.inflatable.inflatable_object import (
-    get_object_body,
-    get_object_type_from_object_content,
-)
-
 _SLACK = 2**16  # bytes of Flower's own for a message and its records
 _OBJECTS = 256  # objects of a message, besides those that hold its bytes
 _OBJECT_BYTES = 2**20  # Flower's are larger, all but the last of an array
@@ -37,6 +30,7 @@ class Guard:
         self._limits: dict[str, int] = {}  # by the id of the message that is replied to
         self._reply_of: dict[str, str] = {}  # by object id, the same
         self._left: dict[str, int] = {}
+        self._nothing: Any = None  # the answer for what is not given out
         self._lock = threading.Lock()
         self.refused: set[str] = set()  # messages whose reply was too large
         self.came: set[str] = set()  # messages whose reply Flower is, or was last, fetching
@@ -82,14 +76,16 @@ class Guard:
     def _pull_object(self, request: Any) -> Any:
         message = self._reply_of.get(request.object_id)
         if message in self.refused:
-            return _nothing()
+            return self._nothing
         found = self._object(request)
         if message is not None:
             with self._lock:
-                self._left[message] -= _cost(found.object_content)
+                self._left[message] = self._left.get(message, 0) - _cost(found.object_content)
                 if self._left[message] < 0:
+                    # Without its fields it says that there is no such object, and Flower gives up.
+                    self._nothing = type(found)()
                     self.refused.add(message)
-                    return _nothing()
+                    return self._nothing
         return found
 
 
@@ -118,15 +114,10 @@ def _ids(tree: Any) -> Iterator[str]:
 
 def _cost(content: bytes) -> int:
     """Bytes that an object brings: its own, and of an array the pieces that it names repeatedly."""
+    if not content.startswith(b"Array "):
+        return len(content)
     try:
-        if get_object_type_from_object_content(content) != "Array":
-            return len(content)
-        named = json.loads(get_object_body(content, Array))["arraychunk_ids"]
+        named = json.loads(content.partition(b"\x00")[2])["arraychunk_ids"]
         return len(content) + _CHUNK * (len(named) - len(set(named)))
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (ValueError, KeyError, TypeError):
         return len(content)  # Flower will not read it either
-
-
-def _nothing() -> Any:
-    """The answer for an object that is not there, on which Flower gives the message up."""
-    return PullObjectResponse(object_found=False, object_available=False)
