@@ -10,9 +10,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
+from fedpft_core.adapter.ranks import narrowed
 from fedpft_core.aggregation import Replies, RuleSettings
 from fedpft_core.config import Config
 from fedpft_core.errors import RunError
@@ -23,15 +24,25 @@ from fedpft_core.train.tune import steps_of
 from fedpft_core.wire import codec
 from fedpft_core.wire.envelope import Envelope
 from fedpft_core.wire.validate import Expected, ExpectedStatistics
-from server_app.rounds import ledger
+from server_app.rounds import ledger, widths
 from server_app.rounds.chain import Asked
-from server_app.rounds.collect import Collection
+from server_app.rounds.collect import Awaited, Collection
+from server_app.rounds.matching import Matching
 from server_app.rounds.nodes import Node, Nodes
 from server_app.rounds.outcome import Outcome, outcome
 from server_app.rounds.patience import Patience
 from server_app.rounds.private import ClientPrivacy
 from server_app.rounds.remarks import Remarks
-from server_app.rounds.requests import Request, expected, learning_rate, local_settings, requests
+from server_app.rounds.requests import (
+    ByNode,
+    Request,
+    by_node,
+    expected,
+    learning_rate,
+    local_settings,
+    requests,
+    wanted,
+)
 from server_app.rounds.secure import Phase, SecureRound, Sum
 from server_app.rounds.statistics import Gathered, statistics_requests
 from server_app.run import schema as ev
@@ -45,42 +56,49 @@ Combine = Callable[[Replies], Tensors]
 # The server's own adapter: trained from the one given, in the round of that number.
 Own = Callable[[Tensors, int], Tensors]
 
+Agreement = widths.Agreement
+
 
 @dataclass(frozen=True)
 class Prepared:
     """A round before it is asked for.
 
     Attributes:
-        request: the message by what a client has.
+        request: the message by the client and what it has.
         want: what a good reply looks like; its adapter is what clients start from.
         rule: what the rule of aggregation may know besides the replies.
+        own: what a good reply of one client looks like.
     """
 
-    request: Request
+    request: ByNode
     want: Expected
     rule: RuleSettings
+    own: Callable[[Node], Expected]
 
 
-def _by_have(request: Request) -> Callable[[int, Iterable[str]], Envelope]:
-    """The same message for all nodes that have the same, whoever they are."""
-    return lambda _, have: request(have)
+def _to(got: Awaited, request: ByNode) -> Callable[[int, Iterable[str]], Envelope]:
+    """The message by a node's id, of those that are awaited, and what it has."""
+    return lambda node_id, have: request(got.nodes[node_id], have)
 
 
 class Strategy:
     """The rounds of one federation of clients."""
 
     def __init__(
-        self, config: Config, transport: Transport, events: Events, own: Own | None = None
-    ) -> None:
+        self, config: Config, transport: Transport, events: Events, own: Own | None = None,
+        agreement: Agreement | None = None,
+    ) -> None:  # fmt: skip
         self.config = config
         self.transport = transport
         self.events = events
         self.own = own
+        self.agreement = agreement
+        self.matching = Matching(config, events)
         self.private = ClientPrivacy(config, events) if config.privacy.client_noise else None
         self.remarks = Remarks(config.federation, events)
         self.patience = Patience(config.federation)
-        self.nodes = Nodes(config.federation, transport, events)
-        self._package_bytes: tuple[str, bytes] = ("", b"")
+        self.nodes = Nodes(config.federation, transport, events, self.matching)
+        self._package_bytes: dict[str, bytes] = {}
 
     def run_round(self, state: State, round: int, count_rule: str) -> Outcome:
         """Train round `round` from `state`, trying again when too few replies are good.
@@ -120,14 +138,15 @@ class Strategy:
                 text = self._too_few(f"round {round}", len(summed.good), summed.bad, attempt)
                 continue
             work = self.prepare(state, round, count_rule)
-            with Replies(work.want.adapter, self._folder(), work.rule) as replies:
-                asked = Asked(work.want, f.clip_update_norm, replies, work.rule.scaling)
+            want = work.want
+            with Replies(want.adapter, self._folder(), work.rule, want.beside) as replies:
+                asked = Asked(want, f.clip_update_norm, replies, work.rule.scaling, own=work.own)
                 got = Collection(asked, nodes, state, round, self.events, f.enough)
-                self._exchange(got, _by_have(work.request))
+                self._exchange(got, _to(got, work.request))
                 if not private:  # who is left out would depend on the others' rows
                     self.leave_out(got)
                 if len(got.good) >= needed:
-                    start_from = dict(work.want.adapter)
+                    start_from = dict(want.adapter)
                     combine = (
                         private.combine(state, start_from, round, len(met)) if private else None
                     )
@@ -147,14 +166,27 @@ class Strategy:
             The messages by what a client has, what a good reply looks like, and what the rule of
             aggregation may know.
         """
-        config = self.config
-        sent = codec.encode(state.adapter, config.wire.adapter)
-        base = codec.decode(sent, config.wire.adapter)
-        want = expected(config, state, round, base, count_rule)
+        config, fmt = self.config, self.config.wire.adapter
+
+        @cache
+        def sent(rank: int) -> tuple[Tensors, Tensors]:
+            """The adapter on the wire, and as clients decode it."""
+            adapter = narrowed(state.adapter, rank) if rank else state.adapter
+            wire = codec.encode(adapter, fmt)
+            return wire, codec.decode(wire, fmt)
+
+        def make(view: State, package: bytes, blocks: str, rank: int) -> Request:
+            most = want(view, blocks, rank).max_bytes
+            return requests(config, view, package, round, sent(rank)[0], count_rule, blocks, most)
+
+        def want(view: State, blocks: str, rank: int) -> Expected:
+            return expected(config, view, round, sent(rank)[1], count_rule, blocks)
+
         return Prepared(
-            requests(config, state, self._blob(state), round, sent, count_rule, want.max_bytes),
-            want,
-            self._rule(state, base, round),
+            by_node(state, self._blob, make),
+            want(state, "", 0),
+            self._rule(state, sent(0)[1], round),
+            wanted(state, want),
         )
 
     def conclude(self, got: Collection, start: float, combine: Combine | None = None) -> Outcome:
@@ -172,7 +204,7 @@ class Strategy:
         self.remarks.of_replies(got.round, got.good)
         self.patience.learn(r.arrived for r in got.good.values())
         self.remarks.validation(got.asked.want.task, got.round, got.good)
-        made = outcome(f, replies, got.good, len(got.bad), start, combine)
+        made = outcome(f, replies, got.good, len(got.bad), start, combine, widths.join(got.state))
         if replies.figures:
             self.events.emit(
                 ev.Aggregated(round=got.round, rule=f.aggregate, figures=dict(replies.figures))
@@ -189,7 +221,7 @@ class Strategy:
         steps = {name: steps_of(r.examples, work) for name, r in got.good.items()}
         got.leave_out(steps, self.config.federation.largest_change)
 
-    def gather(self, state: State, want: ExpectedStatistics) -> Sums:
+    def gather(self, state: State, want: ExpectedStatistics) -> dict[str, Sums]:
         """Ask every connected client for the statistics of its rows.
 
         Args:
@@ -197,7 +229,8 @@ class Strategy:
             want: what a good reply looks like.
 
         Returns:
-            The sum over all good replies; who did not send any is named in a warning.
+            By the width of the sub-FM (empty where there is one) the sum over all good replies; who
+            did not send any is named in a warning.
 
         Raises:
             RunError: fewer than federation.min-clients sent any, after federation.attempts tries.
@@ -208,10 +241,8 @@ class Strategy:
                 self.nodes.wait()
             got = Gathered(want, self.nodes.meet(state, want.round), state, self.events)
             sent = codec.encode(state.adapter, self.config.wire.adapter)
-            request = statistics_requests(
-                self.config, state, self._blob(state), sent, want.max_bytes
-            )
-            self._exchange(got, _by_have(request))
+            request = by_node(state, self._blob, partial(self._statistics, sent, want.max_bytes))
+            self._exchange(got, _to(got, request))
             why = self.why(got.bad)
             if len(got.good) >= f.min_clients:
                 if got.bad:
@@ -262,7 +293,7 @@ class Strategy:
     ) -> Sum:
         """An attempt at a round of secure aggregation, and what it spends."""
         attempt = SecureRound(self.config, nodes, state, round, self.events, self._exchange)
-        summed = attempt.run(self._blob(state), sent, base)
+        summed = attempt.run(self._blob, sent, base)
         if self.private and summed.change is not None:
             spend = self.private.masked(1 + sum(t.numel() for t in base.values()))
             self.private.book(state, round, spend, self.config.privacy.client_clip)
@@ -285,22 +316,31 @@ class Strategy:
         return RuleSettings(
             f.weighting, f.weight_cap, f.attackers, f.distance, spec.alpha / spec.rank, f.density,
             derive(self.config.run.seed, "aggregate", state.round + 1), own,
+            widths.factor(self.config, state, self.agreement),
         )  # fmt: skip
 
     def _folder(self) -> Path | None:
         """Where a round's replies lie until they are aggregated."""
         return Path(self.config.run.dir) if self.config.run.dir else None
 
+    def _statistics(
+        self, sent: Tensors, most: int, view: State, package: bytes, blocks: str, rank: int
+    ) -> Request:
+        return statistics_requests(self.config, view, package, sent, most)
+
     def _blob(self, state: State) -> bytes:
         # Packing is the same work every round until an alignment.
-        if self._package_bytes[0] != state.digest:
-            self._package_bytes = (state.digest, state.package.to_bytes())
-        return self._package_bytes[1]
+        if state.digest not in self._package_bytes:
+            now = {state.digest, *(v.digest for v in state.beside.values())}
+            kept = {d: data for d, data in self._package_bytes.items() if d in now}
+            self._package_bytes = kept | {state.digest: state.package.to_bytes()}
+        return self._package_bytes[state.digest]
 
     def _exchange(
         self, got: Collection | Gathered | Phase, request: Callable[[int, Iterable[str]], Envelope]
     ) -> None:
         """Send a round's requests, made of a node's id and what it has; collect the replies."""
+        got.matching = self.matching
         timeout = self.patience.seconds(got.round)
 
         def send(wanted: Mapping[int, Iterable[str]], deadline: float) -> None:

@@ -11,7 +11,7 @@ import torch
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
-from fedpft_core.errors import ReplyError
+from fedpft_core.errors import ReplyError, RunError
 from fedpft_core.wire import flower as wire
 from fedpft_core.wire.envelope import Envelope
 from fedpft_core.wire.messages import Failure
@@ -104,8 +104,8 @@ def leaves_machine(transport: Transport) -> bool:
     Returns:
         False for clients in this process and in a simulation, which hold nothing afterwards.
     """
-    return isinstance(transport, FlowerTransport) and (
-        type(transport.grid).__name__ != "InMemoryGrid"
+    return isinstance(transport, FlowerTransport) and not (
+        transport.simulated or type(transport.grid).__name__ == "InMemoryGrid"
     )
 
 
@@ -130,13 +130,22 @@ def _silently() -> OnWait:
     return lambda done, total, seconds_left: None
 
 
+class WorkerLost(RunError):
+    """A process that simulates clients has died, which Flower never replaces."""
+
+
 @dataclass
 class FlowerTransport:
-    """Messages over Flower's Grid; each wait for replies is told to what `waits` then makes."""
+    """Messages over Flower's Grid; each wait for replies is told to what `waits` then makes.
+
+    Where clients are `simulated`, one whose process has died raises :class:`WorkerLost`: all
+    further messages to that process would fail too, and a run with fewer clients is another run.
+    """
 
     grid: Grid
     poll_seconds: float = 0.05
     waits: Callable[[], OnWait] = _silently
+    simulated: bool = False
     guard: Guard | None = None
 
     def __post_init__(self) -> None:
@@ -164,6 +173,9 @@ class FlowerTransport:
             round: becomes Flower's group id of the messages.
             timeout: the longest wait, seconds; Flower drops a message 60 s after it.
             on_reply: takes a node's id and its reply, or the Failure that stands for it.
+
+        Raises:
+            WorkerLost: a process that simulates clients has died.
         """
         waiting: dict[str, int] = {}
         for node, envelope in messages.items():
@@ -176,7 +188,7 @@ class FlowerTransport:
         done = False
         while waiting and not done and time.monotonic() < deadline:
             got = False
-            for node, reply in _pull(self.grid, self.guard, waiting):
+            for node, reply in _pull(self.grid, self.guard, waiting, self.simulated):
                 got = True
                 done = bool(on_reply(node, reply)) or done
             if waiting and not got:
@@ -193,7 +205,7 @@ class FlowerTransport:
         Returns:
             A new mailbox over the same Grid.
         """
-        return FlowerMailbox(self.grid, self.poll_seconds, self.guard)
+        return FlowerMailbox(self.grid, self.poll_seconds, self.simulated, self.guard)
 
 
 @dataclass
@@ -202,6 +214,7 @@ class FlowerMailbox:
 
     grid: Grid
     poll_seconds: float
+    simulated: bool = False
     guard: Guard | None = None
     _waiting: dict[str, int] = field(default_factory=dict)
     _unsent: list[int] = field(default_factory=list)
@@ -226,12 +239,15 @@ class FlowerMailbox:
 
         Returns:
             Node ids with what came from each; empty, after a short wait, where nothing has come.
+
+        Raises:
+            WorkerLost: a process that simulates clients has died.
         """
         found: list[tuple[int, Envelope | Failure]] = [
             (n, Failure(_ERRORS[5])) for n in self._unsent
         ]
         self._unsent.clear()
-        found += _pull(self.grid, self.guard, self._waiting)
+        found += _pull(self.grid, self.guard, self._waiting, self.simulated)
         if not found:
             time.sleep(self.poll_seconds)
         return found
@@ -265,7 +281,7 @@ def _push(
 
 
 def _pull(
-    grid: Grid, guard: Guard | None, waiting: dict[str, int]
+    grid: Grid, guard: Guard | None, waiting: dict[str, int], simulated: bool
 ) -> Iterator[tuple[int, Envelope | Failure]]:
     """Replies to messages that are waited for, by their ids; those that came wait no more."""
     asked = list(waiting)
@@ -284,6 +300,10 @@ def _pull(
             sent = reply.metadata.reply_to_message_id
             if sent not in waiting:
                 continue
+            if simulated and reply.has_error() and _of_ray(reply.error.reason or ""):
+                raise WorkerLost(
+                    "the process of a simulated client died (killed, or out of memory?)."
+                )
             node = waiting.pop(sent)
             if guard and sent in guard.refused:
                 yield node, Failure("the reply is larger than a good one can be")
@@ -298,7 +318,16 @@ _ERRORS = {
     5: "the node is gone",
     8: "the client process died",
 }
-_GONE = (5, 8)
+_DIED = 8
+_GONE = (5, _DIED)
+_RAY_ERRORS = ("RayActorError", "ActorDiedError", "ActorUnavailableError", "WorkerCrashedError",
+               "OutOfMemoryError", "NodeDiedError")  # fmt: skip
+
+
+def _of_ray(reason: str) -> bool:
+    """Whether an error is Ray's, of a process that is no more: its type comes first."""
+    kind, _, _ = reason.partition(">")
+    return "ray.exceptions." in kind and kind.strip("'").endswith(_RAY_ERRORS)
 
 
 def _opened(reply: Message) -> Envelope | Failure:
@@ -307,7 +336,8 @@ def _opened(reply: Message) -> Envelope | Failure:
         what = _ERRORS.get(code, "Flower reported an error")
         # Of a process or node that is gone Flower can only say so once more, at length.
         lines = [] if code in _GONE else (reply.error.reason or "").strip().splitlines()
-        return Failure(f"{what} (code {code}{': ' + lines[-1] if lines else ''})")
+        text = f"{what} (code {code}{': ' + lines[-1] if lines else ''})"
+        return Failure(text, died=code == _DIED)
     try:
         return wire.from_record(reply.content)
     except ReplyError as error:

@@ -110,7 +110,7 @@ def _runs(records: Mapping[str, Record]) -> Sheet:
                 exposure.share(parts[p].sent, parts[p].fm) if p in parts else "-"
                 for p in ("embeddings", "attention")
             ),
-            exposure.share(last.disclosed, last.neurons), exposure.share(most, last.neurons),
+            exposure.share(max(e.disclosed for e in found), last.neurons), exposure.share(most, last.neurons),
             exposure.share(max(e.copied for e in aside), last.neurons) if aside else "none",
             exposure.human_bytes(last.bytes), sent, *alone,
         ])  # fmt: skip

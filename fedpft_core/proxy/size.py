@@ -18,7 +18,7 @@ from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.model import load as models
 from fedpft_core.model.families import Shape, family_of
 from fedpft_core.proxy.build import build
-from fedpft_core.proxy.choose import make_plan
+from fedpft_core.proxy.nested import make_plans, trunk
 from fedpft_core.proxy.package import ClientModel, blank, make_package
 from fedpft_core.task import sample
 from fedpft_core.task.labels import label_names
@@ -150,7 +150,9 @@ def describe(config: Config) -> PlanSize:
     loaded = models.load(config.model, task.model(), config.run.seed)
     # Sizes depend on how many neurons are kept, not on which: no public rows are read for it.
     settings = replace(config.plan, saliency="weight-norm")
-    plan = make_plan(loaded.model, settings, config.run.seed)
+    # Of several widths the one that most is asked for.
+    plans = make_plans(loaded.model, settings, config.run.seed)
+    plan = plans[trunk(plans)]
     proxy = build(loaded.model, plan)
     spec = adapters.make_spec(
         loaded.family, plan, loaded.fresh, config.lora, task.head(loaded.family)

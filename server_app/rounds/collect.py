@@ -9,14 +9,15 @@ from typing import Any
 
 from fedpft_core.errors import ReplyError
 from fedpft_core.wire.envelope import Envelope
-from fedpft_core.wire.messages import Failure
+from fedpft_core.wire.messages import OUT_OF_MEMORY, Failure
 from server_app.rounds import caution, ledger
 from server_app.rounds.chain import Asked, Lacking, receive
 from server_app.rounds.ledger import printable
+from server_app.rounds.matching import Matching
 from server_app.rounds.nodes import Node
 from server_app.rounds.outcome import Good
 from server_app.run import schema as ev
-from server_app.state import Events, State
+from server_app.state import Events, Given, State
 
 
 class Awaited:
@@ -34,6 +35,7 @@ class Awaited:
         self.round = round
         self.events = events
         self.bad: dict[str, str] = {}  # reasons, by client name
+        self.matching: Matching | None = None  # gives clients that fail another width
         self.again: dict[int, tuple[str, ...]] = {}  # who has to be served again, and has what
         self.served: set[int] = set()  # who has been served again
 
@@ -98,6 +100,31 @@ class Awaited:
         self.bad[node.name] = printable(error)
         return False
 
+    def narrower(self, node: Node, reply: Envelope | Failure | ReplyError) -> bool:
+        """Give a client that has failed at its width a narrower one, where that is why.
+
+        Args:
+            node: the client.
+            reply: what came in place of a good reply.
+
+        Returns:
+            Whether it will be served again in this round, at that width.
+        """
+        if self.matching is None:
+            return False
+        if isinstance(reply, Failure) and reply.late:
+            self.matching.missed(node.name, self.state, self.round)
+            return False
+        died = isinstance(reply, Failure) and reply.died
+        if not died and not str(reply).startswith(OUT_OF_MEMORY):
+            return False
+        why = "its process died" if died else "it ran out of memory"
+        moved = self.matching.down(node.name, why, self.state, self.round)
+        if not moved or node.id in self.served:
+            return False
+        self.again[node.id] = self.state.have.get(node.name, ())
+        return True
+
 
 class Collection(Awaited):
     """The replies to one round's requests: figures of the good ones, reasons of the bad ones.
@@ -151,11 +178,15 @@ class Collection(Awaited):
         if isinstance(reply, Failure):
             if reply.late and self.enough and len(self.good) >= self.enough:
                 return "late", {}
+            if self.narrower(node, reply):
+                return "error", {"reason": printable(reply.reason)}
             self.bad[node.name] = reason = printable(reply.reason)
             return "error", {"reason": reason}
         try:
             hand = receive(node, reply, self.asked)
         except ReplyError as error:
+            if self.narrower(node, error):
+                return "refused", {"reason": printable(error)}
             if self.refused(node, error):
                 return "need", {}
             return "refused", {"reason": self.bad[node.name]}
@@ -165,8 +196,11 @@ class Collection(Awaited):
             message.examples, math.nan if message.private else message.loss, message.seconds,
             time.perf_counter() - self._started,
             message.validation_rows, message.validation_sums, hand.norms, hand.counts,
+            self.state.given.get(node.name, Given()).width,
         )  # fmt: skip
-        self.state.have[node.name] = (self.state.digest,)
+        self.state.have[node.name] = (message.digest,)
+        if self.matching:
+            self.matching.kept(node.name, self.state)
         rows = message.validation_rows
         held_out = {
             "validation_rows": rows,
@@ -177,4 +211,5 @@ class Collection(Awaited):
             "loss": None if message.private else message.loss,
             "train_seconds": message.seconds, "timings": message.timings,
             **(held_out if rows else {}),
+            "width": self.good[node.name].width,
         }  # fmt: skip

@@ -114,7 +114,8 @@ class Continuous:
         post, work = self.post, self.work(version)
         post.deadline = post.box.now() + self.settings.round_timeout
         self.aloft[node.id] = Aloft(node, work, version, due, post.box.now())
-        post.send(node, work.request(self.session.state.have.get(node.name, ())), round)
+        have = self.session.state.have.get(node.name, ())
+        post.send(node, work.request(node, have), round)
 
     def ask(self, got: Buffer) -> None:
         """Keep as many clients at work as federation.clients-per-round says.
@@ -147,9 +148,10 @@ class Continuous:
         # on one that is gone.
         drain = align.due(self.config, session.bench.models.plan, version)
         folder = Path(self.config.run.dir) if self.config.run.dir else None
-        with Replies(work.want.adapter, folder, work.rule) as replies:
-            asked = Asked(work.want, f.clip_update_norm, replies, work.rule.scaling)
+        with Replies(work.want.adapter, folder, work.rule, work.want.beside) as replies:
+            asked = Asked(work.want, f.clip_update_norm, replies, work.rule.scaling, own=work.own)
             got = Buffer(asked, f.staleness_exponent, state, version, session.events)
+            got.matching = session.strategy.matching
             self.ask(got)
             session.events.emit(ev.RoundStarted(
                 round=version, rounds=f.rounds, attempt=1,
@@ -205,7 +207,7 @@ class Continuous:
             if node.id in got.again and node.id not in got.served:
                 got.served.add(node.id)
                 flight.reply, flight.sent = None, self.post.box.now()
-                self.post.send(node, flight.work.request(got.again[node.id]), got.round)
+                self.post.send(node, flight.work.request(node, got.again[node.id]), got.round)
                 continue
             del self.aloft[node.id]
             if len(got.good) < self.size:

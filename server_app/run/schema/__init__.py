@@ -59,6 +59,14 @@ from server_app.run.schema.scores import (
     Validation,
 )
 from server_app.run.schema.subject import BlockSize, Metric, Model, Nodes, Task
+from server_app.run.schema.widths import (
+    WidthAgreement,
+    WidthDistilled,
+    WidthGiven,
+    Widths,
+    WidthScored,
+    WidthSize,
+)
 
 __all__ = [
     "KINDS",
@@ -110,4 +118,10 @@ __all__ = [
     "Validation",
     "Waiting",
     "Warned",
+    "WidthAgreement",
+    "WidthDistilled",
+    "WidthGiven",
+    "WidthScored",
+    "WidthSize",
+    "Widths",
 ]
