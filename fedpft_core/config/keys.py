@@ -125,16 +125,6 @@ class Config:
                 f"run.undistilled = true sends the neurons as they are, which plan.disguise = "
                 f"{self.plan.disguise} is to hide: set run.undistilled = false."
             )
-        hidden = {
-            "disguise": ("none", self.plan.disguise),
-            "embeddings": ("all", self.plan.embeddings),
-        }
-        for key, (plain, value) in hidden.items():
-            if self.plan.widths and value != plain:
-                raise UserError(
-                    f"plan.{key} = {value} is for one sub-FM; with plan.widths = {self.plan.widths} "
-                    f"set plan.{key} = {plain}."
-                )
         check_schedule(self)
         check_ranks(self)
         check_widths(self)

@@ -20,9 +20,10 @@ from fedpft_core.proxy.exposure import exposure, ffn_digest, kept_neurons
 from server_app.bench import Bench
 from server_app.owner import neurons
 from server_app.owner.neurons import Ledger
+from server_app.reach import leaves_machine
 from server_app.run import schema as ev
 from server_app.state import Events, State, Version
-from server_app.transport import Transport, leaves_machine
+from server_app.transport import Transport
 
 _SECRET = "disguise.safetensors"
 
