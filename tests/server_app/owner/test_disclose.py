@@ -64,17 +64,18 @@ def test_a_run_notes_each_version_and_a_simulation_leaves_the_ledger_alone(
 def test_runs_with_other_blocks_add_up_and_are_refused_past_the_budget(
     task: dict[str, Any], tmp_path: Path, deployed: None
 ) -> None:
-    run(task, tmp_path / "a")
-    events = run(task, tmp_path / "b", plan__retained_layers="last")
+    once = {"federation__rounds": 1}
+    run(task, tmp_path / "a", **once)
+    events = run(task, tmp_path / "b", plan__retained_layers="last", **once)
     assert noted(events)[-1]["ever"] == 24 + 12 + 12 + 24
     assert any("leave for the first time" in e.get("text", "") for e in events)
     ((_, state),) = known(tmp_path / "ledger")
     assert state.count == 72 and neurons.count(state.copied) == 48
     with pytest.raises(UserError, match=r"plan.disclosure-budget = 0.8: .* 87.5 % .* 75.0 %"):
-        run(task, tmp_path / "c", plan__retained_layers="1", plan__disclosure_budget=0.8)
+        run(task, tmp_path / "c", plan__retained_layers="1", plan__disclosure_budget=0.8, **once)
     log = (tmp_path / "c" / "events.jsonl").read_text()
     assert '"bytes"' not in log and '"run_failed"' in log
-    events = run(task, tmp_path / "d", plan__disclosure_budget=0.8)
+    events = run(task, tmp_path / "d", plan__disclosure_budget=0.8, **once)
     assert noted(events)[-1]["ever"] == 72
     assert not any("leave for the first time" in e.get("text", "") for e in events)
 
@@ -82,19 +83,20 @@ def test_runs_with_other_blocks_add_up_and_are_refused_past_the_budget(
 def test_preferred_neurons_go_out_again(
     task: dict[str, Any], tmp_path: Path, deployed: None
 ) -> None:
-    run(task, tmp_path / "a")
-    other = {"plan__saliency": "random", "run__seed": 3}
+    once = {"federation__rounds": 1}
+    run(task, tmp_path / "a", **once)
+    other = {"plan__saliency": "random", "run__seed": 3, **once}
     events = run(task, tmp_path / "b", plan__prefer_disclosed=True, **other)
     assert noted(events)[-1]["ever"] == 60
     plans = [json.loads((tmp_path / n / "plan.json").read_text()) for n in "ab"]
     assert plans[0]["blocks"] == plans[1]["blocks"]
     assert noted(run(task, tmp_path / "c", **other))[-1]["ever"] > 60
     # Fewer than have left are some of those; resumed, a run keeps its own.
-    keys = {"plan__prefer_disclosed": True, "plan__keep_share": 0.25}
+    keys = {"plan__prefer_disclosed": True, "plan__keep_share": 0.25, "federation__rounds": 2}
     with pytest.raises(RunError, match="stop"):
         run(task, tmp_path / "d", run__stop_after=1, **keys)
     before = (tmp_path / "d" / "plan.json").read_text()
-    run(task, tmp_path / "e", plan__saliency="random", run__seed=9)
+    run(task, tmp_path / "e", plan__saliency="random", run__seed=9, **once)
     run(task, tmp_path / "d", run__resume=True, **keys)
     assert (tmp_path / "d" / "plan.json").read_text() == before
 
@@ -150,6 +152,19 @@ def test_settings_that_contradict_a_disguise_are_refused(
         run(task, tmp_path / "a", plan__disguise="permute-scale", run__undistilled=True)
 
 
+def test_every_width_is_noted_and_settings_of_one_sub_fm_are_refused(
+    task: dict[str, Any], tmp_path: Path
+) -> None:
+    widths = {"plan__widths": "0.25,0.5", "federation__rounds": 1}
+    events = run(task, tmp_path / "run", **widths)
+    assert sorted(e["disclosed"] for e in noted(events)) == [24 + 3 * 6, 24 + 3 * 12]
+    assert {e["ever"] for e in noted(events)} == {60}
+    with pytest.raises(UserError, match=r"plan\.disguise = none"):
+        run(task, tmp_path / "a", plan__disguise="permute-scale", **widths)
+    with pytest.raises(UserError, match=r"plan\.embeddings = all"):
+        run(task, tmp_path / "b", plan__embeddings="seen", **widths)
+
+
 def test_embeddings_of_tokens_that_are_not_public_stay_home(
     task: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -169,8 +184,9 @@ def test_embeddings_of_tokens_that_are_not_public_stay_home(
 def test_the_audit_and_the_report_show_it(
     task: dict[str, Any], tmp_path: Path, deployed: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(task, tmp_path / "a", run__undistilled=True)
-    run(task, tmp_path / "b", plan__retained_layers="last")
+    once = {"federation__rounds": 1}
+    run(task, tmp_path / "a", run__undistilled=True, **once)
+    run(task, tmp_path / "b", plan__retained_layers="last", **once)
     ledger = ["--ledger", str(tmp_path / "ledger")]
     assert main(["audit", str(tmp_path / "a"), str(tmp_path / "b"), *ledger]) == 0
     shown = capsys.readouterr().out
