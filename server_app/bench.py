@@ -25,6 +25,7 @@ from fedpft_core.seeds import derive, numpy_stream
 from fedpft_core.task import Painter, Task, TaskData
 from fedpft_core.wire.package import Package
 from server_app.models import Models
+from server_app.owner.neurons import Ledger
 from server_app.state import Events, State, fresh_state, version_of
 
 
@@ -134,6 +135,8 @@ class Bench:
     models: Models
     rows: Rows
     device: torch.device
+    ledger: Ledger | None = None  # of the FM's neurons; None before it is known who is served
+    leaves: bool = False  # whether messages leave the machine
 
     @property
     def head_reads(self) -> Position:
@@ -157,10 +160,10 @@ class Bench:
         return {w.name: self._packed(w.proxy, w.plan) for w in self.models.others}
 
     def _packed(self, proxy: nn.Module, plan: Plan) -> Package:
-        rows = self.rows
+        rows, hidden = self.rows, self.config.plan.disguise != "none"
         return make_package(
-            proxy, plan, self.models.spec, rows.processor, rows.task.name, rows.task.labels,
-            self.config.data.max_length,
+            proxy, plan.anonymous() if hidden else plan, self.models.spec, rows.processor,
+            rows.task.name, rows.task.labels, self.config.data.max_length,
         )  # fmt: skip
 
     def fresh_state(self) -> State:
