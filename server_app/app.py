@@ -168,8 +168,8 @@ def _before_round_1(
     proxycache.distil(bench)
     disclose.put_on(bench)
     state = bench.fresh_state()
-    widths.announce(bench)
     disclose.note(bench, state)
+    widths.announce(bench)
     models.plug(state.adapter)
     if config.federation.aggregate != "none" and heads.asked(bench):
         with phase(events, "statistics"):

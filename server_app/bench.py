@@ -149,7 +149,9 @@ class Bench:
         Returns:
             A package of copies, without the adapter.
         """
-        return self._packed(self.models.proxy, self.models.plan)
+        m = self.models
+        hidden = self.config.plan.disguise != "none"
+        return self._packed(m.proxy, m.plan.anonymous() if hidden else m.plan)
 
     def others(self) -> dict[str, Package]:
         """The other widths as clients get them, with their present weights.
@@ -160,10 +162,10 @@ class Bench:
         return {w.name: self._packed(w.proxy, w.plan) for w in self.models.others}
 
     def _packed(self, proxy: nn.Module, plan: Plan) -> Package:
-        rows, hidden = self.rows, self.config.plan.disguise != "none"
+        rows = self.rows
         return make_package(
-            proxy, plan.anonymous() if hidden else plan, self.models.spec, rows.processor,
-            rows.task.name, rows.task.labels, self.config.data.max_length,
+            proxy, plan, self.models.spec, rows.processor, rows.task.name, rows.task.labels,
+            self.config.data.max_length,
         )  # fmt: skip
 
     def fresh_state(self) -> State:

@@ -63,8 +63,8 @@ class Models:
     `source` names the FM in the exported adapter; `start` is the adapter before round 1. With
     plan.widths the proxy is the widest that is not the FM itself, `width` its name, and `others`
     has all other widths, narrowest first. `withheld` are the tokens whose embeddings the proxy has
-    not, None where it has all; `disguise` is what the proxy's neurons wear, the plan's kept ones
-    being in its order.
+    not, None where it has all; `disguise` is what its neurons wear, the plan's kept ones being in
+    its order.
     """
 
     fm: PeftModel

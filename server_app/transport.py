@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from flwr.app import Message, MessageType
@@ -93,37 +93,6 @@ class Transport(Protocol):
         Returns:
             A new mailbox, which knows of no message sent before.
         """
-
-
-def leaves_machine(transport: Transport) -> bool:
-    """Whether what is sent leaves the server's process and Flower's simulation.
-
-    Args:
-        transport: a run's.
-
-    Returns:
-        False for clients in this process and in a simulation, which hold nothing afterwards.
-    """
-    return isinstance(transport, FlowerTransport) and (
-        type(transport.grid).__name__ != "InMemoryGrid"
-    )
-
-
-def registered_name(transport: Transport, node: int) -> str:
-    """The name under which a node's key was registered with the SuperLink.
-
-    Args:
-        transport: a run's.
-        node: the node's id.
-
-    Returns:
-        What `flwr supernode register KEY --name NAME` was given; empty where there is no such key,
-        or its name was left out.
-    """
-    if not isinstance(transport, FlowerTransport):
-        return ""
-    nodes: Iterable[Any] = getattr(transport.grid, "get_nodes", tuple)()
-    return next((n.name for n in nodes if n.node_id == node), "") or ""
 
 
 def _silently() -> OnWait:

@@ -101,6 +101,7 @@ def _runs(records: Mapping[str, Record]) -> Sheet:
             continue
         parts = {p.name: p for p in exposure.parts(found)}
         last, most = found[-1], max(e.copied for e in found)
+        left = max(e.disclosed for e in found)
         aside = [e for arm in record.exposed if arm for e in exposure.versions(record, arm)]
         whole = parts["all"]
         rows.append([
@@ -110,7 +111,7 @@ def _runs(records: Mapping[str, Record]) -> Sheet:
                 exposure.share(parts[p].sent, parts[p].fm) if p in parts else "-"
                 for p in ("embeddings", "attention")
             ),
-            exposure.share(last.disclosed, last.neurons), exposure.share(most, last.neurons),
+            exposure.share(left, last.neurons), exposure.share(most, last.neurons),
             exposure.share(max(e.copied for e in aside), last.neurons) if aside else "none",
             exposure.human_bytes(last.bytes), sent, *alone,
         ])  # fmt: skip

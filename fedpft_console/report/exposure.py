@@ -109,11 +109,11 @@ def sheet(record: Record) -> Sheet:
         ]
         for p in parts(found)
     ]  # fmt: skip
-    last = found[-1]
+    last, left = found[-1], max(e.disclosed for e in found)
     most = max(found, key=lambda e: e.copied)
     rows.append([
-        "FFN neurons", f"{last.neurons:,}", f"{last.disclosed:,}",
-        share(last.disclosed, last.neurons), f"{most.copied:,}", share(most.copied, last.neurons),
+        "FFN neurons", f"{last.neurons:,}", f"{left:,}", share(left, last.neurons),
+        f"{most.copied:,}", share(most.copied, last.neurons),
     ])  # fmt: skip
     return Sheet(TITLE, columns, rows, _notes(record, found))
 

@@ -94,9 +94,9 @@ def make_plans(
             tuple(
                 BlockPlan("whole", neurons=entry.neurons)
                 if k == ffn.neurons
-                else BlockPlan("pruned", keep_most_salient(s, k, p), cfg.qk_rank, entry.neurons)
-                for k, ffn, s, p, entry in zip(
-                    counts, ffns, scores, first, whole.blocks, strict=True
+                else BlockPlan("pruned", keep_most_salient(s, k, own), cfg.qk_rank, entry.neurons)
+                for k, ffn, s, entry, own in zip(
+                    counts, ffns, scores, whole.blocks, first, strict=True
                 )
             ),
         )

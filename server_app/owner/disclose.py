@@ -17,13 +17,13 @@ from fedpft_core.model.families import family_of_model
 from fedpft_core.model.plan import Plan
 from fedpft_core.proxy import disguise
 from fedpft_core.proxy.exposure import exposure, ffn_digest, kept_neurons
-from fedpft_core.wire.package import Package
 from server_app.bench import Bench
 from server_app.owner import neurons
 from server_app.owner.neurons import Ledger
+from server_app.reach import leaves_machine
 from server_app.run import schema as ev
-from server_app.state import Events, State
-from server_app.transport import Transport, leaves_machine
+from server_app.state import Events, State, Version
+from server_app.transport import Transport
 
 _SECRET = "disguise.safetensors"
 
@@ -79,9 +79,7 @@ def book(bench: Bench, transport: Transport) -> None:
     """
     config = bench.config
     ledger = ledger_of(config, bench.models.fm)
-    # Of several widths the widest has all that leaves.
-    widest = bench.models.widths[-1].plan
-    sent, budget = kept_neurons(widest), config.plan.disclosure_budget
+    sent, budget = _of_all(bench), config.plan.disclosure_budget
     bench.ledger, bench.leaves = ledger, leaves_machine(transport)
     if not bench.leaves:
         neurons.within(ledger.read(), sent, budget)
@@ -98,38 +96,46 @@ def book(bench: Bench, transport: Transport) -> None:
         ))  # fmt: skip
 
 
+def _of_all(bench: Bench) -> tuple[Tensor, ...]:
+    """The FM's neurons that any width of the run holds, bool [F] by block."""
+    sent = kept_neurons(bench.models.plan)
+    for w in bench.models.others:
+        sent = tuple(a | b for a, b in zip(sent, kept_neurons(w.plan), strict=True))
+    return sent
+
+
 def note(bench: Bench, state: State, events: Events | None = None) -> None:
-    """Say what of the FM the sub-FM holds, each width; exact copies go into the ledger.
+    """Say what of the FM the sub-FM holds as it is now; exact copies go into the ledger.
+
+    With several widths, one event each.
 
     Args:
         bench: after :func:`book`.
-        state: has the sub-FM, or all widths of it, as it is to be sent.
+        state: with the versions that are about to be sent.
         events: where it is said; None for the bench's log.
 
     Raises:
         UserError: the ledger cannot be used.
     """
-    versions = {bench.models.width: (state.package, state.digest)}
-    versions |= {name: (v.package, v.digest) for name, v in state.others.items()}
-    for width in bench.models.widths:
-        _note(bench, *versions[width.name], width.plan, events or bench.events)
-
-
-def _note(bench: Bench, package: Package, digest: str, plan: Plan, events: Events) -> None:
-    """The same of one version of one width."""
-    m, ledger = bench.models, bench.ledger
-    if ledger is None:
+    m = bench.models
+    if bench.ledger is None:
         return
+    _note(bench, bench.ledger, m.plan, state.own, events or bench.events)
+    for w in m.others:
+        _note(bench, bench.ledger, w.plan, state.others[w.name], events or bench.events)
+
+
+def _note(bench: Bench, ledger: Ledger, plan: Plan, version: Version, events: Events) -> None:
+    m = bench.models
     order = m.disguise.order if m.disguise else None
-    found = exposure(m.fm, package, plan, m.spec.modules, m.withheld, order)
+    found = exposure(m.fm, version.package, plan, m.spec.modules, m.withheld, order)
     if bench.leaves:
         ledger.add(found.disclosed, found.copied, bench.config.run.dir)
         ever = ledger.read().neurons
     else:
-        before = ledger.read().neurons
-        ever = tuple(a | b for a, b in zip(before, found.disclosed, strict=True))
+        ever = tuple(a | b for a, b in zip(ledger.read().neurons, _of_all(bench), strict=True))
     events.emit(ev.Exposed(
-        digest=digest, fm=ledger.fm,
+        digest=version.digest, fm=ledger.fm,
         parts=[
             {"part": p.name, "fm": p.fm, "sent": p.sent, "copied": p.copied} for p in found.parts
         ],

@@ -13,13 +13,14 @@ from fedpft_core.wire.envelope import Envelope, open_envelope, seal
 from fedpft_core.wire.messages import Failure, Hello, HelloReply, RefusalReply
 from fedpft_core.wire.validate import check_size
 from server_app.phases.reporting import Waits
+from server_app.reach import registered_name
 from server_app.rounds import ledger
 from server_app.rounds.ledger import printable
 from server_app.rounds.matching import Matching
 from server_app.rounds.names import looks, usable_name
 from server_app.run import schema as ev
 from server_app.state import Events, State
-from server_app.transport import Transport, registered_name
+from server_app.transport import Transport
 
 _SETTLE_SECONDS = 3.0  # how long the set of nodes must stand still before a smaller one will do
 _HELLO_SECONDS = 300.0  # a fresh process has to import torch, on a machine that may be busy

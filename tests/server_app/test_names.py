@@ -10,11 +10,12 @@ import pytest
 from fabricate import Network, Node
 
 from fedpft_core.errors import ReplyError
+from server_app.reach import registered_name
 from server_app.rounds import nodes
 from server_app.rounds.names import looks, usable_name
 from server_app.run.events import EventLog
 from server_app.strategy import Strategy
-from server_app.transport import FlowerTransport, registered_name
+from server_app.transport import FlowerTransport
 
 GOOD = (
     "a", "client-07", "St. Mary's Hospital (Leeds)", "Charité Berlin", "Клиника 3", "東京大学",
