@@ -31,9 +31,10 @@ from fedpft_core.seeds import derive, numpy_stream
 from fedpft_core.tensors import Tensors
 from fedpft_core.train.evaluate import evaluate
 from fedpft_core.train.inactivity import count_inactive
+from fedpft_core.train.merging import fisher, gram
 from fedpft_core.train.private import fine_tune_private
 from fedpft_core.train.tune import DECAYS, FACTORS, fine_tune
-from fedpft_core.wire import codec
+from fedpft_core.wire import codec, merging
 from fedpft_core.wire.messages import SecureTrainRequest, TrainRequest
 
 log = logging.getLogger("fedpft")
@@ -65,6 +66,7 @@ class Work:
     seconds: float = 0.0
     adapter: Tensors = field(default_factory=dict)  # float32 until `encode`
     counts: Tensors = field(default_factory=dict)
+    merging: Tensors = field(default_factory=dict)  # on the wire's form
     timings: dict[str, float] = field(default_factory=dict)  # seconds by step, before `encode`
 
 
@@ -202,6 +204,33 @@ def count(work: Work) -> Work:
     return replace(work, counts=counts)
 
 
+def weigh(work: Work) -> Work:
+    """Find the merging figures with the tuned adapter, where the server asks for them.
+
+    Args:
+        work: with the tuned adapter on the model.
+
+    Returns:
+        The work with the figures, in the format in which they travel.
+
+    Raises:
+        ReplyError: the request names figures that there are not.
+    """
+    request = work.request
+    rule, model = request.merging_rule, work.model
+    if not rule:
+        return work
+    if rule not in merging.FORMATS:
+        raise ReplyError(f"the server asks for unknown merging figures {rule[:40]!r}")
+    if rule == "fisher":
+        seed = derive(request.seed, "merging", request.round, work.name)
+        factors = request.settings.factors
+        found = fisher(model.model, model.plan, model.task, work.rows, factors, seed)
+    else:
+        found = gram(model.model, model.plan, work.rows, 2 * request.settings.batch_size)
+    return replace(work, merging=codec.encode(found, merging.FORMATS[rule]))
+
+
 def encode(work: Work) -> Work:
     """Put the adapter into the format asked for, with error feedback where it has any.
 
@@ -249,6 +278,7 @@ STEPS: Steps = (
     ("validate", validate),
     ("train", tune),
     ("count", count),
+    ("weigh", weigh),
     ("", misbehave),
     ("", encode),  # not timed
 )

@@ -76,7 +76,8 @@ class Client:
     `audit` is the file in which the node notes what it was asked and what left it; `attack` makes
     a simulated client an attacker. `policy` is what the node's owner lets a server ask for; with
     `private` it trains with example-level differential privacy. `own_rows` says that the rows are
-    the node's and not the run's: then nothing of a row and no path is in a refusal.
+    the node's and not the run's: then nothing of a row and no path is in a refusal. `rank` is the
+    most of LoRA's rank that the node trains; 0 = whatever it is sent.
 
     With `kept_rows` encoded rows also outlive the process. `rows_digest()` is then a digest of all
     the rows depend on at the source (a file's content, the columns), or empty where only the rows
@@ -100,6 +101,7 @@ class Client:
     policy: Policy = field(default_factory=Policy)
     private: ExamplePrivacy | None = None
     means: dict[str, int | str] = field(default_factory=dict)
+    rank: int = 0
     cache: ProcessCache = field(default_factory=lambda: PROCESS_CACHE)
 
     def handle(self, envelope: Envelope) -> Envelope:
@@ -146,7 +148,9 @@ class Client:
         if isinstance(message, Hello):
             have = () if self.shared_store else self.store.digests()
             examples, validation = self.count_rows()
-            return HelloReply(self.name, examples, have, __version__, validation, self.means)
+            return HelloReply(
+                self.name, examples, have, __version__, validation, self.means, self.rank
+            )
         if isinstance(message, KeysRequest):
             return self._secure.show_keys(message)
         if isinstance(message, SharesRequest):
@@ -177,8 +181,11 @@ class Client:
             return self._need(request.digest)
         rows = self._rows(held)
         self.policy.check_rows(request, len(rows.train))
+        self._check_rank(request)
         if self.private and request.count_rule:
             raise refuse("counts of inactive neurons")
+        if self.private and request.merging_rule:
+            raise refuse("merging figures")
         return work_through(
             Work(
                 name=self.name,
@@ -195,6 +202,13 @@ class Client:
             start,
             steps,
         )
+
+    def _check_rank(self, request: TrainRequest) -> None:
+        """Refuse an adapter of more components than this node has said that it trains."""
+        ranks = [t.shape[0] for k, t in request.adapter.items() if k.endswith("lora_A.weight")]
+        if self.rank and max(ranks, default=0) > self.rank:
+            text = f"this node's lora-rank = {self.rank}, and rank {max(ranks)} is asked for"
+            raise UserError(text, public=text)
 
     def _train_masked(self, request: SecureTrainRequest) -> Message:
         self._secure.ready(request)
@@ -226,6 +240,7 @@ class Client:
             adapter=work.adapter,
             fmt=request.reply_fmt or request.fmt,
             counts=work.counts,
+            merging=work.merging,
             timings=work.timings,
             validation_rows=len(work.held_out),
             validation_sums=dict(work.sums),

@@ -14,6 +14,7 @@ from client_app.client import Client
 from client_app.process import PROCESS_CACHE
 from client_app.rowcache import RowCache, content_of_file, folds_of, held_out, key_of
 from client_app.store import Store
+from client_app.warm.ask import IDLE_SECONDS, MEMORY_MB
 from fedpft_core import config as configs
 from fedpft_core.config.widths import width_names
 from fedpft_core.data.examples import Examples
@@ -46,11 +47,14 @@ NODE_KEYS: dict[str, tuple[type, Any]] = {
     "validation-share": (float, 0.0),
     "device": (str, "cpu"),
     "max-threads": (int, 0),
+    "lora-rank": (int, 0),
     "dp-noise": (float, 0.0),
     "dp-clip": (float, 1.0),
     "dp-epsilon": (float, 0.0),
     "dp-delta": (float, 1e-5),
     "keep-rows": (int, 0),
+    "worker-idle": (int, IDLE_SECONDS),
+    "worker-memory": (int, MEMORY_MB),
     **means.KEYS,
     **{key: (kind, default) for key, (kind, default, _) in policy.KEYS.items()},
 }
@@ -116,6 +120,16 @@ def checked(node_config: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"node config: max-threads = {node['max-threads']} is below 0, which is no limit."
         )
+    if node["lora-rank"] < 0:
+        raise UserError(
+            f"node config: lora-rank = {node['lora-rank']} is below 0, which is the run's own."
+        )
+    if node["worker-idle"] < 0:
+        raise UserError(
+            f"node config: worker-idle = {node['worker-idle']} is below 0, which is no worker."
+        )
+    if node["worker-memory"] < 1:
+        raise UserError(f"node config: worker-memory = {node['worker-memory']} is below 1 MB.")
     for key in ("name", "data-path", "cache-dir"):
         try:
             possible = b"\0" not in os.fsencode(node[key])
@@ -197,6 +211,19 @@ def own_rows(node: Mapping[str, Any], task: Task) -> Examples:
         UserError: anything wrong in the file, naming it.
     """
     return task.read(Path(node["data-path"]), columns_of(node))
+
+
+def rows_tell(node_config: Mapping[str, Any]) -> bool:
+    """Whether the data file tells that its rows have changed.
+
+    Args:
+        node_config: as Flower has it.
+
+    Returns:
+        False for a file with a column of images: a cell may name an image file, whose content may
+        change while the data file stays as it is.
+    """
+    return not node_config.get("image-column") or is_folder(str(node_config["data-path"]))
 
 
 def cache_root(node: Mapping[str, Any]) -> Path:
@@ -284,6 +311,7 @@ def _edge_client(node: Mapping[str, Any]) -> Client:
         policy=policy.Policy.of(node),
         private=_private(node, root / "privacy.json"),
         means=means.of_node(node, root),
+        rank=node["lora-rank"],
     )
 
 
@@ -314,7 +342,8 @@ def _file_id(path: Path) -> tuple[object, ...]:
         stat = path.stat()
     except OSError:
         return (str(path),)
-    return (str(path), stat.st_mtime_ns, stat.st_size)
+    # The time of the last change is nobody's to set back, unlike that of the last writing.
+    return (str(path), stat.st_mtime_ns, stat.st_size, stat.st_ctime_ns, stat.st_ino)
 
 
 @lru_cache(maxsize=2)
@@ -399,4 +428,5 @@ def _simulated_client(node: Mapping[str, Any], config: configs.Config) -> Client
         validation_share=share,
         private=_simulated_privacy(config, root / "privacy" / f"{name}.json"),
         means=means.of_simulated(node, config, index),
+        rank=node["lora-rank"],
     )

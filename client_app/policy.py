@@ -20,7 +20,7 @@ from fedpft_core.wire.messages import SecureTrainRequest, StatisticsRequest, Tra
 from fedpft_core.wire.meta import PackageMeta
 
 PREFIX = "policy-"
-LEAVING = ("adapter", "counts", "statistics")
+LEAVING = ("adapter", "counts", "statistics", "merging")
 PARTS = ("lora", "head", "any")
 
 # By node config key: type, default, and what the rule says.
@@ -34,7 +34,8 @@ KEYS: dict[str, tuple[type, Any, str]] = {
     "policy-leave": (
         str, "adapter,counts,statistics",
         "what may leave: `adapter` (what training made), `counts` (of inactive neurons), "
-        "`statistics` (sums of features by class)",
+        "`statistics` (sums of features by class), `merging` (squared gradients, or products of "
+        "layers' inputs, for federation.aggregate = fisher or regmean)",
     ),
     "policy-min-rows": (int, 1, "rows that a request must be of in all"),
     "policy-min-step-rows": (int, 1, "rows of a training step"),
@@ -141,6 +142,8 @@ class Policy:
         self._check_leaves("adapter")
         if request.count_rule:
             self._check_leaves("counts")
+        if request.merging_rule:
+            self._check_leaves("merging")
         s = request.settings
         if self.max_steps and s.steps > self.max_steps:
             raise PolicyError("max-steps", self.max_steps, f"{s.steps} are asked for")

@@ -15,6 +15,7 @@ from fedpft_console.commands import (
     inspect,
     node,
     plugins,
+    publish,
     report,
     run,
     watch,
@@ -35,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     )
     main_parser.add_argument("--version", action="version", version=f"fedpft {__version__}")
     commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (init, run, watch, report, config, inspect, node, compare, plugins):
+    for module in (init, run, watch, report, config, inspect, node, compare, plugins, publish):
         module.add(commands)
     completion.add(commands, main_parser)
     return main_parser

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from fedpft_core.config import Config
 from fedpft_core.errors import RunError, UserError
 from fedpft_core.task import Writer
 from fedpft_core.train import baselines
-from server_app import schedule
+from server_app import SIMULATION, schedule
 from server_app.bench import Bench
 from server_app.local import local_only
 from server_app.phases import agree, heads, load, own, plug, reference, score, widths
@@ -33,7 +34,7 @@ from server_app.run.record import of_log
 from server_app.schedule.session import Session
 from server_app.state import State
 from server_app.strategy import Strategy
-from server_app.transport import FlowerTransport, Transport
+from server_app.transport import FlowerTransport, Transport, WorkerLost
 
 log = logging.getLogger("fedpft")
 app = ServerApp()
@@ -61,7 +62,9 @@ def main(grid: Grid, context: Context) -> None:
     config = configs.from_flat(context.run_config)
     with RunFolder.open(config) as folder:
         log.info("run folder: %s", folder.path)
-        transport = FlowerTransport(grid, waits=lambda: Waits(folder.events, "replies"))
+        transport = FlowerTransport(
+            grid, waits=lambda: Waits(folder.events, "replies"), simulated=SIMULATION in os.environ
+        )
         run(replace(config, run=folder.run_config), transport, folder.events)
 
 
@@ -83,7 +86,7 @@ def run(config: Config, transport: Transport, events: EventLog) -> None:
     try:
         _run(config, transport, events)
     except (UserError, RunError) as error:
-        events.emit(ev.RunFailed(reason=str(error)))
+        events.emit(ev.RunFailed(reason=str(error), again=isinstance(error, WorkerLost)))
         raise
     except OSError as error:
         events.emit(ev.RunFailed(reason=f"run.dir = {config.run.dir}: {error}"))
@@ -106,6 +109,8 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
         whole = saved.events_digest in ("", events.digest(saved.events_offset))
         kept, told = replies.events_offset(Path(config.run.dir) / "replies", saved.run)
         events.rewind(max(saved.events_offset, told))
+    elif config.run.resume:
+        events.rewind(0)  # nothing is kept, and what was counted is counted again
     f = config.federation
     events.emit(ev.RunStarted(
         run_dir=config.run.dir, version=__version__, seed=config.run.seed,

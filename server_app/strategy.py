@@ -10,9 +10,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
+from fedpft_core.adapter.ranks import narrowed
 from fedpft_core.aggregation import Replies, RuleSettings
 from fedpft_core.config import Config
 from fedpft_core.errors import RunError
@@ -137,16 +138,15 @@ class Strategy:
                 text = self._too_few(f"round {round}", len(summed.good), summed.bad, attempt)
                 continue
             work = self.prepare(state, round, count_rule)
-            with Replies(work.want.adapter, self._folder(), work.rule) as replies:
-                asked = Asked(
-                    work.want, f.clip_update_norm, replies, work.rule.scaling, own=work.own
-                )
+            want = work.want
+            with Replies(want.adapter, self._folder(), work.rule, want.beside) as replies:
+                asked = Asked(want, f.clip_update_norm, replies, work.rule.scaling, own=work.own)
                 got = Collection(asked, nodes, state, round, self.events, f.enough)
                 self._exchange(got, _to(got, work.request))
                 if not private:  # who is left out would depend on the others' rows
                     self.leave_out(got)
                 if len(got.good) >= needed:
-                    start_from = dict(work.want.adapter)
+                    start_from = dict(want.adapter)
                     combine = (
                         private.combine(state, start_from, round, len(met)) if private else None
                     )
@@ -166,20 +166,25 @@ class Strategy:
             The messages by what a client has, what a good reply looks like, and what the rule of
             aggregation may know.
         """
-        config = self.config
-        sent = codec.encode(state.adapter, config.wire.adapter)
-        base = codec.decode(sent, config.wire.adapter)
+        config, fmt = self.config, self.config.wire.adapter
 
-        def make(view: State, package: bytes, blocks: str) -> Request:
-            return requests(config, view, package, round, sent, count_rule, blocks)
+        @cache
+        def sent(rank: int) -> tuple[Tensors, Tensors]:
+            """The adapter on the wire, and as clients decode it."""
+            adapter = narrowed(state.adapter, rank) if rank else state.adapter
+            wire = codec.encode(adapter, fmt)
+            return wire, codec.decode(wire, fmt)
 
-        def want(view: State, blocks: str) -> Expected:
-            return expected(config, view, round, base, count_rule, blocks)
+        def make(view: State, package: bytes, blocks: str, rank: int) -> Request:
+            return requests(config, view, package, round, sent(rank)[0], count_rule, blocks)
+
+        def want(view: State, blocks: str, rank: int) -> Expected:
+            return expected(config, view, round, sent(rank)[1], count_rule, blocks)
 
         return Prepared(
             by_node(state, self._blob, make),
-            want(state, ""),
-            self._rule(state, base, round),
+            want(state, "", 0),
+            self._rule(state, sent(0)[1], round),
             wanted(state, want),
         )
 
@@ -317,7 +322,9 @@ class Strategy:
         """Where a round's replies lie until they are aggregated."""
         return Path(self.config.run.dir) if self.config.run.dir else None
 
-    def _statistics(self, sent: Tensors, view: State, package: bytes, blocks: str) -> Request:
+    def _statistics(
+        self, sent: Tensors, view: State, package: bytes, blocks: str, rank: int
+    ) -> Request:
         return statistics_requests(self.config, view, package, sent)
 
     def _blob(self, state: State) -> bytes:

@@ -11,7 +11,7 @@ import torch
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
-from fedpft_core.errors import ReplyError
+from fedpft_core.errors import ReplyError, RunError
 from fedpft_core.wire import flower as wire
 from fedpft_core.wire.envelope import Envelope
 from fedpft_core.wire.messages import Failure
@@ -98,13 +98,22 @@ def _silently() -> OnWait:
     return lambda done, total, seconds_left: None
 
 
+class WorkerLost(RunError):
+    """A process that simulates clients has died, which Flower never replaces."""
+
+
 @dataclass
 class FlowerTransport:
-    """Messages over Flower's Grid; each wait for replies is told to what `waits` then makes."""
+    """Messages over Flower's Grid; each wait for replies is told to what `waits` then makes.
+
+    Where clients are `simulated`, one whose process has died raises :class:`WorkerLost`: all
+    further messages to that process would fail too, and a run with fewer clients is another run.
+    """
 
     grid: Grid
     poll_seconds: float = 0.05
     waits: Callable[[], OnWait] = _silently
+    simulated: bool = False
 
     def nodes(self) -> list[int]:
         """Ids of the nodes that Flower says are connected.
@@ -128,6 +137,9 @@ class FlowerTransport:
             round: becomes Flower's group id of the messages.
             timeout: the longest wait, seconds; Flower drops a message 60 s after it.
             on_reply: takes a node's id and its reply, or the Failure that stands for it.
+
+        Raises:
+            WorkerLost: a process that simulates clients has died.
         """
         waiting: dict[str, int] = {}
         for node, envelope in messages.items():
@@ -140,7 +152,7 @@ class FlowerTransport:
         done = False
         while waiting and not done and time.monotonic() < deadline:
             got = False
-            for node, reply in _pull(self.grid, waiting):
+            for node, reply in _pull(self.grid, waiting, self.simulated):
                 got = True
                 done = bool(on_reply(node, reply)) or done
             if waiting and not got:
@@ -157,7 +169,7 @@ class FlowerTransport:
         Returns:
             A new mailbox over the same Grid.
         """
-        return FlowerMailbox(self.grid, self.poll_seconds)
+        return FlowerMailbox(self.grid, self.poll_seconds, self.simulated)
 
 
 @dataclass
@@ -166,6 +178,7 @@ class FlowerMailbox:
 
     grid: Grid
     poll_seconds: float
+    simulated: bool = False
     _waiting: dict[str, int] = field(default_factory=dict)
     _unsent: list[int] = field(default_factory=list)
 
@@ -189,12 +202,15 @@ class FlowerMailbox:
 
         Returns:
             Node ids with what came from each; empty, after a short wait, where nothing has come.
+
+        Raises:
+            WorkerLost: a process that simulates clients has died.
         """
         found: list[tuple[int, Envelope | Failure]] = [
             (n, Failure(_ERRORS[5])) for n in self._unsent
         ]
         self._unsent.clear()
-        found += _pull(self.grid, self._waiting)
+        found += _pull(self.grid, self._waiting, self.simulated)
         if not found:
             time.sleep(self.poll_seconds)
         return found
@@ -222,7 +238,9 @@ def _push(grid: Grid, node: int, envelope: Envelope, timeout: float, group: str)
     return next(iter(grid.push_messages([message])), "")
 
 
-def _pull(grid: Grid, waiting: dict[str, int]) -> Iterator[tuple[int, Envelope | Failure]]:
+def _pull(
+    grid: Grid, waiting: dict[str, int], simulated: bool
+) -> Iterator[tuple[int, Envelope | Failure]]:
     """Replies to messages that are waited for, by their ids; those that came wait no more."""
     asked = list(waiting)
     for start in range(0, len(asked), _AT_ONCE):
@@ -230,6 +248,10 @@ def _pull(grid: Grid, waiting: dict[str, int]) -> Iterator[tuple[int, Envelope |
             # By the id replied to: the error reply of a dead node has another source id.
             sent = reply.metadata.reply_to_message_id
             if sent in waiting:
+                if simulated and reply.has_error() and _of_ray(reply.error.reason or ""):
+                    raise WorkerLost(
+                        "the process of a simulated client died (killed, or out of memory?)."
+                    )
                 yield waiting.pop(sent), _opened(reply)
 
 
@@ -240,6 +262,14 @@ _ERRORS = {
 }
 _DIED = 8
 _GONE = (5, _DIED)
+_RAY_ERRORS = ("RayActorError", "ActorDiedError", "ActorUnavailableError", "WorkerCrashedError",
+               "OutOfMemoryError", "NodeDiedError")  # fmt: skip
+
+
+def _of_ray(reason: str) -> bool:
+    """Whether an error is Ray's, of a process that is no more: its type comes first."""
+    kind, _, _ = reason.partition(">")
+    return "ray.exceptions." in kind and kind.strip("'").endswith(_RAY_ERRORS)
 
 
 def _opened(reply: Message) -> Envelope | Failure:

@@ -11,7 +11,7 @@ from fedpft_core.data.examples import Examples
 from fedpft_core.data.public import load_public
 from fedpft_core.data.splits import check_settings, columns_of, owned_split
 from fedpft_core.errors import UserError
-from fedpft_core.task import KINDS, kind_of, make
+from fedpft_core.task import class_of, kind_of, make
 
 
 def check(config: Config) -> None:
@@ -30,7 +30,9 @@ def check(config: Config) -> None:
     kind = kind_of(columns)
     task = make(kind)
     if not owned_split(data)[0].startswith("builtin:"):
-        task, read = KINDS[kind].open(kind, data, None)
+        found = class_of(kind)
+        assert found is not None  # `make` has refused it
+        task, read = found.open(kind, data, None)
     else:  # labels of built-in data are not looked up: each file is read by itself
 
         def read(source: str, split: str) -> Examples:

@@ -22,6 +22,7 @@ from fedpft_console.commands.folder import (
     save_rounds,
     writing,
 )
+from fedpft_console.launch import cluster
 from fedpft_core import config
 from fedpft_core.config import Scalar
 from fedpft_core.errors import RunError, UserError
@@ -55,6 +56,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="submit to this connection of your Flower configuration, instead of simulating",
     )  # fmt: skip
     run.add_argument(
+        "--ray", metavar="ADDRESS",
+        help="simulate the clients on this Ray cluster (RAY_AUTH_MODE=token must be set)",
+    )  # fmt: skip
+    run.add_argument(
         "--tracker", metavar="NAME", action="append", default=[],
         help="also hand the figures to this tracker, such as tensorboard; may be repeated",
     )  # fmt: skip
@@ -81,6 +86,10 @@ def command(args: argparse.Namespace, console: Console) -> int:
     """
     given = settings.collect(args)
     remote = args.superlink is not None
+    if args.ray:
+        if remote:
+            raise UserError("--superlink and --ray exclude each other.")
+        cluster.check("--ray", args.ray)
     if args.rounds is not None:
         given["federation.rounds"] = args.rounds
     if not remote:
@@ -139,10 +148,18 @@ def _run(
                 else:
                     f = resolved.federation
                     options = launch.federation_config(
-                        f.clients, f.clients_per_round, resolved.train.threads, launch.cpu_count()
-                    )
-                    outcome = launch.run_simulation(
-                        folder, flat, federation=options, tick=tick, note=view.note
+                        f.clients, f.clients_per_round, resolved.train.threads,
+                        launch.cpu_count(), cluster=bool(args.ray),
+                    )  # fmt: skip
+
+                    def simulate(flat: Mapping[str, Scalar]) -> Result:
+                        return launch.run_simulation(
+                            folder, flat, federation=options, ray=args.ray or "", tick=tick,
+                            note=view.note,
+                        )  # fmt: skip
+
+                    outcome = launch.going_on(
+                        simulate, flat, follower, folder / CHECKPOINTS, view.line, tick
                     )
                 tick()
         except KeyboardInterrupt:

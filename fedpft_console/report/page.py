@@ -286,6 +286,7 @@ _SAID = {
     "adapter": "the adapter: LoRA factors and head",
     "counts": "how often each neuron was inactive",
     "statistics": "sums over rows by label",
+    "merging": "figures by which a merge weighs the adapters",
     "control": "requests and settings",
 }
 

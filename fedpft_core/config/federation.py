@@ -74,6 +74,12 @@ class FederationConfig:
         "federation.clients-per-round clients tunes alone for all rounds; their mean is scored)",
         choices=(*registry.names("aggregation"), "none"),
     )
+    ranks: str = _key(
+        "",
+        "LoRA's rank at clients that are to train fewer components than lora.rank, as "
+        "`name=rank,name=rank`, at the same alpha / rank; a node may ask for less by its node "
+        "config's `lora-rank`",
+    )
     server_optimiser: str = _key(
         "none",
         "what the server makes of the mean's distance from the adapter that the round began with: "

@@ -20,6 +20,7 @@ from fedpft_core.config.federation import (
 from fedpft_core.config.key import key as _key
 from fedpft_core.config.model import DataConfig, LoraConfig, ModelConfig, PlanConfig
 from fedpft_core.config.privacy import PrivacyConfig
+from fedpft_core.config.ranks import check_ranks
 from fedpft_core.config.schedules import check_schedule
 from fedpft_core.config.widths import check_widths
 from fedpft_core.errors import UserError
@@ -120,6 +121,7 @@ class Config:
                 f"{f.min_clients} and federation.clients-per-round = {f.clients_per_round}."
             )
         check_schedule(self)
+        check_ranks(self)
         check_widths(self)
         if self.simulate.attack in ("label-flip", "backdoor") and self.data.task not in (
             "", "classify",

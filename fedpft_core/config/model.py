@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from fedpft_core import registry
 from fedpft_core.config.key import key as _key
 
-TASKS = ("classify", "regress", "multi-label", "tokens", "generate", "text-to-image")
+OWN_TASKS = ("classify", "regress", "multi-label", "tokens", "generate", "text-to-image")
+TASKS = (*OWN_TASKS, *(n for n in registry.names("task") if n not in OWN_TASKS))
 """What is done with rows: a class, a number or several labels a row, a class a word, text, or
 images."""
 

@@ -1,16 +1,16 @@
-"""Messages as envelopes: a JSON head, byte parts and a checksum that are checked when opened."""
+"""Messages into envelopes and out of them; an envelope is checked when it is opened."""
 
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from fedpft_core.errors import ReplyError
 from fedpft_core.train.tune import LocalSettings
 from fedpft_core.wire import codec
+from fedpft_core.wire.form import Envelope, checksum
 from fedpft_core.wire.identity import is_digest
 from fedpft_core.wire.messages import (
     Hello,
@@ -33,64 +33,9 @@ from fedpft_core.wire.messages import (
 )
 from fedpft_core.wire.package import Patch
 
-PROTOCOL = 4
-
+PROTOCOL = 5
 
 _MAX_HEAD = 2**20  # characters; real heads have well under a thousand per patch
-
-
-@dataclass(frozen=True)
-class Envelope:
-    """A message ready to travel: JSON head, byte parts, and a checksum over all of it.
-
-    The checksum finds damage, in messages of either direction; against forgery stand digests
-    (package, patch) and validation (replies).
-    """
-
-    kind: str
-    head: str
-    parts: dict[str, bytes]
-    check: str = ""
-
-    def sizes(self) -> dict[str, int]:
-        """Size of the message, as the ledger counts it.
-
-        Returns:
-            Bytes by kind: package, patch, adapter, counts, statistics, and control (head, checksum
-            and parts of no other kind).
-        """
-        out = {"control": len(_bytes(self.head)) + len(_bytes(self.check))}
-        for name, data in self.parts.items():
-            kind = name.partition(".")[0]
-            # A part nobody asked for must not make up a kind of its own.
-            kind = kind if kind in _PART_KINDS else "control"
-            out[kind] = out.get(kind, 0) + len(data)
-        return out
-
-
-_PART_KINDS = ("package", "patch", "adapter", "counts", "statistics")
-
-
-def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
-
-
-def checksum(kind: str, head: str, parts: Mapping[str, bytes]) -> str:
-    """CRC-32 over a message's content.
-
-    Args:
-        kind: the message's kind, such as `train`.
-        head: its JSON text.
-        parts: its byte parts by name; their order does not matter.
-
-    Returns:
-        8 hex digits.
-    """
-    crc = zlib.crc32(_bytes(f"{kind}\n{head}"))
-    for name in sorted(parts):
-        crc = zlib.crc32(_bytes(f"\n{name} {len(parts[name])}\n"), crc)
-        crc = zlib.crc32(parts[name], crc)
-    return f"{crc:08x}"
 
 
 _KINDS: dict[str, type] = {
@@ -144,7 +89,7 @@ def seal(message: Message) -> Envelope:
 def _always(message: Message | type) -> tuple[str, ...]:
     """Parts that a message of this kind has even where they are empty."""
     cls = message if isinstance(message, type) else type(message)
-    return tuple(f.name for f in fields(cls) if f.name in _TENSORS and f.name != "counts")
+    return tuple(f.name for f in fields(cls) if f.name in _TENSORS and f.name not in _OPTIONAL)
 
 
 def open_envelope(envelope: Envelope) -> Message:
@@ -181,14 +126,14 @@ def open_envelope(envelope: Envelope) -> Message:
         head["settings"] = _settings(head["settings"])
     if issubclass(cls, TrainRequest | StatisticsRequest):
         names = [f"patch.{i}" for i in range(len(head["patches"]))]
-        _check_parts(parts, [*needed, *names], optional="package")
+        _check_parts(parts, [*needed, *names], optional=("package",))
         head["patches"] = tuple(
             Patch(source, target, fmt, codec.unpack(parts[name]))
             for (source, target, fmt), name in zip(head["patches"], names, strict=True)
         )
         head["package"] = parts.get("package", b"")
     else:
-        _check_parts(parts, needed, optional="counts" if cls is TrainReply else "")
+        _check_parts(parts, needed, optional=_OPTIONAL if cls is TrainReply else ())
     head |= {name: codec.unpack(parts[name]) for name in _TENSORS if name in parts}
     for name in ("have", "alive", "answered", "dropped"):
         if name in head:
@@ -277,7 +222,8 @@ _MOST_CLIENTS = 100_000  # of one session
 
 
 # What the head says of each field, by its name; fields that travel as parts are not in it.
-_TENSORS = ("adapter", "counts", "statistics")
+_TENSORS = ("adapter", "counts", "merging", "statistics")
+_OPTIONAL = ("counts", "merging")  # absent where they are empty
 _IN_PARTS = (*_TENSORS, "package")
 
 
@@ -305,6 +251,8 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "fmt": ("a short text", _is_text),
     "reply_fmt": ("a short text", _is_text),
     "count_rule": ("a short text", _is_text),
+    "merging_rule": ("a short text", _is_text),
+    "rank": ("a whole number", _is_int),
     "run": ("a short text", _is_text),
     "patches": ("a list of source, target, format", lambda v: _is_list(v, _is_patch, 100_000)),
     "session": ("32 hex digits", lambda v: _is_hex(v, 32)),
@@ -351,7 +299,7 @@ def _settings(raw: Mapping[str, Any]) -> LocalSettings:
     return LocalSettings(**raw)
 
 
-def _check_parts(parts: Mapping[str, bytes], needed: list[str], optional: str = "") -> None:
-    if not set(needed) <= parts.keys() <= {*needed, optional}:
-        odd = min(set(needed) ^ parts.keys() - {optional})
+def _check_parts(parts: Mapping[str, bytes], needed: list[str], optional: tuple[str, ...]) -> None:
+    if not set(needed) <= parts.keys() <= {*needed, *optional}:
+        odd = min(set(needed) ^ parts.keys() - {*optional})
         raise ReplyError(f"message is malformed (part {odd[:40]!r} is missing or too much)")

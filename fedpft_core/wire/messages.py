@@ -1,8 +1,8 @@
 """What crosses the network, as plain values.
 
 Every message is a small JSON `head` and named byte parts (`package`, `patch.N`, `adapter`,
-`counts`, `statistics`), each one safetensors blob: its length is exactly what the byte ledger
-counts.
+`counts`, `merging`, `statistics`), each one safetensors blob: its length is exactly what
+the byte ledger counts.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class HelloReply:
     version: str = ""
     validation: int = 0
     means: dict[str, int | str] = field(default_factory=dict)
+    rank: int = 0  # most of LoRA's rank that it trains; 0 = whatever the run has
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class TrainRequest:
     patches: tuple[Patch, ...] = ()
     reply_fmt: str = ""  # format of the reply's adapter; empty = `fmt`
     run: str = ""  # names the run to what a client keeps between its rounds; 16 hex digits
+    merging_rule: str = ""  # non-empty: also send such merging figures (fisher, gram)
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class TrainReply:
     validation_rows: int = 0  # rows kept from training
     # What the sub-FM with the adapter *received* came to on them; see `Task.sent`.
     validation_sums: dict[str, float] = field(default_factory=dict)
+    merging: Tensors = field(default_factory=dict)  # see `fedpft_core.train.merging`
     private: bool = False  # trained with example-level privacy: the loss is not said
 
 

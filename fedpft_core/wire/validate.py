@@ -16,7 +16,7 @@ from fedpft_core.model.names import is_trained
 from fedpft_core.task import Task
 from fedpft_core.tensors import Tensors
 from fedpft_core.train.inactivity import Counts
-from fedpft_core.wire import codec
+from fedpft_core.wire import codec, merging
 from fedpft_core.wire.envelope import Envelope
 from fedpft_core.wire.messages import StatisticsReply, TrainReply
 
@@ -39,6 +39,7 @@ class Expected:
     # Tensors that a client with LoRA in fewer blocks trains; empty = all.
     names: frozenset[str] = frozenset()
     widths: Mapping[str, str] = field(default_factory=dict)  # other widths' names by digest
+    merging_rule: str = ""  # which merging figures come with the adapter; empty = none
 
     @cached_property
     def trained(self) -> Tensors:
@@ -55,11 +56,23 @@ class Expected:
         return codec.update_layout(self.trained, self.fmt)
 
     @cached_property
+    def merging(self) -> codec.Layout:
+        """Names, dtypes and shapes of the merging figures."""
+        return merging.layout(self.merging_rule, self.trained)
+
+    @cached_property
+    def beside(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the merging figures once they are float32."""
+        return merging.shapes(self.merging_rule, self.trained)
+
+    @cached_property
     def max_bytes(self) -> int:
         """The largest reply that can be good: its tensors, their names, and some slack."""
         counts = sum(8 * k + 8 for k in self.count_blocks.values())
         names = sum(len(name) + 100 for name in self.layout) + 250 * len(self.count_blocks)
-        return codec.layout_bytes(self.layout) + counts + names + _SLACK
+        names += sum(len(name) + 100 for name in self.merging)
+        tensors = codec.layout_bytes(self.layout) + codec.layout_bytes(self.merging)
+        return tensors + counts + names + _SLACK
 
 
 def check_size(envelope: Envelope, most: int) -> None:
@@ -147,6 +160,7 @@ def validate(
         raise ReplyError("timings are not finite numbers of at least 0")
     if reply.fmt != want.fmt:
         raise ReplyError(f"the adapter is in format {reply.fmt!r}, not {want.fmt}")
+    _check_rank(reply, want)
     try:
         codec.check_layout(reply.adapter, want.layout)
     except ReplyError as error:
@@ -164,6 +178,35 @@ def validate(
             f"wire.max-update-norm = {want.max_update_norm:g}"
         )
     return {**want.adapter, **adapter}, _validated_counts(reply, want)
+
+
+def _check_rank(reply: TrainReply, want: Expected) -> None:
+    """Say so where a reply has another rank than was asked for, before its shapes are compared."""
+    for name, t in reply.adapter.items():
+        if name.endswith("lora_A.weight") and t.dim() == 2 and name in want.trained:
+            rank = len(want.trained[name])
+            if len(t) != rank:
+                raise ReplyError(f"the adapter has rank {len(t)}, not the {rank} announced")
+
+
+def validated_merging(reply: TrainReply, want: Expected) -> Tensors:
+    """Check the merging figures of a reply before they are used.
+
+    Args:
+        reply: what came.
+        want: what was asked for.
+
+    Returns:
+        The figures as float32 tensors by name; empty where none were asked for.
+
+    Raises:
+        ReplyError: they are missing, not asked for, of another layout, or no such figures.
+    """
+    try:
+        codec.check_layout(reply.merging, want.merging)
+        return merging.checked(want.merging_rule, reply.merging) if want.merging_rule else {}
+    except (ReplyError, ValueError) as error:
+        raise ReplyError(f"merging figures: {error}") from error
 
 
 def _validated_counts(reply: TrainReply, want: Expected) -> Counts | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fedpft_core.config import FederationConfig
+from fedpft_core.config.ranks import ranks_of
 from fedpft_core.errors import ReplyError, RunError
 from fedpft_core.wire.envelope import Envelope, open_envelope, seal
 from fedpft_core.wire.messages import Failure, Hello, HelloReply, RefusalReply
@@ -23,6 +24,7 @@ from server_app.transport import Transport
 _SETTLE_SECONDS = 3.0  # how long the set of nodes must stand still before a smaller one will do
 _HELLO_SECONDS = 300.0  # a fresh process has to import torch, on a machine that may be busy
 _HELLO_BYTES = 2**17  # the largest answer to the first query
+_MOST_RANK = 2**16
 _MOST_EXAMPLES = 2**40  # keeps sums over clients exact in float64
 
 
@@ -35,12 +37,14 @@ class Node:
         name: the client's stable name.
         examples: rows it announced to train on.
         validation: rows it announced to keep from training.
+        rank: most of LoRA's rank that it trains; 0 = whatever the run has.
     """
 
     id: int
     name: str
     examples: int
     validation: int = 0
+    rank: int = 0
 
 
 class Nodes:
@@ -52,6 +56,7 @@ class Nodes:
     ) -> None:  # fmt: skip
         self.settings = settings
         self.matching = matching
+        self.ranks = ranks_of(settings.ranks)
         self.transport = transport
         self.events = events
         self.known: dict[int, Node] = {}
@@ -169,6 +174,8 @@ class Nodes:
                 raise ReplyError(f"client {name} says it has {message.examples} rows")
             if not 0 <= message.validation < _MOST_EXAMPLES:
                 raise ReplyError(f"client {name} says it has {message.validation} validation rows")
+            if not 0 <= message.rank < _MOST_RANK:
+                raise ReplyError(f"client {name} says it trains at rank {message.rank}")
             connected = set(self.transport.nodes())
             for other_id, other in list(self.known.items()):
                 if looks(other.name) == looks(name):
@@ -188,7 +195,9 @@ class Nodes:
             self.events.emit(ev.Warned(text=text))
             return "?"
         self.left_out.pop(node_id, None)
-        self.known[node_id] = Node(node_id, name, message.examples, message.validation)
+        ranks = [r for r in (message.rank, self.ranks.get(name, 0)) if r]
+        rank = min(ranks, default=0)
+        self.known[node_id] = Node(node_id, name, message.examples, message.validation, rank)
         if message.have:
             state.have[name] = message.have
         return name

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from fedpft_core.adapter.layers import in_blocks
-from fedpft_core.aggregation import factors
+from fedpft_core.adapter.lora import rank_of
+from fedpft_core.aggregation import factors, merging
 from fedpft_core.config import Config
 from fedpft_core.tensors import Tensors
 from fedpft_core.train.tune import LocalSettings
@@ -138,6 +139,7 @@ def _fields(
         "seed": config.run.seed,
         "reply_fmt": reply_format(config),
         "run": state.run,
+        "merging_rule": merging(config.federation.aggregate),
     }
 
 
@@ -173,49 +175,65 @@ def by_need(
 
 
 def by_node(
-    state: State, package: Callable[[State], bytes], make: Callable[[State, bytes, str], Request]
-) -> ByNode:
+    state: State, package: Callable[[State], bytes],
+    make: Callable[[State, bytes, str, int], Request],
+) -> ByNode:  # fmt: skip
     """A function from a client and what it has to the message that it gets.
 
     Args:
         state: where the run stands; it has what each client has been given.
         package: gives the package of a view of the state as bytes.
-        make: the messages to clients of one width, from the view of it, its package, and the blocks
-            whose LoRA they train.
+        make: the messages to clients of one width, from the view of it, its package, the blocks
+            whose LoRA they train, and its rank, 0 for the run's.
 
     Returns:
         The function. Clients that have been given the same and need the same get the same message.
     """
-    made = {Given(): make(state, package(state), "")} if not state.others else {}
+    made: dict[tuple[Given, int], Request] = {}
+    if not state.others:
+        made[Given(), 0] = make(state, package(state), "", 0)
 
     def request(node: Node, have: Iterable[str]) -> Envelope:
         given = state.given.get(node.name, Given())
-        key = Given(given.width, given.blocks)
+        key = Given(given.width, given.blocks), own_rank(state, node)
         if key not in made:
             view = state.of(node.name)
-            made[key] = make(view, package(view), given.blocks)
+            made[key] = make(view, package(view), given.blocks, key[1])
         return made[key](have)
 
     return request
 
 
-def wanted(state: State, make: Callable[[State, str], Expected]) -> Callable[[Node], Expected]:
+def own_rank(state: State, node: Node) -> int:
+    """The rank of LoRA that a client trains, where that is not the run's.
+
+    Args:
+        state: with the adapter of the run's rank.
+        node: the client.
+
+    Returns:
+        A lower rank than the run's; 0 for the run's.
+    """
+    return node.rank if 0 < node.rank < rank_of(state.adapter) else 0
+
+
+def wanted(state: State, make: Callable[[State, str, int], Expected]) -> Callable[[Node], Expected]:
     """A function from a client to what a good reply of it looks like.
 
     Args:
         state: where the run stands; it has what each client has been given.
-        make: the same for all clients of one width, from the view of it and the blocks.
+        make: the same for all clients of one width, from the view of it, the blocks and the rank.
 
     Returns:
         The function.
     """
-    made: dict[Given, Expected] = {}
+    made: dict[tuple[Given, int], Expected] = {}
 
     def want(node: Node) -> Expected:
         given = state.given.get(node.name, Given())
-        key = Given(given.width, given.blocks)
+        key = Given(given.width, given.blocks), own_rank(state, node)
         if key not in made:
-            made[key] = make(state.of(node.name), given.blocks)
+            made[key] = make(state.of(node.name), given.blocks, key[1])
         return made[key]
 
     return want
@@ -253,4 +271,5 @@ def expected(
             frozenset(k for k in sent if in_blocks(k, blocks, plan)) if blocks else frozenset()
         ),
         widths={v.digest: name for name, v in state.beside.items()},
+        merging_rule=merging(config.federation.aggregate),
     )  # fmt: skip

@@ -148,7 +148,7 @@ class Continuous:
         # on one that is gone.
         drain = align.due(self.config, session.bench.models.plan, version)
         folder = Path(self.config.run.dir) if self.config.run.dir else None
-        with Replies(work.want.adapter, folder, work.rule) as replies:
+        with Replies(work.want.adapter, folder, work.rule, work.want.beside) as replies:
             asked = Asked(work.want, f.clip_update_norm, replies, work.rule.scaling, own=work.own)
             got = Buffer(asked, f.staleness_exponent, state, version, session.events)
             got.matching = session.strategy.matching

@@ -68,7 +68,7 @@ class OneShot:
         self.work = session.strategy.prepare(state, _ROUND)
         self.kept = KeptReplies(
             self.work.want.adapter, Path(config.run.dir) / "replies", self.work.rule,
-            f"{state.run} {state.digest}",
+            f"{state.run} {state.digest}", self.work.want.beside,
         )  # fmt: skip
         self.resumed = list(self.kept.good)
         if state.others:

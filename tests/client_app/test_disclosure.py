@@ -124,9 +124,12 @@ def test_a_wrong_node_config_is_not_sent_back(
     for name in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, name, 2**62, raising=False)
     context = SimpleNamespace(
-        node_config={"name": "n", "data-path": str(tmp_path / "a.csv"), "secret-key": SECRET},
+        node_config={
+            "name": "n", "data-path": str(tmp_path / "a.csv"), "secret-key": SECRET,
+            "worker-idle": 0,
+        },
         run_config={},
-    )
+    )  # fmt: skip
     message = Message(wire.to_record(seal(Hello())), dst_node_id=1, message_type="query")
     for ask in (query, train):
         back = ask(message, context)  # type: ignore[arg-type]
