@@ -411,6 +411,7 @@ def test_secure_aggregation_serves_each_client_its_width(
 ) -> None:
     flat = text | MIXED | {
         "privacy.secure": True, "federation.min-clients": 3, "align.interval": 0,
+        "federation.weighting": "uniform",
         "federation.rounds": 1,
     }  # fmt: skip
     federation = Nodes(flat)
