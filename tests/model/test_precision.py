@@ -107,7 +107,9 @@ def test_a_whole_run_in_half_precision(family: str, tmp_path: Path) -> None:
         flat = tiny.write_task("bert", tmp_path) | {"federation.partition": "iid"}
     found = {}
     for dtype in ("fp32", "bf16"):
-        events = tiny.run(flat | {"model.dtype": dtype}, tmp_path / dtype, run__samples=0)
+        events = tiny.run(
+            flat | {"model.dtype": dtype}, tmp_path / dtype, run__samples=0, run__baselines=True
+        )
         last = [e for e in tiny.main_run(events, "evaluation") if e["model"] == "proxy"][-1]
         found[dtype] = (last["value"], tiny.main_run(events, "model")[0]["proxy_bytes"])
     (a, whole), (b, half) = found.values()
