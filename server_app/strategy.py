@@ -175,12 +175,14 @@ class Strategy:
             wire = codec.encode(adapter, fmt)
             return wire, codec.decode(wire, fmt)
 
-        def make(view: State, package: bytes, blocks: str, rank: int) -> Request:
-            most = want(view, blocks, rank).max_bytes
-            return requests(config, view, package, round, sent(rank)[0], count_rule, blocks, most)
-
         def want(view: State, blocks: str, rank: int) -> Expected:
             return expected(config, view, round, sent(rank)[1], count_rule, blocks)
+
+        def make(view: State, package: bytes, blocks: str, rank: int) -> Request:
+            return requests(
+                config, view, package, round, sent(rank)[0], count_rule, blocks,
+                want(view, blocks, rank).max_bytes,
+            )  # fmt: skip
 
         return Prepared(
             by_node(state, self._blob, make),

@@ -264,7 +264,9 @@ def _pull(
             if not guard or not guard.came:
                 raise
             continue
-        for reply in replies:
+        replies.reverse()
+        while replies:  # one that has been handed on is not held any longer
+            reply = replies.pop()
             # By the id replied to: the error reply of a dead node has another source id.
             sent = reply.metadata.reply_to_message_id
             if sent not in waiting:
@@ -280,6 +282,7 @@ def _pull(
                 yield node, _opened(reply)
             if guard:
                 guard.forget(sent)
+            del reply
 
 
 _ERRORS = {

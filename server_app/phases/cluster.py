@@ -5,16 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from fedpft_core.data.batches import batches
 from fedpft_core.data.grouping import CLUSTERS, write_clusters
 from fedpft_core.errors import UserError
-from fedpft_core.model.batch import by_row, real_positions
-from fedpft_core.model.device import device_of, to_device
-from fedpft_core.model.families import family_of_model
-from fedpft_core.model.taps import run_to
 from fedpft_core.seeds import derive
+from fedpft_core.train.baselines import row_features
 from server_app.bench import Bench
 
 
@@ -44,29 +39,7 @@ def note(bench: Bench) -> None:
     from sklearn.cluster import KMeans
 
     means = KMeans(f.clusters, n_init=4, random_state=derive(config.run.seed, "clusters") % 2**31)
-    write_clusters(Path(folder), means.fit_predict(features(bench)))
-
-
-@torch.no_grad()
-def features(bench: Bench) -> np.ndarray:
-    """What the sub-FM's last block makes of each training row, in the mean over its positions.
-
-    Args:
-        bench: models and rows.
-
-    Returns:
-        float32 [rows, D], each of norm 1.
-    """
-    proxy = bench.models.proxy.eval()
-    last = family_of_model(proxy).block_list(proxy)[-1]
-    encoded = bench.rows.encode(bench.rows.data.train)
-    found = torch.zeros(len(encoded), 0)
-    for batch in batches(encoded, bench.config.run.eval_batch_size, None):
-        batch = to_device(batch, device_of(proxy))
-        h = by_row(run_to(proxy, batch, {"last": last})["last"], batch)
-        real = real_positions(batch, h.shape[1]).to(h)[..., None]
-        mean = (h * real).sum(1) / real.sum(1)
-        if not found.shape[1]:
-            found = torch.zeros(len(encoded), mean.shape[1])
-        found[batch["index"].cpu()] = torch.nn.functional.normalize(mean).float().cpu()
-    return found.numpy()
+    train = bench.rows.encode(bench.rows.data.train)
+    found = row_features(bench.models.proxy, train, config.run.eval_batch_size)
+    lengths = np.linalg.norm(found, axis=1, keepdims=True)
+    write_clusters(Path(folder), means.fit_predict(found / np.maximum(lengths, 1e-12)))

@@ -93,7 +93,7 @@ def test_alignment_brings_a_sub_fm_in_half_precision_nearer(tmp_path: Path) -> N
     first, last, _ = distil(
         half.model, proxy, plan, tiny.public("llama", 40), cfg, steps=40, lr=3e-3, alpha=0.01
     )
-    assert last < 0.8 * first
+    assert last < 0.9 * first
     assert {p.dtype for p in proxy.parameters()} == {BF16}
     moved = {k for k, p in proxy.named_parameters() if not p.equal(before[k])}
     assert moved and all(".mlp." in k for k in moved)
@@ -107,7 +107,9 @@ def test_a_whole_run_in_half_precision(family: str, tmp_path: Path) -> None:
         flat = tiny.write_task("bert", tmp_path) | {"federation.partition": "iid"}
     found = {}
     for dtype in ("fp32", "bf16"):
-        events = tiny.run(flat | {"model.dtype": dtype}, tmp_path / dtype, run__samples=0)
+        events = tiny.run(
+            flat | {"model.dtype": dtype}, tmp_path / dtype, run__samples=0, run__baselines=True
+        )
         last = [e for e in tiny.main_run(events, "evaluation") if e["model"] == "proxy"][-1]
         found[dtype] = (last["value"], tiny.main_run(events, "model")[0]["proxy_bytes"])
     (a, whole), (b, half) = found.values()
