@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from client_app import audit, means
+from client_app.app_hash import app_hash
 from client_app.chain import SECURE_STEPS, STEPS, Steps, Work, put, work_through
 from client_app.disclosure import reason
 from client_app.policy import Policy
@@ -122,6 +123,7 @@ class Client:
         noted: dict[str, Any] = {"asked": "?", "bytes_in": sum(envelope.sizes().values())}
         answer: Message
         try:
+            self.policy.check_app(app_hash() if self.policy.app_hash else "")
             self.policy.check_size(envelope)
             message = open_envelope(envelope)
             noted |= audit.asked(message)

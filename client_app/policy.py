@@ -16,6 +16,7 @@ from fedpft_core.adapter.lora import AdapterSpec
 from fedpft_core.errors import UserError
 from fedpft_core.model.families import FAMILIES, Family, family_of
 from fedpft_core.wire.envelope import Envelope
+from fedpft_core.wire.identity import is_digest
 from fedpft_core.wire.messages import SecureTrainRequest, StatisticsRequest, TrainRequest
 from fedpft_core.wire.meta import PackageMeta
 
@@ -48,6 +49,11 @@ KEYS: dict[str, tuple[type, Any, str]] = {
         int, 0, "1 = what training made leaves under the masks of secure aggregation only"
     ),
     "policy-max-mb": (int, 0, "size of a message, megabytes, 0 = no limit"),
+    "policy-app-hash": (
+        str, "",
+        "hash of this app's code (`fedpft node check --policy` shows it); another code answers "
+        "nothing; empty = any",
+    ),
 }  # fmt: skip
 
 
@@ -73,6 +79,7 @@ class Policy:
     max_rank: int = 256
     secure: int = 0
     max_mb: int = 0
+    app_hash: str = ""
 
     @staticmethod
     def of(node: Mapping[str, Any]) -> Policy:
@@ -99,6 +106,9 @@ class Policy:
                     raise UserError(
                         f"node config: {key} = {odd[0]!r} is none of {', '.join(choices[f.name])}."
                     )
+            elif f.name == "app_hash":
+                if value and not is_digest(value):
+                    raise UserError(f"node config: {key} = {value!r} is no sha256 of 64 digits.")
             elif value < 0:
                 raise UserError(f"node config: {key} = {value} is below 0.")
             made[f.name] = value
@@ -111,6 +121,18 @@ class Policy:
             The first 16 hex digits of a sha256 over all of them.
         """
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+
+    def check_app(self, app: str) -> None:
+        """Hold the code that runs against the one that the owner has seen.
+
+        Args:
+            app: the hash of the code.
+
+        Raises:
+            PolicyError: naming the rule.
+        """
+        if self.app_hash and app != self.app_hash:
+            raise PolicyError("app-hash", f"{self.app_hash[:12]}…", f"this app's is {app[:12]}…")
 
     def check_size(self, envelope: Envelope) -> None:
         """Hold a message against the rule on bytes, before it is opened.

@@ -21,6 +21,7 @@ from fedpft_core.train import baselines
 from server_app import SIMULATION, schedule
 from server_app.bench import Bench
 from server_app.local import local_only
+from server_app.owner import disclose
 from server_app.phases import agree, heads, load, own, plug, reference, score, widths
 from server_app.phases.reporting import Waits, phase, progress
 from server_app.phases.undistilled import undistilled
@@ -125,11 +126,14 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
         ))  # fmt: skip
 
     bench = load.load(config, events)
+    disclose.book(bench, transport)
     strategy = Strategy(config, transport, events, own.update_of(bench), widths.agreement_of(bench))
     if strategy.private:
         strategy.private.plan()
     if saved is not None:
+        disclose.put_on_again(bench)
         state = saved.restore(bench.models, bench.package(), bench.others())
+        disclose.note(bench, state)
     else:
         state = _before_round_1(bench, strategy, transport, events)
     if f.aggregate == "none":
@@ -162,7 +166,9 @@ def _before_round_1(
     if config.run.undistilled:
         undistilled(bench, transport, events)
     proxycache.distil(bench)
+    disclose.put_on(bench)
     state = bench.fresh_state()
+    disclose.note(bench, state)
     widths.announce(bench)
     models.plug(state.adapter)
     if config.federation.aggregate != "none" and heads.asked(bench):

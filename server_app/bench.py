@@ -25,6 +25,7 @@ from fedpft_core.seeds import derive, numpy_stream
 from fedpft_core.task import Painter, Task, TaskData
 from fedpft_core.wire.package import Package
 from server_app.models import Models
+from server_app.owner.neurons import Ledger
 from server_app.state import Events, State, fresh_state, version_of
 
 
@@ -134,6 +135,8 @@ class Bench:
     models: Models
     rows: Rows
     device: torch.device
+    ledger: Ledger | None = None  # of the FM's neurons; None before it is known who is served
+    leaves: bool = False  # whether messages leave the machine
 
     @property
     def head_reads(self) -> Position:
@@ -146,7 +149,9 @@ class Bench:
         Returns:
             A package of copies, without the adapter.
         """
-        return self._packed(self.models.proxy, self.models.plan)
+        m = self.models
+        hidden = self.config.plan.disguise != "none"
+        return self._packed(m.proxy, m.plan.anonymous() if hidden else m.plan)
 
     def others(self) -> dict[str, Package]:
         """The other widths as clients get them, with their present weights.

@@ -7,11 +7,13 @@ from functools import cached_property
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.align.blocks import moving_parts
 from fedpft_core.model.names import bare
 from fedpft_core.model.plan import Plan
+from fedpft_core.proxy.disguise import Disguise
 from fedpft_core.tensors import Tensors
 
 
@@ -60,7 +62,9 @@ class Models:
 
     `source` names the FM in the exported adapter; `start` is the adapter before round 1. With
     plan.widths the proxy is the widest that is not the FM itself, `width` its name, and `others`
-    has all other widths, narrowest first.
+    has all other widths, narrowest first. `withheld` are the tokens whose embeddings the proxy has
+    not, None where it has all; `disguise` is what its neurons wear, the plan's kept ones being in
+    its order.
     """
 
     fm: PeftModel
@@ -71,6 +75,8 @@ class Models:
     start: Tensors
     width: str = ""
     others: tuple[Width, ...] = ()
+    withheld: Tensor | None = None
+    disguise: Disguise | None = None
 
     @cached_property
     def widths(self) -> tuple[Width, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -175,11 +175,14 @@ class Strategy:
             wire = codec.encode(adapter, fmt)
             return wire, codec.decode(wire, fmt)
 
-        def make(view: State, package: bytes, blocks: str, rank: int) -> Request:
-            return requests(config, view, package, round, sent(rank)[0], count_rule, blocks)
-
         def want(view: State, blocks: str, rank: int) -> Expected:
             return expected(config, view, round, sent(rank)[1], count_rule, blocks)
+
+        def make(view: State, package: bytes, blocks: str, rank: int) -> Request:
+            return requests(
+                config, view, package, round, sent(rank)[0], count_rule, blocks,
+                want(view, blocks, rank).max_bytes,
+            )  # fmt: skip
 
         return Prepared(
             by_node(state, self._blob, make),
@@ -240,7 +243,7 @@ class Strategy:
                 self.nodes.wait()
             got = Gathered(want, self.nodes.meet(state, want.round), state, self.events)
             sent = codec.encode(state.adapter, self.config.wire.adapter)
-            request = by_node(state, self._blob, partial(self._statistics, sent))
+            request = by_node(state, self._blob, partial(self._statistics, sent, want.max_bytes))
             self._exchange(got, _to(got, request))
             why = self.why(got.bad)
             if len(got.good) >= f.min_clients:
@@ -323,9 +326,9 @@ class Strategy:
         return Path(self.config.run.dir) if self.config.run.dir else None
 
     def _statistics(
-        self, sent: Tensors, view: State, package: bytes, blocks: str, rank: int
+        self, sent: Tensors, most: int, view: State, package: bytes, blocks: str, rank: int
     ) -> Request:
-        return statistics_requests(self.config, view, package, sent)
+        return statistics_requests(self.config, view, package, sent, most)
 
     def _blob(self, state: State) -> bytes:
         # Packing is the same work every round until an alignment.
@@ -344,6 +347,8 @@ class Strategy:
 
         def send(wanted: Mapping[int, Iterable[str]], deadline: float) -> None:
             messages = {i: request(i, have) for i, have in wanted.items()}
+            if isinstance(got, Phase):
+                messages = {i: replace(m, answer=got.most) for i, m in messages.items()}
             for node_id, message in messages.items():
                 name = got.nodes[node_id].name
                 ledger.count_bytes(self.events, got.round, name, "down", message)

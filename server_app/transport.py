@@ -15,6 +15,7 @@ from fedpft_core.errors import ReplyError, RunError
 from fedpft_core.wire import flower as wire
 from fedpft_core.wire.envelope import Envelope
 from fedpft_core.wire.messages import Failure
+from server_app.guard import Guard, of_grid
 
 # Takes a node's id and its reply; True where no more replies are waited for.
 OnReply = Callable[[int, "Envelope | Failure"], "bool | None"]
@@ -114,6 +115,10 @@ class FlowerTransport:
     poll_seconds: float = 0.05
     waits: Callable[[], OnWait] = _silently
     simulated: bool = False
+    guard: Guard | None = None
+
+    def __post_init__(self) -> None:
+        self.guard = of_grid(self.grid)
 
     def nodes(self) -> list[int]:
         """Ids of the nodes that Flower says are connected.
@@ -143,7 +148,7 @@ class FlowerTransport:
         """
         waiting: dict[str, int] = {}
         for node, envelope in messages.items():
-            sent = _push(self.grid, node, envelope, timeout, str(round))
+            sent = _push(self.grid, self.guard, node, envelope, timeout, str(round))
             if sent:
                 waiting[sent] = node
                 continue
@@ -152,7 +157,7 @@ class FlowerTransport:
         done = False
         while waiting and not done and time.monotonic() < deadline:
             got = False
-            for node, reply in _pull(self.grid, waiting, self.simulated):
+            for node, reply in _pull(self.grid, self.guard, waiting, self.simulated):
                 got = True
                 done = bool(on_reply(node, reply)) or done
             if waiting and not got:
@@ -169,7 +174,7 @@ class FlowerTransport:
         Returns:
             A new mailbox over the same Grid.
         """
-        return FlowerMailbox(self.grid, self.poll_seconds, self.simulated)
+        return FlowerMailbox(self.grid, self.poll_seconds, self.simulated, self.guard)
 
 
 @dataclass
@@ -179,6 +184,7 @@ class FlowerMailbox:
     grid: Grid
     poll_seconds: float
     simulated: bool = False
+    guard: Guard | None = None
     _waiting: dict[str, int] = field(default_factory=dict)
     _unsent: list[int] = field(default_factory=list)
 
@@ -191,7 +197,7 @@ class FlowerMailbox:
             timeout: how long a reply can be of use, seconds. Flower keeps message and reply for
                 ten minutes more, so that a late reply can be told from none.
         """
-        sent = _push(self.grid, node, envelope, timeout + _LATE_SECONDS, "")
+        sent = _push(self.grid, self.guard, node, envelope, timeout + _LATE_SECONDS, "")
         if sent:
             self._waiting[sent] = node
         else:
@@ -210,7 +216,7 @@ class FlowerMailbox:
             (n, Failure(_ERRORS[5])) for n in self._unsent
         ]
         self._unsent.clear()
-        found += _pull(self.grid, self._waiting, self.simulated)
+        found += _pull(self.grid, self.guard, self._waiting, self.simulated)
         if not found:
             time.sleep(self.poll_seconds)
         return found
@@ -224,7 +230,9 @@ class FlowerMailbox:
         return time.monotonic()
 
 
-def _push(grid: Grid, node: int, envelope: Envelope, timeout: float, group: str) -> str:
+def _push(
+    grid: Grid, guard: Guard | None, node: int, envelope: Envelope, timeout: float, group: str
+) -> str:
     """Send a message; the id it has, empty for a node that is gone."""
     message = Message(
         content=wire.to_record(envelope),
@@ -235,24 +243,46 @@ def _push(grid: Grid, node: int, envelope: Envelope, timeout: float, group: str)
     )
     # One by one: for a node that has just left Flower answers with an empty id or with none at
     # all, and in a longer list nobody could tell which one that was.
-    return next(iter(grid.push_messages([message])), "")
+    sent = next(iter(grid.push_messages([message])), "")
+    if guard and sent:
+        guard.expect(sent, envelope.answer)
+    return sent
 
 
 def _pull(
-    grid: Grid, waiting: dict[str, int], simulated: bool
+    grid: Grid, guard: Guard | None, waiting: dict[str, int], simulated: bool
 ) -> Iterator[tuple[int, Envelope | Failure]]:
     """Replies to messages that are waited for, by their ids; those that came wait no more."""
     asked = list(waiting)
     for start in range(0, len(asked), _AT_ONCE):
-        for reply in grid.pull_messages(asked[start : start + _AT_ONCE]):
+        try:
+            replies = list(grid.pull_messages(asked[start : start + _AT_ONCE]))
+        except (ValueError, KeyError, TypeError, IndexError):
+            # Flower gives up on all that came together when it cannot read one of them.
+            for sent in sorted(guard.came & waiting.keys()) if guard else ():
+                yield waiting.pop(sent), Failure("unreadable reply, or one that came with such")
+            if not guard or not guard.came:
+                raise
+            continue
+        replies.reverse()
+        while replies:  # one that has been handed on is not held any longer
+            reply = replies.pop()
             # By the id replied to: the error reply of a dead node has another source id.
             sent = reply.metadata.reply_to_message_id
-            if sent in waiting:
-                if simulated and reply.has_error() and _of_ray(reply.error.reason or ""):
-                    raise WorkerLost(
-                        "the process of a simulated client died (killed, or out of memory?)."
-                    )
-                yield waiting.pop(sent), _opened(reply)
+            if sent not in waiting:
+                continue
+            if simulated and reply.has_error() and _of_ray(reply.error.reason or ""):
+                raise WorkerLost(
+                    "the process of a simulated client died (killed, or out of memory?)."
+                )
+            node = waiting.pop(sent)
+            if guard and sent in guard.refused:
+                yield node, Failure("the reply is larger than a good one can be")
+            else:
+                yield node, _opened(reply)
+            if guard:
+                guard.forget(sent)
+            del reply
 
 
 _ERRORS = {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
+from fedpft_console.report import exposure
+from fedpft_console.sheet import Sheet
 from fedpft_console.text import (
     BASELINES,
     MODELS,
@@ -18,22 +19,14 @@ from fedpft_console.text import (
 from server_app.run import schema as ev
 from server_app.run.record import DIRECTIONS, Record, Round
 
+__all__ = ["Sheet", "excerpt", "kinds", "sheets"]
+
 # The order in which kinds of traffic are listed; others follow by name.
 KINDS = ("package", "patch", "adapter", "counts", "control")
 SAMPLES = "Samples"
 """Title of the table of what models wrote."""
 _SAMPLES = 8  # rows of it
 _EXCERPT = 240  # characters of a cell
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """One table: the first column is text, the others are right-aligned."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-    notes: list[str] = field(default_factory=list)
 
 
 def sheets(record: Record) -> list[Sheet]:
@@ -44,11 +37,12 @@ def sheets(record: Record) -> list[Sheet]:
 
     Returns:
         Sizes, widths and who had which, scores, one table for each further metric, what models
-        wrote, merges on the way, re-alignments, privacy, traffic, time with memory, and files.
+        wrote, merges on the way, re-alignments, privacy, what left of the FM, traffic, time with
+        memory, and files.
     """
     made = [_sizes(record), _widths(record), _clients_of(record), _scores(record),
             *_further(record), _samples(record), _merges(record), _alignments(record),
-            _privacy(record), _traffic(record), _phases(record),
+            _privacy(record), exposure.sheet(record), _traffic(record), _phases(record),
             _files(record)]  # fmt: skip
     return [sheet for sheet in made if sheet.rows]
 

@@ -120,6 +120,11 @@ class Config:
                 f"federation.enough = {f.enough} is not between federation.min-clients = "
                 f"{f.min_clients} and federation.clients-per-round = {f.clients_per_round}."
             )
+        if self.run.undistilled and self.plan.disguise != "none":
+            raise UserError(
+                f"run.undistilled = true sends the neurons as they are, which plan.disguise = "
+                f"{self.plan.disguise} is to hide: set run.undistilled = false."
+            )
         check_schedule(self)
         check_ranks(self)
         check_widths(self)

@@ -175,6 +175,35 @@ class PlanConfig:
         "blocks a layer-drop proxy keeps, 0 = as many as fit the sub-FM's block parameters",
         low=0,
     )
+    disclosure_budget: float = _key(
+        1.0,
+        "share of the FM's FFN neurons that may ever leave, over all runs in plan.ledger; a run "
+        "that would pass it is refused before anything is sent; 1 = no limit",
+        above=0.0, high=1.0,
+    )  # fmt: skip
+    ledger: str = _key(
+        "",
+        "folder of the ledger of neurons that have left, by FM; empty = `disclosed` in "
+        "$FEDPFT_HOME (~/.fedpft). Runs in simulation read it and add nothing",
+    )
+    prefer_disclosed: bool = _key(
+        False,
+        "keep neurons that the ledger knows to have left before any others, by their saliency, so "
+        "that another saliency or keep-share discloses as few new ones as can be",
+    )
+    disguise: str = _key(
+        "none",
+        "`permute-scale`: the sub-FM's neurons go out in a secret order and, where that is exact "
+        "(ReLU, gated FFNs), each on a secret scale, without saying which of the FM's they are; "
+        "`none`: in the FM's order",
+        choices=("none", "permute-scale"),
+    )
+    embeddings: str = _key(
+        "all",
+        "rows of the embedding table in the sub-FM: `all`, or `seen` (of tokens in the public "
+        "corpus, and special ones; all others share the unknown token's row)",
+        choices=("all", "seen"),
+    )
 
 
 @dataclass(frozen=True)

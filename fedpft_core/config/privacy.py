@@ -157,6 +157,9 @@ def _beside_changes(config: Config, why: str) -> dict[str, bool]:
         "plug.method = as-trained, refit or distil (the others read class statistics)": (
             config.plug.method in ("best", "mapped")
         ),
+        "federation.width-weighting = examples (all changes weigh the same)": (
+            config.federation.width_weighting != "examples"
+        ),
         "align.proportion = 1 or another align.selection (apoz reads clients' counts)": (
             bool(a.interval) and a.proportion < 1 and a.selection == "apoz"
         ),

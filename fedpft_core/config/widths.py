@@ -86,6 +86,8 @@ def check_widths(config: Config) -> None:
     for key, value, only in (
         ("plan.proxy", p.proxy, "ffn-pruned"),
         ("plan.keep-neurons", p.keep_neurons, 0),
+        ("plan.disguise", p.disguise, "none"),
+        ("plan.embeddings", p.embeddings, "all"),
     ):
         if value != only:
             raise UserError(f"plan.widths = {p.widths} needs {key} = {only}, not {value}.")

@@ -32,6 +32,7 @@ def make_plans(
     seed: int,
     public: saliency.Public | None = None,
     head_reads: Position | None = None,
+    preferred: Sequence[Tensor] = (),
 ) -> dict[str, Plan]:
     """Choose what the proxy of each width keeps of the FM.
 
@@ -47,6 +48,8 @@ def make_plans(
         public: gives the public batches that some saliencies look at; called only by those.
         head_reads: which positions the task's head reads; None for where the family's
             classification head does.
+        preferred: for each block of the FM bool [F], neurons that are kept before all others;
+            empty for none.
 
     Returns:
         Plans by the name of the width, narrowest first; one without a name where there are no
@@ -58,7 +61,7 @@ def make_plans(
     """
     names = width_names(cfg.widths)
     if not names:
-        return {"": make_plan(model, cfg, seed, public, head_reads)}
+        return {"": make_plan(model, cfg, seed, public, head_reads, preferred)}
     # What one width's plan would refuse is refused before anything is scored.
     whole = make_plan(model, replace(cfg, proxy="full", widths=""), seed)
     ffns = family_of_model(model).ffns(model)
@@ -70,6 +73,7 @@ def make_plans(
     make_plan(model, replace(fewest, saliency="weight-norm"), seed)  # refuses ranks and layers
     scores = saliency.scores(cfg.saliency, saliency.Probe(model, seed, public, head_reads))
     order = [torch.sort(s.cpu(), descending=True, stable=True) for s in scores]
+    first: list[Tensor | None] = [*preferred] or [None] * len(ffns)
     made: dict[str, Plan] = {}
     before = [0] * len(ffns)
     for name in names:
@@ -90,8 +94,10 @@ def make_plans(
             tuple(
                 BlockPlan("whole", neurons=entry.neurons)
                 if k == ffn.neurons
-                else BlockPlan("pruned", keep_most_salient(s, k), cfg.qk_rank, entry.neurons)
-                for k, ffn, s, entry in zip(counts, ffns, scores, whole.blocks, strict=True)
+                else BlockPlan("pruned", keep_most_salient(s, k, own), cfg.qk_rank, entry.neurons)
+                for k, ffn, s, entry, own in zip(
+                    counts, ffns, scores, whole.blocks, first, strict=True
+                )
             ),
         )
     return made

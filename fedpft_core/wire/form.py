@@ -22,6 +22,7 @@ class Envelope:
     head: str
     parts: dict[str, bytes]
     check: str = ""
+    answer: int = 0  # of a request: bytes that a good answer can have; stays with the sender
 
     def sizes(self) -> dict[str, int]:
         """Size of the message, as the ledger counts it.

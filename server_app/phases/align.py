@@ -19,6 +19,7 @@ from fedpft_core.seeds import derive
 from fedpft_core.train.evaluate import evaluate
 from fedpft_core.train.inactivity import Counts, apoz
 from server_app.bench import Bench
+from server_app.owner import disclose
 from server_app.phases import agree, widths
 from server_app.phases.distil import check_finite
 from server_app.phases.reporting import phase, progress
@@ -152,6 +153,7 @@ def align(
             for w in widths.pruned(bench):
                 follow(w.proxy, w.plan, models.proxy, models.plan)
         widths.realign(bench, state, round, job, chosen)
+        disclose.note(bench, state)
         agree.record(bench, round, "after-align")
         gap_before = gap_after = None
         if values is not None:

@@ -19,6 +19,7 @@ from fedpft_core.model import load as models
 from fedpft_core.model.device import pick_device
 from fedpft_core.model.plan import Plan, block_parameters
 from fedpft_core.proxy import cost as inspect
+from fedpft_core.proxy import embeddings
 from fedpft_core.proxy.build import build
 from fedpft_core.proxy.narrow import narrowed
 from fedpft_core.proxy.nested import make_plans, trunk
@@ -27,6 +28,7 @@ from fedpft_core.task import Writer, load_task
 from fedpft_core.tensors import Tensors
 from server_app.bench import Bench, Rows, public_stream
 from server_app.models import Models, Width
+from server_app.owner import disclose
 from server_app.phases import cluster
 from server_app.phases.plug import refits, settles
 from server_app.phases.reporting import phase
@@ -158,6 +160,7 @@ def _build(
             config, rows.public, loaded.processor, config.plan.saliency_batches, "saliency"
         ),
         rows.task.position(loaded.family),
+        disclose.preferred(config, loaded.model),
     )
     width = trunk(plans)
     plan = plans.pop(width)
@@ -169,6 +172,7 @@ def _build(
             )
         )
     bare = build(loaded.model, plan)
+    withheld = _withheld(config, rows, loaded, bare)
     head = rows.task.head(loaded.family)
     spec = adapters.make_spec(loaded.family, plan, loaded.fresh, config.lora, head)
     _emit_model(events, loaded, bare, plan, config.lora.rank)
@@ -181,7 +185,19 @@ def _build(
         Width(name, p, narrowed(fm, p, p) if p.is_full else narrowed(proxy, plan, p))
         for name, p in plans.items()
     )
-    return Models(fm, proxy, plan, spec, loaded.source, start, width, others)
+    return Models(fm, proxy, plan, spec, loaded.source, start, width, others, withheld)
+
+
+def _withheld(
+    config: Config, rows: Rows, loaded: models.Loaded, proxy: nn.Module
+) -> torch.Tensor | None:
+    """Tokens whose embeddings have been taken out of the proxy; None where all are in it."""
+    if config.plan.embeddings == "all":
+        return None
+    if rows.task.reads != "text":
+        raise UserError(f"plan.embeddings = seen is for texts; the rows are {rows.task.reads}s.")
+    sent = embeddings.seen(rows.public, loaded.processor)
+    return embeddings.withhold(proxy, sent, loaded.processor.unk_token_id)
 
 
 def _start(config: Config, rows: Rows, processor: Any, fm: nn.Module) -> Tensors:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fedpft_core.train.evaluate import evaluate
 from server_app.bench import Bench
+from server_app.owner import disclose
 from server_app.phases import distil, heads, own, plug, widths
 from server_app.phases.reporting import phase
 from server_app.run import schema as ev
@@ -37,6 +38,7 @@ def undistilled(bench: Bench, transport: Transport, events: EventLog) -> None:
         strategy.nodes.wait()
         models.plug(models.start)
         state = bench.fresh_state()
+        disclose.note(bench, state, arm)
         if heads.asked(bench):
             heads.start(bench, strategy, state, arm)
         for round in range(1, config.federation.rounds + 1):

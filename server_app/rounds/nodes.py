@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedpft_core.config import FederationConfig
 from fedpft_core.config.ranks import ranks_of
@@ -13,6 +13,7 @@ from fedpft_core.wire.envelope import Envelope, open_envelope, seal
 from fedpft_core.wire.messages import Failure, Hello, HelloReply, RefusalReply
 from fedpft_core.wire.validate import check_size
 from server_app.phases.reporting import Waits
+from server_app.reach import registered_name
 from server_app.rounds import ledger
 from server_app.rounds.ledger import printable
 from server_app.rounds.matching import Matching
@@ -23,9 +24,10 @@ from server_app.transport import Transport
 
 _SETTLE_SECONDS = 3.0  # how long the set of nodes must stand still before a smaller one will do
 _HELLO_SECONDS = 300.0  # a fresh process has to import torch, on a machine that may be busy
-_HELLO_BYTES = 2**17  # the largest answer to the first query
 _MOST_RANK = 2**16
 _MOST_EXAMPLES = 2**40  # keeps sums over clients exact in float64
+HELLO_BYTES = 2**17
+"""The largest answer to the first query."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Nodes:
         """
         ids = self.transport.nodes()
         new = [i for i in ids if i not in self.known]
-        hello = seal(Hello())
+        hello = replace(seal(Hello()), answer=HELLO_BYTES)
         replies: dict[int, Envelope | Failure] = {}
         timeout = min(_HELLO_SECONDS, self.settings.round_timeout)
         self.transport.exchange(dict.fromkeys(new, hello), round, timeout, replies.__setitem__)
@@ -163,13 +165,16 @@ class Nodes:
         try:
             if isinstance(reply, Failure):
                 raise ReplyError(reply.reason)
-            check_size(reply, _HELLO_BYTES)
+            check_size(reply, HELLO_BYTES)
             message = open_envelope(reply)
             if isinstance(message, RefusalReply):
                 raise ReplyError(message.reason)
             if not isinstance(message, HelloReply):
                 raise ReplyError(f"it answered the first query with a {type(message).__name__}")
             name = usable_name(message.name)
+            registered = registered_name(self.transport, node_id)
+            if registered and registered != name:
+                raise ReplyError(f"it says it is {name}, and its key is registered as {registered}")
             if not 1 <= message.examples < _MOST_EXAMPLES:
                 raise ReplyError(f"client {name} says it has {message.examples} rows")
             if not 0 <= message.validation < _MOST_EXAMPLES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from fedpft_core.adapter.layers import in_blocks
@@ -77,7 +78,7 @@ def local_settings(config: Config, round: int, blocks: str = "") -> LocalSetting
 
 def requests(
     config: Config, state: State, package: bytes, round: int, adapter: Tensors, count_rule: str,
-    blocks: str = "",
+    blocks: str = "", answer: int = 0,
 ) -> Request:  # fmt: skip
     """A function from what a client has to the message it gets.
 
@@ -91,6 +92,7 @@ def requests(
         adapter: the adapter to start from, in the wire's format.
         count_rule: how clients are to count inactive neurons; empty = not at all.
         blocks: whose LoRA they train; empty = all.
+        answer: bytes that a good reply can have; 0 for no limit.
 
     Returns:
         The function; see `by_need`.
@@ -100,7 +102,7 @@ def requests(
     def make(package: bytes, patches: tuple[Patch, ...]) -> TrainRequest:
         return TrainRequest(**fields, count_rule=count_rule, package=package, patches=patches)
 
-    return by_need(state, package, make)
+    return by_need(state, package, make, answer)
 
 
 def secure_request(
@@ -145,8 +147,9 @@ def _fields(
 
 
 def by_need(
-    state: State, package: bytes, make: Callable[[bytes, tuple[Patch, ...]], Message]
-) -> Request:
+    state: State, package: bytes, make: Callable[[bytes, tuple[Patch, ...]], Message],
+    answer: int = 0,
+) -> Request:  # fmt: skip
     """A function from what a client has to the message that also brings what it lacks.
 
     Clients that need the same things get the same message: one copy in memory serves all.
@@ -155,6 +158,7 @@ def by_need(
         state: where the run stands; patches too old to be of use are dropped from it.
         package: the state's package as bytes.
         make: the message, from the package (or nothing) and the patches that it carries.
+        answer: bytes that a good reply can have; 0 for no limit.
 
     Returns:
         A function from the digests of the sub-FMs that a client has to its sealed message.
@@ -169,7 +173,7 @@ def by_need(
             whole, chain = crossing(tuple(have), len(package))
         key = (whole, tuple(p.source for p in chain))
         if key not in made:
-            made[key] = seal(make(package if whole else b"", chain))
+            made[key] = replace(seal(make(package if whole else b"", chain)), answer=answer)
         return made[key]
 
     return request

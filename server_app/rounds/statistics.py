@@ -88,7 +88,9 @@ class Gathered(Awaited):
         return {width: add(found) for width, found in by_width.items()}
 
 
-def statistics_requests(config: Config, state: State, package: bytes, adapter: Tensors) -> Request:
+def statistics_requests(
+    config: Config, state: State, package: bytes, adapter: Tensors, answer: int = 0
+) -> Request:
     """A function from what a client has to the message it gets.
 
     Args:
@@ -96,6 +98,7 @@ def statistics_requests(config: Config, state: State, package: bytes, adapter: T
         state: where the run stands.
         package: the state's package as bytes.
         adapter: the adapter whose features are wanted, in the wire's format.
+        answer: bytes that a good reply can have; 0 for no limit.
 
     Returns:
         The function; see `by_need`.
@@ -115,7 +118,7 @@ def statistics_requests(config: Config, state: State, package: bytes, adapter: T
             patches=patches,
         )
 
-    return by_need(state, package, make)
+    return by_need(state, package, make, answer)
 
 
 __all__ = ["Gathered", "statistics_requests"]

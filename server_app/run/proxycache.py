@@ -43,7 +43,10 @@ Kept = Distilled | WidthDistilled
 """Events that say what distillation did."""
 
 # What comes after distillation, or says where and how a run goes: no part of a result's name.
-_LATER = ("align.", "train.", "federation.", "plug.", "wire.")
+_LATER = (
+    "align.", "train.", "federation.", "plug.", "wire.", "plan.ledger", "plan.disclosure-budget",
+    "plan.disguise",
+)  # fmt: skip
 _OF_RUN = ("run.seed",)
 # Files that decide nothing of what distillation computes.
 _ASIDE = ("disk/",)

@@ -134,6 +134,8 @@ class Record:
     moved: list[ev.WidthGiven] = field(default_factory=list)  # those that had another before
     # by width and direction the bytes of all its clients
     by_width: dict[str, dict[str, int]] = field(default_factory=dict)
+    # what of the FM each version of the sub-FM holds: by side run ("" for the run itself), digest
+    exposed: dict[str, dict[str, ev.Exposed]] = field(default_factory=dict)
     _rounds: dict[int, Round] = field(default_factory=dict)
     _earlier: float = 0.0  # seconds of the parts before the last resumption
     _start: float | None = None
@@ -183,11 +185,13 @@ class Record:
         return sum(r.bytes[direction].get(kind, 0) for r in self._rounds.values())
 
     def add(self, entry: Entry) -> None:
-        """Fold one more event. Of side runs only the bytes count: the rest is not the run's.
+        """Fold one more event. Of side runs only what was sent counts: the rest is not the run's.
 
         Args:
             entry: the next one of the log.
         """
+        if isinstance(entry.event, ev.Exposed):
+            self.exposed.setdefault(entry.arm, {})[entry.event.digest] = entry.event
         if entry.arm:
             if isinstance(entry.event, ev.Bytes):
                 sums = self.aside.setdefault(entry.arm, dict.fromkeys(DIRECTIONS, 0))

@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from client_app import client as client_module
+from client_app.app_hash import app_hash
 from client_app.client import Client
 from client_app.node import NODE_KEYS, checked, client_for
 from client_app.policy import KEYS, Policy, table, trained
@@ -231,6 +232,15 @@ def test_file_names_that_some_system_would_take_for_more_are_refused(
     package = Package(sub_fm[0].meta, {name: b"x"}, sub_fm[0].weights)
     with pytest.raises(ReplyError, match="file name"):
         Package.from_bytes(package.to_bytes())
+
+
+def test_only_the_code_that_the_owner_has_seen_answers(ask: Ask, sub_fm: Any) -> None:
+    package, adapter = sub_fm[0], sub_fm[1]
+    asked = statistics(package, adapter)
+    assert not isinstance(ask(asked, app_hash=app_hash()), RefusalReply)
+    refused(ask(asked, app_hash="ab" * 32), "app-hash")
+    with pytest.raises(UserError, match="sha256"):
+        Policy.of({"policy-app-hash": "abc"})
 
 
 def test_the_console_shows_what_a_server_could_ask(capsys: pytest.CaptureFixture[str]) -> None:

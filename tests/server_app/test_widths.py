@@ -304,7 +304,8 @@ def test_a_wiped_store_is_served_its_own_width_again(text: dict[str, Any], tmp_p
     flat = text | MIXED | {"align.interval": 0}
 
     def wipe(client: Client, request: Any, reply: Envelope) -> None:
-        if client.name == "client-0" and request.round == 1:
+        # The last of its width: simulated clients share a store, and the others fill it.
+        if client.name == "client-3" and request.round == 1:
             client.store.remove(request.digest)
 
     federation = Nodes(flat)
@@ -409,12 +410,14 @@ def test_secure_aggregation_serves_each_client_its_width(
     text: dict[str, Any], tmp_path: Path
 ) -> None:
     flat = text | MIXED | {
-        "privacy.secure": True, "federation.min-clients": 3, "align.interval": 0,
-        "federation.rounds": 1,
+        "privacy.secure": True, "federation.min-clients": 3, "federation.weighting": "uniform",
+        "align.interval": 0, "federation.rounds": 1,
     }  # fmt: skip
     federation = Nodes(flat)
     events = tiny.run(flat, tmp_path / "run", federation)
     assert tiny.main_run(events, "round_finished")[0]["good"] == 4
+    with pytest.raises(UserError, match="width-weighting"):
+        tiny.run(flat | {"federation.width-weighting": "width"}, tmp_path / "other")
 
 
 @pytest.mark.parametrize("how", ["width", "agreement"])

@@ -21,6 +21,7 @@ from server_app.run.schema.course import (
     Warned,
 )
 from server_app.run.schema.event import KINDS, Event
+from server_app.run.schema.exposed import Exposed, ExposedPart
 from server_app.run.schema.models import (
     Agreement,
     Alignment,
@@ -85,6 +86,8 @@ __all__ = [
     "Distilled",
     "Evaluation",
     "Event",
+    "Exposed",
+    "ExposedPart",
     "Files",
     "HeadSet",
     "Joined",
