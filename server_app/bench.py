@@ -140,13 +140,19 @@ class Bench:
     def package(self) -> Package:
         """The proxy as clients get it, with its present weights.
 
+        These are rounded in place to wire.package first, so that the server goes on with what
+        clients have; what has been rounded before stays as it is.
+
         Returns:
             A package of copies, without the adapter.
+
+        Raises:
+            UserError: there are weights too large for the format.
         """
-        m, rows = self.models, self.rows
+        m, rows, wire = self.models, self.rows, self.config.wire
         return make_package(
             m.proxy, m.plan, m.spec, rows.processor, rows.task.name, rows.task.labels,
-            self.config.data.max_length,
+            self.config.data.max_length, wire.package, wire.embeddings,
         )  # fmt: skip
 
 

@@ -1,10 +1,76 @@
-"""What brings a client to the sub-FM it is to train on: nothing, patches, or the package."""
+"""What brings a client to a sub-FM: nothing, patches, or what it lacks of the package."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from fedpft_core.wire.package import Patch
+from fedpft_core.wire.coded import Coded
+from fedpft_core.wire.package import Package, Patch
+from fedpft_core.wire.parcel import Parcel
+
+
+@dataclass(frozen=True)
+class Holds:
+    """What the server knows of a client's store.
+
+    Attributes:
+        have: digests of the sub-FMs that are in it; None where nobody knows.
+        lacks: digests of the tensors and files of the round's sub-FM that are not; None where the
+            client has not seen its manifest.
+    """
+
+    have: tuple[str, ...] | None = None
+    lacks: tuple[str, ...] | None = None
+
+    @property
+    def open(self) -> float:
+        """How much a client may lack: it is served again only if that becomes less."""
+        return float("inf") if self.lacks is None else len(self.lacks)
+
+
+class Shelf:
+    """The package that clients get in the form it travels in, made once for a version."""
+
+    def __init__(self) -> None:
+        self._digest = ""
+        self._parcel: Parcel | None = None
+
+    def parcel(self, package: Package, digest: str, digests: Mapping[str, str]) -> Parcel:
+        """A version's parcel.
+
+        Args:
+            package: the version.
+            digest: what it is known by.
+            digests: sha256 of each of its weights, by name.
+
+        Returns:
+            The parcel with all that belongs to it. Forms of weights that the version before has
+            as well are not sought again.
+        """
+        if self._parcel is None or self._digest != digest:
+            known: Mapping[str, Coded] = self._parcel.coded if self._parcel else {}
+            manifest = package.manifest(digests)
+            self._parcel = Parcel.of(manifest, package.files, package.weights, known)
+            self._digest = digest
+        return self._parcel
+
+
+def share(parcel: Parcel, holds: Holds, most: int = 0) -> Parcel:
+    """What of a package a client is sent that patches do not bring to it.
+
+    Args:
+        parcel: the whole package.
+        holds: what is known of the client's store.
+        most: bytes of weights and files in one message; 0 = no limit.
+
+    Returns:
+        What the client lacks: all of it where it has no sub-FM at all; the manifest alone, for it
+        to say, where that is not known.
+    """
+    if holds.lacks is not None:
+        return parcel.only(holds.lacks, most)
+    return parcel.only(parcel.manifest.contents if holds.have == () else (), most)
 
 
 def useful(patches: Sequence[Patch], package_bytes: int) -> list[Patch]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,9 @@ from fedpft_core.task import Task
 from fedpft_core.tensors import Tensors
 from fedpft_core.wire import codec
 from fedpft_core.wire.envelope import Envelope
+from fedpft_core.wire.parcel import Parcel
 from fedpft_core.wire.validate import Expected, ExpectedStatistics
+from server_app.delivery import Holds, Shelf
 from server_app.rounds import caution, ledger
 from server_app.rounds.chain import Asked
 from server_app.rounds.collect import Collection
@@ -62,9 +64,9 @@ class Prepared:
     rule: RuleSettings
 
 
-def _by_have(request: Request) -> Callable[[int, Iterable[str]], Envelope]:
+def _by_have(request: Request) -> Callable[[int, Holds], Envelope]:
     """The same message for all nodes that have the same, whoever they are."""
-    return lambda _, have: request(have)
+    return lambda _, holds: request(holds)
 
 
 class Strategy:
@@ -81,7 +83,7 @@ class Strategy:
         self._said: set[str] = set()  # warnings that need no repetition
         self._slowest = 0.0  # seconds until the slowest good reply of all rounds so far
         self.nodes = Nodes(config.federation, transport, events)
-        self._package_bytes: tuple[str, bytes] = ("", b"")
+        self._shelf = Shelf()
 
     def run_round(self, state: State, round: int, count_rule: str) -> Outcome:
         """Train round `round` from `state`, trying again when too few replies are good.
@@ -152,7 +154,7 @@ class Strategy:
         sent = codec.encode(state.adapter, config.wire.adapter)
         base = codec.decode(sent, config.wire.adapter)
         return Prepared(
-            requests(config, state, self._blob(state), round, sent, count_rule),
+            requests(config, state, self._parcel(state), round, sent, count_rule),
             expected(config, state, round, base, count_rule),
             self._rule(state, base, round),
         )
@@ -210,7 +212,7 @@ class Strategy:
                 self.nodes.wait()
             got = Gathered(want, self.nodes.meet(state, want.round), state, self.events)
             sent = codec.encode(state.adapter, self.config.wire.adapter)
-            request = statistics_requests(self.config, state, self._blob(state), sent)
+            request = statistics_requests(self.config, state, self._parcel(state), sent)
             self._exchange(got, _by_have(request))
             why = self.why(got.bad)
             if len(got.good) >= f.min_clients:
@@ -260,7 +262,7 @@ class Strategy:
     ) -> Sum:
         """An attempt at a round of secure aggregation, and what it spends."""
         attempt = SecureRound(self.config, nodes, state, round, self.events, self._exchange)
-        summed = attempt.run(self._blob(state), sent, base)
+        summed = attempt.run(self._parcel(state), sent, base)
         if self.private and summed.change is not None:
             spend = self.private.masked(1 + sum(t.numel() for t in base.values()))
             self.private.book(state, round, spend, self.config.privacy.client_clip)
@@ -289,20 +291,17 @@ class Strategy:
         """Where a round's replies lie until they are aggregated."""
         return Path(self.config.run.dir) if self.config.run.dir else None
 
-    def _blob(self, state: State) -> bytes:
-        # Packing is the same work every round until an alignment.
-        if self._package_bytes[0] != state.digest:
-            self._package_bytes = (state.digest, state.package.to_bytes())
-        return self._package_bytes[1]
+    def _parcel(self, state: State) -> Parcel:
+        return self._shelf.parcel(state.package, state.digest, state.digests)
 
     def _exchange(
-        self, got: Collection | Gathered | Phase, request: Callable[[int, Iterable[str]], Envelope]
+        self, got: Collection | Gathered | Phase, request: Callable[[int, Holds], Envelope]
     ) -> None:
         """Send a round's requests, made of a node's id and what it has; collect the replies."""
         timeout = self._timeout(got.round)
 
-        def send(wanted: Mapping[int, Iterable[str]], deadline: float) -> None:
-            messages = {i: request(i, have) for i, have in wanted.items()}
+        def send(wanted: Mapping[int, Holds], deadline: float) -> None:
+            messages = {i: request(i, holds) for i, holds in wanted.items()}
             for node_id, message in messages.items():
                 name = got.nodes[node_id].name
                 ledger.count_bytes(self.events, got.round, name, "down", message)
@@ -311,12 +310,11 @@ class Strategy:
 
         have = got.state.have
         deadline = time.monotonic() + timeout
-        send({i: have.get(n.name, ()) for i, n in got.nodes.items()}, deadline)
-        if got.again and not got.done():
+        send({i: Holds(have.get(n.name)) for i, n in got.nodes.items()}, deadline)
+        while got.again and not got.done():
             # They lack the weights they were asked to train on: serve them within this round. What
             # a straggler left of its time is theirs, and a little where it left none.
-            got.served |= got.again.keys()
-            send(got.again, max(deadline, time.monotonic() + _AGAIN * timeout))
+            send(got.serve(), max(deadline, time.monotonic() + _AGAIN * timeout))
 
     def _timeout(self, round: int) -> float:
         """How long a round waits: what was set, or what past rounds have taught."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from flwr.app import Message, MessageType
+from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedpft_core.errors import ReplyError
@@ -130,8 +130,11 @@ class FlowerTransport:
             on_reply: takes a node's id and its reply, or the Failure that stands for it.
         """
         waiting: dict[str, int] = {}
+        records: dict[int, RecordDict] = {}  # one copy of a package for all that get the same
         for node, envelope in messages.items():
-            sent = _push(self.grid, node, envelope, timeout, str(round))
+            if id(envelope) not in records:
+                records[id(envelope)] = wire.to_record(envelope)
+            sent = _push(self.grid, node, envelope, records[id(envelope)], timeout, str(round))
             if sent:
                 waiting[sent] = node
                 continue
@@ -168,6 +171,7 @@ class FlowerMailbox:
     poll_seconds: float
     _waiting: dict[str, int] = field(default_factory=dict)
     _unsent: list[int] = field(default_factory=list)
+    _last: tuple[Envelope, RecordDict] | None = None  # one copy of a package for all
 
     def send(self, node: int, envelope: Envelope, timeout: float) -> None:
         """Push a message.
@@ -178,7 +182,9 @@ class FlowerMailbox:
             timeout: how long a reply can be of use, seconds. Flower keeps message and reply for
                 ten minutes more, so that a late reply can be told from none.
         """
-        sent = _push(self.grid, node, envelope, timeout + _LATE_SECONDS, "")
+        if self._last is None or self._last[0] is not envelope:
+            self._last = envelope, wire.to_record(envelope)
+        sent = _push(self.grid, node, envelope, self._last[1], timeout + _LATE_SECONDS, "")
         if sent:
             self._waiting[sent] = node
         else:
@@ -208,10 +214,12 @@ class FlowerMailbox:
         return time.monotonic()
 
 
-def _push(grid: Grid, node: int, envelope: Envelope, timeout: float, group: str) -> str:
+def _push(
+    grid: Grid, node: int, envelope: Envelope, content: RecordDict, timeout: float, group: str
+) -> str:
     """Send a message; the id it has, empty for a node that is gone."""
     message = Message(
-        content=wire.to_record(envelope),
+        content=content,
         dst_node_id=node,
         message_type=MessageType.QUERY if envelope.kind == "hello" else MessageType.TRAIN,
         ttl=timeout + 60,

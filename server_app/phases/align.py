@@ -128,8 +128,10 @@ def align(
         first, last, _ = alignment.run(a.method, job, "align.method")
         after = distill.output_error(models.fm, models.proxy, models.plan, probe)
         check_finite(after, "align.lr")
+        wire = config.wire
+        fmt = wire.package if wire.patch == "same" else wire.patch
         patch, package = make_patch(
-            models.proxy, models.plan, chosen, state.package, state.digests, config.wire.patch
+            models.proxy, models.plan, chosen, state.package, state.digests, fmt
         )
         state.package, state.digest = package, patch.target
         state.patches.append(patch)

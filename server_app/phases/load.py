@@ -54,6 +54,8 @@ def load(config: Config, events: Events) -> Bench:
     with phase(events, "build"):
         made = _build(config, events, loaded, rows, device)
     bench = Bench(config, events, made, rows, device)
+    if (config.wire.package, config.wire.embeddings) != ("fp32", "same"):
+        bench.package()  # rounds the proxy, so that distillation makes up for what rounding costs
     made.plug(made.start)
     # `as-trained` is asked for, and the other ways say themselves what they lack.
     by_refit = config.plug.method == "refit" or not settles(bench)

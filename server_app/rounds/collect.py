@@ -9,7 +9,8 @@ from typing import Any
 
 from fedpft_core.errors import ReplyError
 from fedpft_core.wire.envelope import Envelope
-from fedpft_core.wire.messages import Failure
+from fedpft_core.wire.messages import Failure, NeedReply
+from server_app.delivery import Holds
 from server_app.rounds import caution, ledger
 from server_app.rounds.chain import Asked, Lacking, receive
 from server_app.rounds.ledger import printable
@@ -34,8 +35,8 @@ class Awaited:
         self.round = round
         self.events = events
         self.bad: dict[str, str] = {}  # reasons, by client name
-        self.again: dict[int, tuple[str, ...]] = {}  # who has to be served again, and has what
-        self.served: set[int] = set()  # who has been served again
+        self.again: dict[int, Holds] = {}  # who has to be served again, and has what
+        self.served: dict[int, Holds] = {}  # who has been served again, having had what
 
     def judge(self, node: Node, reply: Envelope | Failure) -> None:
         """Take a reply of a node that is not settled.
@@ -77,7 +78,7 @@ class Awaited:
         if isinstance(reply, Envelope):
             ledger.count_bytes(self.events, self.round, node.name, "up", reply)
         settled = node.name in self.good or node.name in self.bad
-        if settled or (node_id in self.again and node_id not in self.served):
+        if settled or node_id in self.again:
             return
         self.judge(node, reply)
 
@@ -91,12 +92,39 @@ class Awaited:
         Returns:
             Whether the node only lacks the sub-FM and will be served again.
         """
-        if isinstance(error, Lacking) and node.id not in self.served:
-            self.again[node.id] = error.have
-            self.state.have.pop(node.name, None)
-            return True
+        if isinstance(error, Lacking):
+            try:
+                self.again[node.id] = self._holds(node, error.need)
+                self.state.have.pop(node.name, None)
+                return True
+            except ReplyError as wrong:
+                error = wrong
         self.bad[node.name] = printable(error)
         return False
+
+    def _holds(self, node: Node, need: NeedReply) -> Holds:
+        """What a client that has to be served again has; it must lack less than the last time."""
+        if need.digest != self.state.digest:
+            raise ReplyError("it says what it lacks of another sub-FM than the one asked for")
+        holds = Holds(need.have, need.lacks)
+        if need.lacks is not None:
+            manifest = self.state.package.manifest(self.state.digests)
+            if not need.lacks or not manifest.contents.issuperset(need.lacks):
+                raise ReplyError("it lacks nothing, or what is none of the sub-FM's")
+        before = self.served.get(node.id)
+        if before is not None and holds.open >= before.open:
+            raise ReplyError("it has been served again, and lacks the sub-FM as before")
+        return holds
+
+    def serve(self) -> dict[int, Holds]:
+        """Who has to be served again; from here on these count as served.
+
+        Returns:
+            What each of them has, by node id.
+        """
+        now, self.again = self.again, {}
+        self.served |= now
+        return now
 
 
 class Collection(Awaited):

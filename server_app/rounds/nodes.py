@@ -182,6 +182,8 @@ class Nodes:
             return "?"
         self.left_out.pop(node_id, None)
         self.known[node_id] = Node(node_id, name, message.examples, message.validation)
-        if message.have:
+        # That it has nothing at all is worth knowing, but for a client of which a checkpoint tells
+        # more: in a simulation nobody says what lies on the shared disk.
+        if message.have or name not in state.have:
             state.have[name] = message.have
         return name

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from fedpft_core.aggregation import factors
 from fedpft_core.config import Config
+from fedpft_core.disk import evict
 from fedpft_core.tensors import Tensors
 from fedpft_core.train.tune import LocalSettings
 from fedpft_core.wire.envelope import Envelope, seal
 from fedpft_core.wire.messages import Message, SecureTrainRequest, TrainRequest
 from fedpft_core.wire.package import Patch
+from fedpft_core.wire.parcel import Parcel
 from fedpft_core.wire.validate import Expected
-from server_app.delivery import delivery, useful
+from server_app.delivery import Holds, delivery, share, useful
 from server_app.state import State
 
 _MOST_PATCHES = 2**16  # tokens an image can become
 
-Request = Callable[[Iterable[str]], Envelope]
+_MEGABYTE = 10**6
+_KEPT_MESSAGES = 4  # made for what different clients lack
+
+Request = Callable[[Holds], Envelope]
 
 
 def learning_rate(lr0: float, round: int, rounds: int) -> float:
@@ -69,7 +74,7 @@ def local_settings(config: Config, round: int) -> LocalSettings:
 
 
 def requests(
-    config: Config, state: State, package: bytes, round: int, adapter: Tensors, count_rule: str
+    config: Config, state: State, parcel: Parcel, round: int, adapter: Tensors, count_rule: str
 ) -> Request:
     """A function from what a client has to the message it gets.
 
@@ -78,7 +83,7 @@ def requests(
     Args:
         config: the run's configuration.
         state: where the run stands; patches too old to be of use are dropped from it.
-        package: the state's package as bytes.
+        parcel: the state's package as it travels.
         round: the round the messages begin.
         adapter: the adapter to start from, in the wire's format.
         count_rule: how clients are to count inactive neurons; empty = not at all.
@@ -91,11 +96,11 @@ def requests(
     def make(package: bytes, patches: tuple[Patch, ...]) -> TrainRequest:
         return TrainRequest(**fields, count_rule=count_rule, package=package, patches=patches)
 
-    return by_need(state, package, make)
+    return by_need(config, state, parcel, make)
 
 
 def secure_request(
-    config: Config, state: State, package: bytes, round: int, adapter: Tensors,
+    config: Config, state: State, parcel: Parcel, round: int, adapter: Tensors,
     **secure: Any,
 ) -> Request:  # fmt: skip
     """The same for one client of secure aggregation.
@@ -103,7 +108,7 @@ def secure_request(
     Args:
         config: the run's configuration.
         state: where the run stands; patches too old to be of use are dropped from it.
-        package: the state's package as bytes.
+        parcel: the state's package as it travels.
         round: the round that the message belongs to.
         adapter: the adapter to start from, in the wire's format.
         **secure: what `SecureTrainRequest` has besides.
@@ -116,7 +121,7 @@ def secure_request(
     def make(package: bytes, patches: tuple[Patch, ...]) -> SecureTrainRequest:
         return SecureTrainRequest(**fields, package=package, patches=patches, **secure)
 
-    return by_need(state, package, make)
+    return by_need(config, state, parcel, make)
 
 
 def _fields(config: Config, state: State, round: int, adapter: Tensors) -> dict[str, Any]:
@@ -133,28 +138,38 @@ def _fields(config: Config, state: State, round: int, adapter: Tensors) -> dict[
 
 
 def by_need(
-    state: State, package: bytes, make: Callable[[bytes, tuple[Patch, ...]], Message]
+    config: Config,
+    state: State,
+    parcel: Parcel,
+    make: Callable[[bytes, tuple[Patch, ...]], Message],
 ) -> Request:
     """A function from what a client has to the message that also brings what it lacks.
 
     Clients that need the same things get the same message: one copy in memory serves all.
 
     Args:
+        config: says how much of a package one message may bring.
         state: where the run stands; patches too old to be of use are dropped from it.
-        package: the state's package as bytes.
-        make: the message, from the package (or nothing) and the patches that it carries.
+        parcel: the state's package as it travels.
+        make: the message, from what of the package (or nothing) and the patches it carries.
 
     Returns:
-        A function from the digests of the sub-FMs that a client has to its sealed message.
+        A function from what is known of a client's store to its sealed message.
     """
-    state.patches = useful(state.patches, len(package))
-    made: dict[tuple[bool, int], Envelope] = {}
+    state.patches = useful(state.patches, parcel.size)
+    made: dict[tuple[frozenset[str] | None, int], Envelope] = {}
+    most = config.wire.message_mb * _MEGABYTE
 
-    def request(have: Iterable[str]) -> Envelope:
-        whole, chain = delivery(tuple(have), state.digest, len(package), state.patches)
-        key = (whole, len(chain))
+    def request(holds: Holds) -> Envelope:
+        some = share(parcel, holds, most)
+        size = some.size or parcel.size
+        whole, chain = delivery(holds.have or (), state.digest, size, state.patches)
+        if holds.lacks is not None and state.digest in (holds.have or ()):
+            whole = True  # it says so itself
+        key = (frozenset(some.sizes) if whole else None, len(chain))
         if key not in made:
-            made[key] = seal(make(package if whole else b"", chain))
+            message = seal(make(some.to_bytes() if whole else b"", chain))
+            evict.put(made, key, message, _KEPT_MESSAGES)
         return made[key]
 
     return request

@@ -12,6 +12,7 @@ from fedpft_core.tensors import Tensors
 from fedpft_core.wire.envelope import Envelope
 from fedpft_core.wire.messages import Failure, StatisticsReply, StatisticsRequest
 from fedpft_core.wire.package import Patch
+from fedpft_core.wire.parcel import Parcel
 from fedpft_core.wire.validate import ExpectedStatistics, validate_statistics
 from server_app.rounds import caution
 from server_app.rounds.chain import opened
@@ -66,13 +67,13 @@ class Gathered(Awaited):
         return add(s.part(part) for s, part in zip(found, parts, strict=True))
 
 
-def statistics_requests(config: Config, state: State, package: bytes, adapter: Tensors) -> Request:
+def statistics_requests(config: Config, state: State, parcel: Parcel, adapter: Tensors) -> Request:
     """A function from what a client has to the message it gets.
 
     Args:
         config: the run's configuration.
         state: where the run stands.
-        package: the state's package as bytes.
+        parcel: the state's package as it travels.
         adapter: the adapter whose features are wanted, in the wire's format.
 
     Returns:
@@ -93,7 +94,7 @@ def statistics_requests(config: Config, state: State, package: bytes, adapter: T
             patches=patches,
         )
 
-    return by_need(state, package, make)
+    return by_need(config, state, parcel, make)
 
 
 __all__ = ["Gathered", "statistics_requests"]

@@ -1,0 +1,179 @@
+"""Whole runs whose packages travel in few bits, to nodes that keep what they have had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from client_app.client import Client, ProcessCache
+from client_app.store import Store
+from fedpft_core.errors import RunError
+from fedpft_core.wire.envelope import Envelope, open_envelope
+from fedpft_core.wire.messages import NeedReply, TrainRequest
+from fedpft_core.wire.parcel import Parcel
+
+NODES = 2
+KEYS = {
+    "federation.rounds": 4, "federation.clients": NODES, "federation.clients-per-round": NODES,
+    "federation.min-clients": NODES, "distill.steps": 4, "align.interval": 1, "align.steps": 2,
+    "train.local-epochs": 1, "run.gradient-rows": 0, "run.baselines": False,
+    "run.evaluate-every": 100,
+}  # fmt: skip
+
+
+class Deployed(tiny.Federation):
+    """Nodes with disks of their own; each message meets a new process."""
+
+    def __init__(self, flat: dict[str, Any], disks: Path) -> None:
+        super().__init__(flat)
+        self.disks = disks
+        self.before: Callable[[int, Envelope], None] | None = None
+
+    def client(self, index: int) -> Client:
+        made = super().client(index)
+        made.store, made.shared_store = Store(self.disks / f"node-{index}"), False
+        made.cache = ProcessCache()
+        return made
+
+    def _answer(self, index: int, envelope: Envelope) -> Envelope:
+        if self.before:
+            self.before(index, envelope)
+        return super()._answer(index, envelope)
+
+    def parcels(self) -> list[tuple[int, Parcel]]:
+        """What was sent of packages, by node."""
+        out = []
+        for node, envelope in self.sent:
+            if "package" in envelope.parts:
+                out.append((node, Parcel.from_bytes(envelope.parts["package"])))
+        return out
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return tiny.write_task("bert", tmp_path_factory.mktemp("task")) | KEYS
+
+
+def package_bytes(events: list[dict[str, Any]]) -> int:
+    return sum(e["bytes"] for e in events if e["event"] == "bytes" and e["kind"] == "package")
+
+
+def statuses(events: list[dict[str, Any]]) -> set[str]:
+    return {e["status"] for e in events if e["event"] == "reply"}
+
+
+def end(folder: Path) -> dict[str, bytes]:
+    last = sorted((folder / "checkpoints").glob("round-*"))[-1]
+    return {p.name: p.read_bytes() for p in last.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize(
+    ("fmt", "embeddings", "patch", "most"),
+    [
+        ("bf16", "same", "same", 0.6), ("fp16", "same", "fp16", 0.6), ("int8", "same", "same", 0.4),
+        ("int8", "int4", "same", 0.35), ("int8", "same", "fp16", 0.4),
+        ("fp32", "int4", "bf16", 0.9),
+    ],
+)  # fmt: skip
+def test_a_run_in_fewer_bits(
+    flat: dict[str, Any], tmp_path: Path, fmt: str, embeddings: str, patch: str, most: float
+) -> None:
+    """Server and clients hold the same bits in every version, or nobody would train on them."""
+    sizes = []
+    for name, keys in {
+        "plain": {},
+        "small": {"wire.package": fmt, "wire.embeddings": embeddings, "wire.patch": patch},
+    }.items():
+        federation = Deployed(flat, tmp_path / f"{name}-disks")
+        events = tiny.run(flat | keys, tmp_path / name, federation, federation__rounds=2)
+        assert statuses(events) == {"ok"}
+        assert events[-1]["event"] == "run_finished"
+        assert len(federation.parcels()) == NODES, "the next round needs a patch, no package"
+        (first, *_) = federation.parcels()
+        sizes.append(first[1].size - sum(map(len, first[1].files.values())))
+    assert sizes[1] < most * sizes[0]
+
+
+@pytest.mark.parametrize("fmt", ["fp32", "int8"])
+def test_another_task_on_the_same_fm_gets_what_is_new(
+    flat: dict[str, Any], tmp_path: Path, fmt: str
+) -> None:
+    flat = flat | {"wire.package": fmt, "wire.patch": "same"}
+    federation = Deployed(flat, tmp_path / "disks")
+    first = tiny.run(flat, tmp_path / "first", federation)
+    had = {k for _, p in federation.parcels() for k in p.manifest.contents}
+    again = Deployed(flat, tmp_path / "disks")
+    second = tiny.run(flat, tmp_path / "second", again, run__seed=1, data__max_length=12)
+    assert statuses(second) == {"ok", "need"}
+    sent = {k for _, p in again.parcels() for k in p.sizes}
+    assert sent and not sent & had, "what a node has had travels again"
+    assert package_bytes(second) < 0.6 * package_bytes(first)
+    # Bits are those of a run on nodes that had nothing.
+    fresh = Deployed(flat, tmp_path / "other-disks")
+    tiny.run(flat, tmp_path / "fresh", fresh, run__seed=1, data__max_length=12)
+    assert end(tmp_path / "second") == end(tmp_path / "fresh")
+
+
+def test_a_resumed_run_ends_with_the_same_bits(flat: dict[str, Any], tmp_path: Path) -> None:
+    flat = flat | {"wire.package": "int8", "wire.embeddings": "int4", "wire.patch": "same"}
+    tiny.run(flat, tmp_path / "through", Deployed(flat, tmp_path / "a"))
+    with pytest.raises(RunError, match="stopped after round 2"):
+        tiny.run(flat, tmp_path / "cut", Deployed(flat, tmp_path / "b"), run__stop_after=2)
+    tiny.run(flat, tmp_path / "cut", Deployed(flat, tmp_path / "b"), run__resume=True)
+    assert end(tmp_path / "cut") == end(tmp_path / "through")
+
+
+def test_two_runs_of_different_fms_at_once_on_the_same_nodes(
+    flat: dict[str, Any], tmp_path: Path
+) -> None:
+    """The second runs while the first waits for a node, and pushes its sub-FM off the disks."""
+    other = tiny.write_task("roberta", tmp_path / "task") | KEYS
+    alone = tiny.run(flat, tmp_path / "alone", Deployed(flat, tmp_path / "own-disks"))
+    federation = Deployed(flat, tmp_path / "disks")
+    inside: list[list[dict[str, Any]]] = []
+
+    def meanwhile(index: int, envelope: Envelope) -> None:
+        if envelope.kind != "train" or inside or federation.sent[-1][1].kind == "hello":
+            return
+        message = open_envelope(envelope)
+        if isinstance(message, TrainRequest) and message.round == 3:
+            inside.append([])
+            run = tiny.run(other, tmp_path / "other", Deployed(other, tmp_path / "disks"))
+            inside[0].extend(run)
+
+    federation.before = meanwhile
+    events = tiny.run(flat, tmp_path / "run", federation)
+    assert inside and inside[0][-1]["event"] == "run_finished"
+    assert statuses(events) <= {"ok", "need"} and events[-1]["event"] == "run_finished"
+    assert alone[-1]["event"] == "run_finished"
+    assert end(tmp_path / "run") == end(tmp_path / "alone")
+
+
+def test_a_damaged_tensor_is_fetched_by_itself(flat: dict[str, Any], tmp_path: Path) -> None:
+    federation = Deployed(flat, tmp_path / "disks")
+    done: list[str] = []
+
+    def spoil(index: int, envelope: Envelope) -> None:
+        if envelope.kind != "train" or done or index != 1:
+            return
+        if open_envelope(envelope).round == 2:  # type: ignore[union-attr]
+            path = max(
+                (tmp_path / "disks/node-1/tensors").iterdir(), key=lambda p: p.stat().st_size
+            )
+            path.write_bytes(path.read_bytes()[:-1] + b"\x77")
+            done.append(path.name.partition(".")[0])
+
+    federation.before = spoil
+    # With patches that are larger than what is damaged, were they sent.
+    events = tiny.run(flat, tmp_path / "run", federation, align__interval=0)
+    assert statuses(events) == {"ok", "need"} and done
+    last = federation.parcels()[-1]
+    assert (last[0], list(last[1].sizes)) == (1, done)
+    needs = [
+        m for _, e in federation.received if isinstance(m := open_envelope(e), NeedReply)
+    ]  # fmt: skip
+    assert [m.lacks for m in needs] == [(done[0],)]
