@@ -28,12 +28,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from client_app.node import client_for
 from fedpft_core import config
 from fedpft_core.adapter import lora as adapters
-from fedpft_core.align import distill, selection
 from fedpft_core.align import method as alignment
-from fedpft_core.data.batches import public_batches
+from fedpft_core.align import selection
+from fedpft_core.align.blocks import moving_parts
+from fedpft_core.align.losses import output_error
+from fedpft_core.data.stream import public_batches
 from fedpft_core.train import agreement as measure
 from fedpft_core.train.evaluate import evaluate
-from fedpft_core.train.inactivity import count_inactive
+from fedpft_core.train.inactivity import apoz, count_inactive
 from server_app.app import run
 from server_app.bench import public_stream
 from server_app.phases.load import load
@@ -142,7 +144,7 @@ class Study:
         self.bench = load(self.config, EventLog(None))
         self.models, self.data = self.bench.models, self.bench.rows
         b = self.models
-        self.parts = distill.moving_parts(b.proxy, b.plan)
+        self.parts = moving_parts(b.proxy, b.plan)
         self.pruned = self.weights()
         self.rows = self.data.task.encode(
             self.data.data.validation, self.data.processor, self.config.data.max_length
@@ -191,7 +193,7 @@ class Study:
             b.fm, b.proxy, b.plan, data.task, data.gradient, 16, b_only=b_only
         )
         probe = public_batches(data.public, data.processor, 16, 64, 4, seed=999)
-        error = distill.output_error(b.fm, b.proxy, b.plan, probe)
+        error = output_error(b.fm, b.proxy, b.plan, probe)
         return {
             "cosine": found["cosine"],
             "l2": found["relative_l2"],
@@ -224,7 +226,7 @@ class Study:
         rates = {}
         if selection.needs_counts(choice, share):
             counts = count_inactive(b.proxy, b.plan, self.data.gradient, 16, "nonpositive")
-            rates = {k: distill.apoz(counts.inactive[k], counts.tokens[k]) for k in counts.tokens}
+            rates = {k: apoz(counts.inactive[k], counts.tokens[k]) for k in counts.tokens}
         view = selection.View(
             rates, 3, b.fm, b.proxy, b.plan, lambda: self.data.public_batches(4, "choose")
         )

@@ -27,12 +27,13 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from client_app.client import ProcessCache
 from client_app.node import client_for
+from client_app.process import ProcessCache
 from fedpft_core import config
 from fedpft_core.config import ModelConfig
-from fedpft_core.data.batches import batches, encode_captioned
+from fedpft_core.data.batches import batches
 from fedpft_core.data.examples import Captioned
+from fedpft_core.data.pixels import encode_captioned
 from fedpft_core.model.load import load
 from fedpft_core.task import make
 from fedpft_core.task.painting import paint

@@ -27,8 +27,10 @@ from fedpft_core import config
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.aggregation.average import Average
 from fedpft_core.align import distill
-from fedpft_core.data.batches import encode, public_batches
+from fedpft_core.align.blocks import outputs
+from fedpft_core.data.encoding import encode
 from fedpft_core.data.public import load_public
+from fedpft_core.data.stream import public_batches
 from fedpft_core.head import imitate
 from fedpft_core.head.refit import last_linear, of_rows
 from fedpft_core.model import load as models
@@ -154,8 +156,8 @@ def bench_distil() -> list[str]:
             p.requires_grad_(True)
         for batch in ready:
             with torch.no_grad():
-                h_T = distill.outputs(s.fm, s.plan, batch, own_index=False)
-            h_S = distill.outputs(s.proxy, s.plan, batch, own_index=True)
+                h_T = outputs(s.fm, s.plan, batch, own_index=False)
+            h_S = outputs(s.proxy, s.plan, batch, own_index=True)
             torch.autograd.grad(sum((h_S[b] - h_T[b]).square().mean() for b in h_T), moving)
         for p in moving:
             p.requires_grad_(False)

@@ -20,7 +20,7 @@ from client_app.private import ExamplePrivacy
 from client_app.residuals import Residuals
 from client_app.secure import Secure
 from fedpft_core.adapter import lora as adapters
-from fedpft_core.data.batches import Encoded
+from fedpft_core.data.encoded import Encoded
 from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.model.names import is_trained
 from fedpft_core.privacy.entropy import skellam

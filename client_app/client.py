@@ -7,33 +7,30 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from client_app import audit, rowcache
+from client_app import audit
 from client_app.chain import SECURE_STEPS, STEPS, Steps, Work, put, work_through
 from client_app.disclosure import reason
 from client_app.fetch import fetch
 from client_app.policy import Policy
 from client_app.private import ExamplePrivacy, refuse
+from client_app.process import PROCESS_CACHE, Held, ProcessCache, Rows
 from client_app.residuals import Residuals
 from client_app.rowcache import RowCache
+from client_app.rows import Source, divided, encoded
 from client_app.secure import Secure
 from client_app.startup import collector_paused
 from client_app.store import Store
 from fedpft_core import __version__
-from fedpft_core.data.batches import Encoded
 from fedpft_core.data.examples import Examples
-from fedpft_core.disk import evict
 from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.head.closed import form_of
 from fedpft_core.head.refit import of_rows
-from fedpft_core.model.processor import from_files
-from fedpft_core.proxy.package import ClientModel, rebuild
+from fedpft_core.proxy.package import rebuild
 from fedpft_core.task import Task
 from fedpft_core.tensors import Tensors
 from fedpft_core.train.tune import LocalSettings
@@ -59,55 +56,6 @@ from fedpft_core.wire.messages import (
 
 log = logging.getLogger("fedpft")
 _MOST_THREADS = 1024
-
-
-@dataclass(frozen=True)
-class Held:
-    """A sub-FM in memory: the model, and the verified files its inputs are read with."""
-
-    model: ClientModel
-    files: dict[str, bytes]
-    reader: str  # digest of `files`
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A node's encoded rows: what it trains on, and what it keeps from training."""
-
-    train: Encoded
-    validation: Encoded
-
-
-class ProcessCache:
-    """Models, processors and encoded rows that outlive a message within one worker process."""
-
-    def __init__(self, max_models: int = 2, max_clients: int = 64) -> None:
-        self.models: dict[str, Held] = {}
-        self.rows: dict[Any, Rows] = {}
-        self.processors: dict[str, Any] = {}
-        self.max_models = max_models
-        self.max_clients = max_clients
-
-    def keep_model(self, digest: str, model: Held) -> None:
-        """Keep a sub-FM in memory; the one kept first makes room.
-
-        Args:
-            digest: the sub-FM's.
-            model: the sub-FM with the files its inputs are read with.
-        """
-        evict.put(self.models, digest, model, self.max_models)
-
-    def keep_rows(self, key: Any, rows: Rows) -> None:
-        """Keep encoded rows in memory; those kept first make room.
-
-        Args:
-            key: equal for equal rows, encoded in the same way.
-            rows: the rows of one client.
-        """
-        evict.put(self.rows, key, rows, self.max_clients)
-
-
-PROCESS_CACHE = ProcessCache()
 
 
 @dataclass
@@ -342,60 +290,10 @@ class Client:
             self.name, self.rows_id, share, held.reader, held.model.task, held.model.max_length,
         )  # fmt: skip
         if key not in self.cache.rows:
-            encoded, folds = self._encoded(held)
-            out = rowcache.held_out(folds, share)
-            if out.all():
-                text = (
-                    f"client {self.name}: validation-share = {share:g} leaves none of its "
-                    f"{len(out)} rows to train on."
-                )
-                raise UserError(text, public=text)
-            rows = Rows(encoded, encoded.select(np.empty(0, np.int64)))
-            if out.any():
-                rows = Rows(
-                    encoded.select(np.flatnonzero(~out)), encoded.select(np.flatnonzero(out))
-                )
+            source = Source(self.name, self.load_rows, self.kept_rows, self.rows_digest)
+            rows = divided(*encoded(source, held, self.cache.processors), share, self.name)
             self.cache.keep_rows(key, rows)
         return self.cache.rows[key]
-
-    def _encoded(self, held: Held) -> tuple[Encoded, np.ndarray]:
-        """All rows and their folds: from the disk where the same have been encoded before."""
-        source = self.rows_digest() if self.kept_rows else ""
-        key = self._rows_key(held, source)
-        found = self.kept_rows.get(key) if self.kept_rows and source else None
-        if found:
-            return found
-        examples = self.load_rows(held.model.task)
-        if not len(examples):
-            raise UserError(f"client {self.name} has no rows.", public="this node has no rows")
-        if self.kept_rows and not source:
-            key = self._rows_key(held, rowcache.content_of(examples))
-            found = self.kept_rows.get(key)
-            if found:
-                return found
-        if held.reader not in self.cache.processors:
-            self.cache.processors[held.reader] = from_files(held.files, held.model.task.reads)
-        processor = self.cache.processors[held.reader]
-        rows = held.model.task.encode(
-            examples, processor, held.model.max_length,
-            lambda text: log.warning("client %s: %s", self.name, text),
-        )  # fmt: skip
-        folds = rowcache.folds_of(examples)
-        # Not what was read while the file changed, under the digest of what it was before.
-        if self.kept_rows and self.rows_digest() == source:
-            try:
-                self.kept_rows.put(key, rows, folds)
-            except OSError as error:
-                log.warning("client %s: encoded rows not kept on disk: %s", self.name, error)
-        return rows, folds
-
-    def _rows_key(self, held: Held, source: str) -> str:
-        """Names encoded rows by everything they depend on."""
-        task = held.model.task
-        return rowcache.key_of(
-            source, held.reader, task.labels, held.model.max_length, task.name,
-            version("transformers"), version("tokenizers"), version("pillow"),
-        )  # fmt: skip
 
 
 def _check_settings(s: LocalSettings) -> None:

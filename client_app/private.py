@@ -15,8 +15,8 @@ from pathlib import Path
 from fedpft_core.disk import whole
 from fedpft_core.errors import UserError
 from fedpft_core.privacy.accounting import Spend, epsilon
-from fedpft_core.train.private import spend_of, steps_of
-from fedpft_core.train.tune import LocalSettings
+from fedpft_core.train.private import spend_of
+from fedpft_core.train.tune import LocalSettings, steps_of
 
 log = logging.getLogger("fedpft")
 _MOST_STEPS = 10**7  # of all rounds together; more are a mistake
@@ -58,7 +58,7 @@ class ExamplePrivacy:
         spent = self._read()
         one = spend_of(settings, rows, self.noise)
         key = f"{one.noise!r} {one.rate!r}"
-        spent[key] = spent.get(key, 0) + steps_of(settings, rows)
+        spent[key] = spent.get(key, 0) + steps_of(rows, settings)
         if sum(spent.values()) > _MOST_STEPS:
             raise UserError(f"{self.ledger}: more than {_MOST_STEPS} steps in all.")
         found = self._epsilon(spent)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedpft_core.data.batches import Encoded
+from fedpft_core.data.encoded import Encoded
 from fedpft_core.data.examples import Captioned, Examples, Input
 from fedpft_core.disk import evict, whole
 

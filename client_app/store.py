@@ -1,10 +1,10 @@
 """What a client keeps on disk of sub-FMs: their manifests, and each tensor and file once.
 
-Layout: `<root>/<digest>.json` is the manifest of a sub-FM, `<root>/tensors/<digest>.safetensors` a
-tensor in the form it came in, `<root>/files/<digest>` a file. What two sub-FMs share, of whatever
-run, task or version, lies there once. Every file appears whole (rename) or not at all; what is
-found corrupt is removed and asked for again. Any number of processes may use one root at once; how
-many sub-FMs stay is bounded.
+Layout: `<root>/manifests/<digest>.json` is the manifest of a sub-FM,
+`<root>/tensors/<digest>.safetensors` a tensor in the form it came in, `<root>/files/<digest>` a
+file. What two sub-FMs share, of whatever run, task or version, lies there once. Every file appears
+whole (rename) or not at all; what is found corrupt is removed and asked for again. Any number of
+processes may use one root at once; how many sub-FMs stay is bounded.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Store:
             ValueError: the digest is no sha256.
         """
         _check(digest)
-        return self.root / f"{digest}.json"
+        return self.root / "manifests" / f"{digest}.json"
 
     def tensor(self, digest: str) -> Path:
         """Where a tensor lies or would lie.
@@ -264,9 +264,7 @@ class Store:
     # --- inside ---------------------------------------------------------------------------
 
     def _named(self) -> list[str]:
-        if not self.root.is_dir():
-            return []
-        names = (p.name.removesuffix(".json") for p in self.root.glob("*.json"))
+        names = (p.name.removesuffix(".json") for p in (self.root / "manifests").glob("*.json"))
         return sorted(filter(is_digest, names))
 
     def _manifest(self, digest: str) -> Manifest | None:
@@ -317,7 +315,8 @@ class Store:
 
     @contextlib.contextmanager
     def _all_or_nothing(self) -> Iterator[list[Path]]:
-        for folder in (self.root / "tensors", self.root / "files"):
+        for name in ("manifests", "tensors", "files"):
+            folder = self.root / name
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             whole.sweep(folder)
         whole.sweep(self.root)

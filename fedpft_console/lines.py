@@ -166,6 +166,22 @@ def _(event: ev.ClientValidation, record: Record) -> list[str]:
 
 
 @lines_for.register
+def _(event: ev.Check, record: Record) -> list[str]:
+    return [
+        f"round {event.round}: sub-FM {_scored(event, record)} on the server's validation rows, "
+        f"best after round {event.best}"
+    ]
+
+
+@lines_for.register
+def _(event: ev.Stopped, record: Record) -> list[str]:
+    return [
+        f"rounds have ended after {event.round} of {event.rounds}: the adapter of round "
+        f"{event.best} is kept, which did best on validation rows"
+    ]
+
+
+@lines_for.register
 def _(event: ev.Validation, record: Record) -> list[str]:
     model = MODELS.get(event.model, event.model)
     return [f"end: {model} {_scored(event, record)} (validation rows)"]

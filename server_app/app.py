@@ -102,7 +102,7 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
     saved = checkpoints.latest() if config.run.resume else None
     whole, kept = True, 0
     if saved is not None:
-        refuse_another(saved.identity, config)
+        refuse_another(saved.identity, made_of)
         whole = saved.events_digest in ("", events.digest(saved.events_offset))
         kept, told = replies.events_offset(Path(config.run.dir) / "replies", saved.run)
         events.rewind(max(saved.events_offset, told))

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from fedpft_core.config import Config
-from fedpft_core.data.batches import Encoded, public_batches
+from fedpft_core.data.encoded import Encoded
 from fedpft_core.data.examples import Examples
 from fedpft_core.data.splits import stratified_subset
+from fedpft_core.data.stream import public_batches
 from fedpft_core.model.batch import Position
 from fedpft_core.model.families import family_of
 from fedpft_core.proxy.package import make_package

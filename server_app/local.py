@@ -8,7 +8,7 @@ from functools import partial
 
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.config import Config
-from fedpft_core.data.batches import Encoded
+from fedpft_core.data.encoded import Encoded
 from fedpft_core.errors import RunError
 from fedpft_core.task import Score, mean_score
 from fedpft_core.train.evaluate import evaluate

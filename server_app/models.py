@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 
 from fedpft_core.adapter import lora as adapters
-from fedpft_core.align import distill
+from fedpft_core.align.blocks import moving_parts
 from fedpft_core.model.names import bare
 from fedpft_core.model.plan import Plan
 from fedpft_core.tensors import Tensors
@@ -49,7 +49,7 @@ class Models:
         Returns:
             The names, sorted.
         """
-        moving = {id(p) for p in distill.moving_parts(self.proxy, self.plan).values()}
+        moving = {id(p) for p in moving_parts(self.proxy, self.plan).values()}
         return sorted(k for k, p in self._frozen().items() if id(p) in moving)
 
     def _frozen(self) -> Tensors:

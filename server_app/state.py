@@ -39,6 +39,15 @@ class Flight:
     due: float
 
 
+@dataclass(frozen=True)
+class Best:
+    """The round whose adapter did best on the server's validation rows, and that adapter."""
+
+    round: int
+    value: float
+    adapter: Tensors
+
+
 @dataclass
 class State:
     """All that changes over a run; `round` rounds are done."""
@@ -60,6 +69,8 @@ class State:
     # What the rounds have spent of the privacy budget; the bound of the next, 0 = as configured.
     spent: list[list[float]] = field(default_factory=list)
     bound: float = 0.0
+    # With federation.early-stopping.
+    best: Best | None = None
 
 
 def fresh_state(start: Tensors, package: Package) -> State:

@@ -7,32 +7,33 @@ order, none of which that class's `start` has room for.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from fedpft_core.aggregation import Replies, RuleSettings, withstands
+from fedpft_core.aggregation import Replies, RuleSettings
 from fedpft_core.config import Config
 from fedpft_core.errors import RunError
-from fedpft_core.head.closed import Sums
+from fedpft_core.head.form import Sums
 from fedpft_core.seeds import derive, numpy_stream
-from fedpft_core.task import Task
 from fedpft_core.tensors import Tensors
+from fedpft_core.train.tune import steps_of
 from fedpft_core.wire import codec
 from fedpft_core.wire.envelope import Envelope
 from fedpft_core.wire.parcel import Parcel
 from fedpft_core.wire.validate import Expected, ExpectedStatistics
 from server_app.delivery import Holds, Shelf
-from server_app.rounds import caution, ledger
+from server_app.rounds import ledger
 from server_app.rounds.chain import Asked
 from server_app.rounds.collect import Collection
 from server_app.rounds.nodes import Node, Nodes
-from server_app.rounds.outcome import Good, Outcome, outcome
+from server_app.rounds.outcome import Outcome, outcome
+from server_app.rounds.patience import Patience
 from server_app.rounds.private import ClientPrivacy
-from server_app.rounds.requests import Request, expected, learning_rate, requests
+from server_app.rounds.remarks import Remarks
+from server_app.rounds.requests import Request, expected, learning_rate, local_settings, requests
 from server_app.rounds.secure import Phase, SecureRound, Sum
 from server_app.rounds.statistics import Gathered, statistics_requests
 from server_app.run import schema as ev
@@ -40,8 +41,6 @@ from server_app.state import Events, State
 from server_app.transport import Transport
 
 _AGAIN = 0.25  # share of a round's time that a client served again has at least
-_LEARNED = 3  # the first round whose time follows from the rounds before
-_SHORTEST = 10.0  # seconds that every round waits
 
 Combine = Callable[[Replies], Tensors]
 
@@ -80,8 +79,8 @@ class Strategy:
         self.events = events
         self.own = own
         self.private = ClientPrivacy(config, events) if config.privacy.client_noise else None
-        self._said: set[str] = set()  # warnings that need no repetition
-        self._slowest = 0.0  # seconds until the slowest good reply of all rounds so far
+        self.remarks = Remarks(config.federation, events)
+        self.patience = Patience(config.federation)
         self.nodes = Nodes(config.federation, transport, events)
         self._shelf = Shelf()
 
@@ -171,8 +170,9 @@ class Strategy:
             The next adapter and the round's figures.
         """
         f, replies = self.config.federation, got.asked.replies
-        self._note(got.round, got)
-        self._report_validation(got.asked.want.task, got.round, got.good)
+        self.remarks.of_replies(got.round, got.good)
+        self.patience.learn(r.arrived for r in got.good.values())
+        self.remarks.validation(got.asked.want.task, got.round, got.good)
         made = outcome(f, replies, got.good, len(got.bad), start, combine)
         if replies.figures:
             self.events.emit(
@@ -186,11 +186,8 @@ class Strategy:
         Args:
             got: the replies of a round that are good so far.
         """
-        t = self.config.train
-        steps = {
-            name: t.local_steps or t.local_epochs * math.ceil(r.examples / t.batch_size)
-            for name, r in got.good.items()
-        }
+        work = local_settings(self.config, got.round)
+        steps = {name: steps_of(r.examples, work) for name, r in got.good.items()}
         got.leave_out(steps, self.config.federation.largest_change)
 
     def gather(self, state: State, want: ExpectedStatistics) -> Sums:
@@ -218,7 +215,9 @@ class Strategy:
             if len(got.good) >= f.min_clients:
                 if got.bad:
                     self.events.emit(ev.Warned(text=f"class statistics without {why}"))
-                self._warn_of("class statistics", {name: s.rows for name, s in got.good.items()})
+                self.remarks.dominating(
+                    "class statistics", {name: s.rows for name, s in got.good.items()}
+                )
                 return got.total(f)
             text = self._too_few("class statistics", len(got.good), got.bad, attempt)
         raise RunError(text)
@@ -298,7 +297,7 @@ class Strategy:
         self, got: Collection | Gathered | Phase, request: Callable[[int, Holds], Envelope]
     ) -> None:
         """Send a round's requests, made of a node's id and what it has; collect the replies."""
-        timeout = self._timeout(got.round)
+        timeout = self.patience.seconds(got.round)
 
         def send(wanted: Mapping[int, Holds], deadline: float) -> None:
             messages = {i: request(i, holds) for i, holds in wanted.items()}
@@ -315,56 +314,3 @@ class Strategy:
             # They lack the weights they were asked to train on: serve them within this round. What
             # a straggler left of its time is theirs, and a little where it left none.
             send(got.serve(), max(deadline, time.monotonic() + _AGAIN * timeout))
-
-    def _timeout(self, round: int) -> float:
-        """How long a round waits: what was set, or what past rounds have taught."""
-        f = self.config.federation
-        if not f.patience or round < _LEARNED or not self._slowest:
-            return f.round_timeout
-        return min(f.round_timeout, max(_SHORTEST, f.patience * self._slowest))
-
-    def _note(self, round: int, got: Collection) -> None:
-        """Warn of a client that outweighs the others, and of more attackers than a rule stands.
-
-        How long a reply can take is remembered.
-        """
-        f, replies = self.config.federation, len(got.good)
-        assumed, stood = math.ceil(f.attackers * replies - 1e-9), withstands(f.aggregate, replies)
-        if stood is not None and assumed > stood:
-            self._warn_once(
-                f"federation.aggregate = {f.aggregate} stands {stood} attackers among {replies} "
-                f"replies, not the {assumed} of federation.attackers = {f.attackers:g}"
-            )
-        self._warn_of(f"round {round}", {n: r.examples for n, r in got.good.items()})
-        self._slowest = max([self._slowest, *(r.arrived for r in got.good.values())])
-
-    def _warn_of(self, what: str, claims: Mapping[str, int]) -> None:
-        text = caution.dominating(what, claims, self.config.federation)
-        if text:
-            self._warn_once(text)
-
-    def _warn_once(self, text: str) -> None:
-        """Warn of what has not been said of this or another round."""
-        said = text.partition(": ")[2] or text
-        if said not in self._said:
-            self._said.add(said)
-            self.events.emit(ev.Warned(text=text))
-
-    def _report_validation(self, task: Task, round: int, replies: Mapping[str, Good]) -> None:
-        """Report what clients found on rows they keep from training.
-
-        That is of the adapter the round began with, so of the round before.
-        """
-        having = [replies[n] for n in sorted(replies) if replies[n].validation_rows]
-        if having:
-            f = self.config.federation
-            parts = caution.scales([r.validation_rows for r in having], f)
-            # Exact, so that the order in which replies came in cannot change the last bit.
-            total = {
-                name: math.fsum(
-                    r.validation_sums[name] * part for r, part in zip(having, parts, strict=True)
-                )
-                for name in having[0].validation_sums
-            }
-            fields = task.score(total).fields()
-            self.events.emit(ev.ClientValidation(round=round - 1, clients=len(having), **fields))

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedpft_core.data.batches import Encoded, batches
+from fedpft_core.data.batches import batches
+from fedpft_core.data.encoded import Encoded
 from fedpft_core.model.families import FFN, family_of, family_of_model
 from fedpft_core.model.plan import Plan
 

@@ -19,11 +19,14 @@ import torch
 import transformers
 from torch import nn
 
-from client_app.client import Client, ProcessCache
+from client_app.client import Client
 from client_app.node import client_for
+from client_app.process import ProcessCache
 from fedpft_core import config
 from fedpft_core.adapter import lora as adapters
-from fedpft_core.data.batches import Encoded, batches, encode
+from fedpft_core.data.batches import batches
+from fedpft_core.data.encoded import Encoded
+from fedpft_core.data.encoding import encode
 from fedpft_core.data.examples import Examples
 from fedpft_core.model import families
 from fedpft_core.model.families import Family, family_of

@@ -54,7 +54,7 @@ def full_rows(task: Task, shape: Shape, max_length: int, batch_size: int) -> Any
     """
     import torch
 
-    from fedpft_core.data.batches import Encoded
+    from fedpft_core.data.encoded import Encoded
 
     labels = None if isinstance(task, Headless) else task.any_labels(batch_size)
     if shape.image_tokens:

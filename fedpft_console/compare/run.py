@@ -135,8 +135,8 @@ def run_cell(
     """
     # The composition root: the pipeline lives in the apps, which this package may not import
     # at its top.
-    from client_app.client import ProcessCache
     from client_app.node import client_for
+    from client_app.process import ProcessCache
     from server_app.app import run as run_server
     from server_app.transport import LocalTransport
 

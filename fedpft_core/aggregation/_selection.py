@@ -1,9 +1,21 @@
-"""Krum's score: how close a reply is to its nearest neighbours."""
+"""How many hostile replies rules stand, and Krum's score: how near a reply's neighbours are."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def minority(replies: int) -> int:
+    """How many hostile replies a rule stands that no minority can move far: fewer than half.
+
+    Args:
+        replies: how many there are.
+
+    Returns:
+        The largest number below half of them.
+    """
+    return max(0, (replies - 1) // 2)
 
 
 def krum_withstands(replies: int) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedpft_core.aggregation import Replies
 from fedpft_core.aggregation._geometry import combine, gram
+from fedpft_core.aggregation._selection import minority
 from fedpft_core.tensors import Tensors
 
 _STEPS = 1000
@@ -18,16 +19,7 @@ _CLOSE = 1e-9  # largest change of a coefficient in a last step
 _SMOOTH = 1e-6  # least distance that is divided by, as a share of the replies' median norm
 
 
-def withstands(replies: int) -> int:
-    """How many hostile replies the rule stands: fewer than half.
-
-    Args:
-        replies: how many there are.
-
-    Returns:
-        The largest number below half of them.
-    """
-    return max(0, (replies - 1) // 2)
+withstands = minority
 
 
 def aggregate(replies: Replies) -> Tensors:

@@ -9,20 +9,11 @@ import torch
 
 from fedpft_core.aggregation import Replies
 from fedpft_core.aggregation._geometry import combine, gram
+from fedpft_core.aggregation._selection import minority
 from fedpft_core.aggregation._weights import shares
 from fedpft_core.tensors import Tensors
 
-
-def withstands(replies: int) -> int:
-    """How many hostile replies the rule stands: fewer than half, with a bounded pull each.
-
-    Args:
-        replies: how many there are.
-
-    Returns:
-        The largest number below half of them.
-    """
-    return max(0, (replies - 1) // 2)
+withstands = minority
 
 
 def aggregate(replies: Replies) -> Tensors:

@@ -12,19 +12,10 @@ import torch
 from fedpft_core.aggregation import Replies
 from fedpft_core.aggregation._product import orthonormal, pairs
 from fedpft_core.aggregation.average import aggregate as average
+from fedpft_core.aggregation.frozen_a import factors as b_alone
 from fedpft_core.tensors import Tensors
 
-
-def factors(round: int) -> str:
-    """Clients train B in every round.
-
-    Args:
-        round: the round's number, from 1.
-
-    Returns:
-        `b`.
-    """
-    return "b"
+factors = b_alone
 
 
 def aggregate(replies: Replies) -> Tensors:

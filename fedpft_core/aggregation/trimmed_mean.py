@@ -10,19 +10,10 @@ from functools import partial
 from torch import Tensor
 
 from fedpft_core.aggregation import Replies
+from fedpft_core.aggregation._selection import minority
 from fedpft_core.tensors import Tensors
 
-
-def withstands(replies: int) -> int:
-    """How many hostile replies the rule stands: fewer than half.
-
-    Args:
-        replies: how many there are.
-
-    Returns:
-        The largest number that leaves a value when it is cut off on both sides.
-    """
-    return max(0, (replies - 1) // 2)
+withstands = minority
 
 
 def aggregate(replies: Replies) -> Tensors:

@@ -58,6 +58,15 @@ class FederationConfig:
         choices=("multi-round", "one-shot", "async"),
     )
     rounds: int = _key(12, "rounds T", low=1)
+    early_stopping: int = _key(
+        0,
+        "rounds without a better score of the sub-FM on the server's validation rows after which "
+        "training ends; the adapter of the best round is then what becomes of it. 0 = all rounds",
+        low=0,
+    )
+    check_every: int = _key(
+        1, "with federation.early-stopping: rounds between two such scores", low=1
+    )
     aggregate: str = _key(
         "average",
         "what becomes of the clients' adapters: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -131,23 +132,15 @@ def check(config: Config) -> None:
                 "noise nothing is private."
             )
         return
-    f, a = config.federation, config.align
-    counted = a.interval and a.proportion < 1 and a.selection == "apoz"
+    f = config.federation
     wrong = {
         "federation.schedule = multi-round": f.schedule != "multi-round",
         "federation.aggregate = average": f.aggregate != "average",
         "federation.weighting = uniform": f.weighting != "uniform",
-        "head.start = zero (class statistics have no noise)": config.head.start != "zero",
-        "head.end = trained (class statistics have no noise)": config.head.end != "trained",
-        "plug.method = as-trained, refit or distil (the others read class statistics)": (
-            config.plug.method in ("best", "mapped")
-        ),
-        "align.proportion = 1 or another align.selection (apoz reads clients' counts)": counted,
+        **_beside_changes(config, "class statistics have no noise"),
         "run.undistilled = false (it is a second federation)": config.run.undistilled,
     }
-    for what, present in wrong.items():
-        if present:
-            raise UserError(f"privacy.client-noise = {p.client_noise:g} needs {what}.")
+    _refuse(f"privacy.client-noise = {p.client_noise:g}", wrong)
     if p.clip_quantile and p.client_noise >= 2 * count_noise(config):
         raise UserError(
             f"privacy.count-noise = {p.count_noise:g} is not more than half of "
@@ -155,27 +148,37 @@ def check(config: Config) -> None:
         )
 
 
-def _check_examples(config: Config) -> None:
+def _beside_changes(config: Config, why: str) -> dict[str, bool]:
+    """What a run needs whose clients send nothing but changes, and whether it is not so."""
     a = config.align
-    wrong = {
-        "head.start = zero (clients give no class statistics)": config.head.start != "zero",
-        "head.end = trained (clients give no class statistics)": config.head.end != "trained",
+    return {
+        f"head.start = zero ({why})": config.head.start != "zero",
+        f"head.end = trained ({why})": config.head.end != "trained",
         "plug.method = as-trained, refit or distil (the others read class statistics)": (
             config.plug.method in ("best", "mapped")
         ),
         "align.proportion = 1 or another align.selection (apoz reads clients' counts)": (
-            a.interval and a.proportion < 1 and a.selection == "apoz"
+            bool(a.interval) and a.proportion < 1 and a.selection == "apoz"
         ),
     }
+
+
+def _refuse(setting: str, wrong: Mapping[str, bool]) -> None:
+    """Refuse a setting for the first of the things it needs that is not so."""
     for what, present in wrong.items():
         if present:
-            raise UserError(
-                f"privacy.example-noise = {config.privacy.example_noise:g} needs {what}."
-            )
+            raise UserError(f"{setting} needs {what}.")
+
+
+def _check_examples(config: Config) -> None:
+    _refuse(
+        f"privacy.example-noise = {config.privacy.example_noise:g}",
+        _beside_changes(config, "clients give no class statistics"),
+    )
 
 
 def _check_secure(config: Config) -> None:
-    f, a, p = config.federation, config.align, config.privacy
+    f, p = config.federation, config.privacy
     single = "which needs each client's reply"
     wrong = {
         f"federation.aggregate = average, not {f.aggregate}, {single}": f.aggregate != "average",
@@ -187,22 +190,13 @@ def _check_secure(config: Config) -> None:
         f"wire.adapter-up = same, not {config.wire.adapter_up} (changes travel as whole numbers)": (
             config.wire.adapter_up != "same"
         ),
-        "head.start = zero (class statistics are not masked)": config.head.start != "zero",
-        "head.end = trained (class statistics are not masked)": config.head.end != "trained",
-        "plug.method = as-trained, refit or distil (the others read class statistics)": (
-            config.plug.method in ("best", "mapped")
-        ),
-        "align.proportion = 1 or another align.selection (apoz reads clients' counts)": (
-            a.interval and a.proportion < 1 and a.selection == "apoz"
-        ),
+        **_beside_changes(config, "class statistics are not masked"),
         "privacy.sampling = fixed with privacy.client-noise (a Poisson sample may be of two)": (
             p.client_noise > 0 and p.sampling != "fixed"
         ),
         "privacy.clip-quantile = 0 (nobody counts short changes)": p.clip_quantile > 0,
     }
-    for what, present in wrong.items():
-        if present:
-            raise UserError(f"privacy.secure = true needs {what}.")
+    _refuse("privacy.secure = true", wrong)
 
 
 def count_noise(config: Config) -> float:

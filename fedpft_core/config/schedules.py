@@ -20,6 +20,19 @@ def check_schedule(config: Config) -> None:
         UserError: naming both keys, and what would do instead.
     """
     f, t = config.federation, config.train
+    if f.early_stopping:
+        named = f"federation.early-stopping = {f.early_stopping} ends rounds"
+        if f.schedule != "multi-round" or f.aggregate == "none":
+            raise UserError(
+                f"{named} of the server, which federation.schedule = {f.schedule} with "
+                f"federation.aggregate = {f.aggregate} has not: use multi-round and a rule that "
+                "merges."
+            )
+        if f.check_every > f.early_stopping:
+            raise UserError(
+                f"{named} without a better score, which federation.check-every = {f.check_every} "
+                "looks for less often."
+            )
     if f.schedule == "multi-round":
         return
     here = f"federation.schedule = {f.schedule}"

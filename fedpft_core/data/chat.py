@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedpft_core.data.batches import UNLEARNED, Encoded, pad_id
+from fedpft_core.data.encoded import UNLEARNED, Encoded
+from fedpft_core.data.encoding import pad_id
 from fedpft_core.data.examples import Chat, Examples, Input
 from fedpft_core.errors import UserError
 

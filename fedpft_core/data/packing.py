@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedpft_core.data.batches import UNLEARNED
+from fedpft_core.data.encoded import UNLEARNED
 
 
 def pack(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

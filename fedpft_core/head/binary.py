@@ -12,13 +12,13 @@ Shape letters: N rows, D features, K labels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedpft_core.head.discriminant import SHARES, TEMPERATURES, Head, oracle_shrinkage, scores
+from fedpft_core.head.discriminant import SHARES, Head, least_loss, oracle_shrinkage
 from fedpft_core.head.mapped import steadiest
 from fedpft_core.head.moments import Moments
 
@@ -81,15 +81,8 @@ def fitted(
     if not len(labels):
         return solve(found)
     y = labels.to(features)
-    best: Head | None = None
-    for share in (None, *shares):
-        head = solve(found, share)
-        raw = scores(head, features)
-        for scale in TEMPERATURES:
-            loss = float(F.binary_cross_entropy_with_logits(raw * scale, y))
-            if best is None or best.loss is None or loss < best.loss:
-                best = replace(
-                    head, weight=head.weight * scale, bias=head.bias * scale, scale=scale, loss=loss
-                )
-    assert best is not None
-    return best
+
+    def loss(scores: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(scores, y)
+
+    return least_loss(partial(solve, found), loss, features, shares)

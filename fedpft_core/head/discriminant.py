@@ -17,8 +17,9 @@ Shape letters: N rows, D features, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -149,15 +150,45 @@ def fitted(
     """
     if not len(labels):
         return solve(found)
+
+    def loss(scores: Tensor) -> Tensor:
+        return F.cross_entropy(scores, labels)
+
+    return least_loss(partial(solve, found), loss, features, shares, temperatures)
+
+
+def least_loss(
+    solved: Callable[[float | None], Head],
+    loss: Callable[[Tensor], Tensor],
+    features: Tensor,
+    shares: Sequence[float] = SHARES,
+    temperatures: Sequence[float] = TEMPERATURES,
+) -> Head:
+    """The head of all shrinkages and scales tried whose scores suit some rows best.
+
+    Args:
+        solved: gives the unscaled head at a shrinkage; at None at the computed one.
+        loss: of the rows' scores [N, C], a scalar.
+        features: float64 [N, D] of the rows.
+        shares: shrinkage tried beside the computed one.
+        temperatures: scales tried, at least one.
+
+    Returns:
+        The first head, scaled, of those with the least loss.
+    """
     best: Head | None = None
     for share in (None, *shares):
-        head = solve(found, share)
+        head = solved(share)
         raw = scores(head, features)
         for scale in temperatures:
-            loss = float(F.cross_entropy(raw * scale, labels))
-            if best is None or best.loss is None or loss < best.loss:
+            found = float(loss(raw * scale))
+            if best is None or best.loss is None or found < best.loss:
                 best = replace(
-                    head, weight=head.weight * scale, bias=head.bias * scale, scale=scale, loss=loss
+                    head,
+                    weight=head.weight * scale,
+                    bias=head.bias * scale,
+                    scale=scale,
+                    loss=found,
                 )
     assert best is not None
     return best

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from fedpft_core.adapter import lora as adapters
-from fedpft_core.data.batches import Encoded, batches
+from fedpft_core.data.batches import batches
+from fedpft_core.data.encoded import Encoded
 from fedpft_core.model.device import Batch, device_of, to_device
 from fedpft_core.seeds import derive, numpy_stream
 from fedpft_core.task import Headless, Task

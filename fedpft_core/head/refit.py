@@ -18,8 +18,10 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from fedpft_core.data.batches import Encoded, batches
-from fedpft_core.head.closed import Sums, form_of
+from fedpft_core.data.batches import batches
+from fedpft_core.data.encoded import Encoded
+from fedpft_core.head.closed import form_of
+from fedpft_core.head.form import Sums
 from fedpft_core.head.mapped import Map, fit
 from fedpft_core.head.statistics import add, projection
 from fedpft_core.model.batch import inputs_of, read_at

@@ -14,20 +14,13 @@ from typing import Any
 from fedpft_core.data.rows import Columns
 from fedpft_core.data.splits import DataSettings, check_settings, columns_of, split_rows
 from fedpft_core.errors import UserError
-from fedpft_core.task.base import (
-    Headless,
-    Metric,
-    Painter,
-    Score,
-    Task,
-    TaskData,
-    Writer,
-    mean_score,
-)
+from fedpft_core.task.base import Task, TaskData
+from fedpft_core.task.capabilities import Headless, Painter, Writer
 from fedpft_core.task.classify import Classify, confusion
 from fedpft_core.task.generate import Generate
 from fedpft_core.task.multi import MultiLabel
 from fedpft_core.task.regress import Regress
+from fedpft_core.task.score import Metric, Score, mean_score
 from fedpft_core.task.text_to_image import TextToImage
 from fedpft_core.task.tokens import Tokens
 

@@ -7,17 +7,16 @@ makes it from these.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from math import isnan
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor, nn
 
-from fedpft_core.data.batches import Encoded
 from fedpft_core.data.chat import Say
+from fedpft_core.data.encoded import Encoded
 from fedpft_core.data.examples import Examples
 from fedpft_core.data.rows import Columns
 from fedpft_core.data.splits import Splits
@@ -25,102 +24,10 @@ from fedpft_core.model.batch import Position
 from fedpft_core.model.device import Batch
 from fedpft_core.model.families import Family
 from fedpft_core.model.load import TaskModel
-from fedpft_core.task.writing import Sample
+from fedpft_core.task.score import Metric, Score
 
 MOST_TOKENS = 2**31
 """Tokens that no row has."""
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A score: the one a task is judged by, or one that is shown beside it.
-
-    Attributes:
-        name: as reports and events call it.
-        higher_is_better: direction.
-        share: whether its values lie in [0, 1], so that they are shown as per cent.
-    """
-
-    name: str
-    higher_is_better: bool
-    share: bool
-
-    def fields(self) -> dict[str, Any]:
-        """What the `task` event says of it.
-
-        Returns:
-            JSON values by the event's field names.
-        """
-        return {
-            "metric": self.name,
-            "higher_is_better": self.higher_is_better,
-            "share": self.share,
-        }
-
-
-@dataclass(frozen=True)
-class Score:
-    """What a model came to on some rows.
-
-    Attributes:
-        metric: what `value` is.
-        value: the metric's value.
-        error: standard error of `value`, by chance of which rows they were; NaN where unknown.
-        loss: mean loss over what the task counts (rows, tokens); NaN where there is none.
-        rows: rows scored.
-        seconds: time it took.
-        more: values of the task's further metrics, by name; a metric that the sums do not give is
-            left out.
-        sums: all that the score was made from; see `Task.sums`. A client may send only those that
-            `Task.sent` names.
-    """
-
-    metric: Metric
-    value: float
-    error: float
-    loss: float
-    rows: int
-    seconds: float = 0.0
-    more: Mapping[str, float] = field(default_factory=dict)
-    sums: Mapping[str, float] = field(default_factory=dict)
-
-    def fields(self) -> dict[str, Any]:
-        """What an event says of it; the seconds, which not every event has, are left out.
-
-        Returns:
-            JSON values by the event's field names; an error or a loss that is NaN is None.
-        """
-        return {
-            "metric": self.metric.name,
-            "value": self.value,
-            "error": None if isnan(self.error) else self.error,
-            "loss": None if isnan(self.loss) else self.loss,
-            "rows": self.rows,
-            "more": dict(self.more),
-        }
-
-
-def mean_score(scores: Sequence[Score]) -> Score:
-    """The mean over several models scored on the same rows.
-
-    Errors are averaged too: what chance has put into the rows is the same for all.
-
-    Args:
-        scores: at least one, all of one task and over the same rows.
-
-    Returns:
-        Means of value, error, loss and further metrics; the seconds are those of all together.
-    """
-    n, first = len(scores), scores[0]
-    return Score(
-        metric=first.metric,
-        value=sum(s.value for s in scores) / n,
-        error=sum(s.error for s in scores) / n,
-        loss=sum(s.loss for s in scores) / n,
-        rows=first.rows,
-        seconds=sum(s.seconds for s in scores),
-        more={name: sum(s.more[name] for s in scores) / n for name in first.more},
-    )
 
 
 class Task(Protocol):
@@ -421,101 +328,6 @@ class Task(Protocol):
 
         Returns:
             The score on the rows of `test`.
-        """
-
-
-@runtime_checkable
-class Headless(Protocol):
-    """What a task can besides that trains no head."""
-
-    def apart(self, model: nn.Module, other: nn.Module, batch: Batch) -> tuple[Tensor, int]:
-        """How far a model's outputs, which are too many to be kept, are from another's.
-
-        Args:
-            model: gets gradients, where they are on.
-            other: what it should come to; run without gradients.
-            batch: on the models' device, with or without labels.
-
-        Returns:
-            The sum of the divergences, and how many terms it has.
-        """
-
-
-@runtime_checkable
-class Writer(Headless, Protocol):
-    """What a task can besides where its models write text: its responses are shown and judged."""
-
-    def prepare(self, processor: Any, template: str, vocabulary: int, name: str, say: Say) -> None:
-        """Make the FM's tokenizer fit, before rows are encoded and packages made.
-
-        Args:
-            processor: the FM's tokenizer, changed in place.
-            template: data.prompt-template.
-            vocabulary: token ids the FM knows.
-            name: of the FM, for messages.
-            say: told in one sentence what was set.
-
-        Raises:
-            UserError: tokenizer and model do not fit, or the template cannot be used.
-        """
-
-    def write(
-        self,
-        model: nn.Module,
-        examples: Examples,
-        processor: Any,
-        max_length: int,
-        new_tokens: int,
-        batch_size: int,
-    ) -> list[Sample]:
-        """Let a model respond to some rows.
-
-        Args:
-            model: FM or proxy with the adapter.
-            examples: rows of the task.
-            processor: the FM's tokenizer.
-            max_length: tokens of a prompt at most.
-            new_tokens: tokens of a response at most.
-            batch_size: rows at once.
-
-        Returns:
-            One sample for each row, in order.
-        """
-
-    def judge(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """Values of the task's further metrics.
-
-        Args:
-            samples: what a model wrote.
-
-        Returns:
-            By the metric's name; nothing without samples.
-        """
-
-
-@runtime_checkable
-class Painter(Headless, Protocol):
-    """What a task can besides where its models make images: they are shown."""
-
-    def paint(
-        self,
-        model: nn.Module,
-        examples: Examples,
-        processor: Any,
-        steps: int,
-        batch_size: int,
-    ) -> list[bytes]:
-        """Let a model make an image for the prompt of each row.
-
-        Args:
-            model: FM or proxy with the adapter.
-            examples: rows of the task.
-            processor: the FM's.
-            steps: of the sampler.
-            batch_size: rows at once.
-
-        Returns:
-            PNG files, one for each row, in order; the same for the same rows and weights.
         """
 
 

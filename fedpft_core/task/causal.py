@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedpft_core.data.batches import UNLEARNED
+from fedpft_core.data.encoded import UNLEARNED
 from fedpft_core.model.batch import real_positions
 from fedpft_core.model.device import Batch
 from fedpft_core.model.families import base_model

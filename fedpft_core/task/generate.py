@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedpft_core.data.batches import UNLEARNED, Encoded
 from fedpft_core.data.chat import Say, encode_told, prepare
 from fedpft_core.data.dialogues import groups, read_dialogues
+from fedpft_core.data.encoded import UNLEARNED, Encoded
 from fedpft_core.data.examples import Examples
 from fedpft_core.data.packing import pack
 from fedpft_core.data.rows import Columns
@@ -22,9 +22,10 @@ from fedpft_core.model.device import Batch
 from fedpft_core.model.families import family_of_model
 from fedpft_core.model.load import TaskModel
 from fedpft_core.task import causal
-from fedpft_core.task.base import MOST_TOKENS, Metric, Score
+from fedpft_core.task.base import MOST_TOKENS
 from fedpft_core.task.figures import announced, check_loss
 from fedpft_core.task.headless import HeadlessTask
+from fedpft_core.task.score import Metric, Score
 from fedpft_core.task.writing import Sample, exact, rouge_l, write
 
 PERPLEXITY = Metric("perplexity", higher_is_better=False, share=False)

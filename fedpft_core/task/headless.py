@@ -14,7 +14,7 @@ from fedpft_core.data.rows import Columns
 from fedpft_core.data.splits import DataSettings, columns_of
 from fedpft_core.model.batch import Position
 from fedpft_core.model.families import Family
-from fedpft_core.task.base import Score
+from fedpft_core.task.score import Score
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from fedpft_core.data.rows import Table, cell_text
 from fedpft_core.errors import UserError
 from fedpft_core.model.device import Batch
 from fedpft_core.model.load import TaskModel
-from fedpft_core.task.base import MOST_TOKENS, Metric, Score
+from fedpft_core.task.base import MOST_TOKENS
 from fedpft_core.task.figures import announced, check_loss
 from fedpft_core.task.labels import (
     STRANGE,
@@ -32,6 +32,7 @@ from fedpft_core.task.labels import (
 )
 from fedpft_core.task.ratio import check_ratio, ratio_sums, ratio_with_error
 from fedpft_core.task.row import RowTask, logits
+from fedpft_core.task.score import Metric, Score
 
 MICRO_F1 = Metric("micro-F1", higher_is_better=True, share=True)
 MACRO_F1 = Metric("macro-F1", higher_is_better=True, share=True)

@@ -24,9 +24,10 @@ from fedpft_core.data.rows import Table
 from fedpft_core.errors import UserError
 from fedpft_core.model.device import Batch
 from fedpft_core.model.load import TaskModel
-from fedpft_core.task.base import MOST_TOKENS, Metric, Score
+from fedpft_core.task.base import MOST_TOKENS
 from fedpft_core.task.figures import announced
 from fedpft_core.task.row import RowTask, logits
+from fedpft_core.task.score import Metric, Score
 
 PEARSON = Metric("Pearson correlation", higher_is_better=True, share=False)
 SPEARMAN = Metric("Spearman correlation", higher_is_better=True, share=False)

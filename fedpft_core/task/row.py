@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fedpft_core.data.batches import Encoded, encode
 from fedpft_core.data.chat import Say
+from fedpft_core.data.encoded import Encoded
+from fedpft_core.data.encoding import encode
 from fedpft_core.data.examples import Examples
 from fedpft_core.model.batch import Position, inputs_of
 from fedpft_core.model.device import Batch

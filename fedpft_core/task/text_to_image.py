@@ -13,17 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from fedpft_core.data import captioned
-from fedpft_core.data.batches import Encoded, encode_captioned
 from fedpft_core.data.chat import Say
+from fedpft_core.data.encoded import Encoded
 from fedpft_core.data.examples import Captioned, Examples
+from fedpft_core.data.pixels import encode_captioned
 from fedpft_core.data.rows import Columns
 from fedpft_core.model.batch import inputs_of, rows_of
 from fedpft_core.model.device import Batch
 from fedpft_core.model.load import TaskModel
-from fedpft_core.task.base import MOST_TOKENS, Metric, Score
+from fedpft_core.task.base import MOST_TOKENS
 from fedpft_core.task.figures import announced, check_loss
 from fedpft_core.task.headless import HeadlessTask
 from fedpft_core.task.painting import paint, png, prompts_of
+from fedpft_core.task.score import Metric, Score
 
 DENOISING_LOSS = Metric("denoising loss", higher_is_better=False, share=False)
 _DRAWS = 4  # of noise and time step for each row that is scored

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedpft_core.data.batches import Encoded, ragged, say_cut
 from fedpft_core.data.chat import Say
+from fedpft_core.data.encoded import UNLEARNED, Encoded
 from fedpft_core.data.examples import Examples
 from fedpft_core.data.rows import Table
 from fedpft_core.errors import UserError
@@ -29,27 +29,30 @@ from fedpft_core.model.batch import Position, real_positions
 from fedpft_core.model.device import Batch
 from fedpft_core.model.families import Family
 from fedpft_core.model.load import TaskModel
-from fedpft_core.task.base import MOST_TOKENS, Metric, Score
+from fedpft_core.task.base import MOST_TOKENS
 from fedpft_core.task.figures import announced, check_loss
 from fedpft_core.task.labels import (
-    STRANGE,
-    LabelTable,
     label_names,
     label_settings,
     names_from_rows,
-    shown,
 )
-from fedpft_core.task.ratio import check_ratio, ratio_sums, ratio_with_error
+from fedpft_core.task.ratio import check_ratio, ratio_with_error
 from fedpft_core.task.row import logits
-from fedpft_core.task.spans import are_tags, entities
+from fedpft_core.task.score import Metric, Score
+from fedpft_core.task.spans import are_tags
 from fedpft_core.task.table import TableTask
+from fedpft_core.task.words import (
+    MOST_WORDS,
+    aligned,
+    class_numbers,
+    encode_words,
+    word_figures,
+    word_labels,
+)
 
 ENTITY_F1 = Metric("entity F1", higher_is_better=True, share=True)
 TOKEN_ACCURACY = Metric("token accuracy", higher_is_better=True, share=True)
 TOKEN_F1 = Metric("token macro-F1", higher_is_better=True, share=True)
-
-_NONE = -100  # the label of what has none
-_WORDS = 4096  # words of a row that are looked at, more than any model reads
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ class Tokens(TableTask):
         Raises:
             UserError: there are no rows, or a row has not as many labels as words.
         """
-        cells = [label for row in _labels(table) for label in row]
+        cells = [label for row in word_labels(table) for label in row]
         return Tokens(self.name, names_from_rows(cells, table.where))
 
     def examples(self, table: Table) -> Examples:
@@ -129,24 +132,7 @@ class Tokens(TableTask):
             UserError: a label is unknown, or a row has not as many labels as words; no cell is
                 quoted.
         """
-        known, rows = LabelTable(self.labels), _labels(table)
-        index = {
-            str(value): known.index(value)
-            for value in {str(v): v for r in rows for v in r}.values()
-        }
-        longest = min(max(map(len, rows), default=1), _WORDS)
-        found = np.full((len(rows), longest), _NONE, dtype=np.int64)
-        for i, row in enumerate(rows):
-            for j, value in enumerate(row[:longest]):
-                number = index[str(value)]
-                if number is None:
-                    raise UserError(
-                        f"{table.where}: row {i + 1} has an unknown label at word {j + 1}; known "
-                        f"are {shown(self.labels)}.",
-                        public=STRANGE,
-                    )
-                found[i, j] = number
-        return Examples(table.inputs, found)
+        return Examples(table.inputs, class_numbers(table, self.labels))
 
     # --- the model ---
 
@@ -211,7 +197,7 @@ class Tokens(TableTask):
         Returns:
             By label in the task's order, 0 included.
         """
-        found = examples.labels[examples.labels != _NONE].astype(np.int64)
+        found = examples.labels[examples.labels != UNLEARNED].astype(np.int64)
         counts = np.bincount(found, minlength=len(self.labels))
         return dict(zip(self.labels, counts.tolist(), strict=True))
 
@@ -238,28 +224,7 @@ class Tokens(TableTask):
                 "come from (a fast one, with a tokenizer.json)."
             )
         rows = [words for words in examples.inputs if isinstance(words, tuple)]
-        texts = [" ".join(map(str, words)) for words in rows]
-        found: Mapping[str, Any] = {"input_ids": [], "offset_mapping": []}
-        if texts:
-            found = processor(
-                texts, truncation=True, max_length=max_length, padding=False,
-                return_attention_mask=False, return_offsets_mapping=True,
-            )  # fmt: skip
-        say_cut(found, max_length, say)
-        width = max(map(len, found["input_ids"]), default=1)
-        labels = np.full((len(texts), width), _NONE, dtype=np.int64)
-        for i, spans in enumerate(found["offset_mapping"]):
-            ends = np.cumsum([len(word) + 1 for word in rows[i]]) - 1
-            before = -1
-            for j, (begin, end) in enumerate(spans):
-                if begin == end:
-                    continue  # a special token
-                # By its last character: some tokenizers count the blank before a word to it.
-                word = int(np.searchsorted(ends, end - 1, side="right"))
-                if word != before and word < examples.labels.shape[1]:
-                    labels[i, j] = examples.labels[i, word]
-                before = word
-        return ragged(found, torch.from_numpy(labels), processor)
+        return encode_words(rows, examples.labels, processor, max_length, say)
 
     def any_labels(self, rows: int) -> Tensor:
         """The first class for the first position of every row.
@@ -285,7 +250,7 @@ class Tokens(TableTask):
         Returns:
             A scalar.
         """
-        scores, labels = logits(model, batch), _fitted(batch)
+        scores, labels = logits(model, batch), aligned(batch)
         total = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="sum")
         return total / max(self.count(batch), 1) if reduction == "mean" else total
 
@@ -298,7 +263,7 @@ class Tokens(TableTask):
         Returns:
             How many labels there are.
         """
-        return int((_fitted(batch) != _NONE).sum())
+        return int((aligned(batch) != UNLEARNED).sum())
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         """The class scores of every position; 0 where there is padding.
@@ -325,7 +290,7 @@ class Tokens(TableTask):
         """
         if "labels" not in batch:
             return values[real_positions(batch, values.shape[1])]
-        return values[_fitted(batch) != _NONE]
+        return values[aligned(batch) != UNLEARNED]
 
     def answers(self, batch: Batch) -> Tensor:
         """The words' class numbers.
@@ -336,8 +301,8 @@ class Tokens(TableTask):
         Returns:
             int64 [N].
         """
-        labels = _fitted(batch)
-        return labels[labels != _NONE]
+        labels = aligned(batch)
+        return labels[labels != UNLEARNED]
 
     def sums(self, model: nn.Module, batch: Batch) -> dict[str, float]:
         """Rows, words, loss, and what each metric needs.
@@ -350,15 +315,15 @@ class Tokens(TableTask):
             What `sent` names (see `ratio.ratio_sums` for the metric that decides), `correct`, and
             for each class c `hits c` and `named c`.
         """
-        scores, labels = logits(model, batch), _fitted(batch)
+        scores, labels = logits(model, batch), aligned(batch)
         loss = F.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="sum")
         rows = [
-            (given[has != _NONE], has[has != _NONE])
+            (given[has != UNLEARNED], has[has != UNLEARNED])
             for given, has in zip(
                 scores.argmax(-1).cpu().numpy(), labels.cpu().numpy(), strict=True
             )
         ]
-        return {"loss": float(loss), **self._figures(rows)}
+        return {"loss": float(loss), **word_figures(rows, self.labels)}
 
     def score(self, sums: Mapping[str, float], seconds: float = 0.0) -> Score:
         """The metric that decides with its standard error, by rows, and the further ones.
@@ -401,10 +366,10 @@ class Tokens(TableTask):
         if not announced(sums, self.sent, rows):
             return
         words = sums["words"]
-        if type(words) is not int or not 0 <= words <= rows * _WORDS:
+        if type(words) is not int or not 0 <= words <= rows * MOST_WORDS:
             raise ValueError(f"{rows} validation rows cannot have {words} words")
         tags = are_tags(self.labels)
-        check_ratio(sums, rows, 2 * _WORDS, 2 if tags else 1)
+        check_ratio(sums, rows, 2 * MOST_WORDS, 2 if tags else 1)
         if sums["below"] > 2 * words or (not tags and sums["below"] != words):
             raise ValueError(f"{words} words cannot have these counts")
         check_loss(sums["loss"])
@@ -457,61 +422,9 @@ class Tokens(TableTask):
         from sklearn.preprocessing import StandardScaler
 
         probe = LogisticRegression(C=0.1, max_iter=300, random_state=seed)
-        known = train[1][train[1] != _NONE]
+        known = train[1][train[1] != UNLEARNED]
         found = make_pipeline(StandardScaler(), probe).fit(train[0], known)
-        given = np.full(test[1].shape, _NONE)
-        given[test[1] != _NONE] = found.predict(test[0])
-        rows = [(g[y != _NONE], y[y != _NONE]) for g, y in zip(given, test[1], strict=True)]
-        return replace(self.score(self._figures(rows)), loss=nan)
-
-    def _figures(self, rows: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-        """All figures but the loss, from class numbers given and had for each row's words."""
-        hits, both = np.zeros((2, len(self.labels)), dtype=np.int64)
-        top, below = [], []
-        for given, has in rows:
-            right = given == has
-            np.add.at(hits, has[right], 1)
-            np.add.at(both, np.concatenate([given, has]), 1)
-            if are_tags(self.labels):
-                a, b = (entities([self.labels[c] for c in part]) for part in (given, has))
-                top.append(len(a & b))
-                below.append(len(a) + len(b))
-            else:
-                top.append(int(right.sum()))
-                below.append(len(has))
-        return {
-            "rows": len(rows),
-            "words": int(sum(len(has) for _, has in rows)),
-            "correct": int(hits.sum()),
-            **ratio_sums(np.array(top), np.array(below)),
-            **{f"hits {c}": int(n) for c, n in enumerate(hits)},
-            **{f"named {c}": int(n) for c, n in enumerate(both)},
-        }
-
-
-def _labels(table: Table) -> list[list[Any]]:
-    """The labels of each row's words; UserError where a row has not one for each word."""
-    out: list[list[Any]] = []
-    for row, (words, value) in enumerate(zip(table.inputs, table.cells, strict=True), start=1):
-        if not isinstance(words, tuple) or not isinstance(value, list | tuple):
-            what = type(words if not isinstance(words, tuple) else value).__name__
-            raise UserError(
-                f"{table.where}: row {row} holds {what} instead of a list of words and a list of "
-                "their labels."
-            )
-        if len(words) != len(value):
-            raise UserError(
-                f"{table.where}: row {row} has {len(words)} words but {len(value)} labels."
-            )
-        for label in value:
-            if not isinstance(label, str | int) or isinstance(label, bool) or label == "":
-                raise UserError(f"{table.where}: row {row} has a word whose label is no name.")
-        out.append(list(value))
-    return out
-
-
-def _fitted(batch: Batch) -> Tensor:
-    """The labels of a batch, as long as its inputs."""
-    length = batch["input_ids"].shape[1]
-    labels = batch["labels"][:, :length]
-    return F.pad(labels, (0, length - labels.shape[1]), value=_NONE)
+        given = np.full(test[1].shape, UNLEARNED)
+        given[test[1] != UNLEARNED] = found.predict(test[0])
+        rows = [(g[y != UNLEARNED], y[y != UNLEARNED]) for g, y in zip(given, test[1], strict=True)]
+        return replace(self.score(word_figures(rows, self.labels)), loss=nan)

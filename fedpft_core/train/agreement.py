@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fedpft_core.data.batches import Encoded, batches
+from fedpft_core.data.batches import batches
+from fedpft_core.data.encoded import Encoded
 from fedpft_core.model.device import Batch
 from fedpft_core.model.families import family_of
 from fedpft_core.model.plan import Plan

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from fedpft_core.config import Config
-from fedpft_core.data.batches import Encoded, batches
+from fedpft_core.data.batches import batches
+from fedpft_core.data.encoded import Encoded
 from fedpft_core.data.examples import Examples
 from fedpft_core.model.batch import inputs_of, real_positions
 from fedpft_core.model.device import device_of, to_device

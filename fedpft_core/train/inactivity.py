@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedpft_core.data.batches import Encoded, batches
+from fedpft_core.data.batches import batches
+from fedpft_core.data.encoded import Encoded
 from fedpft_core.model.batch import by_row, inputs_of, real_positions
 from fedpft_core.model.device import Batch, device_of, to_device
 from fedpft_core.model.plan import Plan, pruned_ffns
@@ -117,3 +118,18 @@ def count_over(model: nn.Module, plan: Plan, served: Iterable[Batch], rule: str)
             batch = to_device(batch, device)
             model(**inputs_of(batch))
     return Counts(inactive, tokens)
+
+
+def apoz(inactive: Tensor, tokens: int) -> Tensor:
+    """APoZ_j = Σ inactive / Σ tokens over a round's clients.
+
+    Source: FedPFT, eq. (7).
+
+    Args:
+        inactive: tokens that left each neuron of a block inactive, int64 [K], over all clients.
+        tokens: real tokens counted at that block, over all clients.
+
+    Returns:
+        Shares in [0, 1], float64 [K]; 0 where there were no tokens.
+    """
+    return inactive.double() / max(tokens, 1)

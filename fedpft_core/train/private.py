@@ -9,7 +9,6 @@ Source: Abadi et al. 2016 (arXiv:1607.00133), algorithm 1, with AdamW on the noi
 
 from __future__ import annotations
 
-import math
 import os
 import time
 
@@ -17,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedpft_core.data.batches import Encoded, batches
+from fedpft_core.data.batches import batches
+from fedpft_core.data.encoded import Encoded
 from fedpft_core.model.batch import rows_of
 from fedpft_core.model.device import device_of, to_device
 from fedpft_core.privacy.accounting import Spend
@@ -25,20 +25,13 @@ from fedpft_core.privacy.entropy import Source, gaussian, tossed
 from fedpft_core.privacy.gradients import RowGradients, clipped_sum
 from fedpft_core.seeds import derive
 from fedpft_core.task import Task, Writer
-from fedpft_core.train.tune import LocalSettings, TrainResult, optimiser_for, training_mode
-
-
-def steps_of(settings: LocalSettings, rows: int) -> int:
-    """The steps that a round asks for.
-
-    Args:
-        settings: its steps, or else its epochs and batch size.
-        rows: N.
-
-    Returns:
-        Their number.
-    """
-    return settings.steps or settings.epochs * math.ceil(rows / settings.batch_size)
+from fedpft_core.train.tune import (
+    LocalSettings,
+    TrainResult,
+    optimiser_for,
+    steps_of,
+    training_mode,
+)
 
 
 def spend_of(settings: LocalSettings, rows: int, noise: float) -> Spend:
@@ -96,7 +89,7 @@ def fine_tune_private(
     optimiser = optimiser_for(model, settings)
     optimiser.zero_grad(set_to_none=True)
     device = device_of(model)
-    steps = steps_of(settings, len(data))
+    steps = steps_of(len(data), settings)
     seen = 0
     start = time.perf_counter()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

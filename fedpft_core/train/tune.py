@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fedpft_core.data.augment import augmented
-from fedpft_core.data.batches import Encoded, batches
+from fedpft_core.data.batches import batches
+from fedpft_core.data.encoded import Encoded
 from fedpft_core.model.batch import rows_of
 from fedpft_core.model.device import Batch, device_of, to_device
 from fedpft_core.model.names import is_trained

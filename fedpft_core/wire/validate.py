@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedpft_core.errors import ReplyError
-from fedpft_core.head.closed import Form, Sums
+from fedpft_core.head.form import Form, Sums
 from fedpft_core.model.names import is_trained
 from fedpft_core.task import Task
 from fedpft_core.tensors import Tensors

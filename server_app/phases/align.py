@@ -7,15 +7,16 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from fedpft_core.align import distill, selection
 from fedpft_core.align import method as alignment
+from fedpft_core.align import selection
+from fedpft_core.align.losses import output_error
 from fedpft_core.config import Config
 from fedpft_core.errors import UserError
 from fedpft_core.model.plan import Plan
 from fedpft_core.proxy.patch import make_patch
 from fedpft_core.seeds import derive
 from fedpft_core.train.evaluate import evaluate
-from fedpft_core.train.inactivity import Counts
+from fedpft_core.train.inactivity import Counts, apoz
 from server_app.bench import Bench
 from server_app.phases import agree
 from server_app.phases.distil import check_finite
@@ -64,7 +65,7 @@ def disagrees(bench: Bench, state: State, round: int) -> bool:
         return True
     models.plug(state.adapter)
     if a.disagreement == "output-error":
-        errors = distill.output_error(models.fm, models.proxy, models.plan, bench.rows.probe())
+        errors = output_error(models.fm, models.proxy, models.plan, bench.rows.probe())
         found = sum(errors.values()) / len(errors)
     else:
         if not len(bench.rows.gradient):
@@ -116,7 +117,7 @@ def align(
         agree.record(bench, round, "before-align")
         chosen = _chosen(bench, round, counts)
         probe = list(bench.rows.probe())
-        before = distill.output_error(models.fm, models.proxy, models.plan, probe)
+        before = output_error(models.fm, models.proxy, models.plan, probe)
         job = alignment.Job(
             models.fm, models.proxy, models.plan,
             lambda n: bench.rows.public_batches(n, "align", round),
@@ -126,7 +127,7 @@ def align(
             on_step=progress(bench.events, "align", "steps", round=round),
         )  # fmt: skip
         first, last, _ = alignment.run(a.method, job, "align.method")
-        after = distill.output_error(models.fm, models.proxy, models.plan, probe)
+        after = output_error(models.fm, models.proxy, models.plan, probe)
         check_finite(after, "align.lr")
         wire = config.wire
         fmt = wire.package if wire.patch == "same" else wire.patch
@@ -160,7 +161,7 @@ def _chosen(bench: Bench, round: int, counts: Counts | None) -> dict[int, Tensor
     a, models = bench.config.align, bench.models
     inactive, tokens = (counts.inactive, counts.tokens) if counts else ({}, {})
     view = selection.View(
-        {b: distill.apoz(inactive[b], tokens[b]) for b in inactive},
+        {b: apoz(inactive[b], tokens[b]) for b in inactive},
         derive(bench.config.run.seed, "choose", round), models.fm, models.proxy, models.plan,
         lambda: bench.rows.public_batches(a.selection_batches, "choose", round),
     )  # fmt: skip

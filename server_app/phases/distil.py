@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from fedpft_core.align import distill
 from fedpft_core.align import method as alignment
+from fedpft_core.align.losses import output_error
 from fedpft_core.errors import RunError
 from fedpft_core.seeds import derive
 from server_app.bench import Bench
@@ -43,7 +43,7 @@ def distil(bench: Bench) -> None:
     steps, rows = d.work
     with phase(bench.events, "distil"):
         probe = list(bench.rows.probe())
-        before = distill.output_error(models.fm, models.proxy, models.plan, probe)
+        before = output_error(models.fm, models.proxy, models.plan, probe)
         job = alignment.Job(
             models.fm, models.proxy, models.plan,
             lambda n: bench.rows.public_batches(n, "distil", rows=rows), d,
@@ -52,7 +52,7 @@ def distil(bench: Bench) -> None:
             on_step=progress(bench.events, "distil", "steps"),
         )  # fmt: skip
         first, last, seconds = alignment.run(d.method, job)
-        after = distill.output_error(models.fm, models.proxy, models.plan, probe)
+        after = output_error(models.fm, models.proxy, models.plan, probe)
         check_finite(after, "distill.lr")
         bench.events.emit(ev.Distilled(
             steps=steps, seconds=seconds, loss_first=first, loss_last=last,

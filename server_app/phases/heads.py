@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from fedpft_core.adapter import lora as adapters
-from fedpft_core.data.batches import Encoded, batches
-from fedpft_core.head.closed import Form, Sums, form_of
+from fedpft_core.data.batches import batches
+from fedpft_core.data.encoded import Encoded
+from fedpft_core.head.closed import form_of
 from fedpft_core.head.discriminant import Head
+from fedpft_core.head.form import Form, Sums
 from fedpft_core.head.refit import features, labelled_features, last_linear
 from fedpft_core.head.statistics import projection
 from fedpft_core.seeds import numpy_stream

@@ -10,8 +10,9 @@ from torch import nn
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.adapter.start import by_inputs, orthonormal
 from fedpft_core.config import Config
-from fedpft_core.data.batches import UNLEARNED, tokenise_public
+from fedpft_core.data.encoded import UNLEARNED
 from fedpft_core.data.public import load_public
+from fedpft_core.data.stream import tokenise_public
 from fedpft_core.errors import UserError
 from fedpft_core.model import load as models
 from fedpft_core.model.device import pick_device

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fedpft_core.adapter import lora as adapters
-from fedpft_core.data.batches import Encoded, batches
+from fedpft_core.data.batches import batches
+from fedpft_core.data.encoded import Encoded
 from fedpft_core.head import refit as plug
-from fedpft_core.head.closed import Sums
+from fedpft_core.head.form import Sums
 from fedpft_core.head.imitate import Settings, imitate
 from fedpft_core.head.mapped import fit as mapped_to
 from fedpft_core.seeds import derive, numpy_stream

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fedpft_core.config import Config, FederationConfig
 from fedpft_core.errors import ReplyError
-from fedpft_core.head.closed import Sums
+from fedpft_core.head.form import Sums
 from fedpft_core.head.statistics import add
 from fedpft_core.tensors import Tensors
 from fedpft_core.wire.envelope import Envelope

@@ -15,7 +15,7 @@ from fedpft_core.tensors import Tensors
 from fedpft_core.wire import codec
 from fedpft_core.wire.identity import tensor_digest
 from fedpft_core.wire.package import Package, Patch
-from server_app.state import Flight, State
+from server_app.state import Best, Flight, State
 
 if TYPE_CHECKING:
     from server_app.models import Models
@@ -41,6 +41,7 @@ class Saved:
     events_digest: str = ""  # sha256 of the event log up to `events_offset`
     spent: list[list[float]] = field(default_factory=list)
     bound: float = 0.0
+    best: Best | None = None
 
     def restore(self, models: Models, package: Package) -> State:
         """Put the state back on FM and proxy.
@@ -70,7 +71,7 @@ class Saved:
         return State(
             self.round, self.adapter, after, digests, self.digest, list(self.patches),
             dict(self.have), self.memory, list(self.flights), dict(self.bases), self.clock,
-            self.run, [list(s) for s in self.spent], self.bound,
+            self.run, [list(s) for s in self.spent], self.bound, self.best,
         )  # fmt: skip
 
 
@@ -106,6 +107,8 @@ class Checkpoints:
             blobs[f"patch-{i:04d}.safetensors"] = patch.to_bytes()
         for version, tensors in state.bases.items():
             blobs[f"base-{version:04d}.safetensors"] = codec.pack(tensors)
+        if state.best:
+            blobs["best.safetensors"] = codec.pack(state.best.adapter)
         meta = {
             "round": state.round,
             "digest": state.digest,
@@ -119,6 +122,7 @@ class Checkpoints:
             "clock": state.clock,
             "spent": state.spent,
             "bound": state.bound,
+            "best": [state.best.round, state.best.value] if state.best else None,
             "have": {k: list(v) for k, v in state.have.items()},
             "sha256": {k: hashlib.sha256(v).hexdigest() for k, v in blobs.items()},
         }
@@ -196,4 +200,12 @@ def _read(folder: Path) -> Saved:
         clock=meta.get("clock", 0.0),
         spent=meta.get("spent", []),
         bound=meta.get("bound", 0.0),
+        best=_best(meta.get("best"), blobs.get("best.safetensors")),
     )
+
+
+def _best(kept: list[Any] | None, adapter: Tensors | None) -> Best | None:
+    if kept is None or adapter is None:
+        return None
+    round, value = kept
+    return Best(int(round), float(value), adapter)

@@ -31,20 +31,19 @@ def identity(config: Config) -> dict[str, Any]:
     return {"config": flat, "files": files, "version": __version__}
 
 
-def refuse_another(saved: Mapping[str, Any], config: Config) -> None:
+def refuse_another(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to resume a run as another one.
 
     Args:
         saved: what :func:`identity` gave when the checkpoint was written; empty for one of before
             there were any.
-        config: the configuration now.
+        now: what it gives now.
 
     Raises:
         UserError: naming the key, the file or the version that is another.
     """
     if not saved:
         return
-    now = identity(config)
     # A file may lie elsewhere, or be named in another way, if it is the same.
     same = {key for key, digest in now["files"].items() if digest == saved["files"].get(key)}
     asked = {key: value for key, value in now["config"].items() if key not in same}

@@ -12,11 +12,13 @@ from torch import Tensor
 from fedpft_core.config import Config
 from fedpft_core.seeds import numpy_stream
 from fedpft_core.tensors import Tensors
+from fedpft_core.train.tune import steps_of
 from fedpft_core.wire.envelope import Envelope
 from fedpft_core.wire.messages import Failure
 from server_app.rounds.chain import Asked
 from server_app.rounds.collect import Collection
 from server_app.rounds.nodes import Node
+from server_app.rounds.requests import local_settings
 from server_app.state import Events, Flight, State
 from server_app.strategy import Prepared
 
@@ -60,8 +62,7 @@ def duration(config: Config, node: Node) -> float:
     Returns:
         Seconds: those of a client of average speed are its local steps.
     """
-    t = config.train
-    steps = t.local_steps or t.local_epochs * math.ceil(node.examples / t.batch_size)
+    steps = steps_of(node.examples, local_settings(config, round=1))  # as many in every round
     z = numpy_stream(config.run.seed, "speed", node.name).normal()
     return float(steps * math.exp(config.federation.speed_spread * z))
 

@@ -9,6 +9,7 @@ from fedpft_core.align import selection
 from fedpft_core.errors import RunError
 from server_app.phases import align
 from server_app.phases.reporting import phase
+from server_app.schedule import early
 from server_app.schedule.session import Session, settle
 
 
@@ -27,14 +28,20 @@ def federate(session: Session) -> Callable[[], None]:
     """
     config, events = session.bench.config, session.bench.events
     rounds = config.federation.rounds
+    early.check(session.bench)
     session.strategy.nodes.wait()
     last = min(rounds, config.run.stop_after or rounds)
-    for round in range(session.state.round + 1, last + 1):
+    stale = early.stale(session.bench, session.state)
+    while not stale and session.state.round < last:
+        round = session.state.round + 1
         with phase(events, "round", round=round):
             one_round(session, round)
+            early.note(session)
         session.save()
-    if last < rounds:
+        stale = early.stale(session.bench, session.state)
+    if last < rounds and not stale:
         raise RunError(f"stopped after round {last} as run.stop-after asks; resume to go on")
+    early.settle(session)
     return lambda: None
 
 

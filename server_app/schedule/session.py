@@ -68,8 +68,10 @@ def settle(session: Session, round: int, outcome: Outcome, start: float) -> None
     events.emit(ev.Adapter(round=round, norm=adapters.norm(state.adapter)))
     scored, values = 0.0, None
     last = round == config.federation.rounds
-    # Where the plug-in settles the product, the last round is scored once, after it.
-    if (round % config.run.evaluate_every == 0 or last) and not (last and plug.settles(bench)):
+    # Where the plug-in settles the product, the last round is scored once, after it; where the
+    # best round is gone back to, after that.
+    later = plug.settles(bench) or config.federation.early_stopping
+    if (round % config.run.evaluate_every == 0 or last) and not (last and later):
         proxy, trained, scored = score.score_all(bench, round)
         values = (proxy.value, trained.value)
     seconds = time.perf_counter() - start

@@ -14,6 +14,14 @@ import torch
 
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.align import distill
+from fedpft_core.align.blocks import moving_parts, outputs
+from fedpft_core.align.losses import (
+    hidden_errors,
+    hidden_objective,
+    output_error,
+    products,
+    weight_error,
+)
 from fedpft_core.config import DistillConfig
 from fedpft_core.model.batch import real_positions
 from fedpft_core.model.families import FFN, family_of
@@ -21,6 +29,7 @@ from fedpft_core.model.plan import BlockPlan, Plan, pruned_ffns
 from fedpft_core.proxy import package as proxy
 from fedpft_core.proxy import patch as patches
 from fedpft_core.proxy.build import build
+from fedpft_core.train.inactivity import apoz
 from fedpft_core.wire.identity import tensor_digest
 
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -58,7 +67,7 @@ def test_hidden_errors_equal_the_oracle_on_padded_batches(family: str) -> None:
         assert not mask.all(), "the batch should have padding"
     with torch.no_grad():
         h_T, h_S = oracles.block_outputs(teacher, batch), oracles.block_outputs(student, batch)
-    found = distill.output_error(teacher, student, plan, [batch])
+    found = output_error(teacher, student, plan, [batch])
     assert set(found) == set(plan.pruned)
     for block, error in found.items():
         want = oracles.hidden_error(h_T[block], h_S[block], mask)
@@ -70,16 +79,16 @@ def test_padding_does_not_enter_the_hidden_error() -> None:
     real = torch.tensor([[True, True, False]])
     h_T = {0: torch.randn(1, 3, 4)}
     h_S = {0: h_T[0] + 1.0}
-    before = distill.hidden_errors(h_T, h_S, real)[0]
+    before = hidden_errors(h_T, h_S, real)[0]
     h_S[0][0, 2] = 1e6
     h_T[0][0, 2] = -1e6
-    assert torch.equal(distill.hidden_errors(h_T, h_S, real)[0], before)
+    assert torch.equal(hidden_errors(h_T, h_S, real)[0], before)
 
 
 def test_hidden_error_does_not_depend_on_the_scale_of_a_block() -> None:
     real = torch.ones(2, 3, dtype=torch.bool)
     t, s = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-    found = distill.hidden_errors({0: t, 1: 8 * t}, {0: s, 1: 8 * s}, real)
+    found = hidden_errors({0: t, 1: 8 * t}, {0: s, 1: 8 * s}, real)
     torch.testing.assert_close(found[0], found[1])
 
 
@@ -90,10 +99,10 @@ def test_weight_error_equals_the_oracle(family: str) -> None:
     small = build(fm, plan)
     for block, student in pruned_ffns(small, plan).items():
         teacher = family_of(family).ffns(fm)[block]
-        fast = distill.weight_error(student, distill.products(teacher))
+        fast = weight_error(student, products(teacher))
         want = oracles.weight_error(teacher, student)
         assert float(fast.detach()) == pytest.approx(want, rel=1e-12)
-        same = distill.weight_error(teacher, distill.products(teacher))
+        same = weight_error(teacher, products(teacher))
         assert float(same.detach()) == 0.0
 
 
@@ -101,7 +110,7 @@ def test_weight_error_equals_the_oracle(family: str) -> None:
 def test_distilled_loss_is_hidden_error_plus_alpha_times_weight_error(family: str) -> None:
     teacher, student, plan, _ = tiny.pair(family)
     batch = tiny.public(family, 1)[0]
-    hidden = distill.output_error(teacher, student, plan, [batch])
+    hidden = output_error(teacher, student, plan, [batch])
     ffns, theirs = pruned_ffns(student, plan), family_of(family).ffns(teacher)
     weight = [oracles.weight_error(theirs[b], ffn) for b, ffn in ffns.items()]
     first, _, _ = distill.distil(
@@ -117,14 +126,14 @@ def test_gradients_of_both_losses_equal_finite_differences(family: str) -> None:
     teacher, student, plan, _ = tiny.pair(family)
     teacher.double(), student.double()
     batch = tiny.double(tiny.public(family, 1, rows=3)[0])
-    hidden = distill.hidden_objective(teacher, student, plan)
+    hidden = hidden_objective(teacher, student, plan)
     theirs, mine = family_of(family).ffns(teacher), pruned_ffns(student, plan)
 
     def weights() -> torch.Tensor:
-        terms = [distill.weight_error(f, distill.products(theirs[b])) for b, f in mine.items()]
+        terms = [weight_error(f, products(theirs[b])) for b, f in mine.items()]
         return torch.stack(terms).mean()
 
-    parts = distill.moving_parts(student, plan)
+    parts = moving_parts(student, plan)
     for loss in (lambda: hidden(batch), weights):
         with distill.only_trained(student, parts.values()):
             values = list(parts.values())
@@ -153,10 +162,10 @@ def test_the_weight_term_has_a_gradient() -> None:
     results = {}
     for alpha in (0.0, 0.01, 10.0):
         teacher, student, plan, _ = tiny.pair("bert")
-        target = {b: distill.products(family_of("bert").ffns(teacher)[b]) for b in plan.pruned}
+        target = {b: products(family_of("bert").ffns(teacher)[b]) for b in plan.pruned}
         align("bert", teacher, student, plan, alpha=alpha)
         ffns = pruned_ffns(student, plan)
-        error = sum(float(distill.weight_error(f, target[b]).detach()) for b, f in ffns.items())
+        error = sum(float(weight_error(f, target[b]).detach()) for b, f in ffns.items())
         results[alpha] = (error, ffns[1].ins[0].weight.detach().clone())
     assert not torch.equal(results[0.0][1], results[0.01][1])
     assert results[10.0][0] < 0.9 * results[0.0][0]
@@ -178,13 +187,13 @@ def test_chosen_neurons_move_and_all_others_stay_to_the_bit(
     chosen = _choose(plan)
     before_T, before_S = tiny.weights(teacher), tiny.weights(student)
     probe = tiny.public(family, 3, seed=9)
-    error_before = distill.output_error(teacher, student, plan, probe)
+    error_before = output_error(teacher, student, plan, probe)
     parts_before = {
         b: {k: p.detach().clone() for k, p in f.parts().items()}
         for b, f in pruned_ffns(student, plan).items()
     }
     align(family, teacher, student, plan, chosen, weight_decay=weight_decay)
-    error_after = distill.output_error(teacher, student, plan, probe)
+    error_after = output_error(teacher, student, plan, probe)
     assert sum(error_after.values()) < sum(error_before.values())
 
     moved_names = set()
@@ -213,9 +222,9 @@ def test_layer_level_distillation_moves_compressed_ffns_only(family: str) -> Non
     before = tiny.weights(student)
     adapter = adapters.read(student, plan)
     probe = tiny.public(family, 3, seed=9)
-    error = distill.output_error(teacher, student, plan, probe)
+    error = output_error(teacher, student, plan, probe)
     align(family, teacher, student, plan, alpha=0.01)
-    after_error = distill.output_error(teacher, student, plan, probe)
+    after_error = output_error(teacher, student, plan, probe)
     assert all(after_error[b] < error[b] for b in plan.pruned)
     named = {id(p): n for n, p in student.named_parameters()}
     moving = {named[id(p)] for f in pruned_ffns(student, plan).values() for p in f.parts().values()}
@@ -243,7 +252,7 @@ def test_a_keep_all_student_has_nothing_to_learn(family: str) -> None:
     everything = BlockPlan("pruned", tuple(range(tiny.neurons(family))))
     plan = Plan(family, tiny.neurons(family), (everything,) * 4)
     teacher, student, _, _ = tiny.pair(family, plan)
-    errors = distill.output_error(teacher, student, plan, tiny.public(family, 2))
+    errors = output_error(teacher, student, plan, tiny.public(family, 2))
     assert errors == {0: 0.0, 1: 0.0, 2: 0.0, 3: 0.0}
 
 
@@ -350,7 +359,7 @@ def test_warmup_then_linear_is_never_0_and_peaks_at_1(share: float) -> None:
 
 
 def test_apoz_is_inactive_over_tokens() -> None:
-    rates = distill.apoz(torch.tensor([0, 1, 4]), 4)
+    rates = apoz(torch.tensor([0, 1, 4]), 4)
     assert rates.dtype == torch.float64
     assert rates.tolist() == [0.0, 0.25, 1.0]
 
@@ -365,7 +374,7 @@ def test_outputs_are_those_of_the_blocks_by_fm_index(family: str) -> None:
     with torch.no_grad():
         for model, own in ((fm, False), (small, True)):
             want = oracles.block_outputs(model, batch)
-            found = distill.outputs(model, plan, batch, own_index=own)
+            found = outputs(model, plan, batch, own_index=own)
             assert set(found) == set(plan.pruned)
             assert all(torch.equal(found[b], want[b]) for b in found)
     assert not any(m._forward_hooks for m in (*fm.modules(), *small.modules()))

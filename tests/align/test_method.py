@@ -16,6 +16,8 @@ from fedpft_core import config, registry
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.align import distill
 from fedpft_core.align import method as alignment
+from fedpft_core.align.blocks import local_views, moving_parts, targets
+from fedpft_core.align.losses import output_error
 from fedpft_core.align.method import Job, block_local, closed_form, gradient
 from fedpft_core.config import DistillConfig
 from fedpft_core.errors import UserError
@@ -47,7 +49,7 @@ def _job(
 def _error(job: Job) -> float:
     probe = tiny.public(job.plan.model_type, 3, seed=9)
     probe = [tiny.double(b) for b in probe] if _is_double(job) else probe
-    return sum(distill.output_error(job.teacher, job.student, job.plan, probe).values())
+    return sum(output_error(job.teacher, job.student, job.plan, probe).values())
 
 
 def _is_double(job: Job) -> bool:
@@ -85,7 +87,7 @@ def test_it_lowers_the_output_error_and_moves_compressed_ffns_only(
     assert min(first, last, seconds) > 0
     assert _error(job) < before
     named = {id(p): n for n, p in job.student.named_parameters()}
-    moving = {named[id(p)] for p in distill.moving_parts(job.student, job.plan).values()}
+    moving = {named[id(p)] for p in moving_parts(job.student, job.plan).values()}
     assert tiny.same_bits(tiny.weights(job.teacher), theirs), "the teacher moved"
     for name, value in tiny.weights(job.student).items():
         if name not in moving:
@@ -225,8 +227,8 @@ def test_sequential_fits_the_last_block_to_the_students_own_inputs(family: str) 
     block = max(job.plan.pruned)
     cross = ones = 0.0
     for batch in job.batches(6):
-        theirs, real = distill.local_views(job.teacher, job.plan, batch, wanted=(block,))
-        mine, _ = distill.local_views(job.student, job.plan, batch, own_index=True, wanted=(block,))
+        theirs, real = local_views(job.teacher, job.plan, batch, wanted=(block,))
+        mine, _ = local_views(job.student, job.plan, batch, own_index=True, wanted=(block,))
         pair = theirs[block], mine[block]
         after = family_of(family).after_ffn
         r = pair[0].y - pair[1].y if after else pair[0].total - pair[1].total
@@ -246,7 +248,7 @@ def test_sequential_mends_what_earlier_blocks_left() -> None:
         job = _job("bert", ridge=1e-6)
         alignment.run(name, job)
         probe = list(job.batches(6))
-        errors[name] = distill.output_error(job.teacher, job.student, job.plan, probe)[2]
+        errors[name] = output_error(job.teacher, job.student, job.plan, probe)[2]
     assert errors["sequential"] < errors["closed-form"]
 
 
@@ -258,7 +260,7 @@ def test_block_local_gradient_is_that_of_the_isolated_ffn(family: str) -> None:
     job = _job(family, double=True)
     (batch,) = job.batches(1)
     loss = block_local.objective(job.teacher, job.student, job.plan)
-    parts = distill.moving_parts(job.student, job.plan)
+    parts = moving_parts(job.student, job.plan)
     with distill.only_trained(job.student, parts.values()):
         grads = torch.autograd.grad(loss(batch), list(parts.values()))
     found = dict(zip(parts, grads, strict=True))
@@ -301,7 +303,7 @@ def test_gradient_objective_is_output_error_plus_squared_relative_distance(
     objective = gradient.Objective(
         job.teacher, job.student, job.plan, weight, seed=4, position=job.position
     )
-    with distill.only_trained(job.student, distill.moving_parts(job.student, job.plan).values()):
+    with distill.only_trained(job.student, moving_parts(job.student, job.plan).values()):
         found = float(objective(batch).detach())
     flat = []
     for model, plan in ((job.teacher, None), (job.student, job.plan)):
@@ -313,7 +315,7 @@ def test_gradient_objective_is_output_error_plus_squared_relative_distance(
         grads = torch.autograd.grad((h * v.double()).sum(), list(live.values()))
         flat.append([x for g in grads for x in g.flatten().tolist()])
     _, distance = oracles.cosine_and_distance(*flat)
-    hidden = distill.output_error(job.teacher, job.student, job.plan, [batch])
+    hidden = output_error(job.teacher, job.student, job.plan, [batch])
     want = sum(hidden.values()) / len(hidden) + weight * distance**2
     assert found == pytest.approx(want, rel=1e-8)
 
@@ -323,7 +325,7 @@ def test_gradient_of_the_gradient_objective_equals_finite_differences(family: st
     """The second derivative is there, through every part that moves."""
     job = _job(family, double=True)
     (batch,) = job.batches(1)
-    parts = distill.moving_parts(job.student, job.plan)
+    parts = moving_parts(job.student, job.plan)
 
     def loss() -> torch.Tensor:
         # Made anew, so that each call draws the same functional.
@@ -359,13 +361,13 @@ def test_layer_drop_trains_the_inner_blocks_to_stand_for_those_dropped(
 ) -> None:
     pair = _layer_drop(family)
     job = _job(family, pair, steps=15, alpha=0.01)
-    assert distill.targets(job.plan) == {2: 2, 3: 4}
+    assert targets(job.plan) == {2: 2, 3: 4}
     (probe,) = tiny.public(family, 1, seed=9)
     with torch.no_grad():
         want = oracles.block_outputs(job.teacher, probe)
         have = oracles.block_outputs(job.student, probe)
     mask = probe.get("attention_mask")
-    errors = distill.output_error(job.teacher, job.student, job.plan, [probe])
+    errors = output_error(job.teacher, job.student, job.plan, [probe])
     assert errors == {
         2: pytest.approx(oracles.hidden_error(want[2], have[1], mask), rel=1e-4),
         3: pytest.approx(oracles.hidden_error(want[4], have[2], mask), rel=1e-4),
@@ -384,7 +386,7 @@ def test_layer_drop_trains_the_inner_blocks_to_stand_for_those_dropped(
 
 def test_layer_drop_without_inner_blocks_has_nothing_to_train() -> None:
     plan = tiny.plan_for(tiny.model("bert"), proxy="layer-drop", drop_to=2)
-    assert distill.targets(plan) == {}
+    assert targets(plan) == {}
     assert not alignment.needed("sgd", plan, 100)
 
 

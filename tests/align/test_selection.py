@@ -9,7 +9,8 @@ import tiny
 import torch
 
 from fedpft_core import registry
-from fedpft_core.align import distill, selection
+from fedpft_core.align import selection
+from fedpft_core.align.losses import output_error
 from fedpft_core.align.selection import View, choose
 from fedpft_core.model.device import Batch, to_device
 from fedpft_core.model.families import FFN
@@ -74,7 +75,7 @@ def test_discrepancy_is_how_fast_the_error_falls_when_the_neuron_moves(family: s
     assert {b: len(s) for b, s in found.items()} == view.sizes()
 
     def error() -> float:
-        per_block = distill.output_error(view.teacher, view.student, view.plan, view.public())
+        per_block = output_error(view.teacher, view.student, view.plan, view.public())
         # `output_error` is the mean over batches, the score sums over them.
         return 2 * sum(per_block.values()) / len(per_block)
 

@@ -10,8 +10,8 @@ import pytest
 import tiny
 
 from client_app import audit
-from client_app.client import ProcessCache
 from client_app.node import client_for
+from client_app.process import ProcessCache
 from fedpft_core.errors import UserError
 from fedpft_core.wire.envelope import open_envelope, seal
 from fedpft_core.wire.messages import Hello, RefusalReply, TrainReply

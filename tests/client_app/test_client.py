@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 from client_app import chain, client, rowcache
-from client_app.client import Client, ProcessCache
+from client_app.client import Client
 from client_app.node import client_for
+from client_app.process import Held, ProcessCache
+from client_app.rows import key_of
 from client_app.store import Store
 from fedpft_core import config
 from fedpft_core.adapter import lora as adapters
@@ -603,7 +605,7 @@ def test_a_new_process_finds_its_rows_encoded(
     first = trained(edge(), server.whole(0))
     assert tokenised == [60]
     node = edge()
-    monkeypatch.setattr(client, "from_files", lambda *_: pytest.fail("tokenizer loaded"))
+    monkeypatch.setattr("client_app.rows.from_files", lambda *_: pytest.fail("tokenizer loaded"))
     node.load_rows = lambda task: pytest.fail("data file parsed")
     assert same(trained(node, server.request(0)), first)
     assert tokenised == [60]
@@ -632,15 +634,13 @@ def test_rows_are_encoded_anew_when_anything_they_depend_on_changes(
     assert len(tokenised) == 2  # as at first, and that is still here
     good = server.packages[0]
     meta = good.meta
-    known = edge()._rows_key(replace_model(server, good), edge().rows_digest())
+    known = key_of(replace_model(server, good), edge().rows_digest())
     assert edge().kept_rows.path(known).exists()
     for change in (
         replace(meta, max_length=6), replace(meta, labels=(*meta.labels, "more")),
     ):  # fmt: skip
         package = replace(good, meta=change)
-        key = edge()._rows_key(
-            replace_model(server, package), edge().rows_digest()
-        )  # fmt: skip
+        key = key_of(replace_model(server, package), edge().rows_digest())
         assert not edge().kept_rows.path(key).exists(), change
     with_column = edge(**{"label-column": "text"})
     assert with_column.rows_digest() != edge().rows_digest()
@@ -652,7 +652,7 @@ def replace_model(server: Server, package: Package) -> Any:
     class Model:
         task, max_length = meta.task, meta.max_length
 
-    return client.Held(Model(), package.files, client.combine_digest("", package.files, {}))  # type: ignore[arg-type]
+    return Held(Model(), package.files, client.combine_digest("", package.files, {}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("how", ["flipped", "cut", "foreign", "another key", "folder"])

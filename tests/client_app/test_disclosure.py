@@ -14,9 +14,10 @@ from flwr.app import Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from client_app.app import query, train
-from client_app.client import Client, ProcessCache
+from client_app.client import Client
 from client_app.disclosure import reason
 from client_app.node import client_for
+from client_app.process import ProcessCache
 from client_app.store import Store
 from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.wire import flower as wire

@@ -11,9 +11,10 @@ import pytest
 import tiny
 
 from client_app import client as client_module
-from client_app.client import Client, ProcessCache
+from client_app.client import Client
 from client_app.node import NODE_KEYS, checked, client_for
 from client_app.policy import KEYS, Policy, table, trained
+from client_app.process import ProcessCache
 from fedpft_core.errors import UserError
 from fedpft_core.model.families import family_of
 from fedpft_core.wire.envelope import open_envelope, seal

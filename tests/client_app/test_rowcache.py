@@ -13,7 +13,8 @@ import tiny
 import torch
 
 from client_app.rowcache import RowCache, content_of, content_of_file, folds_of, key_of
-from fedpft_core.data.batches import Encoded, encode
+from fedpft_core.data.encoded import Encoded
+from fedpft_core.data.encoding import encode
 from fedpft_core.data.examples import Examples
 
 KEY = "0" * 64

@@ -153,7 +153,7 @@ def check_record(row: dict[str, Any]) -> None:
 
 def test_client_flops_are_those_of_the_steps(tmp_path: Path) -> None:
     """Against a sum over the batches clients trained on, written out."""
-    from client_app.client import ProcessCache
+    from client_app.process import ProcessCache
     from fedpft_console.compare.record import summary
     from fedpft_core import config as configs
     from fedpft_core.model.families import family_of

@@ -13,8 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpft_core.data.batches import Encoded, batches, encode, public_batches
+from fedpft_core.data.batches import batches
+from fedpft_core.data.encoded import Encoded
+from fedpft_core.data.encoding import encode
 from fedpft_core.data.examples import Examples
+from fedpft_core.data.stream import public_batches
 from fedpft_core.errors import UserError
 
 WORDS = (

@@ -132,8 +132,8 @@ def test_another_process_builds_the_same_and_imports_nothing(
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
     code = (
-        "import sys; from fedpft_core.data import batches, builtin, files, partition, prose, "
-        "public, examples, rows, splits;"
+        "import sys; from fedpft_core.data import batches, builtin, encoding, files, partition, "
+        "pixels, prose, public, examples, rows, splits, stream;"
         "print([n for n in ('torch', 'pyarrow', 'pandas', 'datasets', 'flwr_datasets', 'flwr', "
         "'sklearn', 'PIL', 'transformers') if n in sys.modules])"
     )

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import tiny
 
-from fedpft_core.data.batches import UNLEARNED, batches, public_batches, tokenise_public
+from fedpft_core.data.batches import batches
 from fedpft_core.data.chat import PLAIN, begin, encode_told, prepare, tell, template_of
+from fedpft_core.data.encoded import UNLEARNED
 from fedpft_core.data.examples import Examples, Input
+from fedpft_core.data.stream import public_batches, tokenise_public
 from fedpft_core.errors import UserError
 
 TURNS = (

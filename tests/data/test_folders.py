@@ -14,7 +14,7 @@ from PIL import Image
 
 from client_app.node import client_for
 from fedpft_core.data.augment import augmented
-from fedpft_core.data.batches import encode
+from fedpft_core.data.encoding import encode
 from fedpft_core.data.examples import Examples
 from fedpft_core.data.folders import read_classes
 from fedpft_core.errors import UserError

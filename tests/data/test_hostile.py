@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 
-from fedpft_core.data import batches
+from fedpft_core.data import encoding, pixels
 from fedpft_core.data.examples import Examples
 from fedpft_core.data.rows import Columns, cell_text, read_table
 from fedpft_core.errors import UserError
@@ -65,9 +65,9 @@ def test_many_large_images_are_decoded_one_by_one_to_the_same_pixels(
         Image.effect_noise((60 + i, 40), 50).convert("RGB").save(out, "PNG")
         images.append(out.getvalue())
     rows = Examples(tuple(images), torch.zeros(5, dtype=torch.int64).numpy())
-    together = batches.encode(rows, processor, 8).pixels
-    monkeypatch.setattr(batches, "MOST_PIXELS", 1)
-    alone = batches.encode(rows, processor, 8).pixels
+    together = encoding.encode(rows, processor, 8).pixels
+    monkeypatch.setattr(pixels, "MOST_PIXELS", 1)
+    alone = encoding.encode(rows, processor, 8).pixels
     assert together is not None and alone is not None and torch.equal(together, alone)
 
 
@@ -86,7 +86,7 @@ LONG = """
 import resource, sys
 sys.path.insert(0, "tests")
 import numpy as np, tiny
-from fedpft_core.data.batches import encode
+from fedpft_core.data.encoding import encode
 from fedpft_core.data.examples import Examples
 tokenizer = tiny.tokenizer("bert")
 one = encode(Examples(("the cat " * 10,), np.zeros(1, np.int64)), tokenizer, 16)
@@ -105,9 +105,9 @@ def test_a_cell_of_megabytes_takes_no_hundreds_of_them() -> None:
 
 def test_the_end_of_a_long_text_is_kept_where_that_is_what_counts() -> None:
     text = "a" * 200_000 + "b"
-    assert batches._bounded([text], 16, "left")[0].endswith("b")
-    assert len(batches._bounded([text], 16, "right")[0]) == 65_536
-    assert batches._bounded(["short"], 16, "right") == ["short"]
+    assert encoding._bounded([text], 16, "left")[0].endswith("b")
+    assert len(encoding._bounded([text], 16, "right")[0]) == 65_536
+    assert encoding._bounded(["short"], 16, "right") == ["short"]
 
 
 @pytest.mark.parametrize("cells", [

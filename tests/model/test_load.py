@@ -15,7 +15,8 @@ import torch
 from fedpft_core import config
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.config import ModelConfig
-from fedpft_core.data.batches import batches, encode
+from fedpft_core.data.batches import batches
+from fedpft_core.data.encoding import encode
 from fedpft_core.errors import UserError
 from fedpft_core.head.refit import features, last_linear
 from fedpft_core.model import load as models

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from fedpft_core import config
 from fedpft_core.adapter import lora as adapters
-from fedpft_core.data.batches import encode
+from fedpft_core.data.encoding import encode
 from fedpft_core.errors import RunError, UserError
 from fedpft_core.model import load as models
 from fedpft_core.model.plan import Plan

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+from safetensors.torch import load_file
+from torch import Tensor
 
 from client_app.client import Client, ProcessCache
 from client_app.store import Store
 from fedpft_core.errors import RunError
+from fedpft_core.model.families import family_of
+from fedpft_core.model.plan import Plan
+from fedpft_core.wire.coded import rounded
 from fedpft_core.wire.envelope import Envelope, open_envelope
 from fedpft_core.wire.messages import NeedReply, TrainRequest
 from fedpft_core.wire.parcel import Parcel
@@ -177,3 +182,44 @@ def test_a_damaged_tensor_is_fetched_by_itself(flat: dict[str, Any], tmp_path: P
         m for _, e in federation.received if isinstance(m := open_envelope(e), NeedReply)
     ]  # fmt: skip
     assert [m.lacks for m in needs] == [(done[0],)]
+
+
+@pytest.mark.parametrize("fmt", ["bf16", "int8"])
+def test_no_message_holds_a_rounded_row_of_what_was_pruned(
+    flat: dict[str, Any], tmp_path: Path, fmt: str
+) -> None:
+    """Decoded, no line of any tensor is a pruned neuron of the FM as the format would leave it."""
+    federation = Deployed(flat, tmp_path / "disks")
+    tiny.run(flat | {"wire.package": fmt, "wire.patch": "same"}, tmp_path / "run", federation)
+    fm = load_file(f"{flat['model.name']}/model.safetensors")
+    plan = Plan.from_json((tmp_path / "run/plan.json").read_text())
+    family = family_of("bert")
+
+    def neurons(block: int, which: Iterable[int]) -> set[bytes]:
+        path = f"{family.blocks.removeprefix('bert.')}.{block}."
+        ins = rounded(fm[f"{path}{family.ffn_in[0]}.weight"], fmt, 0)
+        outs = rounded(fm[f"{path}{family.ffn_out}.weight"], fmt, 1).T
+        return {line(t[j]) for j in which for t in (ins, outs)}
+
+    seen: set[bytes] = set()
+    tensors = [t for _, p in federation.parcels() for t in p.tensors().values()]
+    for _, envelope in federation.sent:
+        message = open_envelope(envelope)
+        if isinstance(message, TrainRequest):
+            tensors += [
+                t for patch in message.patches
+                for _, parts in patch.decoded().values() for t in parts.values()
+            ]  # fmt: skip
+    for t in tensors:
+        if t.is_floating_point() and t.dim():
+            seen |= {line(row) for row in t.reshape(-1, t.shape[-1])}
+            seen |= {line(column) for column in t.reshape(t.shape[0], -1).T}
+    for block in plan.pruned:
+        kept = set(plan.blocks[block].kept)
+        assert not seen & neurons(block, set(range(plan.fm_neurons)) - kept)
+    assert plan.blocks[0].state == "whole"
+    assert neurons(0, range(plan.fm_neurons)) <= seen, "it would not be noticed"
+
+
+def line(t: Tensor) -> bytes:
+    return t.contiguous().numpy().tobytes()

@@ -50,15 +50,18 @@ def test_another_configuration_is_refused_by_its_key(
     # The checkpoint knows it too, whatever becomes of config.yaml.
     saved = identities.identity(from_flat(flat))
     with pytest.raises(UserError, match=key.replace(".", r"\.")):
-        identities.refuse_another(saved, from_flat(flat | {key: value}))
+        identities.refuse_another(saved, identities.identity(from_flat(flat | {key: value})))
 
 
 def test_what_may_change_is_a_key(stopped: tuple[dict[str, Any], Path]) -> None:
     assert set(FREE_ON_RESUME) <= set(keys())
     flat, _ = stopped
-    saved = identities.identity(from_flat(flat))
-    identities.refuse_another(saved, from_flat(flat | {"federation.round-timeout": 5.0}))
-    identities.refuse_another({}, from_flat(flat | {"run.seed": 8}))  # of before identities
+    saved, patient, other = (
+        identities.identity(from_flat(flat | change))
+        for change in ({}, {"federation.round-timeout": 5.0}, {"run.seed": 8})
+    )
+    identities.refuse_another(saved, patient)
+    identities.refuse_another({}, other)  # of before identities
 
 
 def test_another_file_or_program_is_refused(

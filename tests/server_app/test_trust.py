@@ -215,14 +215,14 @@ def test_a_need_does_not_renew_the_clock() -> None:
 def test_a_round_waits_no_longer_than_past_rounds_have_taught() -> None:
     strategy, state, _ = started(fabricate.network(*NAMES), federation__patience=3.0,
                                  federation__round_timeout=500.0)  # fmt: skip
-    assert strategy._timeout(1) == 500.0
+    assert strategy.patience.seconds(1) == 500.0
     strategy.run_round(state, 1, "")
-    assert strategy._timeout(2) == 500.0
-    assert strategy._timeout(3) == 10.0  # replies take milliseconds here
-    strategy._slowest = 40.0
-    assert strategy._timeout(3) == 120.0
-    strategy._slowest = 400.0
-    assert strategy._timeout(3) == 500.0
+    assert strategy.patience.seconds(2) == 500.0
+    assert strategy.patience.seconds(3) == 10.0  # replies take milliseconds here
+    strategy.patience.slowest = 40.0
+    assert strategy.patience.seconds(3) == 120.0
+    strategy.patience.slowest = 400.0
+    assert strategy.patience.seconds(3) == 500.0
 
 
 def test_flower_is_not_asked_for_replies_that_nobody_waits_for(

@@ -10,7 +10,7 @@ import tiny
 import torch
 from torch.nn import functional as F
 
-from fedpft_core.data.batches import UNLEARNED
+from fedpft_core.data.encoded import UNLEARNED
 from fedpft_core.data.packing import pack
 from fedpft_core.model.batch import inputs_of
 from fedpft_core.model.families import FAMILIES

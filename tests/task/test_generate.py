@@ -15,8 +15,9 @@ import torch
 from torch.nn import functional as F
 
 from fedpft_core.config import DataConfig
-from fedpft_core.data.batches import UNLEARNED, Encoded, batches
+from fedpft_core.data.batches import batches
 from fedpft_core.data.chat import PLAIN, begin
+from fedpft_core.data.encoded import UNLEARNED, Encoded
 from fedpft_core.data.examples import Examples
 from fedpft_core.data.rows import Columns
 from fedpft_core.data.splits import columns_of

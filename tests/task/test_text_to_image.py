@@ -15,11 +15,13 @@ import pytest
 import torch
 
 from fedpft_core import config
-from fedpft_core.data.batches import Encoded, batches, public_batches
+from fedpft_core.data.batches import batches
+from fedpft_core.data.encoded import Encoded
 from fedpft_core.data.examples import Captioned
 from fedpft_core.data.public import load_public
 from fedpft_core.data.rows import Columns
 from fedpft_core.data.splits import check_settings
+from fedpft_core.data.stream import public_batches
 from fedpft_core.errors import UserError
 from fedpft_core.model.load import Loaded
 from fedpft_core.task import Headless, Painter, Task, Writer

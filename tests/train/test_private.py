@@ -11,8 +11,8 @@ import torch
 
 from fedpft_core.data.batches import batches
 from fedpft_core.privacy.gradients import RowGradients, clipped_sum
-from fedpft_core.train.private import fine_tune_private, spend_of, steps_of
-from fedpft_core.train.tune import LocalSettings, optimiser_for
+from fedpft_core.train.private import fine_tune_private, spend_of
+from fedpft_core.train.tune import LocalSettings, optimiser_for, steps_of
 
 SETTINGS = LocalSettings(
     lr=5e-3, batch_size=4, epochs=1, steps=3, weight_decay=0.0, clip=1.0, threads=1
@@ -165,5 +165,5 @@ def test_what_did_not_move_is_found_out() -> None:
 
 
 def test_steps_and_spends_follow_the_settings() -> None:
-    assert steps_of(SETTINGS, 100) == 3 and steps_of(replace(SETTINGS, steps=0), 9) == 3
+    assert steps_of(100, SETTINGS) == 3 and steps_of(9, replace(SETTINGS, steps=0)) == 3
     assert spend_of(SETTINGS, 16, 2.0).rate == 0.25 and spend_of(SETTINGS, 2, 2.0).rate == 1.0

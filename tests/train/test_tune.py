@@ -14,7 +14,8 @@ import torch
 from torch.nn import functional as F
 
 from fedpft_core.adapter import lora as adapters
-from fedpft_core.data.batches import Encoded, batches
+from fedpft_core.data.batches import batches
+from fedpft_core.data.encoded import Encoded
 from fedpft_core.model.plan import Plan, pruned_ffns
 from fedpft_core.seeds import derive
 from fedpft_core.task.classify import logits

@@ -23,8 +23,8 @@ import tiny
 from flower import job
 from flwr.supercore.task_identity import TaskIdentity
 
-from client_app.client import ProcessCache
 from client_app.node import client_for
+from client_app.process import ProcessCache
 from fedpft_core import config
 from fedpft_core.errors import RunError, UserError
 from fedpft_core.wire import flower as wire

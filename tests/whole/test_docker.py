@@ -266,7 +266,7 @@ class Without(PathFinder):
             return PathFinder.find_spec(name, path, target)
 sys.meta_path[sys.meta_path.index(PathFinder)] = Without
 import client_app.app, client_app.client, fedpft_core.train.tune, fedpft_core.proxy.package
-import fedpft_core.task, fedpft_core.data.files, fedpft_core.data.batches
+import fedpft_core.task, fedpft_core.data.files, fedpft_core.data.encoding
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False

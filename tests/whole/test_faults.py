@@ -22,12 +22,14 @@ import torch
 import client_app.chain
 import client_app.client
 import client_app.node
+import client_app.process
 import server_app.app
 from fedpft_core import config
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.aggregation import average as average_module
-from fedpft_core.align import distill, selection
-from fedpft_core.data.batches import public_batches
+from fedpft_core.align import distill, losses, selection
+from fedpft_core.align.losses import output_error, products, weight_error
+from fedpft_core.data.stream import public_batches
 from fedpft_core.model import load as models
 from fedpft_core.model.families import family_of
 from fedpft_core.model.plan import BlockPlan, Plan, pruned_ffns
@@ -35,7 +37,7 @@ from fedpft_core.proxy.choose import make_plan
 from fedpft_core.train import inactivity
 from fedpft_core.train import tune as training
 from fedpft_core.train.evaluate import evaluate
-from fedpft_core.train.inactivity import Counts, count_inactive
+from fedpft_core.train.inactivity import Counts, apoz, count_inactive
 from fedpft_core.wire.envelope import open_envelope
 from server_app.bench import Bench
 from server_app.phases import align as align_phase
@@ -79,13 +81,13 @@ def check_weight_term_has_a_gradient() -> None:
     errors, results = [], []
     for alpha in (0.0, 10.0):
         teacher, student, plan, _ = tiny.pair("bert")
-        target = {b: distill.products(family_of("bert").ffns(teacher)[b]) for b in plan.pruned}
+        target = {b: products(family_of("bert").ffns(teacher)[b]) for b in plan.pruned}
         distill.distil(
             teacher, student, plan, tiny.public("bert", 20), config.DistillConfig(),
             steps=20, lr=5e-3, alpha=alpha,
         )  # fmt: skip
         ffns = pruned_ffns(student, plan)
-        errors.append(sum(float(distill.weight_error(f, target[b])) for b, f in ffns.items()))
+        errors.append(sum(float(weight_error(f, target[b])) for b, f in ffns.items()))
         results.append(tiny.weights(student))
     assert not tiny.same_bits(*results), "alpha does nothing"
     assert errors[1] < 0.9 * errors[0]
@@ -94,7 +96,7 @@ def check_weight_term_has_a_gradient() -> None:
 def test_1_weight_term_without_gradient(monkeypatch: Patch, fails: Any) -> None:
     check_weight_term_has_a_gradient()
     monkeypatch.setattr(
-        distill, "products", lambda ffn: [ffn.out.weight.data @ w.weight.data for w in ffn.ins]
+        losses, "products", lambda ffn: [ffn.out.weight.data @ w.weight.data for w in ffn.ins]
     )
     with fails():
         check_weight_term_has_a_gradient()
@@ -166,7 +168,7 @@ def check_counts(count: Callable[..., Counts]) -> None:
     assert found.tokens == tokens
     assert set(tokens) == set(plan.pruned) and len(tokens) == 2
     assert {b: c.tolist() for b, c in found.inactive.items()} == inactive
-    rates = {b: distill.apoz(found.inactive[b], found.tokens[b]) for b in plan.pruned}
+    rates = {b: apoz(found.inactive[b], found.tokens[b]) for b in plan.pruned}
     chosen = selection.choose("apoz", selection.View(rates), 0.5)
     for block in plan.pruned:
         assert len(set(rates[block].tolist())) > 3, "the choice is random"
@@ -320,8 +322,8 @@ def check_nothing_leaks_between_clients(flat: dict[str, Any], folder: Path) -> N
     federation = tiny.Federation(flat)
     tiny.run(flat, folder, federation, federation__rounds=1)
     (request, *_) = (e for _, e in federation.sent if e.kind == "train")
-    alone = client_app.client.ProcessCache()
-    shared = client_app.client.ProcessCache()
+    alone = client_app.process.ProcessCache()
+    shared = client_app.process.ProcessCache()
     replies = []
     for cache, order in ((alone, [1]), (shared, [0, 2, 1]), (shared, [1])):
         for index in order:
@@ -794,7 +796,7 @@ def test_9_hard_coded_alignment(
 
 
 def check_image_size_is_the_models(load: Callable[..., models.Loaded], folder: Path) -> None:
-    from fedpft_core.data.batches import encode
+    from fedpft_core.data.encoding import encode
 
     for size in (16, 24):
         where = tiny.folder("vit", folder / str(size), image_size=size)
@@ -888,7 +890,7 @@ def check_distillation_without_dropout(distil: Callable[..., Any]) -> None:
             teacher, student, plan, batch, config.DistillConfig(), steps=1, lr=1e-9, alpha=0.0
         )
         teacher.eval(), student.eval()
-        want = distill.output_error(teacher, student, plan, batch)
+        want = output_error(teacher, student, plan, batch)
         assert loss == pytest.approx(sum(want.values()) / len(want), rel=1e-5)
         first.append(loss)
     assert first[0] == first[1]

@@ -93,7 +93,7 @@ def test_flower_is_imported_from_its_public_modules_only() -> None:
 
 def test_a_higher_room_is_found_out(tmp_path: Path) -> None:
     path = tmp_path / "low.py"
-    path.write_text("def f():\n    from fedpft_core.align.distill import apoz\n")
+    path.write_text("def f():\n    from fedpft_core.align.distill import distil\n")
     (name,) = imported(path)
     assert FLOOR[room_of(name) or ""] > FLOOR["fedpft_core.model"]
 

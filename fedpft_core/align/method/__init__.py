@@ -1,7 +1,7 @@
 """Ways to align the proxy with the FM: one file per choice of `distill.method` and `align.method`.
 
 Each file has `align(job) -> (first, last)`: it changes the weights of `job.student` that
-`distill.moving_parts` names (with `job.chosen`, of those neurons only), leaves everything else as
+`blocks.moving_parts` names (with `job.chosen`, of those neurons only), leaves everything else as
 it was to the bit, and returns its loss before and after. `LAYER_DROP = True` says that it also
 serves proxies whose blocks are dropped instead of pruned. `a+b` runs a, then b.
 """
@@ -16,7 +16,8 @@ from types import ModuleType
 from torch import Tensor, nn
 
 from fedpft_core import registry
-from fedpft_core.align.distill import Progress, targets
+from fedpft_core.align.blocks import targets
+from fedpft_core.align.distill import Progress
 from fedpft_core.config import DistillConfig
 from fedpft_core.errors import UserError
 from fedpft_core.model.batch import Position

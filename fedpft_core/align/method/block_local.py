@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fedpft_core.align.distill import hidden_errors, local_views
+from fedpft_core.align.blocks import local_views
+from fedpft_core.align.losses import hidden_errors
 from fedpft_core.align.method import Job, sgd
 from fedpft_core.model.device import Batch
 from fedpft_core.model.families import family_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedpft_core.align.distill import local_views
+from fedpft_core.align.blocks import local_views
 from fedpft_core.align.method import Job
 from fedpft_core.model.batch import at_real
 from fedpft_core.model.device import device_of, to_device

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedpft_core.adapter import lora as adapters
-from fedpft_core.align.distill import hidden_errors, outputs, targets
+from fedpft_core.align.blocks import outputs, targets
+from fedpft_core.align.losses import hidden_errors
 from fedpft_core.align.method import Job, sgd
 from fedpft_core.model.batch import Position, real_positions
 from fedpft_core.model.device import Batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fedpft_core.align.distill import local_views
+from fedpft_core.align.blocks import local_views
 from fedpft_core.align.method import Job
 from fedpft_core.align.method.closed_form import Fit, means
 from fedpft_core.model.batch import at_real

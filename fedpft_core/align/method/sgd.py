@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedpft_core.align import distill
-from fedpft_core.align.distill import Objective
+from fedpft_core.align.losses import Objective
 from fedpft_core.align.method import Job
 
 LAYER_DROP = True

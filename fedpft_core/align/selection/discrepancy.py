@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fedpft_core.align import distill
+from fedpft_core.align.losses import hidden_objective
 from fedpft_core.align.selection import View
 from fedpft_core.model.families import FFN
 from fedpft_core.model.plan import pruned_ffns
@@ -25,7 +26,7 @@ def scores(view: View) -> dict[int, Tensor]:
     """
     assert view.teacher and view.student and view.plan
     ffns = pruned_ffns(view.student, view.plan)
-    objective = distill.hidden_objective(view.teacher, view.student, view.plan)
+    objective = hidden_objective(view.teacher, view.student, view.plan)
     parts = {
         (b, part): p
         for b, ffn in ffns.items()

@@ -21,9 +21,8 @@ small and random, so that the examples take no time; any model of a supported fa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +32,21 @@ from torch import Tensor, nn
 from fedpft_core.adapter import lora
 from fedpft_core.align import method as alignment
 from fedpft_core.align.distill import Progress
+from fedpft_core.api._models import (
+    expect,
+    known_family,
+    shaped_as_proxy,
+    task_of,
+    with_adapter,
+    without_adapter,
+)
+from fedpft_core.api._rows import Rows
 from fedpft_core.config import Config, from_flat
 from fedpft_core.errors import UserError
 from fedpft_core.head import refit as plug
-from fedpft_core.model.device import Batch
-from fedpft_core.model.families import Family, base_model, family_of_config, supported
-from fedpft_core.model.normalise import normalise
 from fedpft_core.model.plan import Plan
 from fedpft_core.proxy import build, choose
-from fedpft_core.task import Task, Writer, of_model
+from fedpft_core.task import Writer
 from fedpft_core.train import agreement
 from fedpft_core.train.tune import LocalSettings, TrainResult, train_on
 
@@ -100,15 +105,15 @@ def make_plan(
         >>> fp.Plan.from_json(plan.to_json()) == plan
         True
     """
-    _bare(fm, "The FM")
+    without_adapter(fm, "The FM")
     if not isinstance(retained_layers, str):
         retained_layers = ",".join(map(str, retained_layers))
     settings = _settings(
         "plan", keep_share=keep_share, keep_neurons=keep_neurons, retained_layers=retained_layers,
         saliency=saliency, qk_rank=qk_rank, proxy=proxy, drop_to=drop_to,
     ).plan  # fmt: skip
-    public = None if batches is None else _Rows(batches).once
-    return choose.make_plan(fm, settings, seed, public, _task(fm).position(_family(fm)))
+    public = None if batches is None else Rows(batches).once
+    return choose.make_plan(fm, settings, seed, public, task_of(fm).position(known_family(fm)))
 
 
 def build_proxy(fm: nn.Module, plan: Plan) -> nn.Module:
@@ -131,8 +136,8 @@ def build_proxy(fm: nn.Module, plan: Plan) -> nn.Module:
         >>> [layer.output.dense.in_features for layer in proxy.bert.encoder.layer]
         [24, 6, 6, 24]
     """
-    _bare(fm, "The FM")
-    _expect(fm, plan, "fm", "build_proxy")
+    without_adapter(fm, "The FM")
+    expect(fm, plan, "fm", "build_proxy")
     return build.build(fm, plan)
 
 
@@ -196,16 +201,16 @@ def distil(
         >>> done.last_loss < done.first_loss
         True
     """
-    _expect(fm, plan, "fm", "distil")
-    _expect(proxy, plan, "proxy", "distil")
+    expect(fm, plan, "fm", "distil")
+    expect(proxy, plan, "proxy", "distil")
     settings = _settings("distill", method=method, steps=steps, lr=lr, alpha=alpha).distill
     if not alignment.needed(settings.method, plan, settings.steps):
         return Distilled(0.0, 0.0, 0.0)
-    rows = _Rows(batches, longest=max(settings.steps, settings.fit_batches))
+    rows = Rows(batches, longest=max(settings.steps, settings.fit_batches))
     job = alignment.Job(
         fm, proxy, plan, rows.take, settings, steps=settings.steps, lr=settings.lr,
         alpha=settings.alpha, seed=seed, on_step=on_step,
-        head_reads=_task(fm).position(_family(fm)),
+        head_reads=task_of(fm).position(known_family(fm)),
     )  # fmt: skip
     return Distilled(*alignment.run(settings.method, job))
 
@@ -248,14 +253,14 @@ def attach(
         >>> sum(p.numel() for p in proxy.parameters() if p.requires_grad)
         2099
     """
-    family = _bare(model, "The model")
-    is_proxy = _is_proxy(model, plan)
+    family = without_adapter(model, "The model")
+    is_proxy = shaped_as_proxy(model, plan)
     settings = _settings("lora", rank=rank, alpha=alpha, dropout=dropout).lora
     own = {name for name, _ in model.named_modules()}
     for name in modules_to_save:
         if name not in own:
             raise UserError(f"modules_to_save: the model has no module {name!r}.")
-    head = _task(model).head(family)
+    head = task_of(model).head(family)
     spec = lora.make_spec(family, plan, tuple(modules_to_save), settings, head)
     names = plan if is_proxy else None
     wrapped = lora.attach(model, spec, names)
@@ -303,7 +308,7 @@ def tune(
         >>> result.steps, result.rows
         (12, 96)
     """
-    _with_adapter(model, "tune")
+    with_adapter(model, "tune")
     train = _settings(
         "train", lr=lr, head_lr_scale=head_lr_scale, local_epochs=epochs, local_steps=steps,
         weight_decay=weight_decay, clip=clip,
@@ -312,9 +317,9 @@ def tune(
         train.lr, train.batch_size, epochs, steps, train.weight_decay, train.clip, train.threads,
         train.head_lr_scale,
     )  # fmt: skip
-    rows = _Rows(batches, labelled="tune", longest=steps)
+    rows = Rows(batches, labelled="tune", longest=steps)
     served = rows.take(steps) if steps else rows.epochs(epochs)
-    return train_on(model, _task(model), served, settings, seed)
+    return train_on(model, task_of(model), served, settings, seed)
 
 
 def plug_in(
@@ -354,10 +359,10 @@ def plug_in(
         >>> product is fm
         True
     """
-    _with_adapter(proxy, "plug_in")
-    _with_adapter(fm, "plug_in")
-    _expect(proxy, plan, "proxy", "plug_in")
-    _expect(fm, plan, "fm", "plug_in")
+    with_adapter(proxy, "plug_in")
+    with_adapter(fm, "plug_in")
+    expect(proxy, plan, "proxy", "plug_in")
+    expect(fm, plan, "fm", "plug_in")
     try:
         lora.load(fm, lora.read(proxy, plan))
     except ValueError as error:
@@ -367,11 +372,11 @@ def plug_in(
         ) from error
     if batches is not None:
         ridge = _settings("plug", ridge=ridge).plug.ridge
-        rows = _Rows(batches)
-        if not _task(fm).refits:
+        rows = Rows(batches)
+        if not task_of(fm).refits:
             raise UserError("plug_in: the models have no head to refit; leave out `batches`.")
         judge = (lambda: iter(())) if rows.all_labelled() else None
-        plug.refit_head(fm, proxy, _task(fm), rows.once, ridge, judge)
+        plug.refit_head(fm, proxy, task_of(fm), rows.once, ridge, judge)
     return fm
 
 
@@ -399,8 +404,8 @@ def export(fm: PeftModel, folder: str | Path, *, base_name: str = "") -> list[Pa
         >>> [file.name for file in fp.export(fm, tempfile.mkdtemp())]
         ['adapter_config.json', 'adapter_model.safetensors']
     """
-    _with_adapter(fm, "export")
-    kind = "CAUSAL_LM" if isinstance(_task(fm), Writer) else None
+    with_adapter(fm, "export")
+    kind = "CAUSAL_LM" if isinstance(task_of(fm), Writer) else None
     return lora.export(fm, Path(folder), base_name, kind)
 
 
@@ -435,133 +440,14 @@ def gradient_agreement(
         >>> [row["block"] for row in found["blocks"]]
         [0, 1, 2, 3]
     """
-    _with_adapter(fm, "gradient_agreement")
-    _with_adapter(proxy, "gradient_agreement")
-    _expect(fm, plan, "fm", "gradient_agreement")
-    _expect(proxy, plan, "proxy", "gradient_agreement")
-    rows = list(_Rows(batches, labelled="gradient_agreement").once())
-    return agreement.compare_gradients(fm, proxy, plan, _task(fm), rows, b_only=False)
-
-
-class _Rows:
-    """A user's batches, which can be gone through as often as a method asks.
-
-    An iterator, which can be gone through once only, is read at once, `longest` batches at most.
-    """
-
-    def __init__(self, batches: Batches, labelled: str = "", longest: int = 0) -> None:
-        if isinstance(batches, Mapping):
-            raise UserError("batches: expected a list or a DataLoader of batches, got one batch.")
-        if isinstance(batches, Iterator):
-            batches = list(islice(batches, longest or None))
-        self.batches = batches
-        self.labelled = labelled
-
-    def once(self) -> Iterator[Batch]:
-        """All batches in order. Raises UserError where there is none, or for what is no batch."""
-        number = 0
-        for number, batch in enumerate(self.batches, 1):
-            if not isinstance(batch, Mapping) or not batch:
-                raise UserError(
-                    f"batches: batch {number} is {type(batch).__name__}, expected a dictionary of "
-                    "tensors."
-                )
-            if self.labelled and "labels" not in batch:
-                raise UserError(f"{self.labelled}: batch {number} has no `labels`.")
-            yield dict(batch)
-        if not number:
-            raise UserError("batches: there is none.")
-
-    def epochs(self, n: int) -> Iterator[Batch]:
-        """All batches, n times over."""
-        return chain.from_iterable(self.once() for _ in range(n))
-
-    def take(self, n: int) -> Iterator[Batch]:
-        """The first n batches, from the start again as often as it takes."""
-        return islice(chain.from_iterable(self.once() for _ in repeat(None)), n)
-
-    def all_labelled(self) -> bool:
-        """Whether every batch has labels."""
-        return all("labels" in batch for batch in self.once())
+    with_adapter(fm, "gradient_agreement")
+    with_adapter(proxy, "gradient_agreement")
+    expect(fm, plan, "fm", "gradient_agreement")
+    expect(proxy, plan, "proxy", "gradient_agreement")
+    rows = list(Rows(batches, labelled="gradient_agreement").once())
+    return agreement.compare_gradients(fm, proxy, plan, task_of(fm), rows, b_only=False)
 
 
 def _settings(section: str, **values: Any) -> Config:
     """A configuration with these keys of one section; UserError for a wrong type or value."""
     return from_flat({f"{section}.{k.replace('_', '-')}": v for k, v in values.items()})
-
-
-def _family(model: nn.Module) -> Family:
-    """The family of a task model. Raises UserError for a model that is none of a known family."""
-    bare = base_model(model)
-    config = getattr(bare, "config", None)
-    model_type = getattr(config, "model_type", None)
-    if model_type not in supported().split(", "):
-        named = f"of type {model_type!r} " if model_type else ""
-        raise UserError(
-            f"A {type(bare).__name__} {named}is not supported; supported are the Hugging Face "
-            f"model types {supported()}."
-        )
-    family = family_of_config(config)
-    for path in (family.blocks, *_task_of(bare, family).head(family)):
-        try:
-            bare.get_submodule(path)
-        except AttributeError:
-            raise UserError(
-                f"A {type(bare).__name__} has no {path}: take the model with its task head, "
-                "such as AutoModelForSequenceClassification gives."
-            ) from None
-    return family
-
-
-def _task(model: nn.Module) -> Task:
-    """The task that a model with its task head is for."""
-    return _task_of(base_model(model), _family(model))
-
-
-def _task_of(bare: nn.Module, family: Family) -> Task:
-    return of_model(family.kind, type(bare).__name__, bare.config)
-
-
-def _bare(model: nn.Module, what: str) -> Family:
-    """The family of a model without adapter, normalised in place. Raises UserError with one."""
-    family = _family(model)
-    if _has_adapter(model):
-        raise UserError(f"{what} carries an adapter already; take it without one.")
-    normalise(model)
-    return family
-
-
-def _has_adapter(model: nn.Module) -> bool:
-    return any(".lora_" in name for name, _ in model.named_parameters())
-
-
-def _with_adapter(model: nn.Module, where: str) -> None:
-    _family(model)
-    if not _has_adapter(model):
-        raise UserError(f"{where}: the model has no adapter; `attach` puts one on it.")
-
-
-def _is_proxy(model: nn.Module, plan: Plan) -> bool:
-    """Whether a model is the plan's proxy, not its FM; UserError when it is neither."""
-    family = _family(model)
-    if family.name != plan.model_type:
-        raise UserError(
-            f"The plan is for a {plan.model_type} model, but this one is a {family.name}."
-        )
-    found = [ffn.neurons for ffn in family.ffns(model)]
-    if found == [plan.neurons(i) for i in range(len(plan.blocks))]:
-        return False
-    if found == [len(plan.blocks[i].kept) or plan.neurons(i) for i in plan.present]:
-        return True
-    raise UserError(
-        f"The plan is for another model: it has {len(plan.blocks)} blocks of {plan.fm_neurons} FFN "
-        f"neurons and keeps {len(plan.present)} blocks, but this model's blocks have "
-        f"{', '.join(map(str, found))} neurons."
-    )
-
-
-def _expect(model: nn.Module, plan: Plan, side: str, where: str) -> None:
-    """Raise UserError unless the model is what the plan calls its `fm` or its `proxy`."""
-    if _is_proxy(model, plan) != (side == "proxy") and not plan.is_full:
-        other = "the FM" if side == "proxy" else "the proxy"
-        raise UserError(f"{where}: `{side}` is {other}; the two may be exchanged.")

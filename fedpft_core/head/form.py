@@ -1,0 +1,139 @@
+"""What a closed form of a head is asked, and the sums over rows that it follows from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, Self
+
+from torch import Tensor
+
+from fedpft_core.head.discriminant import Head
+from fedpft_core.head.mapped import Map
+from fedpft_core.tensors import Tensors
+
+
+class Sums(Protocol):
+    """Sums over rows that add up over clients; `Statistics` and `Moments` are such."""
+
+    @property
+    def rows(self) -> int:
+        """What is summed over: rows, or whatever the task judges."""
+
+    @property
+    def groups(self) -> int:
+        """Classes that have any; 0 where there are no classes."""
+
+    def plus(self, other: Self) -> Self:
+        """The sums of both.
+
+        Args:
+            other: of the same form.
+
+        Returns:
+            New sums.
+        """
+
+    def part(self, share: float) -> Self:
+        """The same means and covariances, over a part of the rows.
+
+        Args:
+            share: in (0, 1].
+
+        Returns:
+            New sums; these where the share is 1.
+        """
+
+    def tensors(self) -> Tensors:
+        """As they travel.
+
+        Returns:
+            Tensors by name.
+        """
+
+
+class Form(Protocol):
+    """How the head of one kind of task follows from sums."""
+
+    def of(self, features: Tensor, answers: Tensor) -> Any:
+        """The sums of some rows.
+
+        Args:
+            features: float64 [N, D].
+            answers: of the same N, as the task has them.
+
+        Returns:
+            Their sums.
+        """
+
+    def group_rows(self, labels: Tensor) -> list[int]:
+        """How many rows each group has whose features the sums tell apart from the others'.
+
+        Args:
+            labels: of a client's rows, first axis rows, as the task encodes them.
+
+        Returns:
+            A number for each group, 0 included; empty where the sums know no groups.
+        """
+
+    def numbers(self, width: int) -> int:
+        """How many numbers of 8 bytes the sums are.
+
+        Args:
+            width: D.
+
+        Returns:
+            As they travel.
+        """
+
+    def read(self, tensors: Mapping[str, Tensor], width: int) -> Any:
+        """Sums as they came.
+
+        Args:
+            tensors: by name.
+            width: D.
+
+        Returns:
+            The sums.
+
+        Raises:
+            ReplyError: they are no such sums.
+        """
+
+    def check(self, found: Any, announced: int, longest: float, most: int) -> None:
+        """Refuse sums that no rows can have.
+
+        Args:
+            found: as `read` gives them.
+            announced: rows that the client said it trains on.
+            longest: largest L2 norm that a feature vector can have.
+            most: the most answers that a row can have.
+
+        Raises:
+            ReplyError: naming the first thing that is wrong.
+        """
+
+    def fit(self, found: Any, fixed: float | None, features: Tensor, answers: Tensor) -> Head:
+        """The head that sums give.
+
+        Args:
+            found: of the rows to learn from.
+            fixed: the shrinkage to take; None chooses it.
+            features: float64 [N, D] of labelled rows to choose by, maybe none.
+            answers: of the same N.
+
+        Returns:
+            The head.
+        """
+
+    def taken(self, found: Any, way: Map, x: Tensor, y: Tensor) -> Any:
+        """The sums that the same rows would have in another model.
+
+        Args:
+            found: in the one model.
+            way: from its features to the other's, fitted on x and y.
+            x: float64 [N, D].
+            y: float64 [N, D].
+
+        Returns:
+            Sums over as many rows.
+        """
