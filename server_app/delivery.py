@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,25 @@ class Holds:
     def open(self) -> float:
         """How much a client may lack: it is served again only if that becomes less."""
         return float("inf") if self.lacks is None else len(self.lacks)
+
+
+NOTHING = Holds(())
+"""What the server knows of a client that has no sub-FM: it is sent all of one."""
+SERVINGS = 3
+"""How often a client is served again in a round: the manifest, what it lacks, everything."""
+
+
+def servings(parcel: Parcel, most: int) -> int:
+    """How often a client may be served again in a round.
+
+    Args:
+        parcel: the whole package.
+        most: bytes of weights and files in one message; 0 = no limit.
+
+    Returns:
+        A number that also lets a package in parts come through, whatever its parts.
+    """
+    return SERVINGS + (2 * math.ceil(parcel.size / most) if most else 0)
 
 
 class Shelf:

@@ -24,7 +24,7 @@ from fedpft_core.wire import codec
 from fedpft_core.wire.envelope import Envelope
 from fedpft_core.wire.parcel import Parcel
 from fedpft_core.wire.validate import Expected, ExpectedStatistics
-from server_app.delivery import Holds, Shelf
+from server_app.delivery import Holds, Shelf, servings
 from server_app.rounds import ledger
 from server_app.rounds.chain import Asked
 from server_app.rounds.collect import Collection
@@ -33,7 +33,14 @@ from server_app.rounds.outcome import Outcome, outcome
 from server_app.rounds.patience import Patience
 from server_app.rounds.private import ClientPrivacy
 from server_app.rounds.remarks import Remarks
-from server_app.rounds.requests import Request, expected, learning_rate, local_settings, requests
+from server_app.rounds.requests import (
+    Request,
+    expected,
+    learning_rate,
+    local_settings,
+    most_bytes,
+    requests,
+)
 from server_app.rounds.secure import Phase, SecureRound, Sum
 from server_app.rounds.statistics import Gathered, statistics_requests
 from server_app.run import schema as ev
@@ -290,6 +297,17 @@ class Strategy:
         """Where a round's replies lie until they are aggregated."""
         return Path(self.config.run.dir) if self.config.run.dir else None
 
+    def servings(self, state: State) -> int:
+        """How often a client may be served again in a round.
+
+        Args:
+            state: its package comes in one message or in parts.
+
+        Returns:
+            The number.
+        """
+        return servings(self._parcel(state), most_bytes(self.config))
+
     def _parcel(self, state: State) -> Parcel:
         return self._shelf.parcel(state.package, state.digest, state.digests)
 
@@ -298,6 +316,7 @@ class Strategy:
     ) -> None:
         """Send a round's requests, made of a node's id and what it has; collect the replies."""
         timeout = self.patience.seconds(got.round)
+        got.servings = self.servings(got.state)
 
         def send(wanted: Mapping[int, Holds], deadline: float) -> None:
             messages = {i: request(i, holds) for i, holds in wanted.items()}

@@ -84,7 +84,8 @@ class Parcel:
         Returns:
             The manifest with these weights and files, in the order of their digests.
         """
-        wanted, total = [], 0
+        wanted: list[str] = []
+        total = 0
         for digest in sorted(self.sizes.keys() & set(digests)):
             total += self.sizes[digest]
             if most and wanted and total > most:

@@ -10,7 +10,7 @@ from typing import Any
 from fedpft_core.errors import ReplyError
 from fedpft_core.wire.envelope import Envelope
 from fedpft_core.wire.messages import Failure, NeedReply
-from server_app.delivery import Holds
+from server_app.delivery import NOTHING, SERVINGS, Holds
 from server_app.rounds import caution, ledger
 from server_app.rounds.chain import Asked, Lacking, receive
 from server_app.rounds.ledger import printable
@@ -36,7 +36,8 @@ class Awaited:
         self.events = events
         self.bad: dict[str, str] = {}  # reasons, by client name
         self.again: dict[int, Holds] = {}  # who has to be served again, and has what
-        self.served: dict[int, Holds] = {}  # who has been served again, having had what
+        self.served: dict[int, list[Holds]] = {}  # who has been served again, having had what
+        self.servings = SERVINGS  # how often one client is served again at most
 
     def judge(self, node: Node, reply: Envelope | Failure) -> None:
         """Take a reply of a node that is not settled.
@@ -103,7 +104,7 @@ class Awaited:
         return False
 
     def _holds(self, node: Node, need: NeedReply) -> Holds:
-        """What a client that has to be served again has; it must lack less than the last time."""
+        """What a client has that is served again; all is sent once, if it does not lack less."""
         if need.digest != self.state.digest:
             raise ReplyError("it says what it lacks of another sub-FM than the one asked for")
         holds = Holds(need.have, need.lacks)
@@ -111,10 +112,13 @@ class Awaited:
             manifest = self.state.package.manifest(self.state.digests)
             if not need.lacks or not manifest.contents.issuperset(need.lacks):
                 raise ReplyError("it lacks nothing, or what is none of the sub-FM's")
-        before = self.served.get(node.id)
-        if before is not None and holds.open >= before.open:
-            raise ReplyError("it has been served again, and lacks the sub-FM as before")
-        return holds
+        before = self.served.get(node.id, [])
+        if len(before) < self.servings:
+            if not before or holds.open < before[-1].open:
+                return holds
+            if NOTHING not in before:
+                return NOTHING
+        raise ReplyError("it has been served again, and lacks the sub-FM as before")
 
     def serve(self) -> dict[int, Holds]:
         """Who has to be served again; from here on these count as served.
@@ -123,7 +127,8 @@ class Awaited:
             What each of them has, by node id.
         """
         now, self.again = self.again, {}
-        self.served |= now
+        for node_id, holds in now.items():
+            self.served.setdefault(node_id, []).append(holds)
         return now
 
 

@@ -137,6 +137,18 @@ def _fields(config: Config, state: State, round: int, adapter: Tensors) -> dict[
     }
 
 
+def most_bytes(config: Config) -> int:
+    """Bytes of a sub-FM in one message.
+
+    Args:
+        config: the run's configuration.
+
+    Returns:
+        wire.message-mb in bytes; 0 = no limit.
+    """
+    return config.wire.message_mb * _MEGABYTE
+
+
 def by_need(
     config: Config,
     state: State,
@@ -158,7 +170,7 @@ def by_need(
     """
     state.patches = useful(state.patches, parcel.size)
     made: dict[tuple[frozenset[str] | None, int], Envelope] = {}
-    most = config.wire.message_mb * _MEGABYTE
+    most = most_bytes(config)
 
     def request(holds: Holds) -> Envelope:
         some = share(parcel, holds, most)

@@ -151,6 +151,7 @@ class Continuous:
         with Replies(work.want.adapter, folder, work.rule) as replies:
             asked = Asked(work.want, f.clip_update_norm, replies, work.rule.scaling)
             got = Buffer(asked, f.staleness_exponent, state, version, session.events)
+            got.servings = session.strategy.servings(state)
             self.ask(got)
             session.events.emit(ev.RoundStarted(
                 round=version, rounds=f.rounds, attempt=1,

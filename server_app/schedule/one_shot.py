@@ -75,6 +75,7 @@ class OneShot:
             self.work.want, self.settings.clip_update_norm, self.kept, self.work.rule.scaling
         )
         self.got = Collection(asked, [], state, _ROUND, session.events)
+        self.got.servings = session.strategy.servings(state)
         self.got.good = dict(self.kept.good)
         self.merging = Merging(session, self.kept, _ROUND)
         self.post = Post(session.strategy, state, self.settings.round_timeout)

@@ -81,7 +81,7 @@ def end(folder: Path) -> dict[str, bytes]:
     [
         ("bf16", "same", "same", 0.6), ("fp16", "same", "fp16", 0.6), ("int8", "same", "same", 0.4),
         ("int8", "int4", "same", 0.35), ("int8", "same", "fp16", 0.4),
-        ("fp32", "int4", "bf16", 0.9),
+        ("fp32", "int4", "bf16", 1.0),
     ],
 )  # fmt: skip
 def test_a_run_in_fewer_bits(
@@ -100,7 +100,7 @@ def test_a_run_in_fewer_bits(
         assert len(federation.parcels()) == NODES, "the next round needs a patch, no package"
         (first, *_) = federation.parcels()
         sizes.append(first[1].size - sum(map(len, first[1].files.values())))
-    assert sizes[1] < most * sizes[0]
+    assert sizes[1] < most * sizes[0], sizes
 
 
 @pytest.mark.parametrize("fmt", ["fp32", "int8"])
@@ -110,12 +110,13 @@ def test_another_task_on_the_same_fm_gets_what_is_new(
     flat = flat | {"wire.package": fmt, "wire.patch": "same"}
     federation = Deployed(flat, tmp_path / "disks")
     first = tiny.run(flat, tmp_path / "first", federation)
-    had = {k for _, p in federation.parcels() for k in p.manifest.contents}
+    had = [Store(tmp_path / f"disks/node-{i}")._contents() for i in range(NODES)]
     again = Deployed(flat, tmp_path / "disks")
     second = tiny.run(flat, tmp_path / "second", again, run__seed=1, data__max_length=12)
     assert statuses(second) == {"ok", "need"}
-    sent = {k for _, p in again.parcels() for k in p.sizes}
-    assert sent and not sent & had, "what a node has had travels again"
+    sent = [(node, k) for node, p in again.parcels() for k in p.sizes]
+    assert sent and not any(k in had[node] for node, k in sent), "what a node has travels again"
+    assert len(set(sent)) == len(sent)
     assert package_bytes(second) < 0.6 * package_bytes(first)
     # Bits are those of a run on nodes that had nothing.
     fresh = Deployed(flat, tmp_path / "other-disks")
@@ -217,8 +218,10 @@ def test_no_message_holds_a_rounded_row_of_what_was_pruned(
     for block in plan.pruned:
         kept = set(plan.blocks[block].kept)
         assert not seen & neurons(block, set(range(plan.fm_neurons)) - kept)
+    # It would be noticed: that part of a whole block travels whose scales lie along its neurons.
     assert plan.blocks[0].state == "whole"
-    assert neurons(0, range(plan.fm_neurons)) <= seen, "it would not be noticed"
+    ins = rounded(fm[f"encoder.layer.0.{family.ffn_in[0]}.weight"], fmt, 0)
+    assert {line(row) for row in ins} <= seen
 
 
 def line(t: Tensor) -> bytes:

@@ -698,3 +698,25 @@ def test_a_link_cut_after_most_of_a_package_costs_the_rest(monkeypatch: pytest.M
     again = [Parcel.from_bytes(data) for data in sent]
     assert not again[0].sizes, "the manifest, for it to say what it lacks"
     assert 0 < sum(p.size for p in again) <= whole - cut[0]
+
+
+def test_what_was_lost_while_it_was_served_is_made_good_by_the_whole_package() -> None:
+    network = fabricate.network("a", "b", "c")
+    strategy, state, events = started(network)
+    node = network.members[12]
+    node.packages["f" * 64] = fabricate.package(7)  # so that it is asked what it lacks
+    every = sorted(state.package.manifest().contents)
+    answer, needs = node.answer, iter([tuple(every[:2]), tuple(every[:4])])
+
+    def losing(envelope: Envelope) -> Envelope | Failure:
+        lacks = next(needs, None) if envelope.kind == "train" else None
+        if lacks is None:
+            return answer(envelope)
+        return seal(NeedReply("b", state.digest, ("f" * 64,), lacks))
+
+    node.answer = losing  # type: ignore[method-assign]
+    assert strategy.run_round(state, 1, "").good == 3
+    sent = [set(Parcel.from_bytes(m.package).sizes) for n, m in requests(network) if n == 12]
+    assert sent == [set(), set(every[:2]), set(every)]
+    found = [s for c, s in seen(events, "reply", "client", "status") if c == "b"]
+    assert found == ["need", "need", "ok"]
