@@ -27,6 +27,7 @@ from fedpft_core.wire.envelope import Envelope, open_envelope, seal
 from fedpft_core.wire.messages import NeedReply, TrainReply, TrainRequest
 from server_app.delivery import Holds
 from server_app.phases import distil, load
+from server_app.rounds.nodes import Node
 from server_app.state import State, fresh_state
 from server_app.strategy import Strategy
 
@@ -37,6 +38,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "int8": {"wire.package": "int8"},
     "int8, embeddings int4": {"wire.package": "int8", "wire.embeddings": "int4"},
 }
+NODE = Node(1, "node-1", 478)
 LONG = 60  # characters of a sentence that counts as long
 
 
@@ -77,7 +79,7 @@ def contact(state: State, strategy: Strategy, store: Store) -> tuple[int, int]:
     """Serve a node until it has the sub-FM; bytes down and up, without the adapter's."""
     prepared, holds, down, up = strategy.prepare(state, 1), Holds(store.digests()), 0, 0
     while True:
-        sent = prepared.request(holds)
+        sent = prepared.request(NODE, holds)
         down += size(sent) - sent.sizes()["adapter"]
         request = open_envelope(sent)
         assert isinstance(request, TrainRequest)
@@ -92,7 +94,7 @@ def contact(state: State, strategy: Strategy, store: Store) -> tuple[int, int]:
 def steady(cfg: config.Config, state: State, strategy: Strategy) -> tuple[int, int]:
     """A round's messages to and from a client that has the sub-FM, and the adapter's numbers."""
     prepared = strategy.prepare(state, 2)
-    sent = prepared.request(Holds((state.digest,)))
+    sent = prepared.request(NODE, Holds((state.digest,)))
     fmt = prepared.want.fmt
     back = seal(TrainReply(
         "node-1", 2, state.digest, 478, 16, 0.6931471805599453, 4.123456789,

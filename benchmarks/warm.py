@@ -6,6 +6,7 @@ processes do what `flwr-clientapp` does with a training message: import Flower a
 the message, answer it. Prints medians as a Markdown table.
 
     python benchmarks/warm.py [--repeats N] [--against CHECKOUT]   # processes by hand
+    python benchmarks/warm.py --worker [--repeats N]               # the same with the node's worker
     python benchmarks/warm.py --real [--rounds N]                  # SuperLink and SuperNode
 
 `--against` takes turns with another checkout of this repository, so that noise falls on both.
@@ -15,6 +16,7 @@ CPU seconds (user and system) are the steadier figure where other work shares th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -71,27 +73,28 @@ def child(folder: Path) -> None:
     clock.lap("Flower")
     from client_app import app  # noqa: F401
 
+    with contextlib.suppress(ImportError):  # an older checkout imports everything in `app`
+        from client_app import answer  # noqa: F401
+
     clock.lap("imports of the app")
     # Counted apart from the model that needs them, whenever the code under test loads them.
     from transformers import BertForSequenceClassification  # noqa: F401
 
     clock.lap("imports of the app")
+    from client_app import chain
     from client_app import client as module
     from client_app.node import client_for
     from client_app.store import Store
     from fedpft_core.wire import flower as wire
-    from fedpft_core.wire.envelope import Envelope
 
-    saved = json.loads((folder / "message.json").read_text())
-    parts = {p.name: p.read_bytes() for p in (folder / "parts").iterdir()}
-    record = wire.to_record(Envelope("train", saved["head"], parts, saved["check"]))
+    record = wire.to_record(kept(folder))
     for owner, attribute, name in (
         (Store, "get", "read and verify the sub-FM"),
         (module, "rebuild", "build the model"),
         (module.Client, "_rows", "read and tokenise the rows"),
-        (module.adapters, "load", "load the adapter"),
-        (module, "fine_tune", "training"),
-        (module, "count_inactive", "count inactive neurons"),
+        (chain.adapters, "load", "load the adapter"),
+        (chain, "fine_tune", "training"),
+        (chain, "count_inactive", "count inactive neurons"),
     ):
         clock.around(owner, attribute, name)
     before = sum(clock.seconds.values())
@@ -103,6 +106,103 @@ def child(folder: Path) -> None:
     assert reply.kind == "train-reply", reply.head
     clock.seconds["the rest (message, reply)"] = spent - (sum(clock.seconds.values()) - before)
     print(json.dumps(clock.seconds))
+
+
+def kept(folder: Path) -> Any:
+    """The message that was prepared."""
+    from fedpft_core.wire.envelope import Envelope
+
+    saved = json.loads((folder / "message.json").read_text())
+    parts = {p.name: p.read_bytes() for p in (folder / "parts").iterdir()}
+    return Envelope("train", saved["head"], parts, saved["check"])
+
+
+def asker(folder: Path) -> None:
+    """Hand the message kept in `folder` to the node's worker, as the ClientApp does."""
+    clock = Clock()
+    import flwr.supernode.runtime.run_clientapp  # noqa: F401
+
+    clock.lap("Flower's own imports")
+    from client_app import app  # noqa: F401
+
+    clock.lap("imports of the app")
+    from client_app.warm.ask import ask
+    from fedpft_core.wire import flower as wire
+    from fedpft_core.wire.form import Envelope
+
+    saved = json.loads((folder / "message.json").read_text())
+    parts = {p.name: p.read_bytes() for p in (folder / "parts").iterdir()}
+    record = wire.to_record(Envelope("train", saved["head"], parts, saved["check"]))
+    node = json.loads((folder / "node.json").read_text())
+    clock.lap("")
+    reply = ask(node, RUN, wire.from_record(record))
+    assert reply is not None and reply.kind == "train-reply", reply
+    wire.to_record(reply)
+    clock.lap("hand the message over, take the answer")
+    clock.seconds.pop("")
+    print(json.dumps(clock.seconds))
+
+
+def training(folder: Path) -> None:
+    """CPU seconds of training on the message kept in `folder`, everything being in memory."""
+    from client_app import answer, chain
+
+    clock = Clock()
+    clock.around(chain, "fine_tune", "training")
+    node = json.loads((folder / "node.json").read_text())
+    node["cache-dir"] += "-alone"
+    (folder / "cache").rename(node["cache-dir"])
+    found = []
+    for _ in range(5):
+        clock.seconds.clear()
+        reply = answer.answer(node, RUN, lambda: kept(folder))
+        assert reply.kind == "train-reply", reply.head
+        found.append(clock.seconds["training"])
+    Path(node["cache-dir"]).rename(folder / "cache")
+    print(json.dumps(statistics.median(found[1:])))
+
+
+def with_worker(repeats: int, steps: int) -> None:
+    """Messages handed to the worker: CPU seconds of both processes, beyond training."""
+    import psutil
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        print(again(ROOT, "--prepare", name, "--steps", str(steps), "--no-counts").stdout)
+        train = json.loads(again(ROOT, "--training", name).stdout.splitlines()[-1])
+        found: list[dict[str, float]] = []
+        worker: psutil.Process | None = None
+        for turn in range(repeats + 2):
+            used = sum(worker.cpu_times()[:2]) if worker else 0.0
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            done = again(ROOT, "--asker", name)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            pieces = json.loads(done.stdout.splitlines()[-1])
+            cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            pieces["start and end of the process"] = cpu - sum(pieces.values())
+            worker = worker or next(
+                p for p in psutil.process_iter() if str(folder / "cache") in _words(p)
+            )
+            pieces["the worker, training left out"] = sum(worker.cpu_times()[:2]) - used - train
+            pieces["**all of these**"] = sum(pieces.values())
+            pieces["of these Flower's: its imports, start and end of a process"] = (
+                pieces["Flower's own imports"] + pieces["start and end of the process"]
+            )
+            if turn > 1:  # the first starts the worker, the second is the first it is warm for
+                found.append(pieces)
+        assert worker is not None
+        print(f"training {train:.2f} s, the worker holds {worker.memory_info().rss / 1e6:.0f} MB\n")
+        worker.terminate()
+    print("| CPU seconds | |\n|---|--:|")
+    for key in found[0]:
+        print(f"| {key} | {statistics.median(p[key] for p in found):.2f} |")
+
+
+def _words(process: Any) -> list[str]:
+    try:
+        return list(process.cmdline())
+    except Exception:
+        return []
 
 
 def again(checkout: Path, *args: str) -> subprocess.CompletedProcess[str]:
@@ -135,7 +235,7 @@ def one(checkout: Path, folder: Path) -> dict[str, float]:
 # ------------------------------------------------------------------ what is prepared once
 
 
-def prepare(folder: Path, steps: int) -> None:
+def prepare(folder: Path, steps: int, counts: bool = True) -> None:
     """A node's data file, its configuration, and a training message for what it has in store."""
     from client_app.store import Store
     from fedpft_core import config
@@ -172,9 +272,10 @@ def prepare(folder: Path, steps: int) -> None:
     settings = LocalSettings(1e-3, cfg.train.batch_size, 1, steps, 0.0, 1.0, 1, 10.0)
     sealed = seal(
         TrainRequest(
-            2, digest, adapter, "fp32", settings, 0, count_rule="nonpositive", run="0" * 16
+            2, digest, adapter, "fp32", settings, 0, run="0" * 16,
+            count_rule="nonpositive" if counts else "",
         )
-    )
+    )  # fmt: skip
     (folder / "message.json").write_text(json.dumps({"head": sealed.head, "check": sealed.check}))
     (folder / "parts").mkdir()
     for name, data in sealed.parts.items():
@@ -246,14 +347,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--against", type=Path)
     parser.add_argument("--real", action="store_true")
+    parser.add_argument("--worker", action="store_true")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--prepare", type=Path, help=argparse.SUPPRESS)
+    for name in ("--asker", "--training"):
+        parser.add_argument(name, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--no-counts", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
+    if args.asker:
+        asker(args.asker)
+    elif args.training:
+        training(args.training)
+    elif args.worker:
+        with_worker(args.repeats, args.steps)
+    elif args.child:
         child(args.child)
     elif args.prepare:
-        prepare(args.prepare, args.steps)
+        prepare(args.prepare, args.steps, not args.no_counts)
     elif args.real:
         real(args.rounds, (args.against or ROOT).resolve())
     else:

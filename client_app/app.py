@@ -9,36 +9,28 @@ from __future__ import annotations
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from client_app.startup import collector_paused
-
-# In a deployment each message starts a new process, and most of its cost are these imports. The
-# model's own module belongs to them, though it is used only once a message names its family.
-with collector_paused(freeze=True):
-    import transformers.modeling_utils  # noqa: F401
-
-    from client_app.disclosure import reason
-    from client_app.node import client_for
-    from fedpft_core.errors import ReplyError, UserError
-    from fedpft_core.wire import flower as wire
-    from fedpft_core.wire.envelope import Envelope, seal
-    from fedpft_core.wire.messages import RefusalReply
+from client_app.warm.ask import ask
+from fedpft_core.errors import ReplyError
+from fedpft_core.wire import flower as wire
+from fedpft_core.wire.form import Envelope
 
 app = ClientApp()
 
 
 def _answer(message: Message, context: Context) -> Message:
-    name = "?"
-    own_rows = bool(context.node_config.get("data-path"))
+    node, run = dict(context.node_config), dict(context.run_config)
     try:
-        client = client_for(dict(context.node_config), dict(context.run_config))
-        name = client.name
-        reply: Envelope = client.handle(wire.from_record(message.content))
-    except (UserError, ReplyError, OSError) as error:
-        reply = seal(RefusalReply(name, reason(error, name, own_rows)))
-    except Exception as error:
-        if not own_rows:
-            raise
-        reply = seal(RefusalReply(name, reason(error, name)))
+        reply = ask(node, run, wire.from_record(message.content))
+    except ReplyError:
+        reply = None  # refused below, in words
+    if reply is None:
+        # Here alone, since it takes seconds: a worker that answers has done it before.
+        from client_app.answer import answer
+
+        def envelope() -> Envelope:
+            return wire.from_record(message.content)
+
+        reply = answer(node, run, envelope)
     return Message(wire.to_record(reply), reply_to=message)
 
 

@@ -45,6 +45,7 @@ def asked(message: Message) -> dict[str, Any]:
         out |= {
             "run": message.run, "round": message.round, "digest": message.digest,
             "settings": dict(message.settings.__dict__), "counts": message.count_rule,
+            "merging": message.merging_rule,
         }  # fmt: skip
     elif isinstance(message, StatisticsRequest):
         out |= {"round": message.round, "digest": message.digest, "width": message.width}

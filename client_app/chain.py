@@ -20,6 +20,7 @@ from client_app.private import ExamplePrivacy
 from client_app.residuals import Residuals
 from client_app.secure import Secure
 from fedpft_core.adapter import lora as adapters
+from fedpft_core.adapter.layers import in_blocks, only_blocks
 from fedpft_core.data.encoded import Encoded
 from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.model.names import is_trained
@@ -30,9 +31,10 @@ from fedpft_core.seeds import derive, numpy_stream
 from fedpft_core.tensors import Tensors
 from fedpft_core.train.evaluate import evaluate
 from fedpft_core.train.inactivity import count_inactive
+from fedpft_core.train.merging import fisher, gram
 from fedpft_core.train.private import fine_tune_private
 from fedpft_core.train.tune import DECAYS, FACTORS, fine_tune
-from fedpft_core.wire import codec
+from fedpft_core.wire import codec, merging
 from fedpft_core.wire.messages import SecureTrainRequest, TrainRequest
 
 log = logging.getLogger("fedpft")
@@ -64,6 +66,7 @@ class Work:
     seconds: float = 0.0
     adapter: Tensors = field(default_factory=dict)  # float32 until `encode`
     counts: Tensors = field(default_factory=dict)
+    merging: Tensors = field(default_factory=dict)  # on the wire's form
     timings: dict[str, float] = field(default_factory=dict)  # seconds by step, before `encode`
 
 
@@ -142,6 +145,8 @@ def tune(work: Work) -> Work:
         raise ReplyError("the request cannot be used (what is to be trained, or at which rate)")
     seed = derive(request.seed, "local", request.round, work.name)
     settings, private = request.settings, work.private
+    if private and settings.blocks:
+        raise ReplyError("example-level privacy trains LoRA in all blocks")
     if private:
         private.spend(work.name, settings, len(work.rows))
         try:
@@ -152,7 +157,8 @@ def tune(work: Work) -> Work:
             text = f"example-level privacy (dp-noise): {error}"
             raise UserError(text, public=text) from error
     else:
-        done = fine_tune(model.model, model.task, work.rows, settings, seed)
+        with only_blocks(model.model, settings.blocks, model.plan):
+            done = fine_tune(model.model, model.task, work.rows, settings, seed)
     return replace(
         work, steps=done.steps, loss=done.loss, seconds=done.seconds,
         adapter=adapters.read(model.model, model.plan),
@@ -198,6 +204,33 @@ def count(work: Work) -> Work:
     return replace(work, counts=counts)
 
 
+def weigh(work: Work) -> Work:
+    """Find the merging figures with the tuned adapter, where the server asks for them.
+
+    Args:
+        work: with the tuned adapter on the model.
+
+    Returns:
+        The work with the figures, in the format in which they travel.
+
+    Raises:
+        ReplyError: the request names figures that there are not.
+    """
+    request = work.request
+    rule, model = request.merging_rule, work.model
+    if not rule:
+        return work
+    if rule not in merging.FORMATS:
+        raise ReplyError(f"the server asks for unknown merging figures {rule[:40]!r}")
+    if rule == "fisher":
+        seed = derive(request.seed, "merging", request.round, work.name)
+        factors = request.settings.factors
+        found = fisher(model.model, model.plan, model.task, work.rows, factors, seed)
+    else:
+        found = gram(model.model, model.plan, work.rows, 2 * request.settings.batch_size)
+    return replace(work, merging=codec.encode(found, merging.FORMATS[rule]))
+
+
 def encode(work: Work) -> Work:
     """Put the adapter into the format asked for, with error feedback where it has any.
 
@@ -213,7 +246,11 @@ def encode(work: Work) -> Work:
     request, kept = work.request, work.residuals
     # What was not trained is as the server sent it: it need not travel.
     factors = request.settings.factors
-    new = {k: t for k, t in work.adapter.items() if is_trained(k, factors)}
+    plan, blocks = work.model.plan, request.settings.blocks
+    new = {
+        k: t for k, t in work.adapter.items()
+        if is_trained(k, factors) and in_blocks(k, blocks, plan)
+    }  # fmt: skip
     base = {k: work.sent[k] for k in new}
     fmt = request.reply_fmt or request.fmt
     if fmt not in codec.UPDATE_FORMATS:
@@ -241,6 +278,7 @@ STEPS: Steps = (
     ("validate", validate),
     ("train", tune),
     ("count", count),
+    ("weigh", weigh),
     ("", misbehave),
     ("", encode),  # not timed
 )

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from client_app import audit
+from client_app import audit, means
+from client_app.app_hash import app_hash
 from client_app.chain import SECURE_STEPS, STEPS, Steps, Work, put, work_through
 from client_app.disclosure import reason
 from client_app.fetch import fetch
@@ -38,6 +39,7 @@ from fedpft_core.wire import codec
 from fedpft_core.wire.envelope import Envelope, open_envelope, seal
 from fedpft_core.wire.identity import combine_digest
 from fedpft_core.wire.messages import (
+    OUT_OF_MEMORY,
     Hello,
     HelloReply,
     KeysRequest,
@@ -70,10 +72,18 @@ class Client:
     for equal rows and differs for others (another seed, another file), so that encoded rows kept
     in this process are never taken for those of another run.
 
+    `means` is what the node says that it has and will take (`HelloReply.means`).
+
+    `max_bad_rows` is how many rows may have no response left where rows are cut to the model's
+    length: below 1 a share, from 1 on a number; a simulated client's limit is the run's, which is
+    of all rows and not of each client's. How many rows of the file were left out is logged here and
+    never sent.
+
     `audit` is the file in which the node notes what it was asked and what left it; `attack` makes
     a simulated client an attacker. `policy` is what the node's owner lets a server ask for; with
     `private` it trains with example-level differential privacy. `own_rows` says that the rows are
-    the node's and not the run's: then nothing of a row and no path is in a refusal.
+    the node's and not the run's: then nothing of a row and no path is in a refusal. `rank` is the
+    most of LoRA's rank that the node trains; 0 = whatever it is sent.
 
     With `kept_rows` encoded rows also outlive the process. `rows_digest()` is then a digest of all
     the rows depend on at the source (a file's content, the columns), or empty where only the rows
@@ -92,10 +102,13 @@ class Client:
     kept_rows: RowCache | None = None
     rows_digest: Callable[[], str] = str
     own_rows: bool = True
+    max_bad_rows: float = math.inf
     attack: Callable[[Tensors, Tensors, int], Tensors] | None = None
     audit: Path | None = None
     policy: Policy = field(default_factory=Policy)
     private: ExamplePrivacy | None = None
+    means: dict[str, int | str] = field(default_factory=dict)
+    rank: int = 0
     cache: ProcessCache = field(default_factory=lambda: PROCESS_CACHE)
 
     def handle(self, envelope: Envelope) -> Envelope:
@@ -110,6 +123,7 @@ class Client:
         noted: dict[str, Any] = {"asked": "?", "bytes_in": sum(envelope.sizes().values())}
         answer: Message
         try:
+            self.policy.check_app(app_hash() if self.policy.app_hash else "")
             self.policy.check_size(envelope)
             message = open_envelope(envelope)
             noted |= audit.asked(message)
@@ -117,10 +131,14 @@ class Client:
         except (UserError, ReplyError, OSError) as error:
             answer = RefusalReply(self.name, reason(error, self.name, self.own_rows))
         except Exception as error:
-            if not self.own_rows:
+            if means.out_of_memory(error):
+                self.cache.models.clear()
+                answer = RefusalReply(self.name, OUT_OF_MEMORY)
+            elif not self.own_rows:
                 raise
-            # Flower would send the traceback's last line, whatever it quotes.
-            answer = RefusalReply(self.name, reason(error, self.name))
+            else:
+                # Flower would send the traceback's last line, whatever it quotes.
+                answer = RefusalReply(self.name, reason(error, self.name))
         sealed = seal(answer)
         if self.audit:
             entry = noted | {"name": self.name, "policy": self.policy.digest()}
@@ -138,7 +156,9 @@ class Client:
         if isinstance(message, Hello):
             have = () if self.shared_store else self.store.digests()
             examples, validation = self.count_rows()
-            return HelloReply(self.name, examples, have, __version__, validation)
+            return HelloReply(
+                self.name, examples, have, __version__, validation, self.means, self.rank
+            )
         if isinstance(message, KeysRequest):
             return self._secure.show_keys(message)
         if isinstance(message, SharesRequest):
@@ -162,14 +182,18 @@ class Client:
         start = time.perf_counter()
         _check_settings(request.settings)
         self.policy.check_request(request)
+        means.check_blocks(self.means, request.settings.blocks)
         self._use(request.settings.threads)
         held = self._held(request)
         if isinstance(held, NeedReply):
             return held
         rows = self._rows(held)
         self.policy.check_rows(request, len(rows.train))
+        self._check_rank(request)
         if self.private and request.count_rule:
             raise refuse("counts of inactive neurons")
+        if self.private and request.merging_rule:
+            raise refuse("merging figures")
         return work_through(
             Work(
                 name=self.name,
@@ -186,6 +210,13 @@ class Client:
             start,
             steps,
         )
+
+    def _check_rank(self, request: TrainRequest) -> None:
+        """Refuse an adapter of more components than this node has said that it trains."""
+        ranks = [t.shape[0] for k, t in request.adapter.items() if k.endswith("lora_A.weight")]
+        if self.rank and max(ranks, default=0) > self.rank:
+            text = f"this node's lora-rank = {self.rank}, and rank {max(ranks)} is asked for"
+            raise UserError(text, public=text)
 
     def _train_masked(self, request: SecureTrainRequest) -> Message:
         self._secure.ready(request)
@@ -217,6 +248,7 @@ class Client:
             adapter=work.adapter,
             fmt=request.reply_fmt or request.fmt,
             counts=work.counts,
+            merging=work.merging,
             timings=work.timings,
             validation_rows=len(work.held_out),
             validation_sums=dict(work.sums),
@@ -290,7 +322,9 @@ class Client:
             self.name, self.rows_id, share, held.reader, held.model.task, held.model.max_length,
         )  # fmt: skip
         if key not in self.cache.rows:
-            source = Source(self.name, self.load_rows, self.kept_rows, self.rows_digest)
+            source = Source(
+                self.name, self.load_rows, self.kept_rows, self.rows_digest, self.max_bad_rows
+            )
             rows = divided(*encoded(source, held, self.cache.processors), share, self.name)
             self.cache.keep_rows(key, rows)
         return self.cache.rows[key]

@@ -9,14 +9,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from client_app import attacks, policy, private
+from client_app import attacks, means, policy, private
 from client_app.client import Client
+from client_app.process import PROCESS_CACHE
 from client_app.rowcache import RowCache, content_of_file, folds_of, held_out, key_of
 from client_app.store import Store
+from client_app.warm.ask import IDLE_SECONDS, MEMORY_MB
 from fedpft_core import config as configs
+from fedpft_core.config.widths import width_names
 from fedpft_core.data.examples import Examples
+from fedpft_core.data.faults import check_limit
 from fedpft_core.data.folders import images, is_folder
-from fedpft_core.data.partition import client_names, partition_of_run
+from fedpft_core.data.grouping import share_out
+from fedpft_core.data.partition import client_names
 from fedpft_core.data.rows import Columns
 from fedpft_core.errors import UserError
 from fedpft_core.model.device import pick_device
@@ -24,6 +29,7 @@ from fedpft_core.seeds import derive
 from fedpft_core.task import Task, TaskData, kind_of, load_task, make
 
 _MOST_HELD_OUT = 0.9
+_STORED = 3  # sub-FMs that a simulation's store keeps of each width
 
 # key: (type, default); types are those of Flower's node config.
 NODE_KEYS: dict[str, tuple[type, Any]] = {
@@ -41,13 +47,18 @@ NODE_KEYS: dict[str, tuple[type, Any]] = {
     "task": (str, ""),
     "cache-dir": (str, ""),
     "validation-share": (float, 0.0),
+    "max-bad-rows": (float, 0.01),
     "device": (str, "cpu"),
     "max-threads": (int, 0),
+    "lora-rank": (int, 0),
     "dp-noise": (float, 0.0),
     "dp-clip": (float, 1.0),
     "dp-epsilon": (float, 0.0),
     "dp-delta": (float, 1e-5),
     "keep-rows": (int, 0),
+    "worker-idle": (int, IDLE_SECONDS),
+    "worker-memory": (int, MEMORY_MB),
+    **means.KEYS,
     **{key: (kind, default) for key, (kind, default, _) in policy.KEYS.items()},
 }
 
@@ -108,10 +119,21 @@ def checked(node_config: Mapping[str, Any]) -> dict[str, Any]:
             f"node config: validation-share = {node['validation-share']:g} is not between 0 and "
             f"{_MOST_HELD_OUT:g}."
         )
+    check_limit(node["max-bad-rows"], "node config: max-bad-rows")
     if node["max-threads"] < 0:
         raise UserError(
             f"node config: max-threads = {node['max-threads']} is below 0, which is no limit."
         )
+    if node["lora-rank"] < 0:
+        raise UserError(
+            f"node config: lora-rank = {node['lora-rank']} is below 0, which is the run's own."
+        )
+    if node["worker-idle"] < 0:
+        raise UserError(
+            f"node config: worker-idle = {node['worker-idle']} is below 0, which is no worker."
+        )
+    if node["worker-memory"] < 1:
+        raise UserError(f"node config: worker-memory = {node['worker-memory']} is below 1 MB.")
     for key in ("name", "data-path", "cache-dir"):
         try:
             possible = b"\0" not in os.fsencode(node[key])
@@ -126,6 +148,7 @@ def checked(node_config: Mapping[str, Any]) -> dict[str, Any]:
         )
     if not node["label-separator"]:
         raise UserError("node config: label-separator is empty.")
+    means.check(node)
     policy.Policy.of(node)
     wrong = private.check(*(node[f"dp-{key}"] for key in ("noise", "clip", "epsilon", "delta")))
     if wrong:
@@ -155,6 +178,7 @@ def columns_of(node: Mapping[str, Any]) -> Columns:
         node["text-column"], node["text-pair-column"], node["image-column"] or of_folder,
         node["label-column"], task=node["task"], separator=node["label-separator"],
         response=node["response-column"], messages=node["messages-column"],
+        max_bad=node["max-bad-rows"],
     )  # fmt: skip
 
 
@@ -192,6 +216,19 @@ def own_rows(node: Mapping[str, Any], task: Task) -> Examples:
         UserError: anything wrong in the file, naming it.
     """
     return task.read(Path(node["data-path"]), columns_of(node))
+
+
+def rows_tell(node_config: Mapping[str, Any]) -> bool:
+    """Whether the data file tells that its rows have changed.
+
+    Args:
+        node_config: as Flower has it.
+
+    Returns:
+        False for a file with a column of images: a cell may name an image file, whose content may
+        change while the data file stays as it is.
+    """
+    return not node_config.get("image-column") or is_folder(str(node_config["data-path"]))
 
 
 def cache_root(node: Mapping[str, Any]) -> Path:
@@ -252,7 +289,7 @@ def _edge_client(node: Mapping[str, Any]) -> Client:
             return ""  # a cell may name an image file, whose content the data file does not tell
         named = (
             "text-column", "text-pair-column", "label-column", "label-separator", "task",
-            "response-column", "messages-column",
+            "response-column", "messages-column", "max-bad-rows",
         )  # fmt: skip
         columns = [node[key] for key in named]
         try:
@@ -273,11 +310,14 @@ def _edge_client(node: Mapping[str, Any]) -> Client:
         max_threads=node["max-threads"],
         rows_id=_file_id(path),
         validation_share=share,
+        max_bad_rows=node["max-bad-rows"],
         kept_rows=RowCache(root / "rows") if node["keep-rows"] else None,
         audit=root / "audit.jsonl",
         rows_digest=rows_digest,
         policy=policy.Policy.of(node),
         private=_private(node, root / "privacy.json"),
+        means=means.of_node(node, root),
+        rank=node["lora-rank"],
     )
 
 
@@ -308,7 +348,8 @@ def _file_id(path: Path) -> tuple[object, ...]:
         stat = path.stat()
     except OSError:
         return (str(path),)
-    return (str(path), stat.st_mtime_ns, stat.st_size)
+    # The time of the last change is nobody's to set back, unlike that of the last writing.
+    return (str(path), stat.st_mtime_ns, stat.st_size, stat.st_ctime_ns, stat.st_ino)
 
 
 @lru_cache(maxsize=2)
@@ -318,16 +359,14 @@ def _task(data: configs.DataConfig, seed: int) -> TaskData:
 
 @lru_cache(maxsize=2)
 def _partitions(
-    data: configs.DataConfig, federation: configs.FederationConfig, seed: int, count: int
+    data: configs.DataConfig,
+    federation: configs.FederationConfig,
+    seed: int,
+    count: int,
+    run_dir: str,
 ) -> list[Any]:
     found = _task(data, seed)
-    return partition_of_run(
-        found.task.strata(found.train),
-        count,
-        federation.partition,
-        federation.dirichlet_alpha,
-        seed,
-    )
+    return share_out(found.train, found.task.strata, federation, count, seed, run_dir)
 
 
 def partition_rows(config: configs.Config, index: int, count: int) -> Examples:
@@ -346,7 +385,9 @@ def partition_rows(config: configs.Config, index: int, count: int) -> Examples:
     """
     if index >= count:
         raise UserError(f"partition-id {index} is not below num-partitions {count}.")
-    rows = _partitions(config.data, config.federation, config.run.seed, count)[index]
+    # Only clusters hang on the run folder, and another run's are other ones.
+    folder = config.run.dir if config.federation.partition_by == "cluster" else ""
+    rows = _partitions(config.data, config.federation, config.run.seed, count, folder)[index]
     return _task(config.data, config.run.seed).train.select(rows)
 
 
@@ -367,17 +408,28 @@ def _simulated_client(node: Mapping[str, Any], config: configs.Config) -> Client
     def count_rows() -> tuple[int, int]:
         return split_sizes(partition_rows(config, index, count), share)
 
+    # All clients share one store and one process, and with it the sub-FMs of every width.
+    widths = max(1, len(width_names(config.plan.widths)))
+    PROCESS_CACHE.max_models = max(PROCESS_CACHE.max_models, widths + 1)
     name = client_names(count)[index]
     root = Path(config.run.dir) / "clients" if config.run.dir else configs.home() / "clients"
     return Client(
         name=name,
         count_rows=count_rows,
         load_rows=load_rows,
-        store=Store(root),
+        store=Store(root, keep=_STORED * widths),
         device=node["device"],
         max_threads=node["max-threads"],
         shared_store=True,
-        rows_id=(config.data, config.federation, config.run.seed, index, count, bad and simulate),
+        rows_id=(
+            config.data,
+            config.federation,
+            config.run.seed,
+            index,
+            count,
+            bad and simulate,
+            config.run.dir if config.federation.partition_by == "cluster" else "",
+        ),
         attack=(
             lambda new, sent, round: attacks.spoiled(
                 simulate, new, sent, derive(config.run.seed, "attack", round, index)
@@ -388,4 +440,6 @@ def _simulated_client(node: Mapping[str, Any], config: configs.Config) -> Client
         own_rows=False,
         validation_share=share,
         private=_simulated_privacy(config, root / "privacy" / f"{name}.json"),
+        means=means.of_simulated(node, config, index),
+        rank=node["lora-rank"],
     )

@@ -16,11 +16,12 @@ from fedpft_core.adapter.lora import AdapterSpec
 from fedpft_core.errors import UserError
 from fedpft_core.model.families import FAMILIES, Family, family_of
 from fedpft_core.wire.envelope import Envelope
+from fedpft_core.wire.identity import is_digest
 from fedpft_core.wire.messages import SecureTrainRequest, StatisticsRequest, TrainRequest
 from fedpft_core.wire.meta import PackageMeta
 
 PREFIX = "policy-"
-LEAVING = ("adapter", "counts", "statistics")
+LEAVING = ("adapter", "counts", "statistics", "merging")
 PARTS = ("lora", "head", "any")
 
 # By node config key: type, default, and what the rule says.
@@ -34,7 +35,8 @@ KEYS: dict[str, tuple[type, Any, str]] = {
     "policy-leave": (
         str, "adapter,counts,statistics",
         "what may leave: `adapter` (what training made), `counts` (of inactive neurons), "
-        "`statistics` (sums of features by class)",
+        "`statistics` (sums of features by class), `merging` (squared gradients, or products of "
+        "layers' inputs, for federation.aggregate = fisher or regmean)",
     ),
     "policy-min-rows": (int, 1, "rows that a request must be of in all"),
     "policy-min-step-rows": (int, 1, "rows of a training step"),
@@ -47,6 +49,11 @@ KEYS: dict[str, tuple[type, Any, str]] = {
         int, 0, "1 = what training made leaves under the masks of secure aggregation only"
     ),
     "policy-max-mb": (int, 0, "size of a message, megabytes, 0 = no limit"),
+    "policy-app-hash": (
+        str, "",
+        "hash of this app's code (`fedpft node check --policy` shows it); another code answers "
+        "nothing; empty = any",
+    ),
 }  # fmt: skip
 
 
@@ -72,6 +79,7 @@ class Policy:
     max_rank: int = 256
     secure: int = 0
     max_mb: int = 0
+    app_hash: str = ""
 
     @staticmethod
     def of(node: Mapping[str, Any]) -> Policy:
@@ -98,6 +106,9 @@ class Policy:
                     raise UserError(
                         f"node config: {key} = {odd[0]!r} is none of {', '.join(choices[f.name])}."
                     )
+            elif f.name == "app_hash":
+                if value and not is_digest(value):
+                    raise UserError(f"node config: {key} = {value!r} is no sha256 of 64 digits.")
             elif value < 0:
                 raise UserError(f"node config: {key} = {value} is below 0.")
             made[f.name] = value
@@ -110,6 +121,18 @@ class Policy:
             The first 16 hex digits of a sha256 over all of them.
         """
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+
+    def check_app(self, app: str) -> None:
+        """Hold the code that runs against the one that the owner has seen.
+
+        Args:
+            app: the hash of the code.
+
+        Raises:
+            PolicyError: naming the rule.
+        """
+        if self.app_hash and app != self.app_hash:
+            raise PolicyError("app-hash", f"{self.app_hash[:12]}…", f"this app's is {app[:12]}…")
 
     def check_size(self, envelope: Envelope) -> None:
         """Hold a message against the rule on bytes, before it is opened.
@@ -141,6 +164,8 @@ class Policy:
         self._check_leaves("adapter")
         if request.count_rule:
             self._check_leaves("counts")
+        if request.merging_rule:
+            self._check_leaves("merging")
         s = request.settings
         if self.max_steps and s.steps > self.max_steps:
             raise PolicyError("max-steps", self.max_steps, f"{s.steps} are asked for")

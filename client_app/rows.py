@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,9 +16,10 @@ from client_app.process import Held, Rows
 from client_app.rowcache import RowCache
 from fedpft_core.data.encoded import Encoded
 from fedpft_core.data.examples import Examples
+from fedpft_core.data.faults import check_learned
 from fedpft_core.errors import UserError
 from fedpft_core.model.processor import from_files
-from fedpft_core.task import Task
+from fedpft_core.task import Task, Writer
 
 log = logging.getLogger("fedpft")
 
@@ -32,12 +34,15 @@ class Source:
         kept: keeps encoded rows on disk; None for no such place.
         digest: gives a digest of all the rows depend on at the source (a file's content, the
             columns), or empty where only the rows themselves can tell.
+        max_bad: rows that may have no response left where they are cut to the model's length: below
+            1 a share, from 1 on a number.
     """
 
     name: str
     load: Callable[[Task], Examples]
     kept: RowCache | None
     digest: Callable[[], str]
+    max_bad: float = math.inf
 
 
 def encoded(source: Source, held: Held, processors: dict[str, Any]) -> tuple[Encoded, np.ndarray]:
@@ -67,12 +72,16 @@ def encoded(source: Source, held: Held, processors: dict[str, Any]) -> tuple[Enc
         found = source.kept.get(key)
         if found:
             return found
+    if examples.left_out:
+        log.warning("client %s: %s", source.name, examples.left_out)
     if held.reader not in processors:
         processors[held.reader] = from_files(held.files, held.model.task.reads)
     rows = held.model.task.encode(
         examples, processors[held.reader], held.model.max_length,
         lambda text: log.warning("client %s: %s", source.name, text),
     )  # fmt: skip
+    if isinstance(held.model.task, Writer):
+        check_learned(rows.learned_rows, len(rows), source.max_bad, "max-bad-rows")
     folds = rowcache.folds_of(examples)
     # Not what was read while the file changed, under the digest of what it was before.
     if source.kept and source.digest() == digest:

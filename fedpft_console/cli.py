@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from fedpft_console.commands import (
+    audit,
     compare,
     completion,
     config,
@@ -15,6 +16,7 @@ from fedpft_console.commands import (
     inspect,
     node,
     plugins,
+    publish,
     report,
     run,
     watch,
@@ -35,7 +37,8 @@ def parser() -> argparse.ArgumentParser:
     )
     main_parser.add_argument("--version", action="version", version=f"fedpft {__version__}")
     commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (init, run, watch, report, config, inspect, node, compare, plugins):
+    modules = (init, run, watch, report, audit, config, inspect, node, compare, plugins, publish)
+    for module in modules:
         module.add(commands)
     completion.add(commands, main_parser)
     return main_parser

@@ -272,3 +272,37 @@ def _(event: ev.Plugged, record: Record) -> list[str]:
     ]
     judged = f" ({measure.name} of {event.rows} unseen: {', '.join(found)})" if found else ""
     return [f"plugged in by {event.method}{judged}, {human_seconds(event.seconds)}"]
+
+
+@lines_for.register
+def _(event: ev.Widths, record: Record) -> list[str]:
+    return [
+        f"width {w['width']}: {100 * w['share']:.0f} % of the FFN neurons, package "
+        f"{human_bytes(w['package'])}, about {human_bytes(w['memory'])} of memory"
+        for w in event.sizes
+    ]
+
+
+@lines_for.register
+def _(event: ev.WidthGiven, record: Record) -> list[str]:
+    blocks = f", LoRA in blocks {event.blocks}" if event.blocks else ""
+    if event.before:
+        return [
+            f"round {event.round}: client {event.client} is moved from width {event.before} to "
+            f"{event.width}: {event.reason}{blocks}"
+        ]
+    width = f"width {event.width}" if event.width else "the sub-FM"
+    return [f"client {event.client} gets {width}: {event.reason}{blocks}"]
+
+
+@lines_for.register
+def _(event: ev.WidthScored, record: Record) -> list[str]:
+    return [f"round {event.round}: sub-FM of width {event.width} {_scored(event, record)}"]
+
+
+@lines_for.register
+def _(event: ev.WidthAgreement, record: Record) -> list[str]:
+    return [
+        f"round {event.round}: width {event.width}, cosine of its gradients with the FM's "
+        f"{number(event.cosine)}"
+    ]

@@ -36,6 +36,11 @@ class Follower:
         self._looked: tuple[int, int] | None = None
         self.record = Record()
         self.count = 0
+        self.again = False
+
+    def restart(self) -> None:
+        """Follow what is written from now on, as a new follower would."""
+        self.__init__(self.path)  # type: ignore[misc]
 
     @property
     def finished(self) -> bool:
@@ -64,6 +69,8 @@ class Follower:
             if entry is not None:
                 entries.append(entry)
                 self.record.add(entry)
+                if isinstance(entry.event, ev.RunFailed) and not entry.arm:
+                    self.again = entry.event.again
         return entries
 
     def _begun(self) -> bool:

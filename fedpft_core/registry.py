@@ -5,18 +5,21 @@ does, in the list of keys too. Nothing is imported until a choice is used.
 
 Another distribution adds a choice by an entry point of the group `fedpft.saliencies`,
 `fedpft.alignments`, `fedpft.selections` or `fedpft.aggregations` that names a module with the same
-functions. Where a plugin has the name of a file here, the file is meant.
+functions; one of the group `fedpft.families` names a module with `FAMILY`, one of `fedpft.tasks` a
+module with `TASK`. Where a plugin has the name of a part here, the part here is meant.
 """
 
 from __future__ import annotations
 
 import ast
 import importlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from fedpft_core.errors import UserError
 
@@ -33,8 +36,12 @@ GROUPS = {
     "alignment": "fedpft.alignments",
     "selection": "fedpft.selections",
     "aggregation": "fedpft.aggregations",
+    "family": "fedpft.families",
+    "task": "fedpft.tasks",
 }
-"""Group of entry points by folder."""
+"""Group of entry points by what they add. Families and tasks here are no files of a folder."""
+
+_HOLDS = {"family": "FAMILY", "task": "TASK"}
 
 
 @dataclass(frozen=True)
@@ -54,16 +61,17 @@ class Plugin:
     hidden: bool
 
 
-def plugins(folder: str) -> list[Plugin]:
+def plugins(folder: str, others: Iterable[str] = ()) -> list[Plugin]:
     """The choices that other distributions add, by name. None of them is imported.
 
     Args:
-        folder: `saliency`, `alignment`, `selection` or `aggregation`.
+        folder: one of `GROUPS`.
+        others: names of parts here that are no files of a folder.
 
     Returns:
         Each name once; of two distributions with the same name, the first by theirs.
     """
-    own = {_named(p) for p in _files(folder)}
+    own = {_named(p) for p in _files(folder)}.union(others)
     return [
         Plugin(folder, name, _origin(point), name in own) for name, point in _points(folder).items()
     ]
@@ -73,7 +81,7 @@ def names(folder: str) -> tuple[str, ...]:
     """The choices of a folder, sorted, and then those of plugins.
 
     Args:
-        folder: `saliency`, `alignment`, `selection` or `aggregation`.
+        folder: one of `GROUPS`; of families and tasks there are those of plugins alone.
 
     Returns:
         Names as they stand in the configuration, with dashes.
@@ -122,7 +130,33 @@ def load(folder: str, name: str) -> ModuleType:
     )
 
 
+def held(folder: str, name: str) -> Any:
+    """What the module of a plugin holds: a family, or the class of a task.
+
+    Args:
+        folder: `family` or `task`.
+        name: of a plugin.
+
+    Returns:
+        The module's `FAMILY` or `TASK`, whatever that is.
+
+    Raises:
+        KeyError: there is no such plugin.
+        UserError: it cannot be imported, or its module holds nothing of the kind.
+    """
+    module = load(folder, name)
+    found = getattr(module, _HOLDS[folder], None)
+    if found is None:
+        raise UserError(
+            f"the plugin {name} of {_origin(_points(folder)[name])} names {module.__name__}, which "
+            f"has no {_HOLDS[folder]}."
+        )
+    return found
+
+
 def _files(folder: str) -> list[Path]:
+    if folder not in _ROOMS:
+        return []
     return sorted(p for p in (_ROOT / _ROOMS[folder]).glob("*.py") if not p.stem.startswith("_"))
 
 

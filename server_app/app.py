@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +18,11 @@ from fedpft_core.config import Config
 from fedpft_core.errors import RunError, UserError
 from fedpft_core.task import Writer
 from fedpft_core.train import baselines
-from server_app import schedule
+from server_app import SIMULATION, schedule
 from server_app.bench import Bench
 from server_app.local import local_only
-from server_app.phases import agree, heads, load, own, plug, reference, score
+from server_app.owner import disclose
+from server_app.phases import agree, heads, load, own, plug, reference, score, widths
 from server_app.phases.reporting import Waits, phase, progress
 from server_app.phases.undistilled import undistilled
 from server_app.run import card, proxycache, replies
@@ -31,9 +33,9 @@ from server_app.run.folder import RunFolder
 from server_app.run.identity import identity, refuse_another
 from server_app.run.record import of_log
 from server_app.schedule.session import Session
-from server_app.state import State, fresh_state
+from server_app.state import State
 from server_app.strategy import Strategy
-from server_app.transport import FlowerTransport, Transport
+from server_app.transport import FlowerTransport, Transport, WorkerLost
 
 log = logging.getLogger("fedpft")
 app = ServerApp()
@@ -61,7 +63,9 @@ def main(grid: Grid, context: Context) -> None:
     config = configs.from_flat(context.run_config)
     with RunFolder.open(config) as folder:
         log.info("run folder: %s", folder.path)
-        transport = FlowerTransport(grid, waits=lambda: Waits(folder.events, "replies"))
+        transport = FlowerTransport(
+            grid, waits=lambda: Waits(folder.events, "replies"), simulated=SIMULATION in os.environ
+        )
         run(replace(config, run=folder.run_config), transport, folder.events)
 
 
@@ -83,7 +87,7 @@ def run(config: Config, transport: Transport, events: EventLog) -> None:
     try:
         _run(config, transport, events)
     except (UserError, RunError) as error:
-        events.emit(ev.RunFailed(reason=str(error)))
+        events.emit(ev.RunFailed(reason=str(error), again=isinstance(error, WorkerLost)))
         raise
     except OSError as error:
         events.emit(ev.RunFailed(reason=f"run.dir = {config.run.dir}: {error}"))
@@ -106,6 +110,8 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
         whole = saved.events_digest in ("", events.digest(saved.events_offset))
         kept, told = replies.events_offset(Path(config.run.dir) / "replies", saved.run)
         events.rewind(max(saved.events_offset, told))
+    elif config.run.resume:
+        events.rewind(0)  # nothing is kept, and what was counted is counted again
     f = config.federation
     events.emit(ev.RunStarted(
         run_dir=config.run.dir, version=__version__, seed=config.run.seed,
@@ -120,11 +126,14 @@ def _run(config: Config, transport: Transport, events: EventLog) -> None:
         ))  # fmt: skip
 
     bench = load.load(config, events)
-    strategy = Strategy(config, transport, events, own.update_of(bench))
+    disclose.book(bench, transport)
+    strategy = Strategy(config, transport, events, own.update_of(bench), widths.agreement_of(bench))
     if strategy.private:
         strategy.private.plan()
     if saved is not None:
-        state = saved.restore(bench.models, bench.package())
+        disclose.put_on_again(bench)
+        state = saved.restore(bench.models, bench.package(), bench.others())
+        disclose.note(bench, state)
     else:
         state = _before_round_1(bench, strategy, transport, events)
     if f.aggregate == "none":
@@ -157,7 +166,10 @@ def _before_round_1(
     if config.run.undistilled:
         undistilled(bench, transport, events)
     proxycache.distil(bench)
-    state = fresh_state(models.start, bench.package())
+    disclose.put_on(bench)
+    state = bench.fresh_state()
+    disclose.note(bench, state)
+    widths.announce(bench)
     models.plug(state.adapter)
     if config.federation.aggregate != "none" and heads.asked(bench):
         with phase(events, "statistics"):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from fedpft_core.config import Config
 from fedpft_core.data.encoded import Encoded
@@ -18,12 +19,14 @@ from fedpft_core.data.splits import stratified_subset
 from fedpft_core.data.stream import public_batches
 from fedpft_core.model.batch import Position
 from fedpft_core.model.families import family_of
+from fedpft_core.model.plan import Plan
 from fedpft_core.proxy.package import make_package
 from fedpft_core.seeds import derive, numpy_stream
 from fedpft_core.task import Painter, Task, TaskData
 from fedpft_core.wire.package import Package
 from server_app.models import Models
-from server_app.state import Events
+from server_app.owner.neurons import Ledger
+from server_app.state import Events, State, fresh_state, version_of
 
 
 @dataclass
@@ -132,6 +135,8 @@ class Bench:
     models: Models
     rows: Rows
     device: torch.device
+    ledger: Ledger | None = None  # of the FM's neurons; None before it is known who is served
+    leaves: bool = False  # whether messages leave the machine
 
     @property
     def head_reads(self) -> Position:
@@ -150,11 +155,35 @@ class Bench:
         Raises:
             UserError: there are weights too large for the format.
         """
-        m, rows, wire = self.models, self.rows, self.config.wire
+        m = self.models
+        hidden = self.config.plan.disguise != "none"
+        return self._packed(m.proxy, m.plan.anonymous() if hidden else m.plan)
+
+    def others(self) -> dict[str, Package]:
+        """The other widths as clients get them, with their present weights.
+
+        Returns:
+            Packages of copies by the width's name, narrowest first.
+        """
+        return {w.name: self._packed(w.proxy, w.plan) for w in self.models.others}
+
+    def _packed(self, proxy: nn.Module, plan: Plan) -> Package:
+        rows, wire = self.rows, self.config.wire
         return make_package(
-            m.proxy, m.plan, m.spec, rows.processor, rows.task.name, rows.task.labels,
+            proxy, plan, self.models.spec, rows.processor, rows.task.name, rows.task.labels,
             self.config.data.max_length, wire.package, wire.embeddings,
         )  # fmt: skip
+
+    def fresh_state(self) -> State:
+        """The state before round 1, with the proxy, and every other width, as it is now.
+
+        Returns:
+            A state that no client has been served from, under a new random name of the run.
+        """
+        state = fresh_state(self.models.start, self.package())
+        state.width = self.models.width
+        state.others = {name: version_of(package) for name, package in self.others().items()}
+        return state
 
 
 def public_stream(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedpft_core.wire.coded import Coded
-from fedpft_core.wire.package import Package, Patch
+from fedpft_core.wire.package import Patch
 from fedpft_core.wire.parcel import Parcel
+from server_app.state import State
 
 
 @dataclass(frozen=True)
@@ -50,30 +51,32 @@ def servings(parcel: Parcel, most: int) -> int:
 
 
 class Shelf:
-    """The package that clients get in the form it travels in, made once for a version."""
+    """Packages that clients get in the form they travel in, made once for each version."""
 
     def __init__(self) -> None:
-        self._digest = ""
-        self._parcel: Parcel | None = None
+        self._parcels: dict[str, Parcel] = {}  # by digest
 
-    def parcel(self, package: Package, digest: str, digests: Mapping[str, str]) -> Parcel:
-        """A version's parcel.
+    def parcel(self, state: State) -> Parcel:
+        """The parcel of a state's sub-FM.
 
         Args:
-            package: the version.
-            digest: what it is known by.
-            digests: sha256 of each of its weights, by name.
+            state: or a view of one width.
 
         Returns:
-            The parcel with all that belongs to it. Forms of weights that the version before has
-            as well are not sought again.
+            The parcel with all that belongs to it. Forms of weights that another width or the
+            version before has as well are not sought again.
         """
-        if self._parcel is None or self._digest != digest:
-            known: Mapping[str, Coded] = self._parcel.coded if self._parcel else {}
-            manifest = package.manifest(digests)
-            self._parcel = Parcel.of(manifest, package.files, package.weights, known)
-            self._digest = digest
-        return self._parcel
+        if state.digest not in self._parcels:
+            known: dict[str, Coded] = {}
+            for parcel in self._parcels.values():
+                known |= parcel.coded
+            package = state.package
+            manifest = package.manifest(state.digests)
+            made = Parcel.of(manifest, package.files, package.weights, known)
+            now = {v.digest for v in (*state.beside.values(), *state.others.values())}
+            kept = {d: parcel for d, parcel in self._parcels.items() if d in now}
+            self._parcels = kept | {state.digest: made}
+        return self._parcels[state.digest]
 
 
 def share(parcel: Parcel, holds: Holds, most: int = 0) -> Parcel:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
+from fedpft_core.adapter.ranks import narrowed
 from fedpft_core.aggregation import Replies, RuleSettings
 from fedpft_core.config import Config
 from fedpft_core.errors import RunError
@@ -25,21 +26,25 @@ from fedpft_core.wire.envelope import Envelope
 from fedpft_core.wire.parcel import Parcel
 from fedpft_core.wire.validate import Expected, ExpectedStatistics
 from server_app.delivery import Holds, Shelf, servings
-from server_app.rounds import ledger
+from server_app.rounds import ledger, widths
 from server_app.rounds.chain import Asked
-from server_app.rounds.collect import Collection
+from server_app.rounds.collect import Awaited, Collection
+from server_app.rounds.matching import Matching
 from server_app.rounds.nodes import Node, Nodes
 from server_app.rounds.outcome import Outcome, outcome
 from server_app.rounds.patience import Patience
 from server_app.rounds.private import ClientPrivacy
 from server_app.rounds.remarks import Remarks
 from server_app.rounds.requests import (
+    ByNode,
     Request,
+    by_node,
     expected,
     learning_rate,
     local_settings,
     most_bytes,
     requests,
+    wanted,
 )
 from server_app.rounds.secure import Phase, SecureRound, Sum
 from server_app.rounds.statistics import Gathered, statistics_requests
@@ -54,41 +59,48 @@ Combine = Callable[[Replies], Tensors]
 # The server's own adapter: trained from the one given, in the round of that number.
 Own = Callable[[Tensors, int], Tensors]
 
+Agreement = widths.Agreement
+
 
 @dataclass(frozen=True)
 class Prepared:
     """A round before it is asked for.
 
     Attributes:
-        request: the message by what a client has.
+        request: the message by the client and what it has.
         want: what a good reply looks like; its adapter is what clients start from.
         rule: what the rule of aggregation may know besides the replies.
+        own: what a good reply of one client looks like.
     """
 
-    request: Request
+    request: ByNode
     want: Expected
     rule: RuleSettings
+    own: Callable[[Node], Expected]
 
 
-def _by_have(request: Request) -> Callable[[int, Holds], Envelope]:
-    """The same message for all nodes that have the same, whoever they are."""
-    return lambda _, holds: request(holds)
+def _to(got: Awaited, request: ByNode) -> Callable[[int, Holds], Envelope]:
+    """The message by a node's id, of those that are awaited, and what it has."""
+    return lambda node_id, holds: request(got.nodes[node_id], holds)
 
 
 class Strategy:
     """The rounds of one federation of clients."""
 
     def __init__(
-        self, config: Config, transport: Transport, events: Events, own: Own | None = None
-    ) -> None:
+        self, config: Config, transport: Transport, events: Events, own: Own | None = None,
+        agreement: Agreement | None = None,
+    ) -> None:  # fmt: skip
         self.config = config
         self.transport = transport
         self.events = events
         self.own = own
+        self.agreement = agreement
+        self.matching = Matching(config, events)
         self.private = ClientPrivacy(config, events) if config.privacy.client_noise else None
         self.remarks = Remarks(config.federation, events)
         self.patience = Patience(config.federation)
-        self.nodes = Nodes(config.federation, transport, events)
+        self.nodes = Nodes(config.federation, transport, events, self.matching)
         self._shelf = Shelf()
 
     def run_round(self, state: State, round: int, count_rule: str) -> Outcome:
@@ -129,14 +141,15 @@ class Strategy:
                 text = self._too_few(f"round {round}", len(summed.good), summed.bad, attempt)
                 continue
             work = self.prepare(state, round, count_rule)
-            with Replies(work.want.adapter, self._folder(), work.rule) as replies:
-                asked = Asked(work.want, f.clip_update_norm, replies, work.rule.scaling)
+            want = work.want
+            with Replies(want.adapter, self._folder(), work.rule, want.beside) as replies:
+                asked = Asked(want, f.clip_update_norm, replies, work.rule.scaling, own=work.own)
                 got = Collection(asked, nodes, state, round, self.events, f.enough)
-                self._exchange(got, _by_have(work.request))
+                self._exchange(got, _to(got, work.request))
                 if not private:  # who is left out would depend on the others' rows
                     self.leave_out(got)
                 if len(got.good) >= needed:
-                    start_from = dict(work.want.adapter)
+                    start_from = dict(want.adapter)
                     combine = (
                         private.combine(state, start_from, round, len(met)) if private else None
                     )
@@ -156,13 +169,29 @@ class Strategy:
             The messages by what a client has, what a good reply looks like, and what the rule of
             aggregation may know.
         """
-        config = self.config
-        sent = codec.encode(state.adapter, config.wire.adapter)
-        base = codec.decode(sent, config.wire.adapter)
+        config, fmt = self.config, self.config.wire.adapter
+
+        @cache
+        def sent(rank: int) -> tuple[Tensors, Tensors]:
+            """The adapter on the wire, and as clients decode it."""
+            adapter = narrowed(state.adapter, rank) if rank else state.adapter
+            wire = codec.encode(adapter, fmt)
+            return wire, codec.decode(wire, fmt)
+
+        def want(view: State, blocks: str, rank: int) -> Expected:
+            return expected(config, view, round, sent(rank)[1], count_rule, blocks)
+
+        def make(view: State, parcel: Parcel, blocks: str, rank: int) -> Request:
+            return requests(
+                config, view, parcel, round, sent(rank)[0], count_rule, blocks,
+                want(view, blocks, rank).max_bytes,
+            )  # fmt: skip
+
         return Prepared(
-            requests(config, state, self._parcel(state), round, sent, count_rule),
-            expected(config, state, round, base, count_rule),
-            self._rule(state, base, round),
+            by_node(state, self._parcel, make),
+            want(state, "", 0),
+            self._rule(state, sent(0)[1], round),
+            wanted(state, want),
         )
 
     def conclude(self, got: Collection, start: float, combine: Combine | None = None) -> Outcome:
@@ -180,7 +209,7 @@ class Strategy:
         self.remarks.of_replies(got.round, got.good)
         self.patience.learn(r.arrived for r in got.good.values())
         self.remarks.validation(got.asked.want.task, got.round, got.good)
-        made = outcome(f, replies, got.good, len(got.bad), start, combine)
+        made = outcome(f, replies, got.good, len(got.bad), start, combine, widths.join(got.state))
         if replies.figures:
             self.events.emit(
                 ev.Aggregated(round=got.round, rule=f.aggregate, figures=dict(replies.figures))
@@ -197,7 +226,7 @@ class Strategy:
         steps = {name: steps_of(r.examples, work) for name, r in got.good.items()}
         got.leave_out(steps, self.config.federation.largest_change)
 
-    def gather(self, state: State, want: ExpectedStatistics) -> Sums:
+    def gather(self, state: State, want: ExpectedStatistics) -> dict[str, Sums]:
         """Ask every connected client for the statistics of its rows.
 
         Args:
@@ -205,7 +234,8 @@ class Strategy:
             want: what a good reply looks like.
 
         Returns:
-            The sum over all good replies; who did not send any is named in a warning.
+            By the width of the sub-FM (empty where there is one) the sum over all good replies; who
+            did not send any is named in a warning.
 
         Raises:
             RunError: fewer than federation.min-clients sent any, after federation.attempts tries.
@@ -216,8 +246,8 @@ class Strategy:
                 self.nodes.wait()
             got = Gathered(want, self.nodes.meet(state, want.round), state, self.events)
             sent = codec.encode(state.adapter, self.config.wire.adapter)
-            request = statistics_requests(self.config, state, self._parcel(state), sent)
-            self._exchange(got, _by_have(request))
+            request = by_node(state, self._parcel, partial(self._statistics, sent, want.max_bytes))
+            self._exchange(got, _to(got, request))
             why = self.why(got.bad)
             if len(got.good) >= f.min_clients:
                 if got.bad:
@@ -268,7 +298,7 @@ class Strategy:
     ) -> Sum:
         """An attempt at a round of secure aggregation, and what it spends."""
         attempt = SecureRound(self.config, nodes, state, round, self.events, self._exchange)
-        summed = attempt.run(self._parcel(state), sent, base)
+        summed = attempt.run(self._parcel, sent, base)
         if self.private and summed.change is not None:
             spend = self.private.masked(1 + sum(t.numel() for t in base.values()))
             self.private.book(state, round, spend, self.config.privacy.client_clip)
@@ -291,6 +321,7 @@ class Strategy:
         return RuleSettings(
             f.weighting, f.weight_cap, f.attackers, f.distance, spec.alpha / spec.rank, f.density,
             derive(self.config.run.seed, "aggregate", state.round + 1), own,
+            widths.factor(self.config, state, self.agreement),
         )  # fmt: skip
 
     def _folder(self) -> Path | None:
@@ -308,18 +339,26 @@ class Strategy:
         """
         return servings(self._parcel(state), most_bytes(self.config))
 
+    def _statistics(
+        self, sent: Tensors, most: int, view: State, parcel: Parcel, blocks: str, rank: int
+    ) -> Request:
+        return statistics_requests(self.config, view, parcel, sent, most)
+
     def _parcel(self, state: State) -> Parcel:
-        return self._shelf.parcel(state.package, state.digest, state.digests)
+        return self._shelf.parcel(state)
 
     def _exchange(
         self, got: Collection | Gathered | Phase, request: Callable[[int, Holds], Envelope]
     ) -> None:
         """Send a round's requests, made of a node's id and what it has; collect the replies."""
+        got.matching = self.matching
         timeout = self.patience.seconds(got.round)
         got.servings = self.servings(got.state)
 
         def send(wanted: Mapping[int, Holds], deadline: float) -> None:
             messages = {i: request(i, holds) for i, holds in wanted.items()}
+            if isinstance(got, Phase):
+                messages = {i: replace(m, answer=got.most) for i, m in messages.items()}
             for node_id, message in messages.items():
                 name = got.nodes[node_id].name
                 ledger.count_bytes(self.events, got.round, name, "down", message)

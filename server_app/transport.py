@@ -11,10 +11,11 @@ import torch
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedpft_core.errors import ReplyError
+from fedpft_core.errors import ReplyError, RunError
 from fedpft_core.wire import flower as wire
 from fedpft_core.wire.envelope import Envelope
 from fedpft_core.wire.messages import Failure
+from server_app.guard import Guard, of_grid
 
 # Takes a node's id and its reply; True where no more replies are waited for.
 OnReply = Callable[[int, "Envelope | Failure"], "bool | None"]
@@ -98,13 +99,26 @@ def _silently() -> OnWait:
     return lambda done, total, seconds_left: None
 
 
+class WorkerLost(RunError):
+    """A process that simulates clients has died, which Flower never replaces."""
+
+
 @dataclass
 class FlowerTransport:
-    """Messages over Flower's Grid; each wait for replies is told to what `waits` then makes."""
+    """Messages over Flower's Grid; each wait for replies is told to what `waits` then makes.
+
+    Where clients are `simulated`, one whose process has died raises :class:`WorkerLost`: all
+    further messages to that process would fail too, and a run with fewer clients is another run.
+    """
 
     grid: Grid
     poll_seconds: float = 0.05
     waits: Callable[[], OnWait] = _silently
+    simulated: bool = False
+    guard: Guard | None = None
+
+    def __post_init__(self) -> None:
+        self.guard = of_grid(self.grid)
 
     def nodes(self) -> list[int]:
         """Ids of the nodes that Flower says are connected.
@@ -128,13 +142,17 @@ class FlowerTransport:
             round: becomes Flower's group id of the messages.
             timeout: the longest wait, seconds; Flower drops a message 60 s after it.
             on_reply: takes a node's id and its reply, or the Failure that stands for it.
+
+        Raises:
+            WorkerLost: a process that simulates clients has died.
         """
         waiting: dict[str, int] = {}
         records: dict[int, RecordDict] = {}  # one copy of a package for all that get the same
         for node, envelope in messages.items():
             if id(envelope) not in records:
                 records[id(envelope)] = wire.to_record(envelope)
-            sent = _push(self.grid, node, envelope, records[id(envelope)], timeout, str(round))
+            content = records[id(envelope)]
+            sent = _push(self.grid, self.guard, node, envelope, content, timeout, str(round))
             if sent:
                 waiting[sent] = node
                 continue
@@ -143,7 +161,7 @@ class FlowerTransport:
         done = False
         while waiting and not done and time.monotonic() < deadline:
             got = False
-            for node, reply in _pull(self.grid, waiting):
+            for node, reply in _pull(self.grid, self.guard, waiting, self.simulated):
                 got = True
                 done = bool(on_reply(node, reply)) or done
             if waiting and not got:
@@ -160,7 +178,7 @@ class FlowerTransport:
         Returns:
             A new mailbox over the same Grid.
         """
-        return FlowerMailbox(self.grid, self.poll_seconds)
+        return FlowerMailbox(self.grid, self.poll_seconds, self.simulated, self.guard)
 
 
 @dataclass
@@ -169,6 +187,8 @@ class FlowerMailbox:
 
     grid: Grid
     poll_seconds: float
+    simulated: bool = False
+    guard: Guard | None = None
     _waiting: dict[str, int] = field(default_factory=dict)
     _unsent: list[int] = field(default_factory=list)
     _last: tuple[Envelope, RecordDict] | None = None  # one copy of a package for all
@@ -184,7 +204,8 @@ class FlowerMailbox:
         """
         if self._last is None or self._last[0] is not envelope:
             self._last = envelope, wire.to_record(envelope)
-        sent = _push(self.grid, node, envelope, self._last[1], timeout + _LATE_SECONDS, "")
+        content, wait = self._last[1], timeout + _LATE_SECONDS
+        sent = _push(self.grid, self.guard, node, envelope, content, wait, "")
         if sent:
             self._waiting[sent] = node
         else:
@@ -195,12 +216,15 @@ class FlowerMailbox:
 
         Returns:
             Node ids with what came from each; empty, after a short wait, where nothing has come.
+
+        Raises:
+            WorkerLost: a process that simulates clients has died.
         """
         found: list[tuple[int, Envelope | Failure]] = [
             (n, Failure(_ERRORS[5])) for n in self._unsent
         ]
         self._unsent.clear()
-        found += _pull(self.grid, self._waiting)
+        found += _pull(self.grid, self.guard, self._waiting, self.simulated)
         if not found:
             time.sleep(self.poll_seconds)
         return found
@@ -215,7 +239,13 @@ class FlowerMailbox:
 
 
 def _push(
-    grid: Grid, node: int, envelope: Envelope, content: RecordDict, timeout: float, group: str
+    grid: Grid,
+    guard: Guard | None,
+    node: int,
+    envelope: Envelope,
+    content: RecordDict,
+    timeout: float,
+    group: str,
 ) -> str:
     """Send a message; the id it has, empty for a node that is gone."""
     message = Message(
@@ -227,18 +257,46 @@ def _push(
     )
     # One by one: for a node that has just left Flower answers with an empty id or with none at
     # all, and in a longer list nobody could tell which one that was.
-    return next(iter(grid.push_messages([message])), "")
+    sent = next(iter(grid.push_messages([message])), "")
+    if guard and sent:
+        guard.expect(sent, envelope.answer)
+    return sent
 
 
-def _pull(grid: Grid, waiting: dict[str, int]) -> Iterator[tuple[int, Envelope | Failure]]:
+def _pull(
+    grid: Grid, guard: Guard | None, waiting: dict[str, int], simulated: bool
+) -> Iterator[tuple[int, Envelope | Failure]]:
     """Replies to messages that are waited for, by their ids; those that came wait no more."""
     asked = list(waiting)
     for start in range(0, len(asked), _AT_ONCE):
-        for reply in grid.pull_messages(asked[start : start + _AT_ONCE]):
+        try:
+            replies = list(grid.pull_messages(asked[start : start + _AT_ONCE]))
+        except (ValueError, KeyError, TypeError, IndexError):
+            # Flower gives up on all that came together when it cannot read one of them.
+            for sent in sorted(guard.came & waiting.keys()) if guard else ():
+                yield waiting.pop(sent), Failure("unreadable reply, or one that came with such")
+            if not guard or not guard.came:
+                raise
+            continue
+        replies.reverse()
+        while replies:  # one that has been handed on is not held any longer
+            reply = replies.pop()
             # By the id replied to: the error reply of a dead node has another source id.
             sent = reply.metadata.reply_to_message_id
-            if sent in waiting:
-                yield waiting.pop(sent), _opened(reply)
+            if sent not in waiting:
+                continue
+            if simulated and reply.has_error() and _of_ray(reply.error.reason or ""):
+                raise WorkerLost(
+                    "the process of a simulated client died (killed, or out of memory?)."
+                )
+            node = waiting.pop(sent)
+            if guard and sent in guard.refused:
+                yield node, Failure("the reply is larger than a good one can be")
+            else:
+                yield node, _opened(reply)
+            if guard:
+                guard.forget(sent)
+            del reply
 
 
 _ERRORS = {
@@ -246,7 +304,16 @@ _ERRORS = {
     5: "the node is gone",
     8: "the client process died",
 }
-_GONE = (5, 8)
+_DIED = 8
+_GONE = (5, _DIED)
+_RAY_ERRORS = ("RayActorError", "ActorDiedError", "ActorUnavailableError", "WorkerCrashedError",
+               "OutOfMemoryError", "NodeDiedError")  # fmt: skip
+
+
+def _of_ray(reason: str) -> bool:
+    """Whether an error is Ray's, of a process that is no more: its type comes first."""
+    kind, _, _ = reason.partition(">")
+    return "ray.exceptions." in kind and kind.strip("'").endswith(_RAY_ERRORS)
 
 
 def _opened(reply: Message) -> Envelope | Failure:
@@ -255,7 +322,8 @@ def _opened(reply: Message) -> Envelope | Failure:
         what = _ERRORS.get(code, "Flower reported an error")
         # Of a process or node that is gone Flower can only say so once more, at length.
         lines = [] if code in _GONE else (reply.error.reason or "").strip().splitlines()
-        return Failure(f"{what} (code {code}{': ' + lines[-1] if lines else ''})")
+        text = f"{what} (code {code}{': ' + lines[-1] if lines else ''})"
+        return Failure(text, died=code == _DIED)
     try:
         return wire.from_record(reply.content)
     except ReplyError as error:

@@ -288,10 +288,20 @@ class Node:
             counts=(
                 counts(self.name, request.round, 3 * self.examples) if request.count_rule else {}
             ),
+            merging=merging(request.merging_rule, new),
             validation_rows=self.validation[1],
             validation_sums=sums(*self.validation),
         )
         return self.spoil(made) if self.spoil else made
+
+
+def merging(rule: str, trained: Tensors) -> Tensors:
+    """Merging figures of an adapter, such as can be."""
+    if rule == "fisher":
+        return {k: t.square().to(torch.bfloat16) for k, t in trained.items()}
+    if rule == "gram":
+        return {k: torch.eye(t.shape[1]) for k, t in trained.items() if k.endswith("lora_B.weight")}
+    return {}
 
 
 @dataclass

@@ -11,6 +11,7 @@ import datetime
 import ipaddress
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,10 @@ def node_key(path: Path) -> Path:
 # ---------------------------------------------------------------- processes
 
 
+def _limit(memory: int) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+
+
 @dataclass
 class Deployment:
     """A running SuperLink and its SuperNodes; with `tls`, a folder made by `certificates`."""
@@ -133,6 +139,7 @@ class Deployment:
     superlink: subprocess.Popen[bytes] | None = None
     nodes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    ceilings: dict[str, int] = field(default_factory=dict)  # bytes of memory, as `ulimit -v`
 
     def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
         log = open(self.folder / f"{name}.log", "ab")  # noqa: SIM115  # the child keeps it
@@ -143,6 +150,7 @@ class Deployment:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=partial(_limit, self.ceilings[name]) if name in self.ceilings else None,
         )
         log.close()
         self.processes.append(process)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from client_app import means
 from client_app import node as nodes
 from client_app.audit import verify
 from client_app.check import connection, room, step
@@ -209,7 +210,8 @@ def _data(
             raise UserError(f"validation-share leaves none of the {out} rows to train on.")
         apart = f", {out} of them kept for validation" if out else ""
         held.rows, held.named = rows, bool(task.labels)
-        return f"{len(rows)} rows{apart}: {shown}{more}."
+        gone = f" {rows.left_out}." if rows.left_out else ""
+        return f"{len(rows)} rows{apart}: {shown}{more}.{gone}"
 
     found = [guarded("data", readable)]
 
@@ -261,6 +263,8 @@ def _room(
         why = "give --plan (from `fedpft inspect --json`) or --sub-fm-mb to have this checked."
         return [*out, Finding("memory", SKIPPED, why), Finding("training step", SKIPPED, why)]
     needed = room.memory_needed(size, held.shape, batch, tokens)
+    if any(node[key] for key in means.KEYS):
+        out.append(guarded("told to the server", lambda: _means(node, root)))
     out.append(guarded("memory", lambda: room.memory(needed)))
     if out[-1].status == FAIL:
         why = "there is not enough memory to try one."
@@ -271,6 +275,16 @@ def _room(
     else:
         return [*out, guarded("training step", lambda: _step(node, plan, held, batch))]
     return [*out, Finding("training step", SKIPPED, why)]
+
+
+def _means(node: dict[str, Any], root: Path) -> str:
+    """What the node says of itself, by which the server chooses a width for it."""
+    if node["memory-mb"] == -1:
+        means.keep_measured(root, room.available_memory())
+    said = means.of_node(node, root)
+    megabytes = {k: f"{k} {v / 1e6:.0f} MB" for k, v in said.items() if isinstance(v, int)}
+    words = {k: f"{k} {v}" for k, v in said.items() if isinstance(v, str)}
+    return ", ".join([*megabytes.values(), *words.values()]) + "."
 
 
 def _failed(findings: list[Finding], name: str) -> bool:

@@ -104,6 +104,7 @@ def command(args: argparse.Namespace, console: Console) -> int:
 
 def _show_policy(args: argparse.Namespace, console: Console) -> None:
     from client_app import node as nodes
+    from client_app.app_hash import app_hash
     from client_app.check import node as check
     from client_app.check.findings import printable
     from client_app.policy import Policy, table
@@ -120,3 +121,4 @@ def _show_policy(args: argparse.Namespace, console: Console) -> None:
     for row in rules:
         shown.add_row(*(Text(printable(cell)) for cell in row))
     console.print(shown)
+    console.print(f"Hash of the app's code here: {app_hash()}", soft_wrap=True, highlight=False)

@@ -1,11 +1,13 @@
-"""`fedpft plugins`: the choices of saliency, alignment, selection and aggregation."""
+"""`fedpft plugins`: what can be chosen, here and from installed packages."""
 
 from __future__ import annotations
 
 import argparse
 from typing import TYPE_CHECKING
 
+from fedpft_console import trackers
 from fedpft_core import registry
+from fedpft_core.config import OWN_TASKS
 from fedpft_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,8 +43,9 @@ def command(args: argparse.Namespace, console: Console) -> int:
     table = Table("what", "choice", "from", "", box=box.SIMPLE_HEAD)
     bad = False
     for folder, group in registry.GROUPS.items():
-        added = {p.name: p for p in registry.plugins(folder)}
-        for name in registry.names(folder):
+        own = _own(folder)
+        added = {p.name: p for p in registry.plugins(folder, own)}
+        for name in (*own, *(n for n in registry.names(folder) if n not in own)):
             plugin = added.get(name)
             if plugin is None or plugin.hidden:
                 table.add_row(folder, name, "fedpft", "")
@@ -55,14 +58,33 @@ def command(args: argparse.Namespace, console: Console) -> int:
                 bad = True
                 said = f"hidden: fedpft has a {plugin.name} of its own in {group}"
                 table.add_row(folder, plugin.name, plugin.origin, Text(said, style="bold red"))
+    for name in trackers.names():
+        origin, fault = trackers.origin(name), trackers.fault(name)
+        bad |= bool(fault and origin != "fedpft")
+        style = "bold red" if origin != "fedpft" else "dim"
+        table.add_row("tracker", name, origin, Text(fault, style=style))
     console.print(table)
     return 1 if bad else 0
+
+
+def _own(folder: str) -> tuple[str, ...]:
+    """What is here and no file of a folder: families and tasks."""
+    if folder == "task":
+        return OWN_TASKS
+    if folder == "family":
+        from fedpft_core.model.families import FAMILIES  # torch takes seconds
+
+        return tuple(FAMILIES)
+    return ()
 
 
 def _fault(folder: str, name: str) -> str:
     """Why a plugin cannot be used; empty where it can."""
     try:
-        registry.load(folder, name)
+        if folder in ("family", "task"):
+            registry.held(folder, name)
+        else:
+            registry.load(folder, name)
     except UserError as error:
         return str(error)
     return ""

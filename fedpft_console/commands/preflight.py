@@ -11,7 +11,7 @@ from fedpft_core.data.examples import Examples
 from fedpft_core.data.public import load_public
 from fedpft_core.data.splits import check_settings, columns_of, owned_split
 from fedpft_core.errors import UserError
-from fedpft_core.task import KINDS, kind_of, make
+from fedpft_core.task import class_of, kind_of, make
 
 
 def check(config: Config) -> None:
@@ -30,7 +30,9 @@ def check(config: Config) -> None:
     kind = kind_of(columns)
     task = make(kind)
     if not owned_split(data)[0].startswith("builtin:"):
-        task, read = KINDS[kind].open(kind, data, None)
+        found = class_of(kind)
+        assert found is not None  # `make` has refused it
+        task, read = found.open(kind, data, None)
     else:  # labels of built-in data are not looked up: each file is read by itself
 
         def read(source: str, split: str) -> Examples:
@@ -51,4 +53,6 @@ def check(config: Config) -> None:
     needs_public = config.plan.proxy != "full" or config.distill.method != "none"
     if needs_public and (task.reads == "image" or not data.public.startswith("builtin:")):
         column = data.public_column or data.image_column or data.text_column
-        load_public(data.public, column, task.reads, (), data.max_public_rows, 0)
+        load_public(
+            data.public, column, task.reads, (), data.max_public_rows, 0, max_bad=data.max_bad_rows
+        )

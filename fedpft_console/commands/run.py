@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedpft_console.commands import settings
 from fedpft_console.commands.folder import (
@@ -22,6 +24,7 @@ from fedpft_console.commands.folder import (
     save_rounds,
     writing,
 )
+from fedpft_console.launch import cluster
 from fedpft_core import config
 from fedpft_core.config import Scalar
 from fedpft_core.errors import RunError, UserError
@@ -55,8 +58,17 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="submit to this connection of your Flower configuration, instead of simulating",
     )  # fmt: skip
     run.add_argument(
+        "--ray", metavar="ADDRESS",
+        help="simulate the clients on this Ray cluster (RAY_AUTH_MODE=token must be set)",
+    )  # fmt: skip
+    run.add_argument(
         "--tracker", metavar="NAME", action="append", default=[],
         help="also hand the figures to this tracker, such as tensorboard; may be repeated",
+    )  # fmt: skip
+    run.add_argument(
+        "--dry-run", action="store_true",
+        help="try the configuration in seconds: two rounds of a small random model of the same "
+        "family on fabricated rows; nothing is kept",
     )  # fmt: skip
     run.add_argument("--quiet", action="store_true", help="print only the folder and the outcome")
     run.set_defaults(function=command)
@@ -80,7 +92,13 @@ def command(args: argparse.Namespace, console: Console) -> int:
             used.
     """
     given = settings.collect(args)
+    if args.dry_run:
+        return _dry_run(args, console, given)
     remote = args.superlink is not None
+    if args.ray:
+        if remote:
+            raise UserError("--superlink and --ray exclude each other.")
+        cluster.check("--ray", args.ray)
     if args.rounds is not None:
         given["federation.rounds"] = args.rounds
     if not remote:
@@ -108,6 +126,30 @@ def command(args: argparse.Namespace, console: Console) -> int:
     console.print(f"run folder {folder}", soft_wrap=True, highlight=False, markup=False)
     with locked(folder):
         return _run(args, console, folder, flat)
+
+
+def _dry_run(args: argparse.Namespace, console: Console, given: Mapping[str, Any]) -> int:
+    """A small run in a folder that is removed afterwards; where it fails, its log is kept."""
+    from fedpft_console.commands import dry_run
+
+    for name, value in (("--resume", args.resume), ("--superlink", args.superlink)):
+        if value is not None:
+            raise UserError(f"--dry-run and {name} exclude each other.")
+    resolved = config.from_flat(dict(given))
+    folder = Path(tempfile.mkdtemp(prefix="fedpft-dry-run-"))
+    flat = dry_run.shrink(resolved, folder / "fabricated")
+    if args.rounds is not None:
+        flat["federation.rounds"] = args.rounds
+    run_dir = folder / "run"
+    flat["run.dir"] = str(run_dir)
+    create_folder(run_dir)
+    save_config(run_dir, flat)
+    with locked(run_dir):
+        status = _run(args, console, run_dir, flat)
+    if status == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        console.print(dry_run.said(flat), soft_wrap=True, highlight=False, markup=False)
+    return status
 
 
 def _run(
@@ -139,10 +181,18 @@ def _run(
                 else:
                     f = resolved.federation
                     options = launch.federation_config(
-                        f.clients, f.clients_per_round, resolved.train.threads, launch.cpu_count()
-                    )
-                    outcome = launch.run_simulation(
-                        folder, flat, federation=options, tick=tick, note=view.note
+                        f.clients, f.clients_per_round, resolved.train.threads,
+                        launch.cpu_count(), cluster=bool(args.ray),
+                    )  # fmt: skip
+
+                    def simulate(flat: Mapping[str, Scalar]) -> Result:
+                        return launch.run_simulation(
+                            folder, flat, federation=options, ray=args.ray or "", tick=tick,
+                            note=view.note,
+                        )  # fmt: skip
+
+                    outcome = launch.going_on(
+                        simulate, flat, follower, folder / CHECKPOINTS, view.line, tick
                     )
                 tick()
         except KeyboardInterrupt:

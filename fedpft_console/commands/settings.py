@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpft_core import config
+from fedpft_core.data import hub
 from fedpft_core.errors import UserError
 
 # Keys whose value is a file the server reads; model.name and data.labels may also be one.
@@ -57,7 +58,8 @@ def absolute_files(flat: Mapping[str, Any]) -> dict[str, Any]:
         flat: values by key, of some keys or of all.
 
     Returns:
-        A copy of it; `builtin:` data and names that are no file here (a model's) stay as they are.
+        A copy of it; `builtin:` data, names on the hub and names that are no file here (a model's)
+        stay as they are.
 
     Raises:
         UserError: a data file does not exist.
@@ -68,7 +70,9 @@ def absolute_files(flat: Mapping[str, Any]) -> dict[str, Any]:
         if not value or value.startswith("builtin:"):
             continue
         path = Path(value).expanduser()
-        if path.exists():
+        if value.startswith(hub.PREFIX):
+            out[name] = hub.absolute(value)
+        elif path.exists():
             out[name] = str(path.resolve())
         elif name in _FILE_KEYS:
             raise UserError(f"{name}: no such file {path.absolute()}.")

@@ -19,6 +19,7 @@ _GONE = object()
 # Keys that say where or how fast a cell runs, not what it computes.
 NO_RESULT = (
     "run.dir", "run.resume", "run.stop-after", "run.checkpoints", "run.threads", "run.proxy-cache",
+    "plan.ledger", "plan.disclosure-budget",
 )  # fmt: skip
 # What a run did that is older than a key: today's default, but for these.
 _ABSENT = {name: info.default for name, info in configs.keys().items()} | {

@@ -18,6 +18,8 @@ from fedpft_core.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fedpft_console.compare.crew import Crew
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments.
@@ -49,6 +51,24 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--part", metavar="I/N",
         help="run only the I-th of N parts; each in a --results folder of its own",
     )  # fmt: skip
+    parser.add_argument(
+        "--jobs", metavar="N", type=int, default=0,
+        help="run N cells at a time, each in a process of its own",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ray", metavar="ADDRESS",
+        help="run cells as tasks on this Ray cluster (RAY_AUTH_MODE=token must be set)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cell-cpus", metavar="N", type=int, default=0,
+        help="cores and threads of a cell (default: with --jobs a part of this machine's, else 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cell-gpus", metavar="X", type=float, default=0.0, help="with --ray: GPUs of a cell"
+    )
+    parser.add_argument(
+        "--cell-memory", metavar="MB", type=int, default=0, help="with --ray: memory of a cell"
+    )
     parser.add_argument(
         "--merge", metavar="DIR", action="append", default=[],
         help="first take over the finished cells of another results folder; may be repeated",
@@ -116,10 +136,35 @@ def _run(
             "nothing is run.",
             file=sys.stderr,
         )
-    failed = run.run(experiment, results, console, points)
+    if args.jobs or args.ray:
+        from fedpft_console.compare import parallel
+
+        crew, threads = _crew(args, results.folder)
+        failed = parallel.run(experiment, results, console, points, crew, threads)
+    else:
+        failed = run.run(experiment, results, console, points)
     if failed:
         console.print(f"{failed} cells failed; starting again tries them again", highlight=False)
     return 1 if failed else 0
+
+
+def _crew(args: argparse.Namespace, folder: Path) -> tuple[Crew, int]:
+    """Who runs the cells, and on how many threads each."""
+    from fedpft_console.compare import crew
+    from fedpft_console.launch import cpu_count
+
+    least = {"--jobs": args.jobs, "--cell-cpus": args.cell_cpus, "--cell-gpus": args.cell_gpus,
+             "--cell-memory": args.cell_memory}  # fmt: skip
+    for name, value in least.items():
+        if value < 0:
+            raise UserError(f"{name} {value:g}: expected at least 0.")
+    if args.jobs and args.ray:
+        raise UserError("--jobs and --ray exclude each other.")
+    if args.ray:
+        cpus = args.cell_cpus or 1
+        memory = args.cell_memory * 10**6
+        return crew.RayTasks(args.ray, folder, cpus, args.cell_gpus, memory), cpus
+    return crew.Processes(args.jobs, folder), args.cell_cpus or max(1, cpu_count() // args.jobs)
 
 
 def selected(points: list[Point], only: list[str] | None, part: str | None) -> list[Point]:

@@ -90,15 +90,47 @@ def _result(cell: Cell, results: Results, board: Board) -> dict[str, Any]:
         board.reused()
         return dict(found)
     board.begin(cell)
-    row: dict[str, Any] = {
+    folder = results.folder / "runs" / cell.digest()
+    row = result(cell, folder, results.folder / "cache", board.watch)
+    results.append(row)
+    board.end(cell, row)
+    return row
+
+
+def described(cell: Cell) -> dict[str, Any]:
+    """What a result says of its cell before it has run.
+
+    Args:
+        cell: the cell.
+
+    Returns:
+        JSON values: its digest, place, seed, learning rate and settings.
+    """
+    return {
         "digest": cell.digest(), "method": cell.method, "dataset": cell.dataset,
         **({"partition": cell.partition} if cell.partition else {}),
         "seed": cell.seed, "lr": cell.lr, "config": cell.resolved,
     }  # fmt: skip
-    folder = results.folder / "runs" / cell.digest()
+
+
+def result(
+    cell: Cell, folder: Path, cache: Path, watch: Callable[[ev.Event], None] = lambda event: None
+) -> dict[str, Any]:
+    """Run a cell, and whatever happens make a result of it.
+
+    Args:
+        cell: the cell.
+        folder: its run folder; what is bulky in it is removed afterwards.
+        cache: folder of the sub-FMs that cells share.
+        watch: told each event as it is written.
+
+    Returns:
+        The row of the results: figures, or the reason under `failed`, and the seconds it took.
+    """
+    row = described(cell)
     start = time.perf_counter()
     try:
-        row |= run_cell(cell, folder, results.folder / "cache", board.watch)
+        row |= run_cell(cell, folder, cache, watch)
     except Exception as error:
         # Whatever it was, hours of other cells are waiting.
         known = isinstance(error, UserError | RunError)
@@ -107,8 +139,6 @@ def _result(cell: Cell, results: Results, board: Board) -> dict[str, Any]:
         for bulky in _BULKY:
             shutil.rmtree(folder / bulky, ignore_errors=True)
     row["seconds"] = round(time.perf_counter() - start, 1)
-    results.append(row)
-    board.end(cell, row)
     return row
 
 
@@ -301,6 +331,14 @@ class Board:
             figures = ", ".join(f"{n} {m.plain(m.scaled(row[k]))}" for n, k in named if k in row)
         self._line(f"{cell.title()}: {figures} ({human_seconds(row['seconds'])}{self._left()})")
         self._update()
+
+    def note(self, text: str) -> None:
+        """Print a line that counts no cell.
+
+        Args:
+            text: the line.
+        """
+        self._line(text)
 
     def skip(self, point: Point, seed: int) -> None:
         """Count a cell as failed that cannot run, because no learning rate has been found for it.

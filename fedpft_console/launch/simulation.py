@@ -25,6 +25,7 @@ from fedpft_console.launch.signals import signals_held
 from fedpft_console.launch.superlink import start_superlink
 from fedpft_core.config import Scalar
 from fedpft_core.errors import RunError
+from server_app import SIMULATION
 
 CONNECTION = "fedpft"
 
@@ -45,7 +46,9 @@ def cpu_count() -> int:
     return os.cpu_count() or 1
 
 
-def federation_config(clients: int, at_once: int, threads: int, cores: int) -> str:
+def federation_config(
+    clients: int, at_once: int, threads: int, cores: int, cluster: bool = False
+) -> str:
     """Flower's federation options: how many clients there are and how many run at once.
 
     Every client that runs at once is a worker process with the libraries and a model in memory,
@@ -56,16 +59,19 @@ def federation_config(clients: int, at_once: int, threads: int, cores: int) -> s
         at_once: clients that a round samples.
         threads: threads that a client trains with, at most `cores` of which are counted.
         cores: cores that all clients may use together.
+        cluster: whether they run on a Ray cluster that is there already, all of whose cores are
+            theirs then.
 
     Returns:
         Options in the form of `flwr run --federation-config`.
     """
     each = max(1, min(threads, cores))
     total = max(each, min(cores, at_once * each))
-    return (
-        f"num-supernodes={clients} client-resources-num-cpus={each} "
-        f"client-resources-num-gpus=0.0 init-args-num-cpus={total}"
+    options = (
+        f"num-supernodes={clients} client-resources-num-cpus={each} client-resources-num-gpus=0.0"
     )
+    # Ray refuses to be told of cores where it is not started here.
+    return options if cluster else f"{options} init-args-num-cpus={total}"
 
 
 def run_simulation(
@@ -74,6 +80,7 @@ def run_simulation(
     *,
     federation: str,
     app: Path | None = None,
+    ray: str = "",
     tick: Callable[[], None] = lambda: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Result:
@@ -84,6 +91,8 @@ def run_simulation(
         flat: the run config by dotted key.
         federation: Flower's federation options, see `federation_config`.
         app: a Flower app folder in place of this package's.
+        ray: address of a Ray cluster on which the clients run, with the token that this
+            environment has; empty for a Ray of our own.
         tick: called about five times a second while the run is on.
         note: told in words what is being started, for the impatient.
 
@@ -97,10 +106,11 @@ def run_simulation(
     home = folder / "home"
     home.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex
-    ray_tmpdir = _ray_tmpdir()
+    ray_tmpdir = "" if ray else _ray_tmpdir()
     # Ray listens on every interface; with a token only what knows it may run code there.
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    extra = {MARKER: mark, "FLWR_HOME": str(home)} | token
+    of_ray = {"RAY_ADDRESS": ray} if ray else token
+    extra = {MARKER: mark, "FLWR_HOME": str(home), SIMULATION: "1"} | of_ray
     if ray_tmpdir:
         extra |= {"RAY_TMPDIR": ray_tmpdir}
     env = environment(extra)

@@ -230,6 +230,8 @@ def _partition(record: Record) -> tuple[Panel, str] | None:
     )
     scheme = record.partition.scheme if record.partition and len(groups) > 1 else ""
     caption = f"federation.partition = {scheme}." if scheme else "As clients announce them."
+    if scheme and record.partition and record.partition.by != "label":
+        caption = f"federation.partition = {scheme}, by {record.partition.by}."
     return Panel("partition", "Clients", "Training rows of each client", caption, (), draw), alt
 
 
@@ -286,6 +288,7 @@ _SAID = {
     "adapter": "the adapter: LoRA factors and head",
     "counts": "how often each neuron was inactive",
     "statistics": "sums over rows by label",
+    "merging": "figures by which a merge weighs the adapters",
     "control": "requests and settings",
 }
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
+from fedpft_console.report import exposure
+from fedpft_console.sheet import Sheet
 from fedpft_console.text import (
     BASELINES,
     MODELS,
@@ -18,22 +19,14 @@ from fedpft_console.text import (
 from server_app.run import schema as ev
 from server_app.run.record import DIRECTIONS, Record, Round
 
+__all__ = ["Sheet", "excerpt", "kinds", "sheets"]
+
 # The order in which kinds of traffic are listed; others follow by name.
 KINDS = ("package", "patch", "adapter", "counts", "control")
 SAMPLES = "Samples"
 """Title of the table of what models wrote."""
 _SAMPLES = 8  # rows of it
 _EXCERPT = 240  # characters of a cell
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """One table: the first column is text, the others are right-aligned."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-    notes: list[str] = field(default_factory=list)
 
 
 def sheets(record: Record) -> list[Sheet]:
@@ -43,11 +36,13 @@ def sheets(record: Record) -> list[Sheet]:
         record: a run in any state: finished, failed or still running.
 
     Returns:
-        Sizes, scores, one table for each further metric, what models wrote, merges on the way,
-        re-alignments, privacy, traffic, time with memory, and files.
+        Sizes, widths and who had which, scores, one table for each further metric, what models
+        wrote, merges on the way, re-alignments, privacy, what left of the FM, traffic, time with
+        memory, and files.
     """
-    made = [_sizes(record), _scores(record), *_further(record), _samples(record), _merges(record),
-            _alignments(record), _privacy(record), _traffic(record), _phases(record),
+    made = [_sizes(record), _widths(record), _clients_of(record), _scores(record),
+            *_further(record), _samples(record), _merges(record), _alignments(record),
+            _privacy(record), exposure.sheet(record), _traffic(record), _phases(record),
             _files(record)]  # fmt: skip
     return [sheet for sheet in made if sheet.rows]
 
@@ -79,6 +74,47 @@ def _sizes(record: Record) -> Sheet:
             show = human_bytes if name == "bytes" else human_count
             rows.append([name, show(before), show(after), f"{100 * after / before:.1f} %"])
     return Sheet("Model", ["", "FM", "sub-FM", "share"], rows)
+
+
+def _widths(record: Record) -> Sheet:
+    """The sub-FMs of a run with several, and what their clients have sent and received."""
+    rows = []
+    measure = Measure.of(record.task)
+    columns = [
+        "width", "FFN neurons", "parameters", "package", "memory (formula)", "clients",
+        "to clients", "from clients", f"sub-FM, {measure.name}",
+    ]  # fmt: skip
+    if record.widths is None:
+        return Sheet("Widths", columns, [])
+    last = next((r for r in reversed(record.rounds) if r.widths), None)
+    for w in record.widths.sizes:
+        name = w["width"]
+        clients = sum(1 for g in record.given.values() if g.width == name)
+        of_width: ev.Scored | None = None
+        if last:
+            of_width = last.proxy if record.widths.proxy == name else last.widths.get(name)
+        sums = record.by_width.get(name, {})
+        rows.append([
+            name, f"{100 * w['share']:.1f} %", human_count(w["parameters"]),
+            human_bytes(w["package"]), human_bytes(w["memory"]), f"{clients}",
+            *(human_bytes(sums.get(d, 0)) for d in DIRECTIONS),
+            measure.shown(of_width.value) if of_width else "-",
+        ])  # fmt: skip
+    return Sheet("Widths", columns, rows)
+
+
+def _clients_of(record: Record) -> Sheet:
+    """Which width each client had, and why."""
+    rows = [
+        [g.client, g.width or "-", g.blocks or "all", g.before or "-", g.reason]
+        for _, g in sorted(record.given.items())
+    ]
+    notes = [
+        f"Round {m.round}: {m.client} was moved from {m.before} to {m.width}: {m.reason}."
+        for m in record.moved
+    ]
+    columns = ["client", "width", "blocks with LoRA", "before", "why"]
+    return Sheet("Who had which width", columns, rows, notes)
 
 
 _TRAINED, _CLIENTS = "as trained", "sub-FM at clients"

@@ -52,6 +52,43 @@ def names() -> list[str]:
     return own + sorted({p.name for p in entry_points(group=GROUP)}.difference(own))
 
 
+def origin(name: str) -> str:
+    """Where a tracker is from.
+
+    Args:
+        name: one of :func:`names`.
+
+    Returns:
+        `fedpft`, or name and version of the other package.
+    """
+    if (Path(__file__).parent / f"{name}.py").is_file():
+        return "fedpft"
+    (point, *_) = (p for p in entry_points(group=GROUP) if p.name == name)
+    return f"{point.dist.name} {point.dist.version}" if point.dist else "?"
+
+
+def fault(name: str) -> str:
+    """Why a tracker cannot be used.
+
+    Args:
+        name: one of :func:`names`; it is imported.
+
+    Returns:
+        A sentence; empty where it can be used.
+    """
+    try:
+        _module(name)
+    except Exception as error:  # whatever another program's import may raise
+        return f"{type(error).__name__}: {first_line(error)}"
+    return ""
+
+
+def _module(name: str) -> Any:
+    if (Path(__file__).parent / f"{name}.py").is_file():
+        return importlib.import_module(f"{__name__}.{name}")
+    return next(p for p in entry_points(group=GROUP) if p.name == name).load()
+
+
 def start(name: str, folder: Path, config: Mapping[str, Any]) -> Tracker:
     """Begin to track a run.
 
@@ -64,24 +101,19 @@ def start(name: str, folder: Path, config: Mapping[str, Any]) -> Tracker:
         The tracker.
 
     Raises:
-        UserError: there is no such tracker, it cannot be imported, or it cannot start.
+        UserError: there is no such tracker, or it cannot be imported.
+        Exception: whatever a tracker raises whose other side is down.
     """
     if name not in names():
         raise UserError(f"--tracker {name}: there is {', '.join(names())}.")
-    points = [p for p in entry_points(group=GROUP) if p.name == name]
     try:
-        if (Path(__file__).parent / f"{name}.py").is_file():
-            module: Any = importlib.import_module(f"{__name__}.{name}")
-        else:
-            module = points[0].load()
-        made: Tracker = module.start(folder, folder.name, config)
+        module = _module(name)
     except ImportError as error:
         raise UserError(
             f"--tracker {name}: {first_line(error)}; pip install 'fedpft[{name}]' brings what the "
             "trackers of fedpft need."
         ) from error
-    except Exception as error:  # whatever another program's start may raise
-        raise UserError(f"--tracker {name}: it cannot start ({first_line(error)}).") from error
+    made: Tracker = module.start(folder, folder.name, config)
     return made
 
 
@@ -94,12 +126,20 @@ class Trackers:
         config: every key with its value.
 
     Raises:
-        UserError: one of them cannot start.
+        UserError: there is no such tracker, or it cannot be imported. One that is down is left out
+            with a warning: it must not hold up the run.
     """
 
     def __init__(self, wanted: Sequence[str], folder: Path, config: Mapping[str, Any]) -> None:
-        self.running = {name: start(name, folder, config) for name in dict.fromkeys(wanted)}
+        self.running: dict[str, Tracker] = {}
         self.state = "running"
+        for name in dict.fromkeys(wanted):
+            try:
+                self.running[name] = start(name, folder, config)
+            except UserError:
+                raise
+            except Exception as error:
+                _left_out(name, error)
 
     def __enter__(self) -> Trackers:
         return self
@@ -127,11 +167,12 @@ class Trackers:
                 getattr(tracker, what)(*args)
             except Exception as error:  # a tracker that is down must not end the run
                 del self.running[name]
-                print(
-                    f"fedpft: warning: tracker {name} is left out from here on: "
-                    f"{first_line(error)}",
-                    file=sys.stderr,
-                )
+                _left_out(name, error)
+
+
+def _left_out(name: str, error: Exception) -> None:
+    said = f"fedpft: warning: tracker {name} is left out from here on: {first_line(error)}"
+    print(said, file=sys.stderr)
 
 
 def figures(event: ev.Event) -> tuple[dict[str, float], int]:

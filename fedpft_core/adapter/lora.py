@@ -25,6 +25,7 @@ from fedpft_core.model.families import Family, base_model, family_of_model
 from fedpft_core.model.fused import joined, per_rank, renamed
 from fedpft_core.model.names import WRAPPER, bare, is_lora, to_fm_name, to_proxy_name
 from fedpft_core.model.plan import Plan
+from fedpft_core.model.precision import widen_trained
 from fedpft_core.seeds import torch_stream
 from fedpft_core.tensors import Tensors
 
@@ -117,7 +118,8 @@ def attach(model: nn.Module, spec: AdapterSpec, plan: Plan | None = None) -> Pef
         plan: the plan of the proxy where the model is one; None for the FM.
 
     Returns:
-        The wrapper, in eval mode. Only adapter parameters require gradients.
+        The wrapper, in eval mode. Only adapter parameters require gradients; they are in float32
+        where the model is in half precision.
     """
     targets = [to_proxy_name(t, plan) if plan else t for t in spec.targets]
     config = LoraConfig(
@@ -128,6 +130,7 @@ def attach(model: nn.Module, spec: AdapterSpec, plan: Plan | None = None) -> Pef
         modules_to_save=list(spec.modules),
     )
     wrapped = get_peft_model(model, config)
+    widen_trained(wrapped, spec.modules)
     wrapped.eval()
     return wrapped
 

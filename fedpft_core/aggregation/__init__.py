@@ -8,8 +8,11 @@ many replies it stands, and `NEEDS_OWN = True` where it calls `replies.settings.
 
 Some files say more of themselves: `factors(round)`, which of LoRA's factors clients train (`both`,
 `a` or `b`); `AVERAGES = True`, that the rule is the mean of the replies by their weights, which can
-be had as a running sum; `GROWS = True`, that what it returns has another rank than it was given.
-Figures that a rule finds on its way go into `replies.figures`.
+be had as a running sum; `BY_TENSOR = True`, that it heeds `replies.partly`, which tensors some
+clients alone have trained, so that clients may train LoRA in fewer blocks; `GROWS = True`, that
+what it returns has another rank than it was given; `MERGING = "fisher"` or `"gram"`, that clients
+send such figures beside their adapters (`fedpft_core.train.merging`), which `replies.beside(name)`
+gives. Figures that a rule finds on its way go into `replies.figures`.
 """
 
 from __future__ import annotations
@@ -49,6 +52,7 @@ class RuleSettings:
         seed: of what a rule draws at random in this round.
         own: gives the server's own adapter, trained from `Replies.start` on the server's
             validation rows; None where it has none.
+        factor: what the weight of a client is multiplied by, by its name; None = 1 for all.
     """
 
     weighting: str = "examples"
@@ -59,6 +63,7 @@ class RuleSettings:
     density: float = 1.0
     seed: int = 0
     own: Callable[[], Tensors] | None = None
+    factor: Callable[[str], float] | None = None
 
 
 class Replies:
@@ -73,6 +78,7 @@ class Replies:
             It is what the clients were sent.
         folder: where the file lies; the system's folder for temporary files when None.
         settings: what a rule may know besides.
+        beside: shapes of the merging figures that come with each adapter, by name.
 
     Raises:
         OSError: when the folder cannot be written.
@@ -83,6 +89,7 @@ class Replies:
         like: Mapping[str, Tensor],
         folder: Path | None = None,
         settings: RuleSettings | None = None,
+        beside: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         self.start = {name: like[name] for name in sorted(like)}
         self.settings = settings or RuleSettings()
@@ -93,7 +100,14 @@ class Replies:
         for name in self.shapes:
             self._at[name] = self._size
             self._size += like[name].numel()
+        self._beside: dict[str, tuple[int, tuple[int, ...]]] = {}  # values before, shape
+        self._stride = self._size  # values of a slot: an adapter's, and the figures beside it
+        for name, shape in sorted((beside or {}).items()):
+            self._beside[name] = self._stride, shape
+            self._stride += _count(shape)
         self._slots: dict[str, tuple[int, int]] = {}  # by client: slot, examples
+        # By client that trained some of the tensors only: their names.
+        self.partly: dict[str, frozenset[str]] = {}
         self._used = 0  # slots written so far
         self._file = self._open(folder)
 
@@ -115,29 +129,40 @@ class Replies:
     def __len__(self) -> int:
         return len(self._slots)
 
-    def add(self, name: str, examples: int, adapter: Mapping[str, Tensor]) -> None:
+    def add(
+        self, name: str, examples: int, adapter: Mapping[str, Tensor],
+        trained: frozenset[str] = frozenset(), beside: Mapping[str, Tensor] | None = None,
+    ) -> None:  # fmt: skip
         """Keep the adapter of client `name`, which was trained on so many examples.
 
         Args:
             name: which client; the names set the order in which replies are read.
             examples: its rows, by which a rule may weigh the reply.
             adapter: float32 tensors on the CPU, by FM name.
+            trained: the tensors that the client has trained, where these are not all; the others
+                are as it was sent them.
+            beside: the merging figures, float32, where there are any.
 
         Raises:
             ValueError: when names, shapes or types are not those agreed, or the client is known.
             OSError: when the disk is full.
         """
-        if name in self._slots or adapter.keys() != self.shapes.keys():
+        beside = beside or {}
+        fits = adapter.keys() == self.shapes.keys() and beside.keys() == self._beside.keys()
+        if name in self._slots or not fits:
             raise ValueError(f"the reply of {name} does not fit the round")
         slot = self._used
-        self._file.seek(4 * slot * self._size)
-        for key, shape in self.shapes.items():
-            t = adapter[key]
+        self._file.seek(4 * slot * self._stride)
+        whole = [(key, shape, adapter[key]) for key, shape in self.shapes.items()]
+        whole += [(key, shape, beside[key]) for key, (_, shape) in self._beside.items()]
+        for key, shape, t in whole:
             if t.dtype != torch.float32 or tuple(t.shape) != shape:
                 raise ValueError(f"{key} is {t.dtype}{list(t.shape)}, not float32{list(shape)}")
             self._file.write(t.detach().contiguous().numpy().reshape(-1).view(np.uint8).data)
         self._slots[name] = slot, examples
         self._used = slot + 1
+        if trained:
+            self.partly[name] = trained
 
     def drop(self, name: str) -> None:
         """Leave out a reply that was added.
@@ -149,6 +174,7 @@ class Replies:
             KeyError: there is none of that client.
         """
         del self._slots[name]
+        self.partly.pop(name, None)
 
     @property
     def names(self) -> list[str]:
@@ -158,7 +184,21 @@ class Replies:
     @property
     def weights(self) -> list[float]:
         """What each reply weighs by `settings.weighting`, in the order of the names."""
-        return weights_of(self.examples, self.settings.weighting, self.settings.weight_cap)
+        found = weights_of(self.examples, self.settings.weighting, self.settings.weight_cap)
+        if self.settings.factor is None:
+            return found
+        return [w * self.factor(name) for w, name in zip(found, self.names, strict=True)]
+
+    def factor(self, name: str) -> float:
+        """What the weight of one client is multiplied by.
+
+        Args:
+            name: which client's.
+
+        Returns:
+            At least 0; 1 for all where widths do not matter.
+        """
+        return 1.0 if self.settings.factor is None else self.settings.factor(name)
 
     @property
     def hostile(self) -> int:
@@ -187,7 +227,43 @@ class Replies:
         Raises:
             KeyError: there is no reply of that client.
         """
-        return self.split(self._read(self._slots[name][0] * self._size, self._size))
+        return self.split(self._read(self._slots[name][0] * self._stride, self._size))
+
+    def beside(self, name: str) -> Tensors:
+        """The merging figures of one reply.
+
+        Args:
+            name: which client's.
+
+        Returns:
+            Float32 tensors by name; empty where the rule asks for none.
+
+        Raises:
+            KeyError: there is no reply of that client.
+        """
+        start = self._slots[name][0] * self._stride
+        return {
+            key: self._read(start + at, _count(shape)).reshape(shape)
+            for key, (at, shape) in self._beside.items()
+        }
+
+    def stacked_beside(self, key: str) -> Tensor | None:
+        """One tensor of the merging figures of every reply.
+
+        Args:
+            key: the tensor's name.
+
+        Returns:
+            float32 [replies, *shape], in the order of the names; None where there are no such
+            figures.
+        """
+        if key not in self._beside:
+            return None
+        at, shape = self._beside[key]
+        found = [
+            self._read(self._slots[n][0] * self._stride + at, _count(shape)) for n in self.names
+        ]
+        return torch.stack(found).reshape(len(found), *shape)
 
     @property
     def size(self) -> int:
@@ -209,7 +285,7 @@ class Replies:
         """
         slot, _ = self._slots[name]
         buffer = np.empty(min(_PIECE, self._size), np.float32)
-        self._file.seek(4 * slot * self._size)
+        self._file.seek(4 * slot * self._stride)
         for start in range(0, self._size, _PIECE):
             values = buffer[: min(_PIECE, self._size - start)]
             self._fill(values)
@@ -240,7 +316,7 @@ class Replies:
         """
         count = _count(self.shapes[key])
         found = [
-            self._read(self._slots[n][0] * self._size + self._at[key], count) for n in self.names
+            self._read(self._slots[n][0] * self._stride + self._at[key], count) for n in self.names
         ]
         return torch.stack(found).reshape(len(found), *self.shapes[key])
 
@@ -261,7 +337,7 @@ class Replies:
             whole = torch.empty(_count(self.shapes[key]))
             for start in range(0, len(whole), width):
                 n = min(width, len(whole) - start)
-                values = [self._read(slot * self._size + at + start, n) for slot in slots]
+                values = [self._read(slot * self._stride + at + start, n) for slot in slots]
                 whole[start : start + n] = rule(torch.stack(values))
             out[key] = whole.reshape(self.shapes[key])
         return out
@@ -342,6 +418,20 @@ def factors(rule: str, round: int) -> str:
         return "both"
     made = getattr(registry.load("aggregation", rule), "factors", None)
     return made(round) if made else "both"
+
+
+def merging(rule: str) -> str:
+    """Which merging figures clients send beside their adapters under a rule.
+
+    Args:
+        rule: name of a rule, or `none`.
+
+    Returns:
+        `fisher`, `gram`, or empty for none.
+    """
+    if rule not in registry.names("aggregation"):
+        return ""
+    return str(getattr(registry.load("aggregation", rule), "MERGING", ""))
 
 
 def grows(rule: str) -> bool:

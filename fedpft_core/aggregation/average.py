@@ -12,6 +12,7 @@ from fedpft_core.aggregation import Replies
 from fedpft_core.tensors import Tensors
 
 AVERAGES = True
+BY_TENSOR = True
 
 
 class Average:
@@ -125,7 +126,35 @@ def aggregate(replies: Replies) -> Tensors:
     Returns:
         The weighted mean, float32 tensors by FM name.
     """
+    if replies.partly:
+        return by_tensor(replies)
     mean = RunningSum(replies)
     for name, weight in zip(replies.names, replies.weights, strict=True):
         mean.add(name, weight)
     return mean.result()
+
+
+def by_tensor(replies: Replies) -> Tensors:
+    """The mean of each tensor over those who have trained it.
+
+    Args:
+        replies: at least one; `replies.partly` says who has trained some tensors only.
+
+    Returns:
+        Float32 tensors by FM name. One that nobody has trained is as it was sent.
+    """
+    total: dict[str, np.ndarray] = {}
+    weights: dict[str, float] = {}
+    for name, (adapter, weight) in zip(replies.names, replies, strict=True):
+        trained = replies.partly.get(name, adapter.keys())
+        for key in adapter:
+            if key in trained and weight:
+                value = adapter[key].numpy().astype(np.float64) * weight
+                total[key] = total[key] + value if key in total else value
+                weights[key] = weights.get(key, 0.0) + weight
+    return {
+        key: torch.from_numpy((total[key] / weights[key]).astype(np.float32))
+        if key in total
+        else sent
+        for key, sent in replies.start.items()
+    }

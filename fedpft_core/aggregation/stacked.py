@@ -31,8 +31,20 @@ def aggregate(replies: Replies) -> Tensors:
     """
     out = average(replies)
     parts = shares(replies.weights)
-    for name_a, name_b in pairs(out):
-        factors = zip(parts, replies.stacked(name_b), replies.stacked(name_a), strict=True)
-        b, a = stack(list(factors))
+    layers = pairs(out)
+    # Components that a client of a lower rank does not have are zero in all of its B.
+    ranks = [1] * len(replies)
+    for _, name_b in layers:
+        for i, b in enumerate(replies.stacked(name_b)):
+            used = b.any(dim=0).nonzero()
+            ranks[i] = max(ranks[i], int(used.max()) + 1 if len(used) else 1)
+    for name_a, name_b in layers:
+        factors = [
+            (part, b[:, :rank], a[:rank])
+            for part, b, a, rank in zip(
+                parts, replies.stacked(name_b), replies.stacked(name_a), ranks, strict=True
+            )
+        ]
+        b, a = stack(factors)
         out[name_a], out[name_b] = a.to(torch.float32), b.to(torch.float32)
     return out

@@ -101,7 +101,18 @@ def outputs(
 def outputs_of_both(
     teacher: nn.Module, student: nn.Module, plan: Plan, batch: Batch
 ) -> tuple[dict[int, Tensor], dict[int, Tensor], Tensor]:
-    """What each trained block should put out, what it does, and the mask of real positions."""
+    """What each trained block should put out, what it does, and the mask of real positions.
+
+    Args:
+        teacher: the FM, which is run without gradients.
+        student: the proxy, run as it is.
+        plan: the plan that relates the two.
+        batch: what the models read, on their device.
+
+    Returns:
+        Wanted and present outputs [B, L, D] by FM index of the trained block, and bool [B, L],
+        False on padding.
+    """
     pairs = targets(plan)
     with torch.no_grad():
         h_FM = outputs(teacher, plan, batch, own_index=False, wanted=sorted(pairs.values()))

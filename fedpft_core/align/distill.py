@@ -21,6 +21,7 @@ from fedpft_core.config import DistillConfig
 from fedpft_core.model.device import Batch, device_of, to_device
 from fedpft_core.model.families import FFN, family_of
 from fedpft_core.model.plan import Plan, pruned_ffns
+from fedpft_core.model.precision import Masters
 from fedpft_core.seeds import torch_stream
 
 Progress = Callable[[int, int, float], None]
@@ -129,13 +130,14 @@ def distil(
     if chosen is not None and set(chosen) != set(ffns):
         raise ValueError("neurons must be chosen for each pruned block and for no other")
     moving = moving_parts(student, plan)
-    fixed = _fixed(ffns, chosen)
+    fixed = fixed_neurons(ffns, chosen)
     with torch.no_grad():
-        target = {b: products(f) for b, f in _teacher_ffns(teacher, plan).items()} if alpha else {}
-    noise = _AdapterNoise(teacher, student, plan, cfg.adapter_noise, noise_seed)
+        target = {b: products(f) for b, f in teacher_ffns(teacher, plan).items()} if alpha else {}
+    noise = AdapterNoise(teacher, student, plan, cfg.adapter_noise, noise_seed)
     error = objective or hidden_objective(teacher, student, plan)
     params = list(moving.values())
-    optimiser = torch.optim.AdamW(params, lr=lr, weight_decay=cfg.weight_decay, fused=True)
+    masters = Masters(params)
+    optimiser = torch.optim.AdamW(masters.params, lr=lr, weight_decay=cfg.weight_decay, fused=True)
     start = time.perf_counter()
     first = last = math.nan
     try:
@@ -155,10 +157,12 @@ def distil(
                     grad = moving[key].grad
                     assert grad is not None
                     grad.index_fill_(axis, index, 0.0)
-                nn.utils.clip_grad_norm_(params, cfg.clip)
+                masters.take_gradients()
+                nn.utils.clip_grad_norm_(masters.params, cfg.clip)
                 for group in optimiser.param_groups:
                     group["lr"] = lr * warmup_then_linear(step, steps, cfg.warmup_share)
                 optimiser.step()
+                masters.give_back()
                 # Weight decay touches what has no gradient too: put the fixed neurons back.
                 with torch.no_grad():
                     for key, (value, axis, index) in fixed.items():
@@ -173,15 +177,32 @@ def distil(
     return first, last, time.perf_counter() - start
 
 
-def _teacher_ffns(teacher: nn.Module, plan: Plan) -> dict[int, FFN]:
+def teacher_ffns(teacher: nn.Module, plan: Plan) -> dict[int, FFN]:
+    """Views of the FM's FFNs in the blocks that a plan prunes.
+
+    Args:
+        teacher: the FM.
+        plan: of the proxy.
+
+    Returns:
+        By FM block.
+    """
     ffns = family_of(plan.model_type).ffns(teacher)
     return {b: ffns[b] for b in plan.pruned}
 
 
-def _fixed(
+def fixed_neurons(
     ffns: Mapping[int, FFN], chosen: Mapping[int, Tensor] | None
 ) -> dict[tuple[int, str], tuple[Tensor, int, Tensor]]:
-    """Per moving parameter: values, axis and positions of the neurons that must not move."""
+    """What must not move, to be put back after each step.
+
+    Args:
+        ffns: of the proxy, by FM block.
+        chosen: positions of the neurons that move, by FM block; None for all.
+
+    Returns:
+        By block and part: values, axis and positions of the neurons that stay.
+    """
     if chosen is None:
         return {}
     out = {}
@@ -196,8 +217,16 @@ def _fixed(
     return out
 
 
-class _AdapterNoise:
-    """Random LoRA factors on teacher and student alike, around the adapter they carry."""
+class AdapterNoise:
+    """Random LoRA factors on teacher and student alike, around the adapter they carry.
+
+    Args:
+        teacher: the FM with the adapter.
+        student: a proxy with the same adapter.
+        plan: its plan.
+        size: largest std of the noise; 0 = none.
+        seed: of the noise. Several students of one teacher with equal seeds get the same.
+    """
 
     def __init__(
         self, teacher: nn.Module, student: nn.Module, plan: Plan, size: float, seed: int
@@ -212,6 +241,7 @@ class _AdapterNoise:
 
     @torch.no_grad()
     def draw(self) -> None:
+        """Put other noise on both."""
         if not self.size:
             return
         scale = self.size * float(torch.rand((), generator=self.stream))
@@ -223,6 +253,7 @@ class _AdapterNoise:
 
     @torch.no_grad()
     def restore(self) -> None:
+        """Put the adapter back as it was."""
         if self.size:
             for (t, s), start in zip(self.pairs, self.start, strict=True):
                 t.copy_(start)

@@ -15,6 +15,7 @@ from fedpft_core.model.batch import at_real
 from fedpft_core.model.device import Batch, device_of, to_device
 from fedpft_core.model.families import FFN
 from fedpft_core.model.plan import Plan
+from fedpft_core.model.precision import widened
 
 Objective = Callable[[Batch], Tensor]
 
@@ -36,7 +37,7 @@ def hidden_errors(
     """
     out = {}
     for block, h_T in teacher.items():
-        t, s = at_real(h_T, real_BL), at_real(student[block], real_BL)
+        t, s = (widened(at_real(h, real_BL)) for h in (h_T, student[block]))
         out[block] = (t - s).square().mean() / t.square().mean()
     return out
 
@@ -52,7 +53,7 @@ def products(ffn: FFN) -> list[Tensor]:
     Returns:
         One [D, D] for each in-projection: of a gated FFN two (gate, up), else one.
     """
-    return [ffn.out.weight @ linear.weight for linear in ffn.ins]
+    return [widened(ffn.out.weight @ linear.weight) for linear in ffn.ins]
 
 
 def weight_error(ffn: FFN, teacher: list[Tensor]) -> Tensor:

@@ -23,13 +23,14 @@ from fedpft_core.config.keys import (
     WireConfig,
 )
 from fedpft_core.config.methods import method_name
-from fedpft_core.config.model import TASKS
+from fedpft_core.config.model import OWN_TASKS, TASKS
 from fedpft_core.config.resume import FREE_ON_RESUME, changed
 from fedpft_core.config.sources import home, parse_overrides, read_file, write_yaml
 from fedpft_core.config.values import KeyInfo, flatten, from_flat, keys, to_flat, to_tree
 
 __all__ = [
     "FREE_ON_RESUME",
+    "OWN_TASKS",
     "TASKS",
     "AlignConfig",
     "Config",

@@ -41,6 +41,13 @@ class DistillConfig:
         low=0.0,
     )
     fit_batches: int = _key(80, "public batches `closed-form` and `sequential` look at", low=1)
+    widths: str = _key(
+        "joint",
+        "with plan.widths: `joint` (each step trains the widest, the narrowest and one width "
+        "between them on weights that all share, so that moving up costs a client the added "
+        "neurons alone) or `apart` (each width has weights of its own)",
+        choices=("joint", "apart"),
+    )
     ridge: float = _key(
         1.0,
         "pull of `closed-form` and `sequential` towards the present weights, as a share of the "

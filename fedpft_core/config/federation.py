@@ -36,6 +36,11 @@ class TrainConfig:
         choices=("none", "linear"),
     )
     threads: int = _key(1, "torch threads of each client process", low=1)
+    gradient_checkpointing: bool = _key(
+        False,
+        "clients keep only what enters each block and compute the rest once more when gradients "
+        "need it: less memory for about a third more time, the same result to the bit",
+    )
     augment: float = _key(
         0.0,
         "images: smallest share of the area that a random crop keeps at the clients, with "
@@ -74,6 +79,12 @@ class FederationConfig:
         "federation.clients-per-round clients tunes alone for all rounds; their mean is scored)",
         choices=(*registry.names("aggregation"), "none"),
     )
+    ranks: str = _key(
+        "",
+        "LoRA's rank at clients that are to train fewer components than lora.rank, as "
+        "`name=rank,name=rank`, at the same alpha / rank; a node may ask for less by its node "
+        "config's `lora-rank`",
+    )
     server_optimiser: str = _key(
         "none",
         "what the server makes of the mean's distance from the adapter that the round began with: "
@@ -97,6 +108,19 @@ class FederationConfig:
         "a larger share is warned of",
         above=0.0,
         high=1.0,
+    )
+    widths: str = _key(
+        "",
+        "plan.widths of simulated clients, dealt out to them one after the other, again and again; "
+        "`none` = a client whose budget is below the smallest. Empty = the widest to all. Nodes "
+        "with rows of their own say in their node config what they have",
+    )
+    width_weighting: str = _key(
+        "examples",
+        "what a client's width adds to its weight: `examples` (nothing), `width` (times its share "
+        "of the widest's FFN neurons) or `agreement` (times the cosine between the gradients of "
+        "its sub-FM and of the FM for the adapter, on the server's validation rows)",
+        choices=("examples", "width", "agreement"),
     )
     attackers: float = _key(
         0.2,
@@ -194,10 +218,40 @@ class FederationConfig:
     )
     partition: str = _key(
         "dirichlet",
-        "how simulated clients share the training rows: `iid`, `dirichlet`, or `shards` (two "
-        "shards of the rows sorted by label each)",
-        choices=("iid", "dirichlet", "shards"),
+        "how simulated clients share the training rows: `iid`, `dirichlet`, `shards` (two shards "
+        "of the rows sorted by label each), `pathological` (federation.classes-per-client labels "
+        "each), `grouped` (the clients of each of federation.groups have labels of their own, "
+        "which they share evenly), `linear`, `square` or `exponential` (client k has rows in "
+        "proportion to k, its square or its exponential), or `natural` (each value of "
+        "data.source-column is one client's; where there are more of them than clients, they are "
+        "dealt out)",
+        choices=(
+            "iid",
+            "dirichlet",
+            "shards",
+            "pathological",
+            "grouped",
+            "linear",
+            "square",
+            "exponential",
+            "natural",
+        ),
     )
+    groups: str = _key(
+        "",
+        "groups of simulated clients for federation.partition = grouped, by any names, dealt out "
+        "to them one after the other, again and again, as `a,a,b`",
+    )
+    partition_by: str = _key(
+        "label",
+        "what `dirichlet`, `shards` and `pathological` tell rows apart by: `label` (of text to be "
+        "generated: data.source-column, or else the length), `source` (data.source-column), "
+        "`length` (tenths of the texts by their characters) or `cluster` (of the sub-FM's "
+        "features, by k-means)",
+        choices=("label", "source", "length", "cluster"),
+    )
+    clusters: int = _key(10, "clusters of federation.partition-by = cluster", low=2)
+    classes_per_client: int = _key(2, "labels each client has with `pathological`", low=1)
     dirichlet_alpha: float = _key(1.0, "Dirichlet concentration (smaller = more skewed)", above=0.0)
 
 
@@ -243,6 +297,11 @@ class WireConfig:
     max_update_norm: float = _key(
         1000.0, "largest L2 norm of a reply's change of the adapter; larger is refused", above=0.0
     )
+
+    @property
+    def patch_format(self) -> str:
+        """The format of re-aligned weights: wire.patch, or wire.package where that is `same`."""
+        return self.package if self.patch == "same" else self.patch
 
 
 @dataclass(frozen=True)

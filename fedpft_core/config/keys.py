@@ -20,7 +20,9 @@ from fedpft_core.config.federation import (
 from fedpft_core.config.key import key as _key
 from fedpft_core.config.model import DataConfig, LoraConfig, ModelConfig, PlanConfig
 from fedpft_core.config.privacy import PrivacyConfig
+from fedpft_core.config.ranks import check_ranks
 from fedpft_core.config.schedules import check_schedule
+from fedpft_core.config.widths import check_widths
 from fedpft_core.errors import UserError
 
 Scalar = bool | int | float | str
@@ -118,7 +120,15 @@ class Config:
                 f"federation.enough = {f.enough} is not between federation.min-clients = "
                 f"{f.min_clients} and federation.clients-per-round = {f.clients_per_round}."
             )
+        if self.run.undistilled and self.plan.disguise != "none":
+            raise UserError(
+                f"run.undistilled = true sends the neurons as they are, which plan.disguise = "
+                f"{self.plan.disguise} is to hide: set run.undistilled = false."
+            )
         check_schedule(self)
+        check_ranks(self)
+        check_widths(self)
+        self._check_dtype()
         if self.simulate.attack in ("label-flip", "backdoor") and self.data.task not in (
             "", "classify",
         ):  # fmt: skip
@@ -133,3 +143,19 @@ class Config:
                 f"{self.align.disagreement} needs run.gradient-rows above 0."
             )
         private.check(self)
+
+    def _check_dtype(self) -> None:
+        """Half precision is for alignment by AdamW, which steps on float32 copies.
+
+        Raises:
+            UserError: another alignment is asked for.
+        """
+        if self.model.dtype == "fp32":
+            return
+        for key, method in (
+            ("distill.method", self.distill.method), ("align.method", self.align.method)
+        ):  # fmt: skip
+            if method not in ("sgd", "none"):
+                raise UserError(
+                    f"{key} = {method} needs model.dtype = fp32, not {self.model.dtype}."
+                )

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from fedpft_core import registry
 from fedpft_core.config.key import key as _key
 
-TASKS = ("classify", "regress", "multi-label", "tokens", "generate", "text-to-image")
+OWN_TASKS = ("classify", "regress", "multi-label", "tokens", "generate", "text-to-image")
+TASKS = (*OWN_TASKS, *(n for n in registry.names("task") if n not in OWN_TASKS))
 """What is done with rows: a class, a number or several labels a row, a class a word, text, or
 images."""
 
@@ -21,6 +22,19 @@ class ModelConfig:
         "foundation model: `builtin:minilm`, a local folder, or a Hugging Face name",
     )
     revision: str = _key("", "revision of a Hugging Face name; empty = its default branch")
+    dtype: str = _key(
+        "fp32",
+        "float type of the FM's and the sub-FM's frozen weights: `fp32`, `bf16` or `fp16` (half "
+        "the memory, and half the bytes of a package); the adapter and what alignment steps on are "
+        "float32 in any case. `fp16` is for GPUs, and may lose small gradients; `closed-form`, "
+        "`sequential` and `gradient` need fp32",
+        choices=("fp32", "bf16", "fp16"),
+    )
+    family: str = _key(
+        "",
+        "family of models that it must be of (docs/families.md); empty = any supported one. "
+        "`fedpft run --dry-run` builds one of this family where the model itself is not at hand",
+    )
 
 
 @dataclass(frozen=True)
@@ -29,15 +43,18 @@ class DataConfig:
 
     train: str = _key(
         "builtin:docstrings",
-        "training rows: `builtin:docstrings`, a .csv, .jsonl, .json or .parquet file, or a folder "
-        "with a folder of images for each class; empty when only the clients have any (deployment)",
+        "training rows: `builtin:docstrings`, a .csv, .jsonl, .json or .parquet file, a folder of "
+        "such files, a folder with a folder of images for each class, or "
+        "`hub:NAME[#CONFIG][@REVISION][:SPLIT]` on the Hugging Face Hub; empty when only the "
+        "clients have any (deployment)",
     )
     validation: str = _key(
         "", "validation rows held by the server; empty = carved from the training file"
     )
     test: str = _key("", "test rows; must be given when `data.train` is a file")
     public: str = _key(
-        "builtin:public", "public corpus for distillation: `builtin:public` or a file"
+        "builtin:public",
+        "public corpus for distillation: `builtin:public`, a file, or `hub:` as data.train",
     )
     public_column: str = _key(
         "",
@@ -62,8 +79,9 @@ class DataConfig:
     )
     source_column: str = _key(
         "",
-        "generation: column that says where a row is from; rows are shared out among clients by it "
-        "as by a label; empty = by their length",
+        "column that says where a row is from (a person, a place, a kind of request), for "
+        "federation.partition = natural and federation.partition-by = source. In generation rows "
+        "are shared out among clients by it as by a label; empty = by their length",
     )
     prompt_template: str = _key(
         "",
@@ -96,6 +114,14 @@ class DataConfig:
     max_train_rows: int = _key(0, "training rows used, 0 = all", low=0)
     max_test_rows: int = _key(0, "test rows used, 0 = all", low=0)
     max_public_rows: int = _key(20000, "rows of the public corpus used, 0 = all", low=0)
+    max_bad_rows: float = _key(
+        0.01,
+        "rows of a file that may be left out because they cannot be used (no text or label, an "
+        "image that cannot be decoded, an empty response, a line that is no JSON): below 1 a share "
+        "of the file's rows, from 1 on a number, 0 = none; with more the run stops. The same limit "
+        "is for scored rows of whose responses data.max-length leaves nothing",
+        low=0.0,
+    )
     max_length: int = _key(64, "longest input, tokens (text only)", low=4)
 
 
@@ -111,6 +137,20 @@ class PlanConfig:
     keep_neurons: int = _key(0, "FFN neurons K kept per pruned block, 0 = use keep-share", low=0)
     keep_share: float = _key(
         0.25, "share of FFN neurons kept per pruned block", above=0.0, high=1.0
+    )
+    widths: str = _key(
+        "",
+        "several sub-FMs of one FM, for clients of different means: shares of the FFN neurons, the "
+        "narrowest first, as `0.125,0.25,0.5`; each keeps the first neurons of one ranking, so "
+        "that a smaller one is a part of every larger one. For blocks of different shares one of "
+        "each block with `/` between them (`1/0.25/0.25/1`); `1` is the FM itself. Empty = one "
+        "sub-FM, by plan.keep-share",
+    )
+    width_budget: str = _key(
+        "even",
+        "how the neurons of a width are shared out among its pruned blocks: `even` (the same share "
+        "of each) or `saliency` (as many in all, where they stand out most)",
+        choices=("even", "saliency"),
     )
     retained_layers: str = _key(
         "first,last",
@@ -134,6 +174,35 @@ class PlanConfig:
         0,
         "blocks a layer-drop proxy keeps, 0 = as many as fit the sub-FM's block parameters",
         low=0,
+    )
+    disclosure_budget: float = _key(
+        1.0,
+        "share of the FM's FFN neurons that may ever leave, over all runs in plan.ledger; a run "
+        "that would pass it is refused before anything is sent; 1 = no limit",
+        above=0.0, high=1.0,
+    )  # fmt: skip
+    ledger: str = _key(
+        "",
+        "folder of the ledger of neurons that have left, by FM; empty = `disclosed` in "
+        "$FEDPFT_HOME (~/.fedpft). Runs in simulation read it and add nothing",
+    )
+    prefer_disclosed: bool = _key(
+        False,
+        "keep neurons that the ledger knows to have left before any others, by their saliency, so "
+        "that another saliency or keep-share discloses as few new ones as can be",
+    )
+    disguise: str = _key(
+        "none",
+        "`permute-scale`: the sub-FM's neurons go out in a secret order and, where that is exact "
+        "(ReLU, gated FFNs), each on a secret scale, without saying which of the FM's they are; "
+        "`none`: in the FM's order",
+        choices=("none", "permute-scale"),
+    )
+    embeddings: str = _key(
+        "all",
+        "rows of the embedding table in the sub-FM: `all`, or `seen` (of tokens in the public "
+        "corpus, and special ones; all others share the unknown token's row)",
+        choices=("all", "seen"),
     )
 
 

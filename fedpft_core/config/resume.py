@@ -8,6 +8,7 @@ from typing import Any
 # What alters neither the model nor what has been drawn at random. Rounds may be added besides.
 FREE_ON_RESUME = (
     "run.resume", "run.dir", "run.stop-after", "run.checkpoints", "run.proxy-cache",
+    "plan.ledger", "plan.disclosure-budget",
     "federation.round-timeout", "federation.node-timeout", "federation.attempts",
 )  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ import numpy as np
 
 from fedpft_core.data import files
 from fedpft_core.data.examples import Chat, Examples, Input, texts_of
-from fedpft_core.data.rows import BUILTIN_DOCSTRINGS, Columns, texts_in
+from fedpft_core.data.faults import RowFault
+from fedpft_core.data.rows import BUILTIN_DOCSTRINGS, Columns, text_in
 from fedpft_core.errors import UserError
 
 _BINS = 10  # groups of rows by length, where no column says where they are from
@@ -46,30 +46,34 @@ def read_dialogues(path: str | Path, columns: Columns, key: str = "") -> Example
         names += [columns.text_pair] if columns.text_pair else []
     else:
         names = [columns.text]
-    found = files.read_columns(path, [*names, *([columns.source] if columns.source else [])], key)
-    inputs: Sequence[Input]
-    if columns.messages:
-        inputs = [
-            _chat(value, f"{where}: row {row}", columns.messages)
-            for row, value in enumerate(found[columns.messages], start=1)
-        ]
-    elif columns.response:
-        for row, value in enumerate(found[columns.response], start=1):
-            if value is None or (isinstance(value, str) and not value.strip()):
-                raise UserError(f"{where}: row {row} has no response in {columns.response!r}.")
-        prompts = texts_in(found[columns.text], columns.text, where)
+    faults = columns.faults(key)
+    found = files.read_columns(
+        path, [*names, *([columns.source] if columns.source else [])], key, faults
+    )
+
+    def row(i: int) -> tuple[Input, str]:
+        at = f"{where}: row {i + 1}"
+        source = str(found[columns.source][i]) if columns.source else ""
+        if columns.messages:
+            return _chat(found[columns.messages][i], at, columns.messages), source
+        if not columns.response:
+            return text_in(found[columns.text][i], columns.text, at), source
+        answer = found[columns.response][i]
+        if answer is None or (isinstance(answer, str) and not answer.strip()):
+            raise RowFault(f"{at} has no response in {columns.response!r}.", "without response")
+        prompt = text_in(found[columns.text][i], columns.text, at)
         if columns.text_pair:
-            more = found[columns.text_pair]
-            prompts = [_joined(a, b) for a, b in zip(prompts, more, strict=True)]
-        answers = texts_in(found[columns.response], columns.response, where)
-        inputs = list(zip(prompts, answers, strict=True))
-    else:
-        inputs = texts_in(found[columns.text], columns.text, where)
-    sources = np.zeros(len(inputs), np.int64)
-    if columns.source:
-        cells = [str(value) for value in found[columns.source]]
-        sources = np.unique(cells, return_inverse=True)[1]
-    return Examples(tuple(inputs), sources)
+            prompt = _joined(prompt, found[columns.text_pair][i])
+        return (prompt, text_in(answer, columns.response, at)), source
+
+    total = len(found[names[0]])
+    rows = faults.each(total, row)
+    cells = [source for _, source in rows]
+    inputs = tuple(one for one, _ in rows)
+    if not columns.source:
+        return Examples(inputs, np.zeros(len(rows), np.int64), faults.said(total))
+    sources = np.unique(cells, return_inverse=True)[1].astype(np.int64)
+    return Examples(inputs, sources, faults.said(total), sources)
 
 
 def _joined(prompt: str, more: Any) -> str:
@@ -80,26 +84,31 @@ def _joined(prompt: str, more: Any) -> str:
 def _chat(value: Any, where: str, column: str) -> Chat:
     """The messages in a cell; those behind the last response, which nobody learns, left out."""
     if not isinstance(value, list | tuple) or not value:
-        raise UserError(
-            f"{where}: {column!r} holds no list of messages, each with role and content."
+        raise RowFault(
+            f"{where}: {column!r} holds no list of messages, each with role and content.",
+            "without messages",
         )
     found = []
     for number, message in enumerate(value, start=1):
         role = message.get("role") if isinstance(message, dict) else None
         content = message.get("content") if isinstance(message, dict) else None
+        at = f"{where}: message {number}"
         if not isinstance(role, str) or not isinstance(content, str):
-            raise UserError(f"{where}: message {number} lacks a role or content that is text.")
+            raise RowFault(f"{at} lacks a role or content that is text.", "with a broken message")
         if role not in _ROLES:
-            raise UserError(
-                f"{where}: the role of message {number} is none of {', '.join(_ROLES)}."
+            raise RowFault(
+                f"{where}: the role of message {number} is none of {', '.join(_ROLES)}.",
+                "with an unknown role",
             )
         if not content.strip():
             what = "an empty response" if role == "assistant" else "no content"
-            raise UserError(f"{where}: message {number} has {what}.")
+            raise RowFault(f"{at} has {what}.", "with an empty message")
         found.append((role, content))
     last = max((i for i, (role, _) in enumerate(found) if role == "assistant"), default=0)
     if last == 0:
-        raise UserError(f"{where}: there is no response (a message of the assistant's).")
+        raise RowFault(
+            f"{where}: there is no response (a message of the assistant's).", "without response"
+        )
     return tuple(found[: last + 1])
 
 

@@ -66,6 +66,14 @@ class Encoded:
             return np.ones(len(self), dtype=np.int64)
         return np.diff(self.offsets.numpy())
 
+    @property
+    def learned_rows(self) -> int:
+        """Rows of which something is learned: with token labels those that have one."""
+        if self.token_labels is None or self.offsets is None:
+            return len(self)
+        learned = np.concatenate([[0], (self.token_labels.numpy() != UNLEARNED).cumsum()])
+        return int((np.diff(learned[self.offsets.numpy()]) > 0).sum())
+
     def select(self, rows: np.ndarray) -> Encoded:
         """The rows with these numbers, in this order.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -53,6 +53,11 @@ class Examples:
     labels: np.ndarray
     """What the task has made of the rows' label cells, first axis rows: whole numbers as int64,
     others as float32."""
+    left_out: str = field(default="", compare=False)
+    """What of their source cannot be used, in words and without anything that stands in it."""
+
+    sources: np.ndarray | None = field(default=None, compare=False)
+    """The number of the source that each row is from, int64 (rows,); None where that is unknown."""
 
     def __post_init__(self) -> None:
         # A read-only copy: examples are shared between clients of one simulation.
@@ -77,4 +82,9 @@ class Examples:
             New examples with their own copy of the labels.
         """
         chosen = np.fromiter(indices, dtype=np.int64)
-        return Examples(tuple(self.inputs[i] for i in chosen), self.labels[chosen])
+        return Examples(
+            tuple(self.inputs[i] for i in chosen),
+            self.labels[chosen],
+            self.left_out,
+            None if self.sources is None else self.sources[chosen],
+        )

@@ -1,8 +1,9 @@
-"""Reads CSV, TSV, JSON, JSON lines and Parquet into columns; one clear sentence per fault.
+"""Reads CSV, JSON, JSON lines, Parquet and data sets into columns; one clear sentence per fault.
 
 CSV and JSON are read with the standard library: cells stay exactly the text that is in the file
 (``NA`` is not turned into a missing value, ``007`` not into 7), row numbers are known for messages,
-and nothing is written to a cache folder.
+and nothing is written to a cache folder. Names on the hub and folders of data files are read
+through `datasets` (`fedpft_core.data.hub`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedpft_core.data import hub
+from fedpft_core.data.faults import Faults, RowFault
 from fedpft_core.disk import plain
 from fedpft_core.errors import UserError
 
@@ -22,14 +25,19 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 Columns = dict[str, list[Any]]
 
 
-def read_columns(path: str | Path, columns: Sequence[str], key: str = "") -> Columns:
+def read_columns(
+    path: str | Path, columns: Sequence[str], key: str = "", faults: Faults | None = None
+) -> Columns:
     """Read the named columns of one data file.
 
     Args:
-        path: a file whose name ends in one of :data:`SUFFIXES`. Row numbers in messages count data
+        path: a file whose name ends in one of :data:`SUFFIXES`, or a data set as
+            :func:`fedpft_core.data.hub.parse` takes it. Row numbers in messages count data
             rows from 1 (a CSV header is not a row).
         columns: names of the columns to return; all must be present.
         key: configuration key that named the file, put in front of every message; "" for none.
+        faults: where rows are noted that are no rows (lines that are no JSON, CSV rows with too
+            few cells); their cells are None then. None = such a row is refused.
 
     Returns:
         One list per requested column, all of the same length (at least 1). CSV cells are ``str``;
@@ -39,6 +47,9 @@ def read_columns(path: str | Path, columns: Sequence[str], key: str = "") -> Col
         UserError: missing or unreadable file, unsupported suffix, not UTF-8, malformed content, no
             rows, or a missing column (the present ones are listed).
     """
+    wanted = list(dict.fromkeys(columns))
+    if hub.is_hub(path):
+        return hub.read_columns(path, wanted, key)
     path = Path(path)
     where = f"{key}: {path}" if key else str(path)
     suffix = path.suffix.lower()
@@ -47,7 +58,7 @@ def read_columns(path: str | Path, columns: Sequence[str], key: str = "") -> Col
             f"{where}: unsupported file type {path.suffix or '(none)'!r}; use one of "
             f"{', '.join(SUFFIXES)}."
         )
-    wanted = list(dict.fromkeys(columns))
+    faults = faults or Faults()
     try:
         if not path.exists():
             raise UserError(
@@ -59,9 +70,9 @@ def read_columns(path: str | Path, columns: Sequence[str], key: str = "") -> Col
         if suffix == ".parquet":
             result = _read_parquet(path, wanted, where)
         elif suffix in (".csv", ".tsv"):
-            result = _read_csv(path, wanted, where, "\t" if suffix == ".tsv" else ",")
+            result = _read_csv(path, wanted, where, "\t" if suffix == ".tsv" else ",", faults)
         else:
-            result = _read_json(path, wanted, where, lines=suffix != ".json")
+            result = _read_json(path, wanted, where, suffix != ".json", faults)
     except UnicodeDecodeError as error:
         raise UserError(
             f"{where}: not UTF-8 text (byte {error.object[error.start]:#04x} at offset "
@@ -113,7 +124,9 @@ def _check_columns(wanted: Sequence[str], present: Sequence[str], where: str) ->
         )
 
 
-def _read_csv(path: Path, wanted: Sequence[str], where: str, delimiter: str) -> Columns:
+def _read_csv(
+    path: Path, wanted: Sequence[str], where: str, delimiter: str, faults: Faults
+) -> Columns:
     text = read_text(path, where.removesuffix(f": {path}") if where != str(path) else "")
     if not text.strip():
         raise UserError(f"{where}: the file is empty.")
@@ -135,9 +148,11 @@ def _read_csv(path: Path, wanted: Sequence[str], where: str, delimiter: str) -> 
                 continue  # a blank line is not a row
             row += 1
             if len(cells) != len(header):
-                raise UserError(
-                    f"{where}: row {row} has {len(cells)} cells, the header has {len(header)}."
-                )
+                text = f"{where}: row {row} has {len(cells)} cells, the header has {len(header)}."
+                faults.note(row - 1, RowFault(text, "with another number of cells"))
+                for name in wanted:
+                    result[name].append(None)
+                continue
             for name, place in zip(wanted, places, strict=True):
                 result[name].append(cells[place])
     except csv.Error as error:
@@ -154,7 +169,9 @@ def _physical_lines(text: str) -> Iterator[str]:
         start = end
 
 
-def _read_json(path: Path, wanted: Sequence[str], where: str, lines: bool) -> Columns:
+def _read_json(
+    path: Path, wanted: Sequence[str], where: str, lines: bool, faults: Faults
+) -> Columns:
     text = read_text(path, where.removesuffix(f": {path}") if where != str(path) else "")
     if not text.strip():
         raise UserError(f"{where}: the file is empty.")
@@ -174,17 +191,17 @@ def _read_json(path: Path, wanted: Sequence[str], where: str, lines: bool) -> Co
                 value = [value]
             if not isinstance(value, list):
                 raise UserError(f"{where}: a list of objects is needed.")
-            return _columns_of_objects(value, wanted, where)
+            return _columns_of_objects(value, wanted, where, faults)
     rows: list[Any] = []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
             except (ValueError, RecursionError) as error:
-                raise UserError(
-                    f"{where}: line {number} is not valid JSON ({json_fault(error)})."
-                ) from error
-    return _columns_of_objects(rows, wanted, where)
+                text = f"{where}: line {number} is not valid JSON ({json_fault(error)})."
+                faults.note(len(rows), RowFault(text, "that are no JSON"))
+                rows.append({})
+    return _columns_of_objects(rows, wanted, where, faults)
 
 
 def json_fault(error: ValueError | RecursionError) -> str:
@@ -203,15 +220,20 @@ def json_fault(error: ValueError | RecursionError) -> str:
     return "a number has too many digits"
 
 
-def _columns_of_objects(rows: Sequence[Any], wanted: Sequence[str], where: str) -> Columns:
+def _columns_of_objects(
+    rows: Sequence[Any], wanted: Sequence[str], where: str, faults: Faults
+) -> Columns:
     present: dict[str, None] = {}
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise UserError(f"{where}: row {number} is not an object with named fields.")
+            text = f"{where}: row {number} is not an object with named fields."
+            faults.note(number - 1, RowFault(text, "that are no objects"))
+            continue
         present.update(dict.fromkeys(row))
     if rows:
         _check_columns(wanted, list(present), where)
-    return {name: [row.get(name) for row in rows] for name in wanted}
+    objects = [row if isinstance(row, dict) else {} for row in rows]
+    return {name: [row.get(name) for row in objects] for name in wanted}
 
 
 def _read_parquet(path: Path, wanted: Sequence[str], where: str) -> Columns:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fedpft_core.data.hub import is_data_folder
 from fedpft_core.disk import plain
 from fedpft_core.errors import UserError
 
@@ -18,9 +19,9 @@ def is_folder(source: str | Path) -> bool:
         source: a file, a folder, or the name of built-in data.
 
     Returns:
-        Whether it is a folder.
+        Whether it is a folder, and not one of data files.
     """
-    return bool(source) and Path(source).is_dir()
+    return bool(source) and Path(source).is_dir() and not is_data_folder(source)
 
 
 def images(folder: Path) -> list[Path]:
@@ -72,7 +73,7 @@ def read_classes(folder: Path, where: str) -> tuple[list[bytes], list[str]]:
         labels.append(parts[0])
     if not content:
         raise UserError(
-            f"{where}: the folder holds no images; a folder for each class is needed, with "
-            f"{', '.join(SUFFIXES)} files."
+            f"{where}: the folder holds neither data files nor images; of images a folder for each "
+            f"class is needed, with {', '.join(SUFFIXES)} files."
         )
     return content, labels

@@ -6,10 +6,9 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from fedpft_core.data.encoded import Encoded
 from fedpft_core.data.examples import Captioned
+from fedpft_core.data.images import decode
 from fedpft_core.data.rows import MOST_PIXELS
 from fedpft_core.errors import UserError
 
@@ -89,25 +88,12 @@ def _pixels(content: bytes) -> int:
 
 
 def _decode(content: bytes, row: int) -> Any:
-    from PIL import Image
-
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            return _colours(image)
+        return decode(content)
     except Exception as error:  # PIL raises a dozen kinds, SyntaxError among them
         raise UserError(
             f"the image in row {row + 1} cannot be decoded ({type(error).__name__}: {error})."
         ) from error
-
-
-def _colours(image: Any) -> Any:
-    """An image of any mode with three channels of 8 bits."""
-    from PIL import Image
-
-    if image.mode.startswith("I;16"):
-        # PIL would cut 16 bits off at 255.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
 
 
 def scale_and_shift(processor: Any) -> Any:

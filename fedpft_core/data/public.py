@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from fedpft_core.data import captioned, files, prose
 from fedpft_core.data.examples import Captioned, Examples, texts_of
+from fedpft_core.data.faults import Faults, RowFault
 from fedpft_core.data.folders import images, is_folder
 from fedpft_core.data.rows import image_bytes
 from fedpft_core.errors import UserError
@@ -33,6 +34,8 @@ def load_public(
     seed: int,
     cache_dir: Path | None = None,
     prompt_column: str = "",
+    max_bad: float = 0.0,
+    say: Callable[[str], None] | None = None,
 ) -> list[str] | list[bytes] | list[Captioned]:
     """Load the public corpus without any row of the task.
 
@@ -48,6 +51,9 @@ def load_public(
         seed: run seed, for the subset.
         cache_dir: where built-in data is cached; None for the default folder.
         prompt_column: column with the prompts of images.
+        max_bad: rows that may be left out because they cannot be used: a share below 1, or a
+            number.
+        say: told how many were; None for nobody.
 
     Returns:
         Texts or encoded images in source order, empty ones and repetitions left out.
@@ -62,15 +68,22 @@ def load_public(
     taken = {
         _fingerprint(part) for split in avoid for row in split.inputs for part in texts_of(row)
     }
-    if kind == "captioned image":
-        rows = captioned.read(spec, column, prompt_column, _KEY)
+    faults = Faults(max_bad)
+
+    def chosen(rows: list[_Row]) -> list[_Row]:
+        if say and faults.bad:
+            left_out = faults.said(len(rows) + len(faults.bad))
+            say(f"{_KEY}: {left_out} (data.max-bad-rows = {max_bad:g})")
         return _choose(rows, taken, max_rows, seed, spec)
+
+    if kind == "captioned image":
+        return chosen(captioned.read(spec, column, prompt_column, _KEY, faults))
     if kind == "image":
-        return _choose(_images(spec, column), taken, max_rows, seed, spec)
-    return _choose(_texts(spec, column, cache_dir), taken, max_rows, seed, spec)
+        return chosen(_images(spec, column, faults))
+    return chosen(_texts(spec, column, cache_dir, faults))
 
 
-def _texts(spec: str, column: str, cache_dir: Path | None) -> list[str]:
+def _texts(spec: str, column: str, cache_dir: Path | None, faults: Faults) -> list[str]:
     if spec == BUILTIN_PUBLIC:
         from fedpft_core.data import builtin
 
@@ -80,32 +93,38 @@ def _texts(spec: str, column: str, cache_dir: Path | None) -> list[str]:
     if Path(spec).suffix.lower() == ".txt":
         # Only line feeds end a line: splitlines() would also cut at form feeds and the like.
         return [line.strip() for line in files.read_text(spec, _KEY).split("\n")]
-    values = files.read_columns(spec, [column], _KEY)[column]
-    for row, value in enumerate(values, start=1):
+    values = files.read_columns(spec, [column], _KEY, faults)[column]
+
+    def row(i: int) -> str:
+        value = values[i]
         if value is not None and not isinstance(value, str):
-            raise UserError(
-                f"{_KEY}: {spec}: row {row} holds {type(value).__name__} instead of text in "
-                f"column {column!r}."
+            raise RowFault(
+                f"{_KEY}: {spec}: row {i + 1} holds {type(value).__name__} instead of text in "
+                f"column {column!r}.",
+                "with no text but another type",
             )
-    return [value.strip() for value in values if value is not None]
+        return value.strip() if value is not None else ""
+
+    return faults.each(len(values), row)
 
 
-def _images(spec: str, column: str) -> list[bytes]:
+def _images(spec: str, column: str, faults: Faults) -> list[bytes]:
     if spec.startswith("builtin:"):
         raise UserError(
             f"{_KEY} is {spec!r}, which is text, but the task has images; name a file with images."
         )
     if is_folder(spec):
-        return [
-            image_bytes(str(path.resolve()), Path(spec), f"{_KEY}: {path.name}")
-            for path in images(Path(spec))
-        ]
-    values = files.read_columns(spec, [column], _KEY)[column]
+        paths = images(Path(spec))
+        return faults.each(
+            len(paths),
+            lambda i: image_bytes(str(paths[i].resolve()), Path(spec), f"{_KEY}: {paths[i].name}"),
+        )
+    values = files.read_columns(spec, [column], _KEY, faults)[column]
     folder = Path(spec).parent
-    return [
-        image_bytes(value, folder, f"{_KEY}: {spec}: row {row}")
-        for row, value in enumerate(values, start=1)
-    ]
+    return faults.each(
+        len(values),
+        lambda i: image_bytes(values[i], folder, f"{_KEY}: {spec}: row {i + 1}"),
+    )
 
 
 def _choose(

@@ -5,10 +5,9 @@ What a label cell means is the task's business; here it only has to be there.
 
 from __future__ import annotations
 
-import io
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,9 @@ import numpy as np
 
 from fedpft_core.data import files
 from fedpft_core.data.examples import Input
+from fedpft_core.data.faults import Faults, RowFault
 from fedpft_core.data.folders import is_folder, read_classes
+from fedpft_core.data.images import check as check_image
 from fedpft_core.disk import plain
 from fedpft_core.errors import UserError
 
@@ -49,7 +50,21 @@ class Columns:
     messages: str = ""
     """Conversations, for generation: a list of messages, each with role and content."""
     source: str = ""
-    """Where a row is from, for generation: clients and subsets are shared out by it."""
+    """Where a row is from, for sharing rows out among simulated clients; "" where that is not
+    known. In generation subsets are drawn by it as well."""
+    max_bad: float = 0.0
+    """Rows that may be left out because they cannot be used: a share below 1, or a number."""
+
+    def faults(self, key: str) -> Faults:
+        """Where rows of one file are noted that cannot be used.
+
+        Args:
+            key: configuration key that named the file; "" on a node, whose own setting it is then.
+
+        Returns:
+            None noted yet.
+        """
+        return Faults(self.max_bad, "data.max-bad-rows" if key else "max-bad-rows")
 
 
 @dataclass(frozen=True)
@@ -65,6 +80,54 @@ class Table:
     """Label names in their order where the source knows them; empty for files."""
     separator: str = ","
     """What stands between several labels in one text."""
+    sources: tuple[str, ...] = ()
+    """Where each row is from; empty where that is not known."""
+    numbers: tuple[int, ...] = ()
+    """Where each row stands in its source, from 0; empty where none was left out."""
+    faults: Faults = field(default_factory=Faults, compare=False)
+    """The rows that were left out."""
+
+    def row(self, i: int) -> int:
+        """What messages call a row.
+
+        Args:
+            i: its number here, from 0.
+
+        Returns:
+            Its number in its source, from 1.
+        """
+        return (self.numbers[i] if self.numbers else i) + 1
+
+    def keep(self, check: Callable[[int], object]) -> Table:
+        """Leave out the rows that a task cannot use.
+
+        Args:
+            check: raises `RowFault` for those, given a row's number here, from 0.
+
+        Returns:
+            The other rows.
+
+        Raises:
+            UserError: they are more than may be.
+        """
+        place = {self.row(i) - 1: i for i in range(len(self.cells))}
+        total = len(place) + len(self.faults.bad)
+        kept = self.faults.each(total, lambda number: (check(place[number]), number)[1])
+        if len(kept) == len(place):
+            return self
+        rows = [place[number] for number in kept]
+        return replace(
+            self,
+            inputs=tuple(self.inputs[i] for i in rows),
+            cells=tuple(self.cells[i] for i in rows),
+            sources=tuple(self.sources[i] for i in rows) if self.sources else (),
+            numbers=tuple(kept),
+        )
+
+    @property
+    def said(self) -> str:
+        """What was left out, in words; empty where nothing was."""
+        return self.faults.said(len(self.cells) + len(self.faults.bad))
 
 
 def read_table(path: str | Path, columns: Columns, key: str = "") -> Table:
@@ -84,36 +147,60 @@ def read_table(path: str | Path, columns: Columns, key: str = "") -> Table:
             file and, where there is one, the row (from 1).
     """
     where = f"{key}: {path}" if key else str(path)
+    faults = columns.faults(key)
     if is_folder(path):
         content, classes = read_classes(Path(path), where)
-        for row, one in enumerate(content, start=1):
-            image_bytes(one, Path(path), f"{where}: image {row}")
-        return Table(tuple(content), tuple(classes), where, separator=columns.separator)
+        kept = faults.each(
+            len(content),
+            lambda i: (
+                image_bytes(content[i], Path(path), f"{where}: image {i + 1}"), classes[i], i
+            ),
+        )  # fmt: skip
+        return _table(kept, where, columns, faults)
     texts = [columns.text, columns.text_pair] if columns.text_pair else [columns.text]
     names = [columns.image] if columns.image else texts
-    found = files.read_columns(path, [*names, columns.label], key)
-    cells = found[columns.label]
-    for row, value in enumerate(cells, start=1):
-        blank = isinstance(value, str) and columns.task == "multi-label"
-        if value is None or value != value or not (blank or cell_text(value)):
-            raise UserError(f"{where}: row {row} has no label in column {columns.label!r}.")
-        if not _is_text(cell_text(value)):
-            raise UserError(
-                f"{where}: row {row} holds half of a character in column {columns.label!r}."
-            )
-    inputs: list[Input]
-    if columns.image:
-        folder = Path(path).parent
-        inputs = [
-            image_bytes(value, folder, f"{where}: row {row}")
-            for row, value in enumerate(found[columns.image], start=1)
-        ]
-    elif columns.task == "tokens":
-        inputs = _words(found[columns.text], columns.text, where)
-    else:
-        parts = [texts_in(found[name], name, where) for name in names]
-        inputs = list(zip(*parts, strict=True)) if columns.text_pair else list(parts[0])
-    return Table(tuple(inputs), tuple(cells), where, separator=columns.separator)
+    wanted = [*names, columns.label, *([columns.source] if columns.source else [])]
+    found = files.read_columns(path, wanted, key, faults)
+    cells, folder = found[columns.label], Path(path).parent
+
+    def read(i: int) -> tuple[Input, Any, int]:
+        at = f"{where}: row {i + 1}"
+        _check_label(cells[i], columns, at)
+        one: Input
+        if columns.image:
+            one = image_bytes(found[columns.image][i], folder, at)
+        elif columns.task == "tokens":
+            one = _words(found[columns.text][i], columns.text, at)
+        else:
+            parts = tuple(text_in(found[name][i], name, at) for name in names)
+            one = parts if columns.text_pair else parts[0]
+        return one, cells[i], i
+
+    table = _table(faults.each(len(cells), read), where, columns, faults)
+    if not columns.source:
+        return table
+    numbers = table.numbers or range(len(table.cells))
+    return replace(table, sources=tuple(str(found[columns.source][i]) for i in numbers))
+
+
+def _table(
+    kept: Sequence[tuple[Input, Any, int]], where: str, columns: Columns, faults: Faults
+) -> Table:
+    inputs, cells, numbers = zip(*kept, strict=True) if kept else ((), (), ())
+    return Table(
+        inputs, cells, where, separator=columns.separator,
+        numbers=numbers if faults.bad else (), faults=faults,
+    )  # fmt: skip
+
+
+def _check_label(value: Any, columns: Columns, at: str) -> None:
+    blank = isinstance(value, str) and columns.task == "multi-label"
+    if value is None or value != value or not (blank or cell_text(value)):
+        raise RowFault(f"{at} has no label in column {columns.label!r}.", "without label")
+    if not _is_text(cell_text(value)):
+        raise RowFault(
+            f"{at} holds half of a character in column {columns.label!r}.", "with broken text"
+        )
 
 
 def read_split(source: str, split: str, columns: Columns, cache_dir: Path | None) -> Table:
@@ -172,47 +259,45 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def texts_in(values: Sequence[Any], column: str, where: str) -> list[str]:
-    """The cells of a column of texts.
+def text_in(value: Any, column: str, at: str) -> str:
+    """The cell of a column of texts.
 
     Args:
-        values: the cells.
+        value: the cell.
         column: its name, for messages.
-        where: key and file, put in front of messages.
+        at: key, file and row, put in front of messages.
 
     Returns:
-        The same cells.
+        The same text.
 
     Raises:
-        UserError: a cell is empty, or no text; names the row and not what is in it.
+        RowFault: the cell is empty, or no text; names the row and not what is in it.
     """
-    for row, value in enumerate(values, start=1):
-        if value is None or (isinstance(value, str) and not value.strip()):
-            raise UserError(f"{where}: row {row} has no text in column {column!r}.")
-        if not isinstance(value, str):
-            raise UserError(
-                f"{where}: row {row} holds {type(value).__name__} instead of text in column "
-                f"{column!r}."
-            )
-        if not _is_text(value):
-            raise UserError(f"{where}: row {row} holds half of a character in column {column!r}.")
-    return list(values)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise RowFault(f"{at} has no text in column {column!r}.", "without text")
+    if not isinstance(value, str):
+        raise RowFault(
+            f"{at} holds {type(value).__name__} instead of text in column {column!r}.",
+            "with no text but another type",
+        )
+    if not _is_text(value):
+        raise RowFault(f"{at} holds half of a character in column {column!r}.", "with broken text")
+    return value
 
 
-def _words(values: Sequence[Any], column: str, where: str) -> list[Input]:
-    out: list[Input] = []
-    for row, value in enumerate(values, start=1):
-        if not isinstance(value, list | tuple):
-            raise UserError(
-                f"{where}: row {row} holds {type(value).__name__} instead of a list of words in "
-                f"column {column!r}."
-            )
-        if not value:
-            raise UserError(f"{where}: row {row} has no words in column {column!r}.")
-        if not all(isinstance(word, str) and word.strip() for word in value):
-            raise UserError(f"{where}: row {row} has a word that is no text in column {column!r}.")
-        out.append(tuple(value))
-    return out
+def _words(value: Any, column: str, at: str) -> Input:
+    if not isinstance(value, list | tuple):
+        raise RowFault(
+            f"{at} holds {type(value).__name__} instead of a list of words in column {column!r}.",
+            "with no list of words",
+        )
+    if not value:
+        raise RowFault(f"{at} has no words in column {column!r}.", "without words")
+    if not all(isinstance(word, str) and word.strip() for word in value):
+        raise RowFault(
+            f"{at} has a word that is no text in column {column!r}.", "with a word that is no text"
+        )
+    return tuple(value)
 
 
 def image_bytes(value: Any, folder: Path, where: str) -> bytes:
@@ -227,26 +312,12 @@ def image_bytes(value: Any, folder: Path, where: str) -> bytes:
         The image file's content, not decoded.
 
     Raises:
-        UserError: the cell is empty or of another type, the image file cannot be read, or the
-            bytes do not begin like an image (the whole is decoded only when it is used), or it has
-            more than `MOST_PIXELS` pixels.
+        RowFault: the cell is empty or of another type, the image file cannot be read, the bytes
+            are no image or not a whole one, its pixels have no known range (32-bit numbers), or it
+            has more than `MOST_PIXELS` of them.
     """
-    from PIL import Image
-
     content = _image_content(value, folder, where)
-
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            width, height = image.size
-    except Exception as error:  # damaged headers make PIL raise a dozen kinds
-        raise UserError(
-            f"{where}: the {len(content)} bytes are not a known image format."
-        ) from error
-    if width * height > MOST_PIXELS:
-        # A few kilobytes can hold an image that takes gigabytes once it is decoded.
-        raise UserError(
-            f"{where}: the image has {width} x {height} pixels, more than {MOST_PIXELS:,} in all."
-        )
+    check_image(content, where, MOST_PIXELS)
     return content
 
 
@@ -260,15 +331,17 @@ def _image_content(value: Any, folder: Path, where: str) -> bytes:
         try:
             content = plain.read(path)
         except OSError as error:
-            raise UserError(
-                f"{where}: the image file {path} cannot be read ({error.strerror or error})."
+            raise RowFault(
+                f"{where}: the image file {path} cannot be read ({error.strerror or error}).",
+                "with an image file that cannot be read",
             ) from error
         if content:
             return content
-        raise UserError(f"{where}: the image file {path} is empty.")
+        raise RowFault(f"{where}: the image file {path} is empty.", "with an empty image file")
     if value is None or not value:
-        raise UserError(f"{where}: there is no image.")
-    raise UserError(
+        raise RowFault(f"{where}: there is no image.", "without image")
+    raise RowFault(
         f"{where}: an image is bytes, a dictionary with bytes, or a path, not "
-        f"{type(value).__name__}."
+        f"{type(value).__name__}.",
+        "with no image but another type",
     )

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from fedpft_core.data.examples import Examples
+from fedpft_core.data.faults import check_limit
 from fedpft_core.data.folders import is_folder
 from fedpft_core.data.rows import BUILTIN_DOCSTRINGS, Columns
 from fedpft_core.errors import UserError
@@ -89,6 +90,11 @@ class DataSettings(Protocol):
         ...
 
     @property
+    def max_bad_rows(self) -> float:
+        """Rows of a file that may be left out: below 1 a share, from 1 on a number."""
+        ...
+
+    @property
     def max_train_rows(self) -> int:
         """Training rows used at most; 0 for all."""
         ...
@@ -113,7 +119,7 @@ def columns_of(data: DataSettings) -> Columns:
     return Columns(
         data.text_column, data.text_pair_column, data.image_column or of_folder, data.label_column,
         task=data.task, separator=data.label_separator, response=data.response_column,
-        messages=data.messages_column, source=data.source_column,
+        messages=data.messages_column, source=data.source_column, max_bad=data.max_bad_rows,
     )  # fmt: skip
 
 
@@ -134,6 +140,7 @@ def check_settings(data: DataSettings) -> None:
     share = float(data.validation_share)
     if not 0.0 <= share < 0.5:
         raise UserError(f"data.validation-share is {share:g}; it must be in [0, 0.5).")
+    check_limit(data.max_bad_rows, "data.max-bad-rows")
     for limit_key, limit in (
         ("data.max-train-rows", data.max_train_rows),
         ("data.max-test-rows", data.max_test_rows),
@@ -208,6 +215,8 @@ class Splits:
     """Rows the server may use for choices; empty if none were asked for."""
     test: Examples
     """Rows for reporting only."""
+    left_out: tuple[str, ...] = ()
+    """What of each file cannot be used, a sentence each, with nothing that stands in it."""
 
 
 def split_rows(
@@ -237,12 +246,18 @@ def split_rows(
     Raises:
         UserError: whatever `read` raises.
     """
-    train = read(*owned_split(data))
+    sources: dict[str, Examples] = {}
+
+    def noted(source: str, split: str) -> Examples:
+        sources[split] = read(source, split)
+        return sources[split]
+
+    train = noted(*owned_split(data))
     if not data.train:
         train = train.select([])
-    test = read(data.test or data.train, "test")
+    test = noted(data.test or data.train, "test")
     if data.validation or data.train == BUILTIN_DOCSTRINGS:
-        validation = read(data.validation or data.train, "validation")
+        validation = noted(data.validation or data.train, "validation")
     else:
         share = float(data.validation_share)
         count = round(share * len(train))
@@ -257,7 +272,12 @@ def split_rows(
     if 0 < data.max_test_rows < len(test):
         stream = _rng(seed, "test rows")
         test = test.select(stratified_subset(strata(test), data.max_test_rows, stream))
-    return Splits(train, validation, test)
+    left_out = tuple(
+        f"data.{split}: {rows.left_out} (data.max-bad-rows = {data.max_bad_rows:g})"
+        for split, rows in sources.items()
+        if rows.left_out
+    )
+    return Splits(train, validation, test, left_out)
 
 
 def stratified_subset(strata: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from fedpft_core import registry
 from fedpft_core.errors import UserError
 from fedpft_core.model.family import Family, base_model
 from fedpft_core.model.ffn import FFN
@@ -238,7 +239,9 @@ def supported(kind: str | None = None, causal: bool = False) -> str:
         Their names, separated by commas.
     """
     rows = (
-        f.model_type for f in FAMILIES.values() if kind in (None, f.kind) and f.causal >= causal
+        f.model_type
+        for f in (*FAMILIES.values(), *_added()[0])
+        if kind in (None, f.kind) and f.causal >= causal
     )
     return ", ".join(dict.fromkeys(rows))
 
@@ -255,14 +258,44 @@ def family_of(name: str) -> Family:
     Raises:
         UserError: there is no such row; names those there are.
     """
-    try:
+    found = known(name)
+    if found is None:
+        raise UserError(_unsupported(name))
+    return found
+
+
+def known(name: str) -> Family | None:
+    """As `family_of`, where it is no fault that there is no such family.
+
+    Args:
+        name: what a plan calls it.
+
+    Returns:
+        The row of `FAMILIES`, or else a plugin's family; None where there is neither.
+    """
+    if name in FAMILIES:
         return FAMILIES[name]
-    except KeyError:
-        raise UserError(_unsupported(name)) from None
+    return next((f for f in _added()[0] if f.name == name), None)
+
+
+def _added() -> tuple[list[Family], list[str]]:
+    """The families of plugins, and in a sentence each what is wrong with those that have none."""
+    found, faults = [], []
+    for name in registry.names("family"):
+        try:
+            family = registry.held("family", name)
+            if not isinstance(family, Family):
+                raise UserError(f"the plugin {name} has a FAMILY that is no Family.")
+            found.append(family)
+        except UserError as error:
+            faults.append(str(error))
+    return found, faults
 
 
 def _unsupported(name: object) -> str:
-    return f"model.name: model type {name!r} is not supported; supported are {supported()}."
+    # One that cannot be imported may be the one that is missed.
+    faults = "".join(f" {fault[0].upper()}{fault[1:]}" for fault in _added()[1])
+    return f"model.name: model type {name!r} is not supported; supported are {supported()}.{faults}"
 
 
 def family_of_config(config: Any) -> Family:
@@ -272,13 +305,14 @@ def family_of_config(config: Any) -> Family:
         config: a Hugging Face config, or the dictionary one is saved as.
 
     Returns:
-        The row of `FAMILIES` that fits it.
+        The row of `FAMILIES` that fits it, or else a plugin's family.
 
     Raises:
         UserError: there is none; names the model types there are, or the fields that must be other.
     """
     model_type = value_of(config, "model_type")
     rows = [f for f in FAMILIES.values() if f.model_type == model_type]
+    rows = rows or [f for f in _added()[0] if f.model_type == model_type]
     if not rows:
         raise UserError(_unsupported(model_type))
     for row in rows:
@@ -308,5 +342,5 @@ def family_of_model(model: nn.Module) -> Family:
 
 __all__ = [
     "FAMILIES", "FFN", "Family", "Shape", "base_model", "family_of", "family_of_config",
-    "family_of_model", "supported",
+    "family_of_model", "known", "supported",
 ]  # fmt: skip

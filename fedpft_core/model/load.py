@@ -18,8 +18,9 @@ from fedpft_core.config import ModelConfig
 from fedpft_core.errors import UserError, first_line
 from fedpft_core.model import pipeline
 from fedpft_core.model.diffusion import TextToImage
-from fedpft_core.model.families import Family, Shape, family_of_config, supported
+from fedpft_core.model.families import Family, Shape, family_of, family_of_config, supported
 from fedpft_core.model.normalise import normalise
+from fedpft_core.model.precision import DTYPES
 from fedpft_core.model.processor import load_processor
 from fedpft_core.seeds import derive
 
@@ -142,6 +143,21 @@ def _config(cfg: ModelConfig) -> Any:
         ) from error
 
 
+def read_config(cfg: ModelConfig) -> Any:
+    """A model's Hugging Face config, without its weights.
+
+    Args:
+        cfg: which model.
+
+    Returns:
+        The config.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return _config(cfg)
+
+
 def kind_of(cfg: ModelConfig) -> str:
     """What a model reads, by its config alone; no weights are loaded.
 
@@ -168,7 +184,8 @@ def load(cfg: ModelConfig, task: TaskModel, seed: int) -> Loaded:
         seed: the run's seed.
 
     Returns:
-        The FM in float32 on the CPU and in eval mode, with its family, sizes and processor.
+        The FM in the float type of model.dtype on the CPU and in eval mode, with its family, sizes
+        and processor.
 
     Raises:
         UserError: the model cannot be read, is of an unsupported family, does not fit what the
@@ -176,6 +193,10 @@ def load(cfg: ModelConfig, task: TaskModel, seed: int) -> Loaded:
     """
     source, common, config = resolve(cfg), _options(cfg), _config(cfg)
     family = family_of_config(config)
+    if cfg.family and family_of(cfg.family) != family:
+        raise UserError(
+            f"model.family = {cfg.family}, but model.name = {cfg.name} is a {family.name} model."
+        )
     want = task.reads
     if family.kind != want:
         raise UserError(
@@ -189,20 +210,22 @@ def load(cfg: ModelConfig, task: TaskModel, seed: int) -> Loaded:
         )
     shape = _shape(cfg, family, config)
     if want == "captioned image":
-        with _quiet():
+        if cfg.dtype != "fp32":
+            raise UserError(f"model.dtype = {cfg.dtype} is not for diffusion pipelines.")
+        with quiet():
             model = pipeline.read_model(source, cfg.name, config)
         processor = load_processor(source, want)
         processor.check(shape, cfg.name)
         return Loaded(normalise(model).eval(), family, shape, processor, (), cfg.name)
     for name, value in task.settings.items():
         setattr(config, name, value)
-    with torch.random.fork_rng(devices=[]), _quiet():
+    with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(derive(seed, "fresh-weights"))
         try:
             model, info = task_class(task).from_pretrained(
                 source,
                 config=config,
-                dtype=torch.float32,
+                dtype=DTYPES[cfg.dtype],
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
@@ -291,8 +314,12 @@ def _times(shape: tuple[int, ...]) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bar and no report of new head weights: both are expected here."""
+def quiet() -> Iterator[None]:
+    """No progress bar and no report of new head weights: both are expected here.
+
+    Yields:
+        Nothing.
+    """
     from transformers.utils import logging
 
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -78,6 +78,16 @@ class Plan:
     def is_full(self) -> bool:
         """Whether every block is whole, so that the proxy is the FM itself."""
         return all(b.state == "whole" for b in self.blocks)
+
+    def anonymous(self) -> Plan:
+        """The same plan without saying which neurons are kept.
+
+        Returns:
+            A plan that as many neurons are kept of, with the first ones in their place.
+        """
+        return replace(
+            self, blocks=tuple(replace(b, kept=tuple(range(len(b.kept)))) for b in self.blocks)
+        )
 
     def as_raw(self) -> dict[str, Any]:
         """The plan as JSON values.

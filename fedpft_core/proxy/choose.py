@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +15,7 @@ from fedpft_core.model.plan import BlockPlan, Plan
 from fedpft_core.proxy import saliency
 
 
-def keep_most_salient(scores: Tensor, k: int) -> tuple[int, ...]:
+def keep_most_salient(scores: Tensor, k: int, preferred: Tensor | None = None) -> tuple[int, ...]:
     """The neurons to keep of one block; of equal scores the lower index wins.
 
     Source: FedPFT, section 4.1.
@@ -21,12 +23,16 @@ def keep_most_salient(scores: Tensor, k: int) -> tuple[int, ...]:
     Args:
         scores: saliency of each neuron [F].
         k: K, how many are kept.
+        preferred: bool [F], neurons that are kept before all others; None for none.
 
     Returns:
         Positions of the K largest scores, in their original order.
     """
-    order = torch.sort(scores, descending=True, stable=True).indices[:k]
-    return tuple(sorted(order.tolist()))
+    order = torch.sort(scores, descending=True, stable=True).indices
+    if preferred is not None:
+        first = preferred.to(order.device)[order]
+        order = torch.cat([order[first], order[~first]])
+    return tuple(sorted(order[:k].tolist()))
 
 
 def parse_layers(text: str, blocks: int, key: str = "plan.retained-layers") -> set[int]:
@@ -67,6 +73,7 @@ def make_plan(
     seed: int,
     public: saliency.Public | None = None,
     head_reads: Position | None = None,
+    preferred: Sequence[Tensor] = (),
 ) -> Plan:
     """Choose what the proxy keeps of the FM.
 
@@ -79,6 +86,8 @@ def make_plan(
         public: gives the public batches that some saliencies look at; called only by those.
         head_reads: which positions the task's head reads; None for where the family's
             classification head does.
+        preferred: for each block of the FM bool [F], neurons that are kept before all others;
+            empty for none.
 
     Returns:
         The plan, with one entry per block of the FM.
@@ -123,6 +132,7 @@ def make_plan(
     whole = [i in retained or keeps[i] == ffns[i].neurons for i in range(n)]
     if all(whole):
         return Plan(family.name, f, tuple(BlockPlan("whole", neurons=w) for w in own))
+    first: list[Tensor | None] = [*preferred] or [None] * n
     scores = saliency.scores(cfg.saliency, saliency.Probe(model, seed, public, head_reads))
     return Plan(
         family.name,
@@ -130,8 +140,8 @@ def make_plan(
         tuple(
             BlockPlan("whole", neurons=w)
             if all_of_it
-            else BlockPlan("pruned", keep_most_salient(s, keep), cfg.qk_rank, w)
-            for all_of_it, s, keep, w in zip(whole, scores, keeps, own, strict=True)
+            else BlockPlan("pruned", keep_most_salient(s, keep, before), cfg.qk_rank, w)
+            for all_of_it, s, keep, w, before in zip(whole, scores, keeps, own, first, strict=True)
         ),
     )
 

@@ -11,6 +11,7 @@ which a row has besides whatever its length, are left out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,8 +21,9 @@ from fedpft_core.config import Config
 from fedpft_core.data.splits import columns_of
 from fedpft_core.model import load as models
 from fedpft_core.model.families import Family, base_model
+from fedpft_core.model.plan import Plan
 from fedpft_core.proxy.build import build
-from fedpft_core.proxy.choose import make_plan
+from fedpft_core.proxy.nested import make_plans, trunk
 from fedpft_core.task import sample
 
 
@@ -118,6 +120,23 @@ def step_flops(family: Family, model: nn.Module, rank: int) -> tuple[float, floa
     return at[0], at[1] - at[0]
 
 
+def _of_widths(
+    loaded: models.Loaded, plans: Mapping[str, Plan], length: int, rank: int
+) -> list[str]:
+    """A line for each of several widths."""
+    if len(plans) == 1:
+        return []
+    lines = []
+    for name, plan in plans.items():
+        proxy = loaded.model if plan.is_full else build(loaded.model, plan)
+        ratio = step_ratio(loaded.model, proxy, loaded.family, length, rank)
+        count, size = models.size(proxy)
+        lines.append(
+            f"Width {name}: {count:,} parameters, {size / 1e6:.1f} MB, a step {ratio:.2f}x as fast."
+        )
+    return [*lines, f"The table is of width {trunk(plans)}; the widest says what clients may know."]
+
+
 def _weights(family: Family, model: nn.Module) -> list[float]:
     """Positions of each block as a share of the longest's: 1 where all read as many."""
     config: Any = base_model(model).config
@@ -150,7 +169,8 @@ def inspect(config: Config) -> dict[str, Any]:
     loaded = models.load(config.model, task.model(), config.run.seed)
     # Costs depend on how many neurons are kept, not on which: no public rows are read for it.
     settings = replace(config.plan, saliency="weight-norm")
-    plan = make_plan(loaded.model, settings, config.run.seed)
+    plans = make_plans(loaded.model, settings, config.run.seed)
+    plan = plans[trunk(plans)]
     proxy = build(loaded.model, plan)
     family, rank = loaded.family, config.lora.rank
     width, length = loaded.shape.attention, loaded.shape.length(config.data.max_length)
@@ -200,7 +220,9 @@ def inspect(config: Config) -> dict[str, Any]:
         "notes": [
             f"FLOPs are per token of a forward pass at {length} tokens with LoRA of rank {rank}.",
             f"A client step on the proxy is at best {ratio:.2f}x as fast as on the FM.",
-            f"{100 * (1 - totals[1] / totals[0]):.1f}% of the block parameters stay with the owner."
+            f"{100 * (1 - totals[1] / totals[0]):.1f}% of the block parameters stay with the "
+            "owner.",
+            *_of_widths(loaded, plans, length, rank),
         ],
         "step_ratio": ratio,
     }  # fmt: skip

@@ -22,6 +22,7 @@ from fedpft_core.model.families import FFN, base_model, family_of
 from fedpft_core.model.load import task_class
 from fedpft_core.model.normalise import normalise
 from fedpft_core.model.plan import Plan, pruned_ffns
+from fedpft_core.model.precision import HALF, cast_parameters
 from fedpft_core.model.processor import PRIVATE, files_of
 from fedpft_core.proxy.build import skeleton
 from fedpft_core.task import Task
@@ -172,8 +173,8 @@ def rebuild(package: Package) -> ClientModel:
         package: as the server made it; its digest is not checked here.
 
     Returns:
-        The proxy in float32 on the CPU and in eval mode; the adapter's own weights are still to
-        be loaded.
+        The proxy on the CPU and in eval mode, in the float type of its weights; the adapter's own
+        weights are still to be loaded.
 
     Raises:
         ReplyError: the package's parts do not fit together.
@@ -209,10 +210,11 @@ def _made(meta: PackageMeta, weights: Mapping[str, Tensor] | None) -> ClientMode
         with torch.random.fork_rng(devices=[]), fill:
             model = normalise(auto.from_config(config, trust_remote_code=False))
             skeleton(model, plan)
+        cast_parameters(model, _dtype(weights))
         if weights is not None:
             _fill(model, weights, spec)
         return ClientModel(
-            adapters.attach(model.float().eval(), spec, plan),
+            adapters.attach(model.eval(), spec, plan),
             plan,
             spec,
             meta.task,
@@ -261,6 +263,12 @@ def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from _entries(value)
         elif isinstance(value, list):
             yield from ((key, item) for item in value if isinstance(item, int))
+
+
+def _dtype(weights: Mapping[str, Tensor] | None) -> torch.dtype:
+    """The float type of a package's weights: half precision, or float32 whatever else they are."""
+    half = (t.dtype for t in (weights or {}).values() if t.dtype in HALF)
+    return next(half, torch.float32)
 
 
 def _fill(model: nn.Module, weights: Mapping[str, Tensor], spec: AdapterSpec) -> None:

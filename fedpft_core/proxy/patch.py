@@ -8,6 +8,7 @@ from fedpft_core.errors import ReplyError
 from fedpft_core.model.families import FFN
 from fedpft_core.model.names import PatchedWeights
 from fedpft_core.model.plan import Plan, pruned_ffns
+from fedpft_core.proxy.recut import apply_recut, is_recut
 from fedpft_core.wire.identity import combine_digest, tensor_digest
 from fedpft_core.wire.package import Package, Patch
 
@@ -26,6 +27,8 @@ def apply_patch(package: Package, patch: Patch, digests: dict[str, str]) -> Pack
     Raises:
         ReplyError: the patch does not fit or does not lead to the digest it promises.
     """
+    if is_recut(patch):
+        return apply_recut(package, patch, digests)
     names = PatchedWeights(package.meta.plan)
     weights = dict(package.weights)
     fresh: dict[str, str] = {}
@@ -37,7 +40,7 @@ def apply_patch(package: Package, patch: Patch, digests: dict[str, str]) -> Pack
                 if axis is None:
                     if value.shape != weights[name].shape:
                         raise ReplyError(f"patch of {name} has shape {list(value.shape)}")
-                    new = value
+                    new = value.to(weights[name].dtype)
                 else:
                     new = weights[name].index_copy(axis, index, value.to(weights[name].dtype))
                 weights[name] = new.contiguous()

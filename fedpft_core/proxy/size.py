@@ -17,9 +17,8 @@ from fedpft_core.disk import plain
 from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.model import load as models
 from fedpft_core.model.families import Shape, family_of
-from fedpft_core.model.plan import Plan
 from fedpft_core.proxy.build import build
-from fedpft_core.proxy.choose import make_plan
+from fedpft_core.proxy.nested import make_plans, trunk
 from fedpft_core.proxy.package import ClientModel, blank, make_package
 from fedpft_core.task import sample
 from fedpft_core.task.labels import label_names
@@ -151,7 +150,9 @@ def describe(config: Config) -> PlanSize:
     loaded = models.load(config.model, task.model(), config.run.seed)
     # Sizes depend on how many neurons are kept, not on which: no public rows are read for it.
     settings = replace(config.plan, saliency="weight-norm")
-    plan = make_plan(loaded.model, settings, config.run.seed)
+    # Of several widths the one that most is asked for.
+    plans = make_plans(loaded.model, settings, config.run.seed)
+    plan = plans[trunk(plans)]
     proxy = build(loaded.model, plan)
     spec = adapters.make_spec(
         loaded.family, plan, loaded.fresh, config.lora, task.head(loaded.family)
@@ -164,7 +165,7 @@ def describe(config: Config) -> PlanSize:
     adapter = adapters.read(adapters.attach(proxy, spec, plan), plan)
     return PlanSize(
         model=config.model.name,
-        meta=replace(package.meta, plan=_counts_only(plan)),
+        meta=replace(package.meta, plan=plan.anonymous()),
         package_bytes=len(package.to_bytes()),
         sub_fm_bytes=size,
         adapter_bytes=sum(t.numel() * t.element_size() for t in adapter.values()),
@@ -173,12 +174,6 @@ def describe(config: Config) -> PlanSize:
         batch_size=config.train.batch_size,
         threads=config.train.threads,
     )
-
-
-def _counts_only(plan: Plan) -> Plan:
-    """The plan with as many neurons, but the first of each block instead of those kept."""
-    blocks = tuple(replace(b, kept=tuple(range(len(b.kept)))) for b in plan.blocks)
-    return replace(plan, blocks=blocks)
 
 
 __all__ = ["PlanSize", "describe", "read", "shape_of"]

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fedpft_core import registry
 from fedpft_core.data.rows import Columns
 from fedpft_core.data.splits import DataSettings, check_settings, columns_of, split_rows
 from fedpft_core.errors import UserError
@@ -48,6 +49,31 @@ KINDS: dict[str, _Kind] = {
 _SUFFIX = {"": "", "classify": "", "regress": "-regression", "multi-label": "-labels"}
 
 
+_ROWS = ("text", "pair", "image")
+
+
+def class_of(name: str) -> _Kind | None:
+    """What a kind of task is made of, one of a plugin too.
+
+    Args:
+        name: one of `KINDS`, or for the plugin `ordinal` one of `text-ordinal`, `pair-ordinal` and
+            `image-ordinal`.
+
+    Returns:
+        The class; None where there is no such kind.
+
+    Raises:
+        UserError: it is a plugin's, which cannot be imported or holds no task.
+    """
+    if name in KINDS:
+        return KINDS[name]
+    rows, _, rest = name.partition("-")
+    if rows not in _ROWS or rest not in registry.names("task"):
+        return None
+    found: _Kind = registry.held("task", rest)
+    return found
+
+
 def make(name: str, labels: Iterable[str] = ()) -> Task:
     """The task of this kind with these labels.
 
@@ -61,9 +87,10 @@ def make(name: str, labels: Iterable[str] = ()) -> Task:
     Raises:
         UserError: there is no such kind.
     """
-    if name not in KINDS:
+    found = class_of(name)
+    if found is None:
         raise UserError(f"{name!r} is no kind of task; there are {', '.join(KINDS)}.")
-    return KINDS[name](name, tuple(labels))
+    return found(name, tuple(labels))
 
 
 def kind_of(columns: Columns) -> str:
@@ -74,7 +101,7 @@ def kind_of(columns: Columns) -> str:
             column of second texts. Where no task is named, responses or messages are generation's.
 
     Returns:
-        One of `KINDS`.
+        One of `KINDS`, or a kind of a plugin.
     """
     said = not columns.task and (columns.response or columns.messages)
     if columns.task == "generate" or said:
@@ -82,7 +109,7 @@ def kind_of(columns: Columns) -> str:
     if columns.task in ("tokens", "text-to-image"):
         return columns.task
     rows = "image" if columns.image else "pair" if columns.text_pair else "text"
-    return rows + _SUFFIX[columns.task]
+    return rows + _SUFFIX.get(columns.task, f"-{columns.task}")
 
 
 def of_model(reads: str, architecture: str, config: Any) -> Task:
@@ -126,7 +153,8 @@ def sample(reads: str, columns: Columns, labels: Iterable[str] = ()) -> Task:
         return make("text-to-image")
     image = (columns.image or "image") if reads == "image" else ""
     name = kind_of(replace(columns, image=image))
-    return make(name, (tuple(labels) or ("a", "b")) if KINDS[name].named else ())
+    kind = class_of(name)
+    return make(name, (tuple(labels) or ("a", "b")) if kind is not None and kind.named else ())
 
 
 def load_task(data: DataSettings, seed: int, cache_dir: Path | None = None) -> TaskData:
@@ -145,7 +173,10 @@ def load_task(data: DataSettings, seed: int, cache_dir: Path | None = None) -> T
     """
     check_settings(data)
     kind = kind_of(columns_of(data))
-    task, read = KINDS[kind].open(kind, data, cache_dir)
+    found = class_of(kind)
+    if found is None:
+        raise UserError(f"data.task = {data.task}: there is no such task for these rows.")
+    task, read = found.open(kind, data, cache_dir)
     return TaskData(data.train or data.test, task, split_rows(data, seed, read, task.strata))
 
 
@@ -158,6 +189,7 @@ __all__ = [
     "Task",
     "TaskData",
     "Writer",
+    "class_of",
     "confusion",
     "kind_of",
     "load_task",

@@ -354,3 +354,8 @@ class TaskData:
     def test(self) -> Examples:
         """Rows for reporting only."""
         return self.splits.test
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What of its files cannot be used, a sentence each, with nothing that stands in them."""
+        return self.splits.left_out

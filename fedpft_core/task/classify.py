@@ -105,8 +105,8 @@ class Classify(RowTask):
             number = known.index(value)
             if number is None:
                 raise UserError(
-                    f"{table.where}: row {i + 1} has the unknown label {cell_text(value)!r}; "
-                    f"known are {shown(self.labels)}.",
+                    f"{table.where}: row {table.row(i)} has the unknown label "
+                    f"{cell_text(value)!r}; known are {shown(self.labels)}.",
                     public=STRANGE,
                 )
             numbers[i] = number

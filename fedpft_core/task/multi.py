@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedpft_core.data.examples import Examples
+from fedpft_core.data.faults import RowFault
 from fedpft_core.data.rows import Table, cell_text
 from fedpft_core.errors import UserError
 from fedpft_core.model.device import Batch
@@ -78,6 +79,21 @@ class MultiLabel(RowTask):
             )
         return found
 
+    @staticmethod
+    def usable(table: Table) -> Table:
+        """The rows whose cells hold labels.
+
+        Args:
+            table: rows as read.
+
+        Returns:
+            The table without the others.
+
+        Raises:
+            UserError: more rows than may be cannot be used.
+        """
+        return table.keep(lambda i: _set(table, i))
+
     def learned(self, table: Table) -> MultiLabel:
         """The task with the labels that some rows have, sorted.
 
@@ -114,7 +130,7 @@ class MultiLabel(RowTask):
                 number = known.index(value)
                 if number is None:
                     raise UserError(
-                        f"{table.where}: row {i + 1} has an unknown label; known are "
+                        f"{table.where}: row {table.row(i)} has an unknown label; known are "
                         f"{shown(self.labels)}.",
                         public=STRANGE,
                     )
@@ -323,26 +339,29 @@ class MultiLabel(RowTask):
 
 
 def _sets(table: Table) -> list[list[Any]]:
-    """The labels of each row; UserError for a cell that holds none of a list or a text."""
-    out: list[list[Any]] = []
-    for row, value in enumerate(table.cells, start=1):
-        if isinstance(value, list | tuple):
-            found = list(value)
-        elif isinstance(value, str | int | float) and not isinstance(value, bool):
-            found = [part for part in cell_text(value).split(table.separator) if part.strip()]
-        else:
-            raise UserError(
-                f"{table.where}: row {row} holds {type(value).__name__}, not a list of labels."
+    """The labels of each row."""
+    return [_set(table, i) for i in range(len(table.cells))]
+
+
+def _set(table: Table, i: int) -> list[Any]:
+    """The labels of a row; RowFault for a cell that holds none of a list or a text."""
+    value, at = table.cells[i], f"{table.where}: row {table.row(i)}"
+    if isinstance(value, list | tuple):
+        found = list(value)
+    elif isinstance(value, str | int | float) and not isinstance(value, bool):
+        found = [part for part in cell_text(value).split(table.separator) if part.strip()]
+    else:
+        raise RowFault(
+            f"{at} holds {type(value).__name__}, not a list of labels.", "with no list of labels"
+        )
+    for label in found:
+        if not isinstance(label, str | int | float) or isinstance(label, bool):
+            raise RowFault(
+                f"{at} has a label of type {type(label).__name__}.", "with a label that is no name"
             )
-        for label in found:
-            if not isinstance(label, str | int | float) or isinstance(label, bool):
-                raise UserError(
-                    f"{table.where}: row {row} has a label of type {type(label).__name__}."
-                )
-            if label != label or not cell_text(label):
-                raise UserError(f"{table.where}: row {row} has an empty label.")
-        out.append(found)
-    return out
+        if label != label or not cell_text(label):
+            raise RowFault(f"{at} has an empty label.", "with an empty label")
+    return found
 
 
 def _figures(odds: np.ndarray, has: np.ndarray) -> dict[str, float]:

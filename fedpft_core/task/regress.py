@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedpft_core.data.examples import Examples
+from fedpft_core.data.faults import RowFault
 from fedpft_core.data.rows import Table
 from fedpft_core.errors import UserError
 from fedpft_core.model.device import Batch
@@ -73,6 +74,21 @@ class Regress(RowTask):
             )
         return self
 
+    @staticmethod
+    def usable(table: Table) -> Table:
+        """The rows whose cells are finite numbers.
+
+        Args:
+            table: rows as read.
+
+        Returns:
+            The table without the others.
+
+        Raises:
+            UserError: more rows than may be cannot be used.
+        """
+        return table.keep(lambda i: _number_in(table, i))
+
     def learned(self, table: Table) -> Regress:
         """The task itself: numbers have no names.
 
@@ -97,14 +113,8 @@ class Regress(RowTask):
             UserError: a label is no finite number; the cell is not quoted.
         """
         numbers = np.empty(len(table.cells), dtype=np.float32)
-        for i, value in enumerate(table.cells):
-            number = _number(value)
-            if number is None:
-                raise UserError(
-                    f"{table.where}: row {i + 1} has a label that is no finite number, which "
-                    "data.task = regress needs."
-                )
-            numbers[i] = number
+        for i in range(len(table.cells)):
+            numbers[i] = _number_in(table, i)
         return Examples(table.inputs, numbers)
 
     # --- the model ---
@@ -303,6 +313,18 @@ class Regress(RowTask):
         x, labels = test
         answer = np.asarray(found.predict(x), dtype=np.float64)
         return self.score(_sums(labels.astype(np.float64), answer, range(len(labels))))
+
+
+def _number_in(table: Table, i: int) -> float:
+    """The number in a row's label cell; RowFault for a cell that holds none."""
+    number = _number(table.cells[i])
+    if number is None:
+        raise RowFault(
+            f"{table.where}: row {table.row(i)} has a label that is no finite number, which "
+            "data.task = regress needs.",
+            "with a label that is no number",
+        )
+    return number
 
 
 def _number(value: Any) -> float | None:

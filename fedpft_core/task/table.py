@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
+
+import numpy as np
 
 from fedpft_core.data.examples import Examples
 from fedpft_core.data.rows import Columns, Table, read_split, read_table
@@ -86,11 +88,11 @@ class TableTask:
 
         def table(source: str, split: str) -> Table:
             if (source, split) not in tables:
-                tables[source, split] = read_split(source, split, columns, cache_dir)
+                tables[source, split] = cls.usable(read_split(source, split, columns, cache_dir))
             return tables[source, split]
 
         task = cls(name).settled(table(*owned_split(data)), data.labels)
-        return task, lambda *where: task.examples(table(*where))
+        return task, lambda *where: task._told(table(*where))
 
     def read(self, path: str | Path, columns: Columns, key: str = "") -> Examples:
         """All rows of one file.
@@ -106,8 +108,8 @@ class TableTask:
         Raises:
             UserError: the file cannot be read, or a row's label cannot be used.
         """
-        table = read_table(path, columns, key)
-        return (self if self.labels else self.learned(table)).examples(table)
+        table = self.usable(read_table(path, columns, key))
+        return (self if self.labels else self.learned(table))._told(table)
 
     def learn(self, path: str | Path, columns: Columns, key: str = "") -> Self:
         """The same task with the labels that a file's rows have.
@@ -123,7 +125,27 @@ class TableTask:
         Raises:
             UserError: the file cannot be read, or has no rows.
         """
-        return self.learned(read_table(path, columns, key))
+        return self.learned(self.usable(read_table(path, columns, key)))
+
+    @staticmethod
+    def usable(table: Table) -> Table:
+        """The rows whose label cells are of the kind that the task reads.
+
+        Args:
+            table: rows as read.
+
+        Returns:
+            The table without the others; here every cell will do.
+
+        Raises:
+            UserError: more rows than may be cannot be used.
+        """
+        return table
+
+    def _told(self, table: Table) -> Examples:
+        """The rows as they are learned, and what was left out of their source."""
+        sources = np.unique(table.sources, return_inverse=True)[1] if table.sources else None
+        return replace(self.examples(table), left_out=table.said, sources=sources)
 
     def learned(self, table: Table) -> Self:
         """The task with the labels that some rows have, be it one alone.

@@ -74,9 +74,10 @@ class TextToImage(HeadlessTask):
         Returns:
             Images with prompts; rows with the same prompt have the same number for a label.
         """
-        rows = captioned.read(path, columns.image, columns.text, key)
+        faults = columns.faults(key)
+        rows = captioned.read(path, columns.image, columns.text, key, faults)
         groups = np.unique([row.prompt for row in rows], return_inverse=True)[1]
-        return Examples(tuple(rows), groups)
+        return Examples(tuple(rows), groups, faults.said(len(rows) + len(faults.bad)))
 
     def strata(self, examples: Examples) -> np.ndarray:
         """Rows go by their prompts.

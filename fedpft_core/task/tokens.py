@@ -46,6 +46,7 @@ from fedpft_core.task.words import (
     aligned,
     class_numbers,
     encode_words,
+    labels_of,
     word_figures,
     word_labels,
 )
@@ -102,6 +103,21 @@ class Tokens(TableTask):
                 "or more."
             )
         return found
+
+    @staticmethod
+    def usable(table: Table) -> Table:
+        """The rows whose cells hold a label for each word.
+
+        Args:
+            table: rows as read.
+
+        Returns:
+            The table without the others.
+
+        Raises:
+            UserError: more rows than may be cannot be used.
+        """
+        return table.keep(lambda i: labels_of(table, i))
 
     def learned(self, table: Table) -> Tokens:
         """The task with the labels that the words of some rows have, sorted.

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from fedpft_core.data.chat import Say
 from fedpft_core.data.encoded import UNLEARNED, Encoded
 from fedpft_core.data.encoding import ragged, say_cut
+from fedpft_core.data.faults import RowFault
 from fedpft_core.data.rows import Table
 from fedpft_core.errors import UserError
 from fedpft_core.model.device import Batch
@@ -39,23 +40,40 @@ def word_labels(table: Table) -> list[list[Any]]:
     Raises:
         UserError: a row has not one label for each word, or one that is no name; no cell is quoted.
     """
-    out: list[list[Any]] = []
-    for row, (words, value) in enumerate(zip(table.inputs, table.cells, strict=True), start=1):
-        if not isinstance(words, tuple) or not isinstance(value, list | tuple):
-            what = type(words if not isinstance(words, tuple) else value).__name__
-            raise UserError(
-                f"{table.where}: row {row} holds {what} instead of a list of words and a list of "
-                "their labels."
+    return [labels_of(table, i) for i in range(len(table.cells))]
+
+
+def labels_of(table: Table, i: int) -> list[Any]:
+    """The labels of a row's words.
+
+    Args:
+        table: rows as read.
+        i: the row's number here, from 0.
+
+    Returns:
+        The cells of its labels.
+
+    Raises:
+        RowFault: the row has not one label for each word.
+    """
+    words, value = table.inputs[i], table.cells[i]
+    at = f"{table.where}: row {table.row(i)}"
+    if not isinstance(words, tuple) or not isinstance(value, list | tuple):
+        what = type(words if not isinstance(words, tuple) else value).__name__
+        raise RowFault(
+            f"{at} holds {what} instead of a list of words and a list of their labels.",
+            "with no list of labels",
+        )
+    if len(words) != len(value):
+        raise RowFault(
+            f"{at} has {len(words)} words but {len(value)} labels.", "with another number of labels"
+        )
+    for label in value:
+        if not isinstance(label, str | int) or isinstance(label, bool) or label == "":
+            raise RowFault(
+                f"{at} has a word whose label is no name.", "with a label that is no name"
             )
-        if len(words) != len(value):
-            raise UserError(
-                f"{table.where}: row {row} has {len(words)} words but {len(value)} labels."
-            )
-        for label in value:
-            if not isinstance(label, str | int) or isinstance(label, bool) or label == "":
-                raise UserError(f"{table.where}: row {row} has a word whose label is no name.")
-        out.append(list(value))
-    return out
+    return list(value)
 
 
 def class_numbers(table: Table, labels: Sequence[str]) -> np.ndarray:
@@ -82,8 +100,8 @@ def class_numbers(table: Table, labels: Sequence[str]) -> np.ndarray:
             number = index[str(value)]
             if number is None:
                 raise UserError(
-                    f"{table.where}: row {i + 1} has an unknown label at word {j + 1}; known "
-                    f"are {shown(labels)}.",
+                    f"{table.where}: row {table.row(i)} has an unknown label at word {j + 1}; "
+                    f"known are {shown(labels)}.",
                     public=STRANGE,
                 )
             found[i, j] = number

@@ -16,6 +16,7 @@ from fedpft_core.data.examples import Examples
 from fedpft_core.model.batch import inputs_of, real_positions
 from fedpft_core.model.device import device_of, to_device
 from fedpft_core.model.families import family_of_model
+from fedpft_core.model.precision import widened
 from fedpft_core.model.taps import keep
 from fedpft_core.task import Score, Task, TaskData
 from fedpft_core.train.evaluate import evaluate
@@ -43,17 +44,37 @@ def features(
     Returns:
         float32 [rows, D], or [N, D] for N positions, in row order; [0] without rows.
     """
-    model.eval()
-    family = family_of_model(model)
     if task.per_position:
-        return _by_position(model, data, batch_size, task)
+        return _by_position(model.eval(), data, batch_size, task)
+    return row_features(model, data, batch_size, on_rows)
+
+
+@torch.inference_mode()
+def row_features(
+    model: nn.Module,
+    data: Encoded,
+    batch_size: int,
+    on_rows: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """The mean of what the last block puts out for each row, over its real positions.
+
+    Args:
+        model: FM or proxy; left in eval mode.
+        data: rows.
+        batch_size: rows at once.
+        on_rows: told how many rows each batch had.
+
+    Returns:
+        float32 [rows, D] in row order; [0] without rows.
+    """
+    model.eval()
     rows = np.empty(0)
-    with keep({"last": family.block_list(model)[-1]}) as seen:
+    with keep({"last": family_of_model(model).block_list(model)[-1]}) as seen:
         for batch in batches(data, batch_size, None):
             index = batch["index"].numpy()
             batch = to_device(batch, device_of(model))
             model(**inputs_of(batch))
-            h = seen["last"]
+            h = widened(seen["last"])
             real = real_positions(batch, h.shape[1])[..., None]
             mean = (h * real).sum(1) / real.sum(1)
             if not rows.size:
@@ -70,7 +91,7 @@ def _by_position(model: nn.Module, data: Encoded, batch_size: int, task: Task) -
         for batch in batches(data, batch_size, None):
             batch = to_device(batch, device_of(model))
             model(**inputs_of(batch))
-            h = seen["last"]
+            h = widened(seen["last"])
             found.append(task.each(h, batch).cpu().numpy())
             row = batch["index"][:, None].expand(h.shape[:2])
             rows.append(task.each(row, batch).cpu().numpy())

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from fedpft_core.data.augment import augmented
 from fedpft_core.data.batches import batches
 from fedpft_core.data.encoded import Encoded
+from fedpft_core.errors import UserError
 from fedpft_core.model.batch import rows_of
 from fedpft_core.model.device import Batch, device_of, to_device
+from fedpft_core.model.families import base_model
 from fedpft_core.model.names import is_trained
 from fedpft_core.seeds import derive
 from fedpft_core.task import Task
@@ -40,6 +43,8 @@ class LocalSettings:
     augment: float = 0.0  # of images: smallest share of the area that a crop keeps; 0 = none
     factors: str = "both"  # which of LoRA's are trained: both, a or b
     decay: str = "none"  # none, or linear: the rate falls over the steps
+    blocks: str = ""  # whose LoRA is trained: `first:n` or `last:n`; empty = all
+    checkpointing: bool = False  # inner values of blocks are computed again instead of kept
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,37 @@ def training_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.eval()
+
+
+@contextmanager
+def checkpointed(model: nn.Module, on: bool) -> Iterator[None]:
+    """For the duration, keep only the inputs of blocks, and compute what is in them once more.
+
+    The gradients are the same to the bit: dropout draws the same numbers again.
+
+    Args:
+        model: a model of the library in training mode, with its adapter.
+        on: whether to.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UserError: the library cannot do it with this model.
+    """
+    bare: Any = base_model(model)
+    if not on:
+        yield
+        return
+    if not getattr(bare, "supports_gradient_checkpointing", False):
+        raise UserError(
+            f"train.gradient-checkpointing is not possible with a {type(bare).__name__}."
+        )
+    bare.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        bare.gradient_checkpointing_disable()
 
 
 def steps_of(rows: int, settings: LocalSettings) -> int:
@@ -228,7 +264,7 @@ def train_on(
     start = time.perf_counter()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derive(seed, "dropout"))
-        with training_mode(model):
+        with training_mode(model), checkpointed(model, settings.checkpointing):
             for batch in rows:
                 batch = to_device(batch, device)
                 loss = task.loss(model, batch)

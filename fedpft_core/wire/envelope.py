@@ -1,16 +1,16 @@
-"""Messages as envelopes: a JSON head, byte parts and a checksum that are checked when opened."""
+"""Messages into envelopes and out of them; an envelope is checked when it is opened."""
 
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from fedpft_core.errors import ReplyError
 from fedpft_core.train.tune import LocalSettings
 from fedpft_core.wire import codec
+from fedpft_core.wire.form import Envelope, checksum
 from fedpft_core.wire.identity import is_digest
 from fedpft_core.wire.messages import (
     Hello,
@@ -33,64 +33,9 @@ from fedpft_core.wire.messages import (
 )
 from fedpft_core.wire.package import Patch
 
-PROTOCOL = 5
-
+PROTOCOL = 6
 
 _MAX_HEAD = 2**20  # characters; real heads have well under a thousand per patch
-
-
-@dataclass(frozen=True)
-class Envelope:
-    """A message ready to travel: JSON head, byte parts, and a checksum over all of it.
-
-    The checksum finds damage, in messages of either direction; against forgery stand digests
-    (package, patch) and validation (replies).
-    """
-
-    kind: str
-    head: str
-    parts: dict[str, bytes]
-    check: str = ""
-
-    def sizes(self) -> dict[str, int]:
-        """Size of the message, as the ledger counts it.
-
-        Returns:
-            Bytes by kind: package, patch, adapter, counts, statistics, and control (head, checksum
-            and parts of no other kind).
-        """
-        out = {"control": len(_bytes(self.head)) + len(_bytes(self.check))}
-        for name, data in self.parts.items():
-            kind = name.partition(".")[0]
-            # A part nobody asked for must not make up a kind of its own.
-            kind = kind if kind in _PART_KINDS else "control"
-            out[kind] = out.get(kind, 0) + len(data)
-        return out
-
-
-_PART_KINDS = ("package", "patch", "adapter", "counts", "statistics")
-
-
-def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
-
-
-def checksum(kind: str, head: str, parts: Mapping[str, bytes]) -> str:
-    """CRC-32 over a message's content.
-
-    Args:
-        kind: the message's kind, such as `train`.
-        head: its JSON text.
-        parts: its byte parts by name; their order does not matter.
-
-    Returns:
-        8 hex digits.
-    """
-    crc = zlib.crc32(_bytes(f"{kind}\n{head}"))
-    for name in sorted(parts):
-        crc = zlib.crc32(_bytes(f"\n{name} {len(parts[name])}\n"), crc)
-        crc = zlib.crc32(parts[name], crc)
-    return f"{crc:08x}"
 
 
 _KINDS: dict[str, type] = {
@@ -144,7 +89,7 @@ def seal(message: Message) -> Envelope:
 def _always(message: Message | type) -> tuple[str, ...]:
     """Parts that a message of this kind has even where they are empty."""
     cls = message if isinstance(message, type) else type(message)
-    return tuple(f.name for f in fields(cls) if f.name in _TENSORS and f.name != "counts")
+    return tuple(f.name for f in fields(cls) if f.name in _TENSORS and f.name not in _OPTIONAL)
 
 
 def open_envelope(envelope: Envelope) -> Message:
@@ -181,14 +126,14 @@ def open_envelope(envelope: Envelope) -> Message:
         head["settings"] = _settings(head["settings"])
     if issubclass(cls, TrainRequest | StatisticsRequest):
         names = [f"patch.{i}" for i in range(len(head["patches"]))]
-        _check_parts(parts, [*needed, *names], optional="package")
+        _check_parts(parts, [*needed, *names], optional=("package",))
         head["patches"] = tuple(
             Patch(source, target, fmt, codec.unpack(parts[name]))
             for (source, target, fmt), name in zip(head["patches"], names, strict=True)
         )
         head["package"] = parts.get("package", b"")
     else:
-        _check_parts(parts, needed, optional="counts" if cls is TrainReply else "")
+        _check_parts(parts, needed, optional=_OPTIONAL if cls is TrainReply else ())
     head |= {name: codec.unpack(parts[name]) for name in _TENSORS if name in parts}
     for name in ("have", "lacks", "alive", "answered", "dropped"):
         if head.get(name) is not None:
@@ -222,6 +167,10 @@ def _is_int(value: Any) -> bool:
     return type(value) is int and -(2**63) <= value < 2**63
 
 
+def _is_bool(value: Any) -> bool:
+    return type(value) is bool
+
+
 def _is_float(value: Any) -> bool:
     return type(value) is float or _is_int(value)
 
@@ -244,6 +193,11 @@ def _is_numbers(value: Any) -> bool:
         and len(value) <= 32
         and all(_is_text(k) and _is_float(v) for k, v in value.items())
     )
+
+
+def _is_means(value: Any) -> bool:
+    kinds = {"memory": _is_int, "package": _is_int, "width": _is_text, "blocks": _is_text}
+    return isinstance(value, dict) and all(k in kinds and kinds[k](v) for k, v in value.items())
 
 
 def _is_hex(value: Any, digits: int) -> bool:
@@ -272,7 +226,8 @@ _MOST_CLIENTS = 100_000  # of one session
 
 
 # What the head says of each field, by its name; fields that travel as parts are not in it.
-_TENSORS = ("adapter", "counts", "statistics")
+_TENSORS = ("adapter", "counts", "merging", "statistics")
+_OPTIONAL = ("counts", "merging")  # absent where they are empty
 _IN_PARTS = (*_TENSORS, "package")
 
 
@@ -287,6 +242,7 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "examples": ("a whole number", _is_int),
     "validation": ("a whole number", _is_int),
     "validation_rows": ("a whole number", _is_int),
+    "means": ("memory, package, width and blocks", _is_means),
     "private": ("true or false", lambda v: isinstance(v, bool)),
     "validation_sums": ("numbers by name", _is_numbers),
     "steps": ("a whole number", _is_int),
@@ -300,6 +256,8 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "fmt": ("a short text", _is_text),
     "reply_fmt": ("a short text", _is_text),
     "count_rule": ("a short text", _is_text),
+    "merging_rule": ("a short text", _is_text),
+    "rank": ("a whole number", _is_int),
     "run": ("a short text", _is_text),
     "patches": ("a list of source, target, format", lambda v: _is_list(v, _is_patch, 100_000)),
     "session": ("32 hex digits", lambda v: _is_hex(v, 32)),
@@ -338,15 +296,16 @@ def _check_fields(cls: type, head: Mapping[str, Any]) -> None:
 
 def _settings(raw: Mapping[str, Any]) -> LocalSettings:
     whole = ("batch_size", "epochs", "steps", "threads")
-    words = ("factors", "decay")
+    words = ("factors", "decay", "blocks")
     names = [f.name for f in fields(LocalSettings)]
     checks = dict.fromkeys(whole, _is_int) | dict.fromkeys(words, _is_text)
+    checks["checkpointing"] = _is_bool
     if sorted(raw) != sorted(names) or not all(checks.get(k, _is_float)(v) for k, v in raw.items()):
         raise ReplyError("message is malformed (settings)")
     return LocalSettings(**raw)
 
 
-def _check_parts(parts: Mapping[str, bytes], needed: list[str], optional: str = "") -> None:
-    if not set(needed) <= parts.keys() <= {*needed, optional}:
-        odd = min(set(needed) ^ parts.keys() - {optional})
+def _check_parts(parts: Mapping[str, bytes], needed: list[str], optional: tuple[str, ...]) -> None:
+    if not set(needed) <= parts.keys() <= {*needed, *optional}:
+        odd = min(set(needed) ^ parts.keys() - {*optional})
         raise ReplyError(f"message is malformed (part {odd[:40]!r} is missing or too much)")

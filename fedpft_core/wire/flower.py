@@ -11,7 +11,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedpft_core.errors import ReplyError
-from fedpft_core.wire.envelope import Envelope
+from fedpft_core.wire.form import Envelope
 
 _HEAD = "fedpft"
 _PARTS = "fedpft.parts"

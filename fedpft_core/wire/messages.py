@@ -1,8 +1,8 @@
 """What crosses the network, as plain values.
 
 Every message is a small JSON `head` and named byte parts (`package`, `patch.N`, `adapter`,
-`counts`, `statistics`), each one safetensors blob: its length is exactly what the byte ledger
-counts.
+`counts`, `merging`, `statistics`), each one safetensors blob: its length is exactly what
+the byte ledger counts.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from fedpft_core.tensors import Tensors
 from fedpft_core.train.tune import LocalSettings
 from fedpft_core.wire.package import Patch
+
+OUT_OF_MEMORY = "out of memory"
+"""How the reason of a client's refusal begins when the sub-FM is too large for it."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,9 @@ class Hello:
 class HelloReply:
     """`name` is the node's stable name; `have` the digests in its own store.
 
-    `examples` are the rows it trains on, `validation` those it keeps from training.
+    `examples` are the rows it trains on, `validation` those it keeps from training. `means` is
+    what it has and will take, where it says so: `memory` and `package` in bytes, the widest `width`
+    by its name, and the `blocks` whose LoRA it trains.
     """
 
     name: str
@@ -31,6 +36,8 @@ class HelloReply:
     have: tuple[str, ...] = ()
     version: str = ""
     validation: int = 0
+    means: dict[str, int | str] = field(default_factory=dict)
+    rank: int = 0  # most of LoRA's rank that it trains; 0 = whatever the run has
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class TrainRequest:
     patches: tuple[Patch, ...] = ()
     reply_fmt: str = ""  # format of the reply's adapter; empty = `fmt`
     run: str = ""  # names the run to what a client keeps between its rounds; 16 hex digits
+    merging_rule: str = ""  # non-empty: also send such merging figures (fisher, gram)
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,7 @@ class TrainReply:
     validation_rows: int = 0  # rows kept from training
     # What the sub-FM with the adapter *received* came to on them; see `Task.sent`.
     validation_sums: dict[str, float] = field(default_factory=dict)
+    merging: Tensors = field(default_factory=dict)  # see `fedpft_core.train.merging`
     private: bool = False  # trained with example-level privacy: the loss is not said
 
 
@@ -220,11 +229,12 @@ class RefusalReply:
 class Failure:
     """No usable reply: Flower reported an error, or the round's time was up.
 
-    `late` says that it was not waited for any longer.
+    `late` says that it was not waited for any longer, `died` that the client's process is gone.
     """
 
     reason: str
     late: bool = False
+    died: bool = False
 
 
 Message = (

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedpft_core.adapter.lora import AdapterSpec
 from fedpft_core.errors import ReplyError
-from fedpft_core.model.families import FAMILIES
+from fedpft_core.model.families import known
 from fedpft_core.model.plan import Plan
 from fedpft_core.task import Task, make
 
@@ -122,7 +122,7 @@ class PackageMeta:
 
 def _plans_for(name: str, config: dict[str, Any]) -> bool:
     """Whether a plan of that name is for models with that config."""
-    family = FAMILIES.get(name)
+    family = known(name)
     # Of kinds that nobody here knows no more is asked than that both are the same.
     return family.fits(config) if family else bool(config["model_type"] == name)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -16,7 +16,7 @@ from fedpft_core.model.names import is_trained
 from fedpft_core.task import Task
 from fedpft_core.tensors import Tensors
 from fedpft_core.train.inactivity import Counts
-from fedpft_core.wire import codec
+from fedpft_core.wire import codec, merging
 from fedpft_core.wire.envelope import Envelope
 from fedpft_core.wire.messages import StatisticsReply, TrainReply
 
@@ -36,11 +36,19 @@ class Expected:
     task: Task  # says what figures of held-out rows are possible
     tokens_per_row: int = 2**16  # the most real tokens one example can have
     factors: str = "both"  # which of LoRA's factors are trained, and sent back
+    # Tensors that a client with LoRA in fewer blocks trains; empty = all.
+    names: frozenset[str] = frozenset()
+    widths: Mapping[str, str] = field(default_factory=dict)  # other widths' names by digest
+    merging_rule: str = ""  # which merging figures come with the adapter; empty = none
 
     @cached_property
     def trained(self) -> Tensors:
         """The tensors of the adapter that are trained, as they were sent."""
-        return {k: t for k, t in self.adapter.items() if is_trained(k, self.factors)}
+        return {
+            k: t
+            for k, t in self.adapter.items()
+            if is_trained(k, self.factors) and (not self.names or k in self.names)
+        }
 
     @cached_property
     def layout(self) -> codec.Layout:
@@ -48,11 +56,23 @@ class Expected:
         return codec.update_layout(self.trained, self.fmt)
 
     @cached_property
+    def merging(self) -> codec.Layout:
+        """Names, dtypes and shapes of the merging figures."""
+        return merging.layout(self.merging_rule, self.trained)
+
+    @cached_property
+    def beside(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the merging figures once they are float32."""
+        return merging.shapes(self.merging_rule, self.trained)
+
+    @cached_property
     def max_bytes(self) -> int:
         """The largest reply that can be good: its tensors, their names, and some slack."""
         counts = sum(8 * k + 8 for k in self.count_blocks.values())
         names = sum(len(name) + 100 for name in self.layout) + 250 * len(self.count_blocks)
-        return codec.layout_bytes(self.layout) + counts + names + _SLACK
+        names += sum(len(name) + 100 for name in self.merging)
+        tensors = codec.layout_bytes(self.layout) + codec.layout_bytes(self.merging)
+        return tensors + counts + names + _SLACK
 
 
 def check_size(envelope: Envelope, most: int) -> None:
@@ -68,6 +88,25 @@ def check_size(envelope: Envelope, most: int) -> None:
     size = sum(envelope.sizes().values())
     if size > most:
         raise ReplyError(f"the reply has {size} bytes, more than the {most} a good one can have")
+
+
+def check_digest(what: str, found: str, wanted: str, widths: Mapping[str, str]) -> None:
+    """Refuse what was made with another sub-FM than the one served.
+
+    Args:
+        what: what was made with it, and a verb.
+        found: the digest of the sub-FM that it says.
+        wanted: the digest of the one served.
+        widths: the names of other widths of the run, by digest.
+
+    Raises:
+        ReplyError: they differ; names the width, where it is one of the run.
+    """
+    if found == wanted:
+        return
+    if found in widths:
+        raise ReplyError(f"{what} width {widths[found]}, which is not the one it was served")
+    raise ReplyError(f"{what} another sub-FM than the one asked for")
 
 
 def _at_least(value: float, low: float) -> bool:
@@ -100,8 +139,7 @@ def validate(
         raise ReplyError(f"the reply is signed {reply.name[:40]!r}, not {name!r}")
     if reply.round != want.round:
         raise ReplyError(f"the reply is for round {reply.round}, not {want.round}")
-    if reply.digest != want.digest:
-        raise ReplyError("the reply was trained on another sub-FM than the one asked for")
+    check_digest("the reply was trained on", reply.digest, want.digest, want.widths)
     if reply.examples < 1:
         raise ReplyError(f"example count {reply.examples} is not positive")
     if reply.examples != announced:
@@ -122,6 +160,7 @@ def validate(
         raise ReplyError("timings are not finite numbers of at least 0")
     if reply.fmt != want.fmt:
         raise ReplyError(f"the adapter is in format {reply.fmt!r}, not {want.fmt}")
+    _check_rank(reply, want)
     try:
         codec.check_layout(reply.adapter, want.layout)
     except ReplyError as error:
@@ -139,6 +178,35 @@ def validate(
             f"wire.max-update-norm = {want.max_update_norm:g}"
         )
     return {**want.adapter, **adapter}, _validated_counts(reply, want)
+
+
+def _check_rank(reply: TrainReply, want: Expected) -> None:
+    """Say so where a reply has another rank than was asked for, before its shapes are compared."""
+    for name, t in reply.adapter.items():
+        if name.endswith("lora_A.weight") and t.dim() == 2 and name in want.trained:
+            rank = len(want.trained[name])
+            if len(t) != rank:
+                raise ReplyError(f"the adapter has rank {len(t)}, not the {rank} announced")
+
+
+def validated_merging(reply: TrainReply, want: Expected) -> Tensors:
+    """Check the merging figures of a reply before they are used.
+
+    Args:
+        reply: what came.
+        want: what was asked for.
+
+    Returns:
+        The figures as float32 tensors by name; empty where none were asked for.
+
+    Raises:
+        ReplyError: they are missing, not asked for, of another layout, or no such figures.
+    """
+    try:
+        codec.check_layout(reply.merging, want.merging)
+        return merging.checked(want.merging_rule, reply.merging) if want.merging_rule else {}
+    except (ReplyError, ValueError) as error:
+        raise ReplyError(f"merging figures: {error}") from error
 
 
 def _validated_counts(reply: TrainReply, want: Expected) -> Counts | None:
@@ -180,6 +248,7 @@ class ExpectedStatistics:
         width: features D that are summed over.
         longest: largest L2 norm that a feature vector can have.
         most: the most answers that a row can have.
+        widths: the names of the other widths, by digest.
     """
 
     round: int
@@ -188,6 +257,7 @@ class ExpectedStatistics:
     width: int
     longest: float
     most: int = 1
+    widths: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def max_bytes(self) -> int:
@@ -216,8 +286,7 @@ def validate_statistics(
         raise ReplyError(f"the reply is signed {reply.name[:40]!r}, not {name!r}")
     if reply.round != want.round:
         raise ReplyError(f"the reply is for round {reply.round}, not {want.round}")
-    if reply.digest != want.digest:
-        raise ReplyError("the statistics are of another sub-FM than the one asked for")
+    check_digest("the statistics are of", reply.digest, want.digest, want.widths)
     if reply.examples != announced:
         raise ReplyError(f"example count {reply.examples} is not the {announced} announced")
     if not _at_least(reply.seconds, 0):

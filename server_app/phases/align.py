@@ -7,18 +7,20 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from fedpft_core.align import joint, selection
 from fedpft_core.align import method as alignment
-from fedpft_core.align import selection
 from fedpft_core.align.losses import output_error
 from fedpft_core.config import Config
 from fedpft_core.errors import UserError
 from fedpft_core.model.plan import Plan
+from fedpft_core.proxy.narrow import follow
 from fedpft_core.proxy.patch import make_patch
 from fedpft_core.seeds import derive
 from fedpft_core.train.evaluate import evaluate
 from fedpft_core.train.inactivity import Counts, apoz
 from server_app.bench import Bench
-from server_app.phases import agree
+from server_app.owner import disclose
+from server_app.phases import agree, widths
 from server_app.phases.distil import check_finite
 from server_app.phases.reporting import phase, progress
 from server_app.run import schema as ev
@@ -109,6 +111,15 @@ def align(
         RunError: when the alignment diverges.
     """
     config, models = bench.config, bench.models
+    lacking = selection.needs_counts(config.align.selection, config.align.proportion) and (
+        counts is None or counts.inactive.keys() != set(models.plan.pruned)
+    )
+    if lacking:
+        # With several widths a round's clients may all have the FM itself.
+        bench.events.emit(ev.Warned(
+            text=f"round {round}: no client has counted inactive neurons; nothing is re-aligned"
+        ))  # fmt: skip
+        return
     a, d = config.align, config.distill
     noise = d.adapter_noise if a.adapter_noise < 0 else a.adapter_noise
     with phase(bench.events, "align", round=round):
@@ -126,16 +137,24 @@ def align(
             seed=derive(config.run.seed, "align", round), head_reads=bench.head_reads,
             on_step=progress(bench.events, "align", "steps", round=round),
         )  # fmt: skip
-        first, last, _ = alignment.run(a.method, job, "align.method")
+        if widths.shared(bench):
+            smaller = widths.smaller(bench)
+            first, last, _ = joint.run(a.method, job, smaller, "align.method")
+        else:
+            first, last, _ = alignment.run(a.method, job, "align.method")
         after = output_error(models.fm, models.proxy, models.plan, probe)
         check_finite(after, "align.lr")
-        wire = config.wire
-        fmt = wire.package if wire.patch == "same" else wire.patch
         patch, package = make_patch(
-            models.proxy, models.plan, chosen, state.package, state.digests, fmt
-        )
+            models.proxy, models.plan, chosen, state.package, state.digests,
+            config.wire.patch_format,
+        )  # fmt: skip
         state.package, state.digest = package, patch.target
         state.patches.append(patch)
+        if widths.shared(bench):
+            for w in widths.pruned(bench):
+                follow(w.proxy, w.plan, models.proxy, models.plan)
+        widths.realign(bench, state, round, job, chosen)
+        disclose.note(bench, state)
         agree.record(bench, round, "after-align")
         gap_before = gap_after = None
         if values is not None:

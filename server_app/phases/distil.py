@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
+from fedpft_core.align import joint
 from fedpft_core.align import method as alignment
 from fedpft_core.align.losses import output_error
 from fedpft_core.errors import RunError
 from fedpft_core.seeds import derive
 from server_app.bench import Bench
+from server_app.phases import widths
 from server_app.phases.reporting import phase, progress
 from server_app.run import schema as ev
 
@@ -51,7 +53,11 @@ def distil(bench: Bench) -> None:
             seed=derive(bench.config.run.seed, "distil"), head_reads=bench.head_reads,
             on_step=progress(bench.events, "distil", "steps"),
         )  # fmt: skip
-        first, last, seconds = alignment.run(d.method, job)
+        if widths.shared(bench):
+            first, last, seconds = joint.run(d.method, job, widths.smaller(bench))
+        else:
+            first, last, seconds = alignment.run(d.method, job)
+        widths.distil_apart(bench, job)
         after = output_error(models.fm, models.proxy, models.plan, probe)
         check_finite(after, "distill.lr")
         bench.events.emit(ev.Distilled(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -14,8 +15,9 @@ from fedpft_core.data.encoded import Encoded
 from fedpft_core.head.closed import form_of
 from fedpft_core.head.discriminant import Head
 from fedpft_core.head.form import Form, Sums
+from fedpft_core.head.mapped import fit as mapped_to
 from fedpft_core.head.refit import features, labelled_features, last_linear
-from fedpft_core.head.statistics import projection
+from fedpft_core.head.statistics import add, projection
 from fedpft_core.seeds import numpy_stream
 from fedpft_core.tensors import Tensors
 from fedpft_core.wire.validate import ExpectedStatistics
@@ -134,7 +136,7 @@ def projected(bench: Bench, width: int) -> Tensor | None:
     return projection(width, config.head.max_features, config.run.seed)
 
 
-def gather(bench: Bench, strategy: Strategy, state: State) -> Sums:
+def gather(bench: Bench, strategy: Strategy, state: State) -> dict[str, Sums]:
     """The class statistics of all connected clients' rows, at the adapter of `state`.
 
     Args:
@@ -143,7 +145,7 @@ def gather(bench: Bench, strategy: Strategy, state: State) -> Sums:
         state: has the adapter; what clients now have is noted in it.
 
     Returns:
-        The sum over all good replies.
+        By the width of the sub-FM (empty where there is one) the sum over all good replies.
 
     Raises:
         RunError: too few clients sent any.
@@ -167,6 +169,42 @@ def gather(bench: Bench, strategy: Strategy, state: State) -> Sums:
         most=config.data.max_length,
     )
     return strategy.gather(state, want)
+
+
+def together(bench: Bench, found: Mapping[str, Sums], target: torch.nn.Module) -> Sums:
+    """Statistics of several widths as those of one model's features.
+
+    The features of each width are taken to the model's by a map of its own, fitted on rows that the
+    server has, labels or not.
+
+    Args:
+        bench: all models carry the adapter that the statistics are of.
+        found: statistics by width, at least one.
+        target: the proxy or the FM.
+
+    Returns:
+        Their sum, in the order of the widths. Statistics of the model itself stay as they are.
+    """
+    every: list[Sums] = []
+    there: Tensor | None = None
+    own, task = bench.models.fm is target, bench.rows.task
+    for w in bench.models.widths:
+        if w.name not in found:
+            continue
+        if w.proxy is target or (own and w.plan.is_full):
+            every.append(found[w.name])
+            continue
+        rows = split(bench)[0]
+        if not len(rows):
+            rows = bench.rows.public_rows(bench.config.plug.rows, "widths")
+        served = list(batches(rows, bench.config.run.eval_batch_size, None))
+        here = features(w.proxy, served, task)
+        turn = projected(bench, here.shape[1])
+        there = features(target, served, task) if there is None else there
+        x, y = (here, there) if turn is None else (here @ turn, there @ turn)
+        way = mapped_to(x, y, bench.config.plug.ridge)
+        every.append(form(bench).taken(found[w.name], way, x, y))
+    return add(every)
 
 
 def best(bench: Bench, found: Sums, model: torch.nn.Module) -> Head:
@@ -233,7 +271,7 @@ def start(bench: Bench, strategy: Strategy, state: State, events: Events) -> Non
         RunError: too few clients sent any.
     """
     began = time.perf_counter()
-    found = gather(bench, strategy, state)
+    found = together(bench, gather(bench, strategy, state), bench.models.proxy)
     head = best(bench, found, bench.models.proxy)
     state.adapter = _with(bench, head, state.adapter)
     _emit(events, state.round, found, head, None, True, began)
@@ -241,7 +279,7 @@ def start(bench: Bench, strategy: Strategy, state: State, events: Events) -> Non
 
 def again(
     bench: Bench, strategy: Strategy, state: State, events: Events, force: bool = False
-) -> Sums | None:
+) -> dict[str, Sums] | None:
     """Take the statistics once more, of the tuned features, and use the head they give.
 
     With `head.end = better` it is used only where the server's unseen rows prefer it.
@@ -254,7 +292,8 @@ def again(
         force: gather them also where only the plug-in needs them.
 
     Returns:
-        The statistics, at the adapter without regard to its head; None where nobody wants them.
+        The statistics by width, at the adapter without regard to its head; None where nobody wants
+        them.
 
     Raises:
         RunError: too few clients sent any.
@@ -263,16 +302,17 @@ def again(
     if not wanted(bench) or (mode == "trained" and not force):
         return None
     began = time.perf_counter()
-    found = gather(bench, strategy, state)
+    by_width = gather(bench, strategy, state)
     if mode == "trained":
-        return found
+        return by_width
+    found = together(bench, by_width, bench.models.proxy)
     head = best(bench, found, bench.models.proxy)
     merits = None
     taken = True
     if mode == "better":
         judge = split(bench)[1]
         if not len(judge):
-            return found
+            return by_width
         tuned, _ = merit(bench, bench.models.proxy, judge)
         other = _with(bench, head, state.adapter)
         bench.models.plug(other)
@@ -282,7 +322,7 @@ def again(
         state.adapter = _with(bench, head, state.adapter)
     bench.models.plug(state.adapter)
     _emit(events, state.round, found, head, merits, taken, began)
-    return found
+    return by_width
 
 
 def merit(bench: Bench, model: torch.nn.Module, rows: Encoded) -> tuple[float, int]:

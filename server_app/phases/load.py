@@ -11,6 +11,7 @@ from fedpft_core.adapter import lora as adapters
 from fedpft_core.adapter.start import by_inputs, orthonormal
 from fedpft_core.config import Config
 from fedpft_core.data.encoded import UNLEARNED
+from fedpft_core.data.faults import check_learned
 from fedpft_core.data.public import load_public
 from fedpft_core.data.stream import tokenise_public
 from fedpft_core.errors import UserError
@@ -18,13 +19,17 @@ from fedpft_core.model import load as models
 from fedpft_core.model.device import pick_device
 from fedpft_core.model.plan import Plan, block_parameters
 from fedpft_core.proxy import cost as inspect
+from fedpft_core.proxy import embeddings
 from fedpft_core.proxy.build import build
-from fedpft_core.proxy.choose import make_plan
+from fedpft_core.proxy.narrow import narrowed
+from fedpft_core.proxy.nested import make_plans, trunk
 from fedpft_core.seeds import derive, numpy_stream
 from fedpft_core.task import Writer, load_task
 from fedpft_core.tensors import Tensors
 from server_app.bench import Bench, Rows, public_stream
-from server_app.models import Models
+from server_app.models import Models, Width
+from server_app.owner import disclose
+from server_app.phases import cluster
 from server_app.phases.plug import refits, settles
 from server_app.phases.reporting import phase
 from server_app.run import schema as ev
@@ -56,8 +61,12 @@ def load(config: Config, events: Events) -> Bench:
         made = _build(config, events, loaded, rows, device)
     bench = Bench(config, events, made, rows, device)
     if (config.wire.package, config.wire.embeddings) != ("fp32", "same"):
-        bench.package()  # rounds the proxy, so that distillation makes up for what rounding costs
+        # Rounds the proxies, so that distillation makes up for what rounding costs.
+        bench.package()
+        bench.others()
     made.plug(made.start)
+    if len(rows.data.train):
+        cluster.note(bench)
     # `as-trained` is asked for, and the other ways say themselves what they lack.
     by_refit = config.plug.method == "refit" or not settles(bench)
     asked = by_refit and config.plug.refit != "none" and rows.task.refits
@@ -85,6 +94,8 @@ def _read(config: Config, events: Events) -> tuple[models.Loaded, Rows]:
     def say(text: str) -> None:
         events.emit(ev.Warned(text=text))
 
+    for text in data.left_out:
+        say(text)
     if isinstance(task, Writer):
         task.prepare(
             loaded.processor, config.data.prompt_template, loaded.shape.vocabulary,
@@ -98,6 +109,8 @@ def _read(config: Config, events: Events) -> tuple[models.Loaded, Rows]:
         config.data.max_public_rows,
         derive(config.run.seed, "public") % 2**31,
         prompt_column=config.data.text_column,
+        max_bad=config.data.max_bad_rows,
+        say=say,
     )
     _check_lengths(config, loaded)
     if task.reads == "text":
@@ -132,6 +145,10 @@ def _read(config: Config, events: Events) -> tuple[models.Loaded, Rows]:
             f"data.max-length = {length} leaves nothing of the responses of the "
             f"{config.run.eval_split} rows to score."
         )
+    if isinstance(task, Writer):
+        check_learned(
+            encoded[0].learned_rows, len(encoded[0]), config.data.max_bad_rows, "data.max-bad-rows"
+        )
     return loaded, Rows(config, data, public, loaded.processor, *encoded)
 
 
@@ -139,7 +156,7 @@ def _build(
     config: Config, events: Events, loaded: models.Loaded, rows: Rows, device: torch.device
 ) -> Models:
     """The plan, the proxy it describes, and the adapter on both models."""
-    plan = make_plan(
+    plans = make_plans(
         loaded.model,
         config.plan,
         config.run.seed,
@@ -147,15 +164,19 @@ def _build(
             config, rows.public, loaded.processor, config.plan.saliency_batches, "saliency"
         ),
         rows.task.position(loaded.family),
+        disclose.preferred(config, loaded.model),
     )
-    if plan.is_full and config.plan.proxy != "full":
+    width = trunk(plans)
+    plan = plans.pop(width)
+    if config.plan.proxy != "full" and (plan.is_full or any(p.is_full for p in plans.values())):
         events.emit(
             ev.Warned(
                 text="the plan keeps every neuron of every block: clients get the whole FM "
-                "(plan.keep-share, plan.keep-neurons and plan.retained-layers decide)",
+                "(plan.keep-share, plan.keep-neurons, plan.retained-layers and plan.widths decide)",
             )
         )
     bare = build(loaded.model, plan)
+    withheld = _withheld(config, rows, loaded, bare)
     head = rows.task.head(loaded.family)
     spec = adapters.make_spec(loaded.family, plan, loaded.fresh, config.lora, head)
     _emit_model(events, loaded, bare, plan, config.lora.rank)
@@ -164,7 +185,23 @@ def _build(
     fm.to(device)
     proxy.to(device)
     start = _start(config, rows, loaded.processor, fm)
-    return Models(fm, proxy, plan, spec, loaded.source, start)
+    others = tuple(
+        Width(name, p, narrowed(fm, p, p) if p.is_full else narrowed(proxy, plan, p))
+        for name, p in plans.items()
+    )
+    return Models(fm, proxy, plan, spec, loaded.source, start, width, others, withheld)
+
+
+def _withheld(
+    config: Config, rows: Rows, loaded: models.Loaded, proxy: nn.Module
+) -> torch.Tensor | None:
+    """Tokens whose embeddings have been taken out of the proxy; None where all are in it."""
+    if config.plan.embeddings == "all":
+        return None
+    if rows.task.reads != "text":
+        raise UserError(f"plan.embeddings = seen is for texts; the rows are {rows.task.reads}s.")
+    sent = embeddings.seen(rows.public, loaded.processor)
+    return embeddings.withhold(proxy, sent, loaded.processor.unk_token_id)
 
 
 def _start(config: Config, rows: Rows, processor: Any, fm: nn.Module) -> Tensors:

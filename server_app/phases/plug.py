@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fedpft_core.adapter import lora as adapters
@@ -14,6 +14,7 @@ from fedpft_core.head import refit as plug
 from fedpft_core.head.form import Sums
 from fedpft_core.head.imitate import Settings, imitate
 from fedpft_core.head.mapped import fit as mapped_to
+from fedpft_core.head.statistics import add
 from fedpft_core.seeds import derive, numpy_stream
 from fedpft_core.task import Headless
 from fedpft_core.tensors import Tensors
@@ -204,7 +205,7 @@ def _finish_headless(bench: Bench, state: State, events: Events) -> None:
 
 def _candidates(
     bench: Bench,
-    sums: Sums | None,
+    sums: Mapping[str, Sums] | None,
     rows: Encoded,
     events: Events,
     wanted: Sequence[str],
@@ -213,7 +214,7 @@ def _candidates(
 
     Args:
         bench: the tuned adapter is plugged into both models; the proxy stays as it is.
-        sums: the clients' statistics of the sub-FM's tuned features.
+        sums: the clients' statistics of the sub-FM's tuned features, by its width.
         rows: rows both models read; labels serve for shrinkage and scale alone, where there are
             any.
         events: where progress is noted.
@@ -234,8 +235,20 @@ def _candidates(
         made["refit"] = adapters.read(models.fm)
     if sums is not None and "mapped" in wanted:
         turn = heads.projected(bench, f_S.shape[1])
-        x, y = (f_S, f_T) if turn is None else (f_S @ turn, f_T @ turn)
-        there = heads.form(bench).taken(sums, mapped_to(x, y, p.ridge), x, y)
+        y = f_T if turn is None else f_T @ turn
+        taken = []
+        for width in models.widths:
+            if width.name not in sums:
+                continue
+            # Each width by a map of its own; what clients of the FM itself sent is there already.
+            own = sums[width.name]
+            if not width.plan.is_full:
+                mine = width.proxy is models.proxy
+                f_W = f_S if mine else plug.features(width.proxy, served, bench.rows.task)
+                x = f_W if turn is None else f_W @ turn
+                own = heads.form(bench).taken(own, mapped_to(x, y, p.ridge), x, y)
+            taken.append(own)
+        there = add(taken)
         known = plug.answers(served, bench.rows.task) if "labels" in served[0] else None
         head = heads.fit(bench, there, y, known)
         heads.write(bench, head, models.fm)

@@ -6,14 +6,21 @@ the commonest label is noted in every run, and it is said when the product is ha
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
+from dataclasses import asdict
+from pathlib import Path
 
-from fedpft_core.data.partition import client_names, partition_of_run
+from fedpft_core.data.grouping import share_out
+from fedpft_core.data.partition import client_names, digest
+from fedpft_core.disk import whole
 from fedpft_core.task import Score, confusion
 from server_app.bench import Bench
 from server_app.run import schema as ev
 from server_app.run.events import accuracy
 
+MANIFEST = "partition.json"
+"""The file in a simulation's run folder that says how the training rows are divided."""
 _NEARLY_ALL = 0.98  # share of the rows given one label from which predictions count as constant
 _EVEN = 0.95  # where so many rows do have it, that is no fault
 
@@ -56,14 +63,20 @@ def partition(bench: Bench, names: Collection[str]) -> None:
     expected = client_names(f.clients)
     if not len(data.train) or set(names) != set(expected):
         return
-    parts = partition_of_run(
-        task.strata(data.train), f.clients, f.partition, f.dirichlet_alpha, bench.config.run.seed
-    )
+    run = bench.config.run
+    parts = share_out(data.train, task.strata, f, f.clients, run.seed, run.dir)
     rows = {
         name: task.histogram(data.train.select(part)) or {"rows": len(part)}
         for name, part in zip(expected, parts, strict=True)
     }
-    bench.events.emit(ev.Partition(scheme=f.partition, clients=rows))
+    by = "source" if f.partition == "natural" else f.partition_by
+    noted = ev.Partition(
+        scheme=f.partition, clients=rows, by=by, seed=run.seed, digest=digest(parts)
+    )
+    bench.events.emit(noted)
+    if run.dir:
+        text = json.dumps(asdict(noted), indent=1, ensure_ascii=False) + "\n"
+        whole.write(Path(run.dir) / MANIFEST, text.encode())
 
 
 def _macro_f1(rows: Mapping[str, int], label: str) -> float:

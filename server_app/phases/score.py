@@ -13,7 +13,7 @@ from fedpft_core.task import Painter, Score, Writer
 from fedpft_core.task.painting import prompts_of, side_by_side
 from fedpft_core.train.evaluate import evaluate
 from server_app.bench import Bench
-from server_app.phases import reference
+from server_app.phases import reference, widths
 from server_app.phases.plug import refit, refits
 from server_app.phases.reporting import progress
 from server_app.run import schema as ev
@@ -38,6 +38,8 @@ def score(bench: Bench, round: int, which: str) -> Score:
     result = _written(bench, round, which, measure(bench, round, which))
     _painted(bench, round, which)
     _emit(bench, round, which, result)
+    if which == "proxy":
+        widths.score(bench, round)
     return result
 
 

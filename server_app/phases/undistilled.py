@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from fedpft_core.train.evaluate import evaluate
 from server_app.bench import Bench
-from server_app.phases import distil, heads, own, plug
+from server_app.owner import disclose
+from server_app.phases import distil, heads, own, plug, widths
 from server_app.phases.reporting import phase
 from server_app.run import schema as ev
 from server_app.run.events import EventLog
-from server_app.state import fresh_state
 from server_app.strategy import Strategy
 from server_app.transport import Transport
 
@@ -32,10 +32,13 @@ def undistilled(bench: Bench, transport: Transport, events: EventLog) -> None:
     config, models = bench.config, bench.models
     arm = events.tagged(arm="undistilled")
     with phase(events, "undistilled"):
-        strategy = Strategy(config, transport, arm, own.update_of(bench))
+        strategy = Strategy(
+            config, transport, arm, own.update_of(bench), widths.agreement_of(bench)
+        )
         strategy.nodes.wait()
         models.plug(models.start)
-        state = fresh_state(models.start, bench.package())
+        state = bench.fresh_state()
+        disclose.note(bench, state, arm)
         if heads.asked(bench):
             heads.start(bench, strategy, state, arm)
         for round in range(1, config.federation.rounds + 1):

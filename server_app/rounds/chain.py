@@ -11,14 +11,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from fedpft_core.adapter.lora import change_norms, clip_change
+from fedpft_core.adapter.lora import change_norms, clip_change, rank_of
+from fedpft_core.adapter.ranks import widened
 from fedpft_core.aggregation import Replies
 from fedpft_core.errors import ReplyError
 from fedpft_core.tensors import Tensors
 from fedpft_core.train.inactivity import Counts
+from fedpft_core.wire import merging
 from fedpft_core.wire.envelope import Envelope, open_envelope
 from fedpft_core.wire.messages import Message, NeedReply, RefusalReply, TrainReply
-from fedpft_core.wire.validate import Expected, check_size, validate
+from fedpft_core.wire.validate import Expected, check_size, validate, validated_merging
 from server_app.rounds.nodes import Node
 
 Reply = TypeVar("Reply", bound=Message)
@@ -32,7 +34,8 @@ class Asked:
 
     `longest` is federation.clip-update-norm; 0 = no limit. Norms of LoRA's product are multiplied
     by `scaling`, alpha / rank. `rebase` is what becomes of an adapter before it is kept, where it
-    was not trained from the round's own; None = nothing.
+    was not trained from the round's own; None = nothing. Where clients have sub-FMs of several
+    widths, or adapters of several ranks, `own` says what is wanted of each.
     """
 
     want: Expected
@@ -40,6 +43,18 @@ class Asked:
     replies: Replies
     scaling: float = 1.0
     rebase: Callable[[Tensors], Tensors] | None = None
+    own: Callable[[Node], Expected] | None = None
+
+    def of(self, node: Node) -> Expected:
+        """What a good reply of one client looks like.
+
+        Args:
+            node: the client, whose sub-FM may be another than others'.
+
+        Returns:
+            What its reply is held against.
+        """
+        return self.own(node) if self.own else self.want
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,7 @@ class InHand:
     message: TrainReply | None = None
     adapter: Tensors = field(default_factory=dict)  # float32, as the client has it
     counts: Counts | None = None
+    merging: Tensors = field(default_factory=dict)  # float32; empty where none are asked for
     norms: Mapping[str, float] = field(default_factory=dict)  # of the change; see `change_norms`
 
 
@@ -103,7 +119,7 @@ def decode(hand: InHand, asked: Asked) -> InHand:
         ReplyError: when it refuses, or the reply is too large, damaged or of another kind.
     """
     assert hand.envelope is not None
-    message = opened(hand.envelope, asked.want.max_bytes, TrainReply)
+    message = opened(hand.envelope, asked.of(hand.node).max_bytes, TrainReply)
     return replace(hand, envelope=None, message=message)
 
 
@@ -122,9 +138,11 @@ def check(hand: InHand, asked: Asked) -> InHand:
     """
     assert hand.message is not None
     node = hand.node
-    adapter, counts = validate(hand.message, asked.want, node.name, node.examples, node.validation)
-    bare = replace(hand.message, adapter={}, counts={})
-    return replace(hand, message=bare, adapter=adapter, counts=counts)
+    want = asked.of(node)
+    adapter, counts = validate(hand.message, want, node.name, node.examples, node.validation)
+    figures = validated_merging(hand.message, want)
+    bare = replace(hand.message, adapter={}, counts={}, merging={})
+    return replace(hand, message=bare, adapter=adapter, counts=counts, merging=figures)
 
 
 def clip(hand: InHand, asked: Asked) -> InHand:
@@ -139,7 +157,8 @@ def clip(hand: InHand, asked: Asked) -> InHand:
     """
     if not asked.longest:
         return hand
-    return replace(hand, adapter=clip_change(hand.adapter, asked.want.adapter, asked.longest))
+    start = asked.of(hand.node).adapter
+    return replace(hand, adapter=clip_change(hand.adapter, start, asked.longest))
 
 
 def measure(hand: InHand, asked: Asked) -> InHand:
@@ -152,8 +171,25 @@ def measure(hand: InHand, asked: Asked) -> InHand:
     Returns:
         The reply with the norms of its change.
     """
-    norms = change_norms(hand.adapter, asked.want.adapter, asked.scaling)
-    return replace(hand, norms=norms)
+    start = asked.of(hand.node).adapter
+    return replace(hand, norms=change_norms(hand.adapter, start, asked.scaling))
+
+
+def widen(hand: InHand, asked: Asked) -> InHand:
+    """Bring an adapter of a lower rank to the run's: what was not trained is as the server has it.
+
+    Args:
+        hand: with the adapter, float32, of the client's rank.
+        asked: has the adapter that the clients were sent, of the run's rank.
+
+    Returns:
+        The reply with adapter and merging figures at that rank.
+    """
+    want = asked.want
+    if rank_of(hand.adapter) == rank_of(want.adapter):
+        return hand
+    figures = merging.widened(hand.merging, want.beside)
+    return replace(hand, adapter=widened(hand.adapter, want.adapter), merging=figures)
 
 
 def rebase(hand: InHand, asked: Asked) -> InHand:
@@ -183,12 +219,15 @@ def spool(hand: InHand, asked: Asked) -> InHand:
         OSError: when the disk is full.
     """
     assert hand.message is not None
-    asked.replies.add(hand.node.name, hand.message.examples, hand.adapter)
-    return replace(hand, adapter={})
+    names = asked.of(hand.node).names
+    asked.replies.add(
+        hand.node.name, hand.message.examples, hand.adapter, names, beside=hand.merging
+    )
+    return replace(hand, adapter={}, merging={})
 
 
 STEPS: tuple[Callable[[InHand, Asked], InHand], ...] = (
-    decode, check, clip, measure, rebase, spool,
+    decode, check, clip, measure, widen, rebase, spool,
 )  # fmt: skip
 
 

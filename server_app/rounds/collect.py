@@ -9,15 +9,16 @@ from typing import Any
 
 from fedpft_core.errors import ReplyError
 from fedpft_core.wire.envelope import Envelope
-from fedpft_core.wire.messages import Failure, NeedReply
+from fedpft_core.wire.messages import OUT_OF_MEMORY, Failure, NeedReply
 from server_app.delivery import NOTHING, SERVINGS, Holds
 from server_app.rounds import caution, ledger
 from server_app.rounds.chain import Asked, Lacking, receive
 from server_app.rounds.ledger import printable
+from server_app.rounds.matching import Matching
 from server_app.rounds.nodes import Node
 from server_app.rounds.outcome import Good
 from server_app.run import schema as ev
-from server_app.state import Events, State
+from server_app.state import Events, Given, State
 
 
 class Awaited:
@@ -35,9 +36,11 @@ class Awaited:
         self.round = round
         self.events = events
         self.bad: dict[str, str] = {}  # reasons, by client name
+        self.matching: Matching | None = None  # gives clients that fail another width
         self.again: dict[int, Holds] = {}  # who has to be served again, and has what
         self.served: dict[int, list[Holds]] = {}  # who has been served again, having had what
         self.servings = SERVINGS  # how often one client is served again at most
+        self.moved: set[int] = set()  # who has been given another width in this round
 
     def judge(self, node: Node, reply: Envelope | Failure) -> None:
         """Take a reply of a node that is not settled.
@@ -105,11 +108,12 @@ class Awaited:
 
     def _holds(self, node: Node, need: NeedReply) -> Holds:
         """What a client has that is served again; all is sent once, if it does not lack less."""
-        if need.digest != self.state.digest:
+        view = self.state.of(node.name)
+        if need.digest != view.digest:
             raise ReplyError("it says what it lacks of another sub-FM than the one asked for")
         holds = Holds(need.have, need.lacks)
         if need.lacks is not None:
-            manifest = self.state.package.manifest(self.state.digests)
+            manifest = view.package.manifest(view.digests)
             if not need.lacks or not manifest.contents.issuperset(need.lacks):
                 raise ReplyError("it lacks nothing, or what is none of the sub-FM's")
         before = self.served.get(node.id, [])
@@ -130,6 +134,33 @@ class Awaited:
         for node_id, holds in now.items():
             self.served.setdefault(node_id, []).append(holds)
         return now
+
+    def narrower(self, node: Node, reply: Envelope | Failure | ReplyError) -> bool:
+        """Give a client that has failed at its width a narrower one, where that is why.
+
+        Args:
+            node: the client.
+            reply: what came in place of a good reply.
+
+        Returns:
+            Whether it will be served again in this round, at that width.
+        """
+        if self.matching is None:
+            return False
+        if isinstance(reply, Failure) and reply.late:
+            self.matching.missed(node.name, self.state, self.round)
+            return False
+        died = isinstance(reply, Failure) and reply.died
+        if not died and not str(reply).startswith(OUT_OF_MEMORY):
+            return False
+        why = "its process died" if died else "it ran out of memory"
+        moved = self.matching.down(node.name, why, self.state, self.round)
+        if not moved or node.id in self.moved:
+            return False
+        self.moved.add(node.id)
+        self.served.pop(node.id, None)  # of another sub-FM
+        self.again[node.id] = Holds(self.state.have.get(node.name))
+        return True
 
 
 class Collection(Awaited):
@@ -184,11 +215,15 @@ class Collection(Awaited):
         if isinstance(reply, Failure):
             if reply.late and self.enough and len(self.good) >= self.enough:
                 return "late", {}
+            if self.narrower(node, reply):
+                return "error", {"reason": printable(reply.reason)}
             self.bad[node.name] = reason = printable(reply.reason)
             return "error", {"reason": reason}
         try:
             hand = receive(node, reply, self.asked)
         except ReplyError as error:
+            if self.narrower(node, error):
+                return "refused", {"reason": printable(error)}
             if self.refused(node, error):
                 return "need", {}
             return "refused", {"reason": self.bad[node.name]}
@@ -198,8 +233,11 @@ class Collection(Awaited):
             message.examples, math.nan if message.private else message.loss, message.seconds,
             time.perf_counter() - self._started,
             message.validation_rows, message.validation_sums, hand.norms, hand.counts,
+            self.state.given.get(node.name, Given()).width,
         )  # fmt: skip
-        self.state.have[node.name] = (self.state.digest,)
+        self.state.have[node.name] = (message.digest,)
+        if self.matching:
+            self.matching.kept(node.name, self.state)
         rows = message.validation_rows
         held_out = {
             "validation_rows": rows,
@@ -210,4 +248,5 @@ class Collection(Awaited):
             "loss": None if message.private else message.loss,
             "train_seconds": message.seconds, "timings": message.timings,
             **(held_out if rows else {}),
+            "width": self.good[node.name].width,
         }  # fmt: skip

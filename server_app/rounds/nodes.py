@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedpft_core.config import FederationConfig
+from fedpft_core.config.ranks import ranks_of
 from fedpft_core.errors import ReplyError, RunError
 from fedpft_core.wire.envelope import Envelope, open_envelope, seal
 from fedpft_core.wire.messages import Failure, Hello, HelloReply, RefusalReply
 from fedpft_core.wire.validate import check_size
 from server_app.phases.reporting import Waits
+from server_app.reach import registered_name
 from server_app.rounds import ledger
 from server_app.rounds.ledger import printable
+from server_app.rounds.matching import Matching
 from server_app.rounds.names import looks, usable_name
 from server_app.run import schema as ev
 from server_app.state import Events, State
@@ -21,8 +24,10 @@ from server_app.transport import Transport
 
 _SETTLE_SECONDS = 3.0  # how long the set of nodes must stand still before a smaller one will do
 _HELLO_SECONDS = 300.0  # a fresh process has to import torch, on a machine that may be busy
-_HELLO_BYTES = 2**17  # the largest answer to the first query
+_MOST_RANK = 2**16
 _MOST_EXAMPLES = 2**40  # keeps sums over clients exact in float64
+HELLO_BYTES = 2**17
+"""The largest answer to the first query."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +39,26 @@ class Node:
         name: the client's stable name.
         examples: rows it announced to train on.
         validation: rows it announced to keep from training.
+        rank: most of LoRA's rank that it trains; 0 = whatever the run has.
     """
 
     id: int
     name: str
     examples: int
     validation: int = 0
+    rank: int = 0
 
 
 class Nodes:
     """The nodes of one federation; each is asked once who it is."""
 
-    def __init__(self, settings: FederationConfig, transport: Transport, events: Events) -> None:
+    def __init__(
+        self, settings: FederationConfig, transport: Transport, events: Events,
+        matching: Matching | None = None,
+    ) -> None:  # fmt: skip
         self.settings = settings
+        self.matching = matching
+        self.ranks = ranks_of(settings.ranks)
         self.transport = transport
         self.events = events
         self.known: dict[int, Node] = {}
@@ -99,7 +111,7 @@ class Nodes:
         """
         ids = self.transport.nodes()
         new = [i for i in ids if i not in self.known]
-        hello = seal(Hello())
+        hello = replace(seal(Hello()), answer=HELLO_BYTES)
         replies: dict[int, Envelope | Failure] = {}
         timeout = min(_HELLO_SECONDS, self.settings.round_timeout)
         self.transport.exchange(dict.fromkeys(new, hello), round, timeout, replies.__setitem__)
@@ -122,7 +134,7 @@ class Nodes:
             state: which sub-FMs a new client has is noted in it.
             round: the round that the messages are booked to.
         """
-        name = self._introduce(node_id, reply, state)
+        name = self._introduce(node_id, reply, state, round)
         ledger.count_bytes(self.events, round, name, "down", hello)
         if isinstance(reply, Envelope):
             ledger.count_bytes(self.events, round, name, "up", reply)
@@ -148,22 +160,27 @@ class Nodes:
         names = [n.name for n in present]
         self.events.emit(ev.Nodes(count=len(names), names=names))
 
-    def _introduce(self, node_id: int, reply: Envelope | Failure, state: State) -> str:
+    def _introduce(self, node_id: int, reply: Envelope | Failure, state: State, round: int) -> str:
         """Note who a node is; its name, or `?` when it is left out."""
         try:
             if isinstance(reply, Failure):
                 raise ReplyError(reply.reason)
-            check_size(reply, _HELLO_BYTES)
+            check_size(reply, HELLO_BYTES)
             message = open_envelope(reply)
             if isinstance(message, RefusalReply):
                 raise ReplyError(message.reason)
             if not isinstance(message, HelloReply):
                 raise ReplyError(f"it answered the first query with a {type(message).__name__}")
             name = usable_name(message.name)
+            registered = registered_name(self.transport, node_id)
+            if registered and registered != name:
+                raise ReplyError(f"it says it is {name}, and its key is registered as {registered}")
             if not 1 <= message.examples < _MOST_EXAMPLES:
                 raise ReplyError(f"client {name} says it has {message.examples} rows")
             if not 0 <= message.validation < _MOST_EXAMPLES:
                 raise ReplyError(f"client {name} says it has {message.validation} validation rows")
+            if not 0 <= message.rank < _MOST_RANK:
+                raise ReplyError(f"client {name} says it trains at rank {message.rank}")
             connected = set(self.transport.nodes())
             for other_id, other in list(self.known.items()):
                 if looks(other.name) == looks(name):
@@ -175,13 +192,17 @@ class Nodes:
                         raise ReplyError(f"another connected node is already named {name}")
                     # The same client back under a new node id.
                     del self.known[other_id]
+            if self.matching:
+                self.matching.meet(name, message.means, state, round)
         except ReplyError as error:
             self.left_out[node_id] = printable(error)
             text = f"node {node_id} is left out: {self.left_out[node_id]}"
             self.events.emit(ev.Warned(text=text))
             return "?"
         self.left_out.pop(node_id, None)
-        self.known[node_id] = Node(node_id, name, message.examples, message.validation)
+        ranks = [r for r in (message.rank, self.ranks.get(name, 0)) if r]
+        rank = min(ranks, default=0)
+        self.known[node_id] = Node(node_id, name, message.examples, message.validation, rank)
         # That it has nothing at all is worth knowing, but for a client of which a checkpoint tells
         # more: in a simulation nobody says what lies on the shared disk.
         if message.have or name not in state.have:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedpft_core.aggregation import Replies, aggregate
@@ -30,6 +30,7 @@ class Good:
     validation_sums: Mapping[str, float] = field(default_factory=dict)
     norms: Mapping[str, float] = field(default_factory=dict)
     counts: Counts | None = None
+    width: str = ""  # of the sub-FM it was trained on, with plan.widths
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def training_wall(replies: Iterable[Good]) -> float:
 def outcome(
     f: FederationConfig, replies: Replies, good: dict[str, Good], bad: int, start: float,
     combine: Callable[[Replies], Tensors] | None = None,
+    join: Callable[[Sequence[tuple[str, Counts]]], Counts] | None = None,
 ) -> Outcome:  # fmt: skip
     """Aggregate a round's replies by federation.aggregate.
 
@@ -83,6 +85,8 @@ def outcome(
         bad: how many replies were not used.
         start: when the round began, `time.perf_counter()`.
         combine: makes the next adapter in place of the rule.
+        join: adds up inactivity counts of several widths, each with its width's name; None where
+            there is one sub-FM.
 
     Returns:
         The next adapter with the round's figures. The loss is the weighted mean without absurd
@@ -98,12 +102,13 @@ def outcome(
         busy += r.seconds
     claims = [r.examples for r in ordered]
     parts = zip(ordered, caution.scales(claims, f), strict=True)
-    counts = [caution.scaled_counts(r.counts, part) for r, part in parts if r.counts]
+    counts = [(r.width, caution.scaled_counts(r.counts, p)) for r, p in parts if r.counts]
+    every = (join(counts) if join else sum_counts(c for _, c in counts)) if counts else None
     done = time.perf_counter()
     return Outcome(
         adapter=adapter,
         before=replies.start,
-        counts=sum_counts(counts) if counts else None,
+        counts=every,
         loss=caution.mean_loss([r.loss for r in ordered], replies.weights) if good else math.nan,
         examples=examples,
         good=len(good),

@@ -143,11 +143,11 @@ class SecureRound:
         self.sealed: dict[int, dict[int, str]] = {}  # by receiver, by sender
         self.shared: set[int] = set()
 
-    def run(self, parcel: Parcel, sent: Tensors, base: Tensors) -> Sum:
+    def run(self, parcel: Callable[[State], Parcel], sent: Tensors, base: Tensors) -> Sum:
         """Take the clients through the four exchanges.
 
         Args:
-            parcel: the state's package as it travels.
+            parcel: gives a state's package as it travels.
             sent: the adapter to start from, in the wire's format.
             base: the same as clients decode it, float32.
 
@@ -247,7 +247,7 @@ class SecureRound:
         self._ask(self.graph, SharesReply, most, take, make)
 
     def _ask_changes(
-        self, parcel: Parcel, sent: Tensors, total: np.ndarray, k: int
+        self, parcel: Callable[[State], Parcel], sent: Tensors, total: np.ndarray, k: int
     ) -> dict[str, Good]:
         """Add up the masked changes, into `total`."""
         p, config, state = self.config.privacy, self.config, self.state
@@ -257,7 +257,7 @@ class SecureRound:
 
         def take(node: Node, reply: SecureTrainReply) -> Good:
             self._same_session(reply.session)
-            if reply.round != self.round or reply.digest != state.digest:
+            if reply.round != self.round or reply.digest != state.of(node.name).digest:
                 raise ReplyError("the reply is for another round or sub-FM")
             if reply.steps < 1 or not 0 <= reply.seconds < 2**32:
                 raise ReplyError("steps or seconds are not positive, finite numbers")
@@ -269,7 +269,7 @@ class SecureRound:
             except ValueError as error:
                 raise ReplyError(str(error)) from error
             np.copyto(total, (total + got) & np.uint32(2**k - 1))
-            state.have[node.name] = (state.digest,)
+            state.have[node.name] = (reply.digest,)
             arrived = time.perf_counter() - began
             self.events.emit(ev.Reply(
                 round=self.round, client=node.name, status="ok", seconds=arrived,
@@ -279,8 +279,9 @@ class SecureRound:
 
         def make(node_id: int, holds: Holds) -> Envelope:
             i = self.number[phase.nodes[node_id].name]
+            view = state.of(phase.nodes[node_id].name)
             return secure_request(
-                config, state, parcel, self.round, sent, session=self.session, alive=alive[i],
+                config, view, parcel(view), self.round, sent, session=self.session, alive=alive[i],
                 bits=p.secure_bits, reach=p.secure_range, modulus_bits=k,
                 variance=self._variance(len(total)),
                 longest=p.client_clip if p.client_noise else 0.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fedpft_core.config import Config, FederationConfig
 from fedpft_core.errors import ReplyError
@@ -20,7 +21,7 @@ from server_app.rounds.collect import Awaited
 from server_app.rounds.ledger import printable
 from server_app.rounds.nodes import Node
 from server_app.rounds.requests import Request, by_need
-from server_app.state import Events, State
+from server_app.state import Events, Given, State
 
 
 class Gathered(Awaited):
@@ -36,38 +37,61 @@ class Gathered(Awaited):
         super().__init__(nodes, state, want.round, events)
         self.want = want
         self.good: dict[str, Sums] = {}  # by client name
+        self.widths: dict[str, str] = {}  # of the sub-FMs that they are of, by client name
+
+    def want_of(self, node: Node) -> ExpectedStatistics:
+        """What good statistics of one client look like.
+
+        Args:
+            node: the client.
+
+        Returns:
+            What its reply is held against.
+        """
+        if not self.state.others:
+            return self.want
+        view = self.state.of(node.name)
+        widths = {v.digest: name for name, v in view.beside.items()}
+        return replace(self.want, digest=view.digest, widths=widths)
 
     def judge(self, node: Node, reply: Envelope | Failure) -> None:
         """Keep the statistics of a reply, or why there are none."""
         if isinstance(reply, Failure):
+            if self.narrower(node, reply):
+                return
             self.bad[node.name] = printable(reply.reason)
             return
         try:
             message = opened(reply, self.want.max_bytes, StatisticsReply)
-            self.good[node.name] = validate_statistics(message, self.want, node.name, node.examples)
+            want = self.want_of(node)
+            self.good[node.name] = validate_statistics(message, want, node.name, node.examples)
         except ReplyError as error:
-            self.refused(node, error)
+            if not self.narrower(node, error):
+                self.refused(node, error)
             return
-        self.state.have[node.name] = (self.state.digest,)
+        self.state.have[node.name] = (message.digest,)
+        self.widths[node.name] = self.state.given.get(node.name, Given()).width
 
-    def total(self, f: FederationConfig) -> Sums:
-        """The statistics of all rows together.
+    def total(self, f: FederationConfig) -> dict[str, Sums]:
+        """The statistics of all rows together, of each width apart.
 
         Args:
             f: says what a client weighs.
 
         Returns:
-            The sum over all good replies, each shortened to what it weighs.
-
-        Raises:
-            ValueError: there is no good reply.
+            By width the sum over all good replies, each shortened to what it weighs.
         """
-        found = [self.good[name] for name in sorted(self.good)]
-        parts = caution.scales([s.rows for s in found], f)
-        return add(s.part(part) for s, part in zip(found, parts, strict=True))
+        names = sorted(self.good)
+        parts = caution.scales([self.good[name].rows for name in names], f)
+        by_width: dict[str, list[Sums]] = {}
+        for name, part in zip(names, parts, strict=True):
+            by_width.setdefault(self.widths[name], []).append(self.good[name].part(part))
+        return {width: add(found) for width, found in by_width.items()}
 
 
-def statistics_requests(config: Config, state: State, parcel: Parcel, adapter: Tensors) -> Request:
+def statistics_requests(
+    config: Config, state: State, parcel: Parcel, adapter: Tensors, answer: int = 0
+) -> Request:
     """A function from what a client has to the message it gets.
 
     Args:
@@ -75,6 +99,7 @@ def statistics_requests(config: Config, state: State, parcel: Parcel, adapter: T
         state: where the run stands.
         parcel: the state's package as it travels.
         adapter: the adapter whose features are wanted, in the wire's format.
+        answer: bytes that a good reply can have; 0 for no limit.
 
     Returns:
         The function; see `by_need`.
@@ -94,7 +119,7 @@ def statistics_requests(config: Config, state: State, parcel: Parcel, adapter: T
             patches=patches,
         )
 
-    return by_need(config, state, parcel, make)
+    return by_need(config, state, parcel, make, answer)
 
 
 __all__ = ["Gathered", "statistics_requests"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,20 @@ from fedpft_core.tensors import Tensors
 from fedpft_core.wire import codec
 from fedpft_core.wire.identity import tensor_digest
 from fedpft_core.wire.package import Package, Patch
-from server_app.state import Best, Flight, State
+from server_app.state import Best, Flight, Given, State, Version
 
 if TYPE_CHECKING:
     from server_app.models import Models
+
+
+@dataclass(frozen=True)
+class SavedWidth:
+    """The sub-FM of one of the other widths, as a checkpoint keeps it."""
+
+    name: str
+    digest: str
+    frozen: Tensors
+    patches: list[Patch]
 
 
 @dataclass(frozen=True)
@@ -42,13 +53,19 @@ class Saved:
     spent: list[list[float]] = field(default_factory=list)
     bound: float = 0.0
     best: Best | None = None
+    width: str = ""
+    others: list[SavedWidth] = field(default_factory=list)
+    given: dict[str, Given] = field(default_factory=dict)
 
-    def restore(self, models: Models, package: Package) -> State:
+    def restore(
+        self, models: Models, package: Package, others: Mapping[str, Package] | None = None
+    ) -> State:
         """Put the state back on FM and proxy.
 
         Args:
             models: as built, with the proxy pruned and not distilled; they get the run's weights.
             package: the freshly pruned proxy.
+            others: the freshly pruned proxies of the other widths, by name.
 
         Returns:
             The state after the round of the checkpoint.
@@ -56,23 +73,38 @@ class Saved:
         Raises:
             RunError: the FM or the plan is not the one the run began with.
         """
-        if not self.frozen.keys() <= package.weights.keys():
-            raise RunError("the checkpoint does not fit this model and plan")
-        weights = package.weights | self.frozen
-        after = Package(package.meta, package.files, weights)
-        if after.digest() != self.digest:
-            raise RunError(
-                "the checkpoint's sub-FM cannot be rebuilt: model, data, plan or library "
-                "versions are not those the run began with"
-            )
+        own = _rebuilt(package, self.frozen, self.digest, self.patches)
+        others = others or {}
+        if [w.name for w in self.others] != list(others):
+            raise RunError("the checkpoint is of a run with other plan.widths")
+        every = {
+            w.name: _rebuilt(others[w.name], w.frozen, w.digest, w.patches) for w in self.others
+        }
         models.load_frozen(self.frozen)
+        if every:
+            for saved, width in zip(self.others, models.others, strict=True):
+                width.load_frozen(saved.frozen)
         models.plug(self.adapter)
-        digests = {k: tensor_digest(t) for k, t in weights.items()}
         return State(
-            self.round, self.adapter, after, digests, self.digest, list(self.patches),
+            self.round, self.adapter, own.package, own.digests, own.digest, own.patches,
             dict(self.have), self.memory, list(self.flights), dict(self.bases), self.clock,
             self.run, [list(s) for s in self.spent], self.bound, self.best,
+            self.width, every, dict(self.given),
         )  # fmt: skip
+
+
+def _rebuilt(package: Package, frozen: Tensors, digest: str, patches: list[Patch]) -> Version:
+    """A sub-FM with the weights of a checkpoint; fails where FM or plan is another one."""
+    if not frozen.keys() <= package.weights.keys():
+        raise RunError("the checkpoint does not fit this model and plan")
+    weights = package.weights | frozen
+    after = Package(package.meta, package.files, weights)
+    if after.digest() != digest:
+        raise RunError(
+            "the checkpoint's sub-FM cannot be rebuilt: model, data, plan or library "
+            "versions are not those the run began with"
+        )
+    return Version(after, {k: tensor_digest(t) for k, t in weights.items()}, digest, list(patches))
 
 
 class Checkpoints:
@@ -105,6 +137,14 @@ class Checkpoints:
         }
         for i, patch in enumerate(state.patches):
             blobs[f"patch-{i:04d}.safetensors"] = patch.to_bytes()
+        widths = {w.name: w for w in models.others} if state.others else {}
+        for i, (name, own) in enumerate(state.others.items()):
+            trained = widths[name].trained_names()
+            blobs[f"width-{i}.safetensors"] = codec.pack(
+                {k: own.package.weights[k] for k in trained}
+            )
+            for j, patch in enumerate(own.patches):
+                blobs[f"width-{i}-patch-{j:04d}.safetensors"] = patch.to_bytes()
         for version, tensors in state.bases.items():
             blobs[f"base-{version:04d}.safetensors"] = codec.pack(tensors)
         if state.best:
@@ -122,6 +162,12 @@ class Checkpoints:
             "clock": state.clock,
             "spent": state.spent,
             "bound": state.bound,
+            "width": state.width,
+            "others": [
+                [name, own.digest, [[p.source, p.target, p.fmt] for p in own.patches]]
+                for name, own in state.others.items()
+            ],
+            "given": {k: asdict(v) for k, v in state.given.items()},
             "best": [state.best.round, state.best.value] if state.best else None,
             "have": {k: list(v) for k, v in state.have.items()},
             "sha256": {k: hashlib.sha256(v).hexdigest() for k, v in blobs.items()},
@@ -200,8 +246,20 @@ def _read(folder: Path) -> Saved:
         clock=meta.get("clock", 0.0),
         spent=meta.get("spent", []),
         bound=meta.get("bound", 0.0),
+        width=meta.get("width", ""),
+        others=[
+            SavedWidth(
+                name, digest, blobs[f"width-{i}.safetensors"],
+                [
+                    Patch(source, target, fmt, blobs[f"width-{i}-patch-{j:04d}.safetensors"])
+                    for j, (source, target, fmt) in enumerate(patches)
+                ],
+            )
+            for i, (name, digest, patches) in enumerate(meta.get("others", []))
+        ],
+        given={k: Given(**v) for k, v in meta.get("given", {}).items()},
         best=_best(meta.get("best"), blobs.get("best.safetensors")),
-    )
+    )  # fmt: skip
 
 
 def _best(kept: list[Any] | None, adapter: Tensors | None) -> Best | None:

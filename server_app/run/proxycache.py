@@ -34,18 +34,25 @@ from server_app.bench import Bench
 from server_app.phases import distil as phases
 from server_app.phases.reporting import phase
 from server_app.run.events import event_of, line_of
-from server_app.run.schema import Distilled, Event
+from server_app.run.schema import Distilled, Event, WidthDistilled
 from server_app.state import Events
 
 log = logging.getLogger("fedpft")
 
+Kept = Distilled | WidthDistilled
+"""Events that say what distillation did."""
+
 # What comes after distillation, or says where and how a run goes: no part of a result's name.
-_LATER = ("align.", "train.", "federation.", "plug.", "wire.")
+_LATER = (
+    "align.", "train.", "federation.", "plug.", "wire.", "plan.ledger", "plan.disclosure-budget",
+    "plan.disguise",
+)  # fmt: skip
 _OF_RUN = ("run.seed",)
 # Files that decide nothing of what distillation computes.
 _ASIDE = ("disk/",)
 # Files of the server that have a part in it.
-_OF_SERVER = ("bench.py", "models.py", "phases/load.py", "phases/distil.py")
+_OF_SERVER = ("bench.py", "models.py", "phases/load.py", "phases/distil.py",
+              "phases/widths.py")  # fmt: skip
 
 
 def distil(bench: Bench) -> None:
@@ -63,7 +70,7 @@ def distil(bench: Bench) -> None:
     if not folder or not phases.due(bench):
         phases.distil(bench)
         return
-    before = _digests(bench.models.proxy)
+    before = {k: tensor_digest(t) for k, t in _weights(bench).items()}
     path = Path(folder).expanduser() / f"{_key(bench, before)}.safetensors"
     found = _read(path)
     if found is not None:
@@ -71,12 +78,13 @@ def distil(bench: Bench) -> None:
         with phase(bench.events, "distil"):
             _put(bench, tensors)
             for event in events:
-                bench.events.emit(replace(event, cached=True))
+                done = replace(event, cached=True) if isinstance(event, Distilled) else event
+                bench.events.emit(done)
         return
     recorder = _Recorder(bench.events)
     phases.distil(replace(bench, events=recorder))
     if recorder.kept:
-        after = bench.models.proxy.state_dict()
+        after = _weights(bench)
         changed = {k: t for k, t in after.items() if tensor_digest(t) != before[k]}
         _write(path, changed, recorder.kept)
 
@@ -86,12 +94,20 @@ class _Recorder:
 
     def __init__(self, events: Events) -> None:
         self.events = events
-        self.kept: list[Distilled] = []
+        self.kept: list[Kept] = []
 
     def emit(self, event: Event) -> None:
         self.events.emit(event)
-        if isinstance(event, Distilled):
+        if isinstance(event, Distilled | WidthDistilled):
             self.kept.append(event)
+
+
+def _weights(bench: Bench) -> Tensors:
+    """The proxy's weights, and those of the other widths with the width before their names."""
+    found: Tensors = bench.models.proxy.state_dict()
+    for width in bench.models.others:
+        found |= {f"{width.name}//{k}": t for k, t in width.proxy.state_dict().items()}
+    return found
 
 
 def _digests(model: torch.nn.Module) -> dict[str, str]:
@@ -147,7 +163,7 @@ def _source_digest() -> str:
 
 @torch.no_grad()
 def _put(bench: Bench, tensors: Tensors) -> None:
-    live = bench.models.proxy.state_dict()
+    live = _weights(bench)
     for name, value in tensors.items():
         live[name].copy_(value)
 
@@ -157,7 +173,7 @@ def _content(tensors: Tensors, events: str) -> str:
     return hashlib.sha256("\n".join([*parts, events]).encode()).hexdigest()
 
 
-def _read(path: Path) -> tuple[Tensors, list[Distilled]] | None:
+def _read(path: Path) -> tuple[Tensors, list[Kept]] | None:
     """What a file holds; None when there is none or it is damaged."""
     if not path.is_file():
         return None
@@ -169,14 +185,14 @@ def _read(path: Path) -> tuple[Tensors, list[Distilled]] | None:
         if meta.get("content") != _content(tensors, meta.get("events", "")):
             raise ValueError("its content is not what was written")
         found = map(event_of, json.loads(meta["events"]))
-        events = [event for event in found if isinstance(event, Distilled)]
+        events = [event for event in found if isinstance(event, Distilled | WidthDistilled)]
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         log.warning("run.proxy-cache: %s is made again (%s)", path, error)
         return None
     return tensors, events
 
 
-def _write(path: Path, tensors: Tensors, events: list[Distilled]) -> None:
+def _write(path: Path, tensors: Tensors, events: list[Kept]) -> None:
     """Whole or not at all; of two runs that write the same, either may win."""
     text = json.dumps([line_of(event) for event in events])
     kept = {k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}

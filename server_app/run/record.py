@@ -32,6 +32,7 @@ class Round:
     got: int = 0  # good replies of the latest attempt
     scores: dict[str, ev.Evaluation] = field(default_factory=dict)  # by model
     confusion: dict[str, ev.Confusion] = field(default_factory=dict)  # by model
+    widths: dict[str, ev.WidthScored] = field(default_factory=dict)  # by width, but the proxy's
     clients: ev.ClientValidation | None = None
     refit: ev.Refit | None = None
     privacy: ev.PrivacySpent | None = None
@@ -128,6 +129,13 @@ class Record:
     files: dict[str, str] = field(default_factory=dict)
     # bytes of side runs, by side run and direction
     aside: dict[str, dict[str, int]] = field(default_factory=dict)
+    widths: ev.Widths | None = None
+    given: dict[str, ev.WidthGiven] = field(default_factory=dict)  # the latest, by client
+    moved: list[ev.WidthGiven] = field(default_factory=list)  # those that had another before
+    # by width and direction the bytes of all its clients
+    by_width: dict[str, dict[str, int]] = field(default_factory=dict)
+    # what of the FM each version of the sub-FM holds: by side run ("" for the run itself), digest
+    exposed: dict[str, dict[str, ev.Exposed]] = field(default_factory=dict)
     _rounds: dict[int, Round] = field(default_factory=dict)
     _earlier: float = 0.0  # seconds of the parts before the last resumption
     _start: float | None = None
@@ -177,11 +185,13 @@ class Record:
         return sum(r.bytes[direction].get(kind, 0) for r in self._rounds.values())
 
     def add(self, entry: Entry) -> None:
-        """Fold one more event. Of side runs only the bytes count: the rest is not the run's.
+        """Fold one more event. Of side runs only what was sent counts: the rest is not the run's.
 
         Args:
             entry: the next one of the log.
         """
+        if isinstance(entry.event, ev.Exposed):
+            self.exposed.setdefault(entry.arm, {})[entry.event.digest] = entry.event
         if entry.arm:
             if isinstance(entry.event, ev.Bytes):
                 sums = self.aside.setdefault(entry.arm, dict.fromkeys(DIRECTIONS, 0))
@@ -232,6 +242,16 @@ class Record:
                 self.peak_bytes[event.process] = max(before, event.peak_rss_bytes)
             case ev.Files():
                 self.files |= event.paths
+            case ev.Widths():
+                self.widths = event
+            case ev.WidthGiven():
+                self.given[event.client] = event
+                if event.before:
+                    self.moved.append(event)
+            case ev.Bytes() if event.client in self.given:
+                width = self.given[event.client].width
+                sums = self.by_width.setdefault(width, dict.fromkeys(DIRECTIONS, 0))
+                sums[event.direction] = sums.get(event.direction, 0) + event.bytes
             case ev.Warned():
                 self.warnings.append(event.text)
             case ev.RunFinished():
@@ -260,6 +280,8 @@ class Record:
                 at.finished, at.ended = event, now
             case ev.Evaluation():
                 self.round(event.round).scores[event.model] = event
+            case ev.WidthScored():
+                self.round(event.round).widths[event.width] = event
             case ev.Samples():
                 self.samples[event.model] = event
             case ev.Confusion():

@@ -37,20 +37,22 @@ class KeptReplies(Replies):
             `like` and `of` are removed.
         settings: what a rule may know besides.
         of: names what the replies were trained on: the run and the sub-FM.
+        beside: shapes of the merging figures that come with each adapter.
 
     Raises:
         OSError: when the folder cannot be read or written.
     """
 
     def __init__(
-        self, like: Mapping[str, Tensor], folder: Path, settings: RuleSettings, of: str
-    ) -> None:
+        self, like: Mapping[str, Tensor], folder: Path, settings: RuleSettings, of: str,
+        beside: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:  # fmt: skip
         packed = codec.pack({name: like[name] for name in sorted(like)})
         self._of = {"of": of, "start": hashlib.sha256(packed).hexdigest()}
         self.folder = folder
         self.good: dict[str, Good] = {}
         """Figures of the replies that lie here whole, by client, in the order of arrival."""
-        super().__init__(like, folder, settings)
+        super().__init__(like, folder, settings, beside)
         self._load()
 
     def _open(self, folder: Path | None) -> IO[bytes]:
@@ -72,6 +74,8 @@ class KeptReplies(Replies):
             # Written over after a fault on the disk, which only a later process can do.
             if self._digest(slot) == line["sha256"]:
                 self._slots[name] = slot, line["figures"]["examples"]
+                if line.get("trained"):
+                    self.partly[name] = frozenset(line["trained"])
                 self.good[name] = Good(**line["figures"])
             self._used = max(self._used, slot + 1)
 
@@ -93,6 +97,7 @@ class KeptReplies(Replies):
         self._append({
             "client": name, "slot": slot, "sha256": self._digest(slot),
             "figures": asdict(figures), "events_offset": events_offset,
+            **({"trained": sorted(self.partly[name])} if name in self.partly else {}),
         })  # fmt: skip
         self.good[name] = figures
 
@@ -109,7 +114,7 @@ class KeptReplies(Replies):
 
     def _digest(self, slot: int) -> str:
         with contextlib.suppress(OSError):
-            values = self._read(slot * self._size, self._size).numpy()
+            values = self._read(slot * self._stride, self._stride).numpy()
             return hashlib.sha256(values.view(np.uint8).data).hexdigest()
         return ""
 

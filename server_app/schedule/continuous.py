@@ -115,7 +115,8 @@ class Continuous:
         post, work = self.post, self.work(version)
         post.deadline = post.box.now() + self.settings.round_timeout
         self.aloft[node.id] = Aloft(node, work, version, due, post.box.now())
-        post.send(node, work.request(Holds(self.session.state.have.get(node.name))), round)
+        holds = Holds(self.session.state.have.get(node.name))
+        post.send(node, work.request(node, holds), round)
 
     def ask(self, got: Buffer) -> None:
         """Keep as many clients at work as federation.clients-per-round says.
@@ -148,10 +149,11 @@ class Continuous:
         # on one that is gone.
         drain = align.due(self.config, session.bench.models.plan, version)
         folder = Path(self.config.run.dir) if self.config.run.dir else None
-        with Replies(work.want.adapter, folder, work.rule) as replies:
-            asked = Asked(work.want, f.clip_update_norm, replies, work.rule.scaling)
+        with Replies(work.want.adapter, folder, work.rule, work.want.beside) as replies:
+            asked = Asked(work.want, f.clip_update_norm, replies, work.rule.scaling, own=work.own)
             got = Buffer(asked, f.staleness_exponent, state, version, session.events)
             got.servings = session.strategy.servings(state)
+            got.matching = session.strategy.matching
             self.ask(got)
             session.events.emit(ev.RoundStarted(
                 round=version, rounds=f.rounds, attempt=1,
@@ -206,7 +208,7 @@ class Continuous:
             node = flight.node
             if node.id in got.again:
                 flight.reply, flight.sent = None, self.post.box.now()
-                self.post.send(node, flight.work.request(got.serve()[node.id]), got.round)
+                self.post.send(node, flight.work.request(node, got.serve()[node.id]), got.round)
                 continue
             del self.aloft[node.id]
             if len(got.good) < self.size:

@@ -135,7 +135,10 @@ class Buffer(Collection):
         stale = self.round - 1 - flight.version
         want, now, scale = flight.work.want, mine.want.adapter, weight(stale, self.exponent)
         self.asked = replace(
-            mine, want=want, rebase=lambda adapter: rebased(adapter, want.adapter, now, scale)
+            mine,
+            want=want,
+            own=flight.work.own,
+            rebase=lambda adapter: rebased(adapter, want.adapter, now, scale),
         )
         try:
             status, fields = super()._judge(node, reply)

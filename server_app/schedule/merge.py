@@ -48,7 +48,10 @@ class Merging:
     def _add(self, name: str) -> None:
         assert self.sum
         examples = self.kept.good[name].examples
-        self.sum.add(name, examples if self.weighting == "examples" else 1)
+        weight = examples if self.weighting == "examples" else 1
+        # A whole number stays one: a product of floats could round.
+        factor = self.kept.factor(name)
+        self.sum.add(name, weight if factor == 1 else weight * factor)
 
     def take(self, name: str) -> None:
         """Merge one more reply; after every federation.merge-every the result can be used.
@@ -62,7 +65,8 @@ class Merging:
         count = len(self.kept.good)
         if count % self.every:
             return
-        adapter = self.sum.result() if self.sum else aggregate(self.rule, self.kept)
+        summed = self.sum and not self.kept.partly
+        adapter = self.sum.result() if summed and self.sum else aggregate(self.rule, self.kept)
         self._write(adapter)
         spent = time.perf_counter() - start
         scored: dict[str, object] = {}

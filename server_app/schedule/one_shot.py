@@ -21,6 +21,7 @@ from server_app.run.replies import KeptReplies
 from server_app.schedule.merge import Merging
 from server_app.schedule.post import Post
 from server_app.schedule.session import Session, settle
+from server_app.state import Given
 
 _ROUND = 1
 
@@ -68,15 +69,21 @@ class OneShot:
         self.work = session.strategy.prepare(state, _ROUND)
         self.kept = KeptReplies(
             self.work.want.adapter, Path(config.run.dir) / "replies", self.work.rule,
-            f"{state.run} {state.digest}",
+            f"{state.run} {state.digest}", self.work.want.beside,
         )  # fmt: skip
         self.resumed = list(self.kept.good)
+        if state.others:
+            # Who has replied weighs by the width it had, whatever it would be given now.
+            widths = {name: good.width for name, good in self.kept.good.items()}
+            state.given |= {name: Given(w, most=w) for name, w in widths.items()}
         asked = Asked(
-            self.work.want, self.settings.clip_update_norm, self.kept, self.work.rule.scaling
-        )
+            self.work.want, self.settings.clip_update_norm, self.kept, self.work.rule.scaling,
+            own=self.work.own,
+        )  # fmt: skip
         self.got = Collection(asked, [], state, _ROUND, session.events)
         self.got.servings = session.strategy.servings(state)
         self.got.good = dict(self.kept.good)
+        self.got.matching = session.strategy.matching
         self.merging = Merging(session, self.kept, _ROUND)
         self.post = Post(session.strategy, state, self.settings.round_timeout)
         self.waiting: set[int] = set()  # nodes whose reply is still to come
@@ -132,7 +139,7 @@ class OneShot:
             holds: what is known of its store.
         """
         self.waiting.add(node.id)
-        self.post.send(node, self.work.request(holds), _ROUND)
+        self.post.send(node, self.work.request(node, holds), _ROUND)
 
     def take(self, node_id: int, reply: Envelope | Failure) -> None:
         """Take a reply through the chain, keep it, and merge it.

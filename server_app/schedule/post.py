@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from fedpft_core.wire.envelope import Envelope, seal
 from fedpft_core.wire.messages import Failure, Hello
 from server_app.rounds import ledger
-from server_app.rounds.nodes import Node
+from server_app.rounds.nodes import HELLO_BYTES, Node
 from server_app.state import State
 from server_app.strategy import Strategy
 
@@ -33,7 +34,7 @@ class Post:
         self.began = self.box.now()
         self.deadline = self.began + timeout
         self._transport = strategy.transport
-        self._hello = seal(Hello())
+        self._hello = replace(seal(Hello()), answer=HELLO_BYTES)
         self._greeted: set[int] = set()  # asked who they are, and not heard from yet
         self._strange: set[int] = set()  # heard from, and left out
 

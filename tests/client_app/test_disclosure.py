@@ -22,7 +22,7 @@ from client_app.store import Store
 from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.wire import flower as wire
 from fedpft_core.wire.envelope import open_envelope, seal
-from fedpft_core.wire.messages import Hello, RefusalReply
+from fedpft_core.wire.messages import Hello, HelloReply, RefusalReply, TrainReply
 from fedpft_core.wire.messages import Message as Any_
 
 SECRET = "HIV-positive: Mrs Miller"
@@ -69,6 +69,29 @@ def test_no_cell_and_no_path_leaves_a_node(
     for secret in ("HIV", "Miller", "clinic", which, str(tmp_path)):
         assert secret not in text, text
     assert str(path) in caplog.text  # the owner is told
+
+
+def test_how_many_rows_a_node_left_out_stays_there(
+    tmp_path: Path, request_for: Any, caplog: pytest.LogCaptureFixture
+) -> None:  # fmt: skip
+    good = [(text, label) for text, label in tiny.sentences(60)]
+    path = tiny.write_csv(tmp_path / "rows.csv", [*good[:30], (" ", SECRET), *good[30:]])
+    node = {"name": "n", "data-path": str(path), "cache-dir": str(tmp_path / "cache")}
+    client = client_for(node | {"max-bad-rows": 0.05}, {})
+    hello = open_envelope(client.handle(seal(Hello())))
+    assert isinstance(hello, HelloReply) and hello.examples == 60
+    client.cache = ProcessCache()
+    with caplog.at_level(logging.WARNING, "fedpft"):
+        reply = open_envelope(client.handle(seal(request_for())))
+    assert isinstance(reply, TrainReply) and reply.examples == 60
+    assert "1 of 61 rows cannot be used and is left out (1 without text)" in caplog.text
+    assert SECRET not in caplog.text
+    # Above the limit its owner set, the server is told the numbers and the key.
+    strict = client_for(node, {})
+    strict.cache = ProcessCache()
+    text = said(strict, Hello())
+    assert "1 of 61 rows cannot be used" in text and "max-bad-rows" in text
+    assert "rows.csv" not in text and SECRET not in text
 
 
 def test_the_labels_of_a_node_cannot_be_read_out_by_requests(
@@ -124,9 +147,12 @@ def test_a_wrong_node_config_is_not_sent_back(
     for name in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, name, 2**62, raising=False)
     context = SimpleNamespace(
-        node_config={"name": "n", "data-path": str(tmp_path / "a.csv"), "secret-key": SECRET},
+        node_config={
+            "name": "n", "data-path": str(tmp_path / "a.csv"), "secret-key": SECRET,
+            "worker-idle": 0,
+        },
         run_config={},
-    )
+    )  # fmt: skip
     message = Message(wire.to_record(seal(Hello())), dst_node_id=1, message_type="query")
     for ask in (query, train):
         back = ask(message, context)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from client_app import client as client_module
+from client_app.app_hash import app_hash
 from client_app.client import Client
 from client_app.node import NODE_KEYS, checked, client_for
 from client_app.policy import KEYS, Policy, table, trained
@@ -18,7 +19,13 @@ from client_app.process import ProcessCache
 from fedpft_core.errors import UserError
 from fedpft_core.model.families import family_of
 from fedpft_core.wire.envelope import open_envelope, seal
-from fedpft_core.wire.messages import Message, RefusalReply, StatisticsRequest, TrainReply
+from fedpft_core.wire.messages import (
+    Hello,
+    Message,
+    RefusalReply,
+    StatisticsRequest,
+    TrainReply,
+)
 from fedpft_core.wire.package import Package
 
 Ask = Callable[..., Any]
@@ -227,6 +234,15 @@ def test_file_names_that_some_system_would_take_for_more_are_refused(
         Package.from_bytes(package.to_bytes())
 
 
+def test_only_the_code_that_the_owner_has_seen_answers(ask: Ask, sub_fm: Any) -> None:
+    package, adapter = sub_fm[0], sub_fm[1]
+    asked = statistics(package, adapter)
+    assert not isinstance(ask(asked, app_hash=app_hash()), RefusalReply)
+    refused(ask(asked, app_hash="ab" * 32), "app-hash")
+    with pytest.raises(UserError, match="sha256"):
+        Policy.of({"policy-app-hash": "abc"})
+
+
 def test_the_console_shows_what_a_server_could_ask(capsys: pytest.CaptureFixture[str]) -> None:
     import json
 
@@ -237,3 +253,30 @@ def test_the_console_shows_what_a_server_could_ask(capsys: pytest.CaptureFixture
     shown = json.loads(capsys.readouterr().out)
     assert shown["policy-min-rows"] == "100" and shown["policy-leave"] == "adapter"
     assert list(shown) == list(KEYS)
+
+
+@pytest.mark.parametrize("rule", ["fisher", "gram"])
+def test_merging_figures_leave_only_where_the_owner_says_so(
+    ask: Ask, request_for: Any, rule: str
+) -> None:
+    asked = replace(request_for(), merging_rule=rule)
+    refused(ask(asked), "leave")
+    answer = ask(asked, leave="adapter,merging")
+    assert isinstance(answer, TrainReply) and answer.merging
+    assert not ask(replace(asked, merging_rule=""), leave="adapter,merging").merging
+    odd = ask(replace(asked, merging_rule="rows"), leave="adapter,merging")
+    assert isinstance(odd, RefusalReply) and "unknown merging figures 'rows'" in odd.reason
+
+
+def test_a_node_trains_at_no_more_than_its_rank(
+    tmp_path: Path, request_for: Any
+) -> None:  # fmt: skip
+    tiny.write_csv(tmp_path / "rows.csv", tiny.sentences(12))
+    node = {"name": "n", "data-path": str(tmp_path / "rows.csv"), "lora-rank": 1}
+    made = client_for(node | {"cache-dir": str(tmp_path / "cache")}, {})
+    made.cache = ProcessCache()
+    assert open_envelope(made.handle(seal(Hello()))).rank == 1  # type: ignore[union-attr]
+    answer = open_envelope(made.handle(seal(request_for())))
+    assert isinstance(answer, RefusalReply) and "lora-rank = 1, and rank 2" in answer.reason
+    with pytest.raises(UserError, match="lora-rank = -1"):
+        checked({"lora-rank": -1})

@@ -54,7 +54,7 @@ def test_a_run_and_a_node_on_folders(tmp_path: Path) -> None:
 
 
 def test_what_is_no_folder_of_classes_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="the folder holds no images"):
+    with pytest.raises(UserError, match="the folder holds neither data files nor images"):
         read_classes(tmp_path, "x")
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"a.png lies beside the folders"):

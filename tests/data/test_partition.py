@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpft_core import config as configs
-from fedpft_core.data.partition import SCHEMES, partition
+from fedpft_core.data.partition import SCHEMES, digest, partition
 from fedpft_core.errors import UserError
 
 
@@ -42,7 +42,8 @@ def test_every_row_once_or_a_sentence(
         parts = partition(labels, clients, scheme, alpha, seed)
     except UserError as error:
         assert "federation." in str(error)
-        assert clients * 2 > rows or scheme == "dirichlet"
+        free = ("dirichlet", "pathological", "natural", "exponential", "square", "linear")
+        assert clients * 2 > rows or scheme in free
     else:
         check(parts, rows, clients)
 
@@ -50,10 +51,10 @@ def test_every_row_once_or_a_sentence(
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_function_of_the_seed(scheme: str) -> None:
     labels = labels_of(500, 5)
-    first = partition(labels, 10, scheme, 1.0, 7)
+    first = partition(labels, 5, scheme, 1.0, 7)
     np.random.seed(1)  # the global stream has no say
-    again = partition(labels, 10, scheme, 1.0, 7)
-    other = partition(labels, 10, scheme, 1.0, 8)
+    again = partition(labels, 5, scheme, 1.0, 7)
+    other = partition(labels, 5, scheme, 1.0, 8)
     assert [p.tolist() for p in first] == [p.tolist() for p in again]
     assert [p.tolist() for p in first] != [p.tolist() for p in other]
 
@@ -131,3 +132,69 @@ def test_wrong_settings_name_the_key(
         partition(labels_of(rows, 2), clients, scheme, alpha, 0)
     assert words in str(caught.value)
     assert not [w for w in recwarn if "min_partition_size" in str(w.message)]
+
+
+def test_groups_have_labels_of_their_own() -> None:
+    strata = np.repeat(np.arange(6), 20)
+    parts = partition(strata, 6, "grouped", 1.0, 3, groups=("a", "a", "b"))
+    classes = [set(strata[p].tolist()) for p in parts]
+    small = classes[0] | classes[1] | classes[3] | classes[4]
+    large = classes[2] | classes[5]
+    assert small | large == set(range(6)) and not small & large
+    assert sorted(np.concatenate(parts).tolist()) == list(range(120))
+    assert len(small) == 4 and len(large) == 2
+    again = partition(strata, 6, "grouped", 1.0, 3, groups=("a", "a", "b"))
+    assert all(np.array_equal(p, q) for p, q in zip(parts, again, strict=True))
+
+
+def test_more_groups_than_labels_are_refused() -> None:
+    with pytest.raises(UserError, match="grouped"):
+        partition(np.repeat(np.arange(2), 9), 3, "grouped", 1.0, 3, groups=("a", "b", "c"))
+
+
+@pytest.mark.parametrize("groups", ["", "a,,b"])
+def test_groups_have_names(groups: str) -> None:
+    from fedpft_core.config import from_flat
+
+    with pytest.raises(UserError, match=r"federation\.groups"):
+        from_flat({"federation.partition": "grouped", "federation.groups": groups})
+
+
+def test_natural_groups_stay_whole() -> None:
+    ids = np.random.default_rng(0).integers(0, 30, 400)
+    for clients in (30, 7):
+        parts = partition(ids, clients, "natural", 1.0, 3)
+        check(parts, 400, clients)
+        owners = [set(ids[p].tolist()) for p in parts]
+        assert sum(map(len, owners)) == 30
+        assert {len(o) for o in owners} <= {30 // clients, -(-30 // clients)}
+    assert partition(ids, 7, "natural", 1.0, 3)[0].tolist() != parts[1].tolist()
+    with pytest.raises(UserError, match="the rows are of 30 groups"):
+        partition(ids, 31, "natural", 1.0, 3)
+
+
+def test_pathological_clients_have_so_many_classes() -> None:
+    labels = np.arange(600) % 6
+    for classes in (1, 2, 6):
+        parts = partition(labels, 12, "pathological", 1.0, 0, classes)
+        check(parts, 600, 12)
+        assert {len(set(labels[p].tolist())) for p in parts} == {classes}
+    with pytest.raises(UserError, match="classes-per-client is 7"):
+        partition(labels, 12, "pathological", 1.0, 0, 7)
+    with pytest.raises(UserError, match="nobody has the rows"):
+        partition(labels, 4, "pathological", 1.0, 0, 1)
+
+
+@pytest.mark.parametrize(("scheme", "power"), [("linear", 1), ("square", 2)])
+def test_sizes_grow_with_the_clients_number(scheme: str, power: int) -> None:
+    sizes = [len(p) for p in partition(labels_of(5500, 3), 5, scheme, 1.0, 0)]
+    shares = np.arange(1, 6) ** power / sum(np.arange(1, 6) ** power)
+    assert np.allclose(np.array(sizes) / 5500, shares, atol=1e-3)
+    sizes = [len(p) for p in partition(labels_of(5500, 3), 5, "exponential", 1.0, 0)]
+    assert sizes == sorted(sizes) and 2.5 < sizes[4] / sizes[3] < 2.9
+
+
+def test_the_digest_tells_partitions_apart() -> None:
+    a, b = np.arange(3), np.arange(3, 5)
+    assert digest([a, b]) == digest([a.copy(), b.copy()])
+    assert len({digest(p) for p in ([a, b], [b, a], [np.arange(5)], [np.arange(4), b[1:]])}) == 4

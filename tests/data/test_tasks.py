@@ -37,6 +37,7 @@ class Data:
     source_column: str = ""
     labels: str = ""
     validation_share: float = 0.0
+    max_bad_rows: float = 0.0
     max_train_rows: int = 0
     max_test_rows: int = 0
 

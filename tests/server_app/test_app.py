@@ -248,6 +248,9 @@ def test_a_whole_run_emits_every_event_that_is_not_about_trouble(done: Done) -> 
     optional |= {"aggregated"}  # of rules with figures of their own; see test_lora_rules.py
     optional |= {"privacy"}  # of privacy.client-noise; see test_private_runs.py
     optional |= {"samples"}  # of generation; see whole/test_generation.py
+    optional |= {"check", "stopped"}  # of federation.early-stopping; see test_early.py
+    # of several sub-FMs; see test_widths.py
+    optional |= {"widths", "width_given", "width_distilled", "width_scored", "width_agreement"}
     optional |= {"pictures"}  # of text-to-image; see whole/test_pictures.py
     assert len(KINDS) > 15
     assert set(KINDS) - seen <= optional

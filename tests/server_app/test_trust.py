@@ -286,7 +286,7 @@ def test_the_recommended_configuration_is_one() -> None:
 
     from fedpft_core.config import from_flat, read_file
 
-    found = from_flat(read_file(Path(__file__).parents[2] / "docs" / "hospital.yaml"))
+    found = from_flat(read_file(Path(__file__).parents[2] / "examples" / "hospital" / "run.yaml"))
     f = found.federation
     assert (f.aggregate, f.weighting) == ("geometric-median", "uniform")
     assert f.min_clients <= f.enough <= f.clients_per_round

@@ -29,6 +29,7 @@ from fedpft_core.model.normalise import normalise
 from fedpft_core.task import make
 from fedpft_core.task.row import logits
 from fedpft_core.task.spans import are_tags, entities
+from fedpft_core.task.words import word_figures
 from fedpft_core.train.evaluate import evaluate
 
 TAGS = ("B-x", "I-x", "B-y", "I-y", "O")
@@ -253,7 +254,7 @@ def test_honest_sums_pass(n: int, seed: int) -> None:
         for _ in range(n):
             length = int(rng.integers(0, 12))
             made.append(tuple(rng.integers(0, len(task.labels), (2, length))))
-        sums = task._figures(made) | {"loss": 1.0}
+        sums = word_figures(made, task.labels) | {"loss": 1.0}
         sent = {name: sums[name] for name in task.sent}
         task.check_sums(sent, n)
         whole, part = task.score(sums), task.score(sent)
@@ -274,7 +275,9 @@ def test_honest_sums_pass(n: int, seed: int) -> None:
 )
 def test_sums_that_no_rows_have_are_refused(change: dict[str, float], words: str) -> None:
     rng = np.random.default_rng(0)
-    sums = TASK._figures([tuple(rng.integers(0, 5, (2, 9))) for _ in range(8)]) | {"loss": 1.0}
+    sums = word_figures([tuple(rng.integers(0, 5, (2, 9))) for _ in range(8)], TASK.labels) | {
+        "loss": 1.0
+    }
     good = {name: sums[name] for name in TASK.sent}
     TASK.check_sums(good, 8)
     TASK.check_sums({}, 0)

@@ -398,3 +398,29 @@ def test_each_part_has_a_rate_of_its_own(head: float, b: float) -> None:
     for name, longest in moved.items():
         scale = 1.0 if "lora_A" in name else b if "lora_B" in name else head
         assert longest == pytest.approx(scale * one.lr, rel=1e-2), name
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "vit", "modernbert", "gpt2"])
+def test_checkpointing_gives_the_same_adapter_to_the_bit_and_keeps_less(family: str) -> None:
+    from dataclasses import replace as changed
+
+    import torch
+
+    found, kept = [], []
+    for on in (False, True):
+        _, proxy, plan, _ = tiny.pair(family, dropout=0.3)
+        sizes: dict[int, int] = {}
+
+        def note(t: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        settings = changed(SETTINGS, epochs=1, steps=2, checkpointing=on)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            fine_tune(proxy, tiny.task_of(family), tiny.encoded(family, 12), settings, 3)
+        kept.append(sum(sizes.values()))
+        found.append(adapters.read(proxy, plan))
+        assert not proxy.training
+    a, b = found
+    assert all(a[name].equal(b[name]) for name in a)
+    assert kept[1] < kept[0]

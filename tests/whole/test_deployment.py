@@ -297,7 +297,7 @@ def test_replies_are_matched_by_the_message_they_answer(monkeypatch: pytest.Monk
         12: Failure("the node is gone (code 5)"),
         13: Failure("the node is gone"),
         14: Failure("the client raised an error (code 2: ValueError: bad row)"),
-        15: Failure("the client process died (code 8)"),
+        15: Failure("the client process died (code 8)", died=True),
         16: Failure("no reply within 0.3 s", late=True),
     }
     assert sorted(told) == [11, 12, 13, 14, 15, 16]

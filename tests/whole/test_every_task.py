@@ -151,7 +151,7 @@ def test_two_real_nodes_and_one_with_another_task(task: str, tmp_path: Path) -> 
         "data.train": "", "run.gradient-rows": 0, "run.baselines": False, "run.threads": 1,
         "federation.clients": 3, "federation.clients-per-round": 3, "federation.min-clients": 2,
         "federation.node-timeout": 60.0, "data.validation-share": 0.0,
-        "data.validation": str(tmp_path / "test.jsonl"),
+        "data.validation": str(tmp_path / "test.jsonl"), "train.lr": 1e-3, "federation.rounds": 3,
     }  # fmt: skip
     conf = flower.write_config(tmp_path / "run.yaml", config.to_tree(flat))
     run = tmp_path / "run"

@@ -654,8 +654,8 @@ def test_8_partition_cache_that_ignores_the_seed(
     make = client_app.node._partitions.__wrapped__
     cached: dict[Any, Any] = {}
 
-    def by_number_of_clients(data: Any, federation: Any, seed: int, count: int) -> Any:
-        return cached.setdefault(count, make(data, federation, seed, count))
+    def by_number_of_clients(data: Any, federation: Any, seed: int, count: int, run: str) -> Any:
+        return cached.setdefault(count, make(data, federation, seed, count, run))
 
     monkeypatch.setattr(client_app.node, "_partitions", by_number_of_clients)
     monkeypatch.setattr(

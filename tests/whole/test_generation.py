@@ -282,7 +282,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(
 
 
 def test_what_was_cut_and_set_is_said(tmp_path: Path) -> None:
-    flat = tiny.write_dialogues("llama", tmp_path) | {"data.max-length": 9}
+    flat = tiny.write_dialogues("llama", tmp_path) | {"data.max-length": 9, "data.max-bad-rows": 20}
     silent = Silent()
     load(config.from_flat(flat), silent)  # type: ignore[arg-type]
     assert sum("chat template" in text for text in silent.said) == 1

@@ -41,16 +41,17 @@ def of(run: Path, event: str) -> list[dict[str, Any]]:
 def test_one_shot_with_one_client_late_and_one_that_never_comes(tmp_path: Path) -> None:
     conf, run = deployed(
         tmp_path / "job", **{"schedule": "one-shot", "rounds": 1, "clients": 4,
-                             "clients-per-round": 4, "round-timeout": 300.0},
+                             "clients-per-round": 4, "round-timeout": 240.0},
     )  # fmt: skip
     with flower.deployment(tmp_path / "flower") as d:
         for name in ("node-a", "node-b"):
             join(d, name)
         cli = d.run(run, conf)
+        flower.wait_for(run, "round_started", 250, cli)
+        join(d, "node-c")  # too late to be asked with the others
         flower.wait_for(run, "merged", 250, cli, replies=1)
         # There is something to use long before the end.
         assert (run / "merged/adapter_model.safetensors").is_file()
-        join(d, "node-c")
         flower.wait_for(run, "merged", 250, cli, replies=3)
         assert cli.wait(600) == 0, d.logs()
     assert {(e["client"], e["status"]) for e in of(run, "reply")} == {
@@ -58,7 +59,7 @@ def test_one_shot_with_one_client_late_and_one_that_never_comes(tmp_path: Path) 
     }  # fmt: skip
     assert "node-c" in {e["client"] for e in of(run, "joined")}
     (finished,) = of(run, "round_finished")
-    assert finished["good"] == 3 and finished["exchange_seconds"] > 250  # it was open till then
+    assert finished["good"] == 3 and finished["exchange_seconds"] > 200  # it was open till then
     assert (run / "adapter/adapter_model.safetensors").is_file()
     assert not (run / "replies").exists()
 

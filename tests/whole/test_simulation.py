@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import flower
+import psutil
 import pytest
 import tiny
 from safetensors.torch import load_file
@@ -76,3 +78,50 @@ def test_a_thousand_nodes_a_hundred_a_round(tmp_path: Path) -> None:
         peak[nodes] = max(e["peak_rss_bytes"] for e in log if e["event"] == "memory")
     # Ten times the nodes may cost names and ids, not adapters: those of 900 more would be more.
     assert peak[1000] < 1.05 * peak[100], peak
+
+
+def worker_of(folder: Path) -> psutil.Process | None:
+    """A process that simulates clients of the run in a folder."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if not process.name().startswith("ray::ClientApp"):
+                continue
+            parent = process.parent()  # the raylet, whose environment no title has overwritten
+            if parent and str(folder) in parent.environ().get("FLWR_HOME", ""):
+                return process
+    return None
+
+
+def test_a_run_goes_on_by_itself_when_a_client_process_dies(tmp_path: Path) -> None:
+    flat = tiny.write_task("bert", tmp_path / "task", rows=120)
+    flat |= {"federation.rounds": 4, "align.interval": 2, "train.local-steps": 60}
+    cores = os.sched_getaffinity(0)
+    undisturbed = simulate(tmp_path / "a", flat, cores)
+    folder = tmp_path / "b"
+    folder.mkdir()
+    from fedpft_core.config import write_yaml
+
+    write_yaml(folder / "run.yaml", flat)
+    log = open(folder / "log", "wb")  # noqa: SIM115  # the child keeps it
+    run = subprocess.Popen(
+        [str(flower.BIN / "fedpft"), "run", "--config", str(folder / "run.yaml"),
+         "--run-dir", str(folder / "run")],
+        env=flower.environment(folder / "flwr"), stdout=log, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        flower.wait_for(folder / "run", "round_started", 300, run, round=3)
+        victim = worker_of(folder)
+        assert victim is not None
+        victim.kill()
+        assert run.wait(400) == 0, (folder / "log").read_text()[-3000:]
+    finally:
+        run.kill()
+        log.close()
+    said = (folder / "log").read_text()
+    assert "the process of a simulated client died" in said
+    assert "The run goes on from round 3." in said
+    events = flower.events(folder / "run")
+    assert [e["resumed_from"] for e in events if e["event"] == "run_started"] == [None, 2]
+    assert order_free(events) == order_free(undisturbed)
+    one, two = (load_file(tmp_path / f"{n}/run/adapter/adapter_model.safetensors") for n in "ab")
+    assert tiny.same_bits(one, two)

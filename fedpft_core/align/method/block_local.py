@@ -62,3 +62,15 @@ def objective(teacher: nn.Module, student: nn.Module, plan: Plan) -> sgd.Objecti
         return torch.stack(list(hidden_errors(h_T, h_S, real).values())).mean()
 
     return loss
+
+
+def objective_of(job: Job) -> sgd.Objective:
+    """The loss of a step, for alignments of several widths at once.
+
+    Args:
+        job: the alignment of one of them.
+
+    Returns:
+        A function from a batch on the models' device to a scalar.
+    """
+    return objective(job.teacher, job.student, job.plan)

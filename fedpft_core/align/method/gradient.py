@@ -28,10 +28,21 @@ def align(job: Job) -> tuple[float, float]:
     Returns:
         Loss of the first and of the last step.
     """
-    objective = Objective(
+    return sgd.align(job, objective_of(job))
+
+
+def objective_of(job: Job) -> Objective:
+    """The loss of a step, also for alignments of several widths at once.
+
+    Args:
+        job: the alignment, of one of them.
+
+    Returns:
+        A function from a batch on the models' device to a scalar.
+    """
+    return Objective(
         job.teacher, job.student, job.plan, job.cfg.gradient_weight, job.seed, job.position
     )
-    return sgd.align(job, objective)
 
 
 class Objective:

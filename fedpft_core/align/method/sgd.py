@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedpft_core.align import distill
-from fedpft_core.align.losses import Objective
+from fedpft_core.align.losses import Objective, hidden_objective
 from fedpft_core.align.method import Job
 
 LAYER_DROP = True
@@ -27,3 +27,15 @@ def align(job: Job, objective: Objective | None = None) -> tuple[float, float]:
         on_step=job.on_step, objective=objective,
     )  # fmt: skip
     return first, last
+
+
+def objective_of(job: Job) -> Objective:
+    """The loss of a step, for alignments of several widths at once.
+
+    Args:
+        job: the alignment of one of them.
+
+    Returns:
+        A function from a batch on the models' device to a scalar.
+    """
+    return hidden_objective(job.teacher, job.student, job.plan)

@@ -21,6 +21,7 @@ from server_app.run.schema.course import (
     Warned,
 )
 from server_app.run.schema.event import KINDS, Event
+from server_app.run.schema.exposed import Exposed, ExposedPart
 from server_app.run.schema.models import (
     Agreement,
     Alignment,
@@ -58,6 +59,14 @@ from server_app.run.schema.scores import (
     Validation,
 )
 from server_app.run.schema.subject import BlockSize, Metric, Model, Nodes, Task
+from server_app.run.schema.widths import (
+    WidthAgreement,
+    WidthDistilled,
+    WidthGiven,
+    Widths,
+    WidthScored,
+    WidthSize,
+)
 
 __all__ = [
     "KINDS",
@@ -77,6 +86,8 @@ __all__ = [
     "Distilled",
     "Evaluation",
     "Event",
+    "Exposed",
+    "ExposedPart",
     "Files",
     "HeadSet",
     "Joined",
@@ -107,4 +118,10 @@ __all__ = [
     "Validation",
     "Waiting",
     "Warned",
+    "WidthAgreement",
+    "WidthDistilled",
+    "WidthGiven",
+    "WidthScored",
+    "WidthSize",
+    "Widths",
 ]

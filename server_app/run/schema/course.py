@@ -74,6 +74,7 @@ class RunFailed(Event, name="run_failed"):
     """The run has ended early."""
 
     reason: str  # one sentence
+    again: bool = False  # a simulated client's process died: from a checkpoint it can go on
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,7 @@ class Reply(Event, name="reply"):
     # rows it keeps from training, where it has a validation-share
     validation_rows: int | None = None
     validation_value: float | None = None  # the metric on them, of the model it got
+    width: str = ""  # of the sub-FM that it trained on, with plan.widths
 
 
 @dataclass(frozen=True, kw_only=True)

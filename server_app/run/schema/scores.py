@@ -48,6 +48,9 @@ class Partition(Event, name="partition"):
 
     scheme: str  # federation.partition
     clients: dict[str, dict[str, int]]  # by client's name: rows by label
+    by: str = "label"  # federation.partition-by
+    seed: int = 0  # run.seed
+    digest: str = ""  # sha256 of the row numbers of all clients
 
 
 @dataclass(frozen=True, kw_only=True)

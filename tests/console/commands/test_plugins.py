@@ -12,7 +12,9 @@ import tiny
 from fedpft_console import cli
 from fedpft_core import registry
 from fedpft_core.errors import UserError
+from fedpft_core.model.families import family_of
 from fedpft_core.proxy.saliency import Probe, scores
+from fedpft_core.task import make
 
 SALIENCY = '''"""The first neurons."""
 
@@ -70,6 +72,25 @@ def test_one_that_cannot_be_imported_is_named_and_the_others_live(
     assert registry.load("saliency", "weight-norm").score
     assert cli.main(["plugins"]) == 1
     assert "broken of bad-parts" in " ".join(capsys.readouterr().out.split())
+
+
+def test_families_and_tasks_of_plugins_that_cannot_be_used_are_named_and_ours_live(
+    site: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(site, "badfamily", "fedpft.families", {"albert": "broken_one", "odd": "my_saliency"})
+    install(site, "badtask", "fedpft.tasks", {"ordinal": "broken_one"})
+    assert family_of("bert").name == "bert"
+    with pytest.raises(UserError, match=r"'albert' is not supported.*plugin albert of badfamily"):
+        family_of("albert")
+    assert make("text-regression").name == "text-regression"
+    with pytest.raises(UserError, match="the plugin ordinal of badtask"):
+        make("pair-ordinal")
+    with pytest.raises(UserError, match="is no kind of task"):
+        make("pair-cardinal")
+    assert cli.main(["plugins"]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "has no FAMILY" in out and "tracker tensorboard fedpft" in out
+    assert "family roberta fedpft" in out and "task regress fedpft" in out
 
 
 def test_a_plugin_does_not_take_the_place_of_a_part_of_ours(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -97,6 +98,44 @@ def test_success_needs_both_flower_and_the_run(
     assert "error: ValueError: bad (log: " in capsys.readouterr().err
     fake_flower(monkeypatch, status="unknown")
     assert cli.main(["run"]) == 1
+
+
+def test_a_run_of_which_a_client_process_died_goes_on_and_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch, elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = {"event": "run_failed", "reason": "a process died.", "again": True}
+    started = {"event": "run_started", "rounds": 6}
+    calls: list[dict[str, Any]] = []
+    rounds = [None, 1, 1, 2, "end"]
+
+    def run(run_dir: Path, flat: dict[str, Any], *, tick: Any, **rest: Any) -> launch.Result:
+        done = rounds[len(calls)]
+        calls.append(flat)
+        if done and done != "end":
+            (run_dir / "checkpoints" / f"round-{done:04d}").mkdir(parents=True, exist_ok=True)
+        last = {"event": "run_finished", "seconds": 1.0} if done == "end" else lost
+        with open(run_dir / "events.jsonl", "a") as file:
+            for event in (started, last):
+                file.write(json.dumps({"t": time.time()} | event) + "\n")
+        (run_dir / "flower").mkdir(exist_ok=True)
+        (run_dir / "flower" / "run.log").write_text("")
+        time.sleep(0.01)
+        if done == 1:
+            raise RunError("the process flwr-simulation ended")  # whoever notices first
+        how = launch.COMPLETED if done == "end" else "finished:failed"
+        return launch.Result(how, "", "1", run_dir / "flower" / "run.log")
+
+    monkeypatch.setattr(launch, "run_simulation", run)
+    assert cli.main(["run", "--run-dir", "r"]) == 0
+    assert [c["run.resume"] for c in calls] == [False, True, True, True, True]
+    out = capsys.readouterr().out
+    assert "goes on from the beginning" in out and "goes on from round 3" in out
+
+    rounds[:] = [None] * 9
+    calls.clear()
+    assert cli.main(["run", "--run-dir", "s"]) == 1
+    assert len(calls) == 4, "the same round is not tried for ever"
+    assert "a process died" in capsys.readouterr().err
 
 
 def test_the_reason_of_the_run_comes_before_that_of_flower(

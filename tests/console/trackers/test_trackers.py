@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,12 +68,70 @@ def test_one_that_is_down_is_left_out_and_the_others_go_on(
     )
 
 
-def test_unknown_and_unusable_ones_are_refused_before_the_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--tracker nothing: there is tensorboard"):
+def test_an_unknown_one_is_refused_before_the_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--tracker nothing: there is mlflow, tensorboard, wandb"):
         Trackers(["nothing"], tmp_path, {})
+
+
+def test_one_that_cannot_start_is_left_out_and_the_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "tensorboard").write_text("a file in the way")
-    with pytest.raises(UserError, match="--tracker tensorboard: it cannot start"):
-        Trackers(["tensorboard"], tmp_path, {})
+    with Trackers(["tensorboard"], tmp_path, {}) as run:
+        told(run, whole_run())
+        assert not run.running
+    assert "tracker tensorboard is left out from here on: " in capsys.readouterr().err
+
+
+def test_mlflow_gets_every_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = tmp_path / "first"
+    folder.mkdir()
+    with Trackers(["mlflow"], folder, {"run.seed": 7, "data.validation": ""}) as run:
+        told(run, whole_run())
+        assert "mlflow" in run.running
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=(tmp_path / "mlruns").as_uri())
+    experiment = client.get_experiment_by_name("fedpft")
+    assert experiment
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert (found.info.run_name, found.info.status) == ("first", "FINISHED")
+    assert found.data.params["run.seed"] == "7"
+    scores = client.get_metric_history(found.info.run_id, "proxy/accuracy")
+    assert [(m.step, m.value) for m in scores] == [(1, 0.6), (2, 0.7)]
+    assert [m.timestamp for m in client.get_metric_history(found.info.run_id, "fm/accuracy")] == [
+        115000, 125000,
+    ]  # fmt: skip
+
+
+def test_a_server_of_mlflow_that_is_down_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    with Trackers(["mlflow", "tensorboard"], tmp_path, {}) as run:
+        told(run, whole_run())
+        assert list(run.running) == ["tensorboard"]
+    err = capsys.readouterr().err
+    assert err.startswith("fedpft: warning: tracker mlflow is left out from here on: ")
+
+
+def test_weights_and_biases_writes_files_and_asks_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for name in ("HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    with Trackers(["wandb"], tmp_path, {"run.seed": 7}) as run:
+        told(run, whole_run())
+        assert "wandb" in run.running
+    (path,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    for _ in range(200):  # a process of its own writes it
+        data = path.read_bytes()
+        if data.count(b"proxy/accuracy") >= 2:
+            break
+        time.sleep(0.1)
+    assert data.count(b"proxy/accuracy") >= 2 and b"run.seed" in data and b"0.7" in data
 
 
 @pytest.mark.parametrize("line", whole_run())

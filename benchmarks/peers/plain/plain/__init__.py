@@ -1,0 +1,1 @@
+"""A federated app as one writes it with Flower and PEFT alone."""

@@ -1,0 +1,1 @@
+"""Parts of my own for fedpft, one of each kind."""

@@ -1,0 +1,108 @@
+"""Three sizes of clients in one federation of real processes, one of them under `ulimit -v`.
+
+`pytest -m slow tests/whole/test_widths.py`
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flower
+import pytest
+import tiny
+
+from client_app.node import client_for
+from client_app.process import ProcessCache
+from fedpft_core import config
+from server_app.app import run as server_run
+from server_app.run.events import EventLog
+from server_app.transport import LocalTransport
+
+FILES = ("adapter/adapter_model.safetensors",)
+NODES = {"node-a": {"width": "0.02"}, "node-b": {}, "node-c": {}}
+
+
+def deployed(folder: Path) -> Path:
+    """A run of an FM whose FFNs are large enough for a ceiling to matter."""
+    tree = flower.job(
+        folder, **{"rounds": 3, "clients": 3, "clients-per-round": 3, "min-clients": 2}
+    )
+    tiny.folder(
+        "bert", folder / "fm", hidden_size=512, intermediate_size=16384, num_hidden_layers=2
+    )
+    tree["plan"] = {"widths": "0.02,0.3,1", "retained-layers": ""}
+    tree["data"]["train"] = ""
+    tree["distill"]["steps"] = 2
+    tree["align"] = {"interval": 2, "steps": 1}
+    tree["train"]["local-steps"] = 2
+    tree["run"] |= {"threads": 1, "evaluate-every": 3}
+    return flower.write_config(folder / "run.yaml", tree)
+
+
+def rows_of(folder: Path, name: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return tiny.write_csv(folder / f"{name}.csv", tiny.sentences(24, ord(name[-1])))
+
+
+def taken_by_imports(home: Path) -> int:
+    """Address space of a client's process before it has any model, bytes."""
+    code = "import client_app.app, psutil; print(psutil.Process().memory_info().vms)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=flower.ROOT, env=flower.environment(home),
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return int(done.stdout)
+
+
+def in_process(conf: Path, rows: dict[str, Path], folder: Path, widths: dict[str, str]) -> None:
+    """The same run without Flower's processes, each node at the width that it ended at."""
+    flat = config.to_flat(config.from_flat(config.read_file(conf)))
+
+    def answer(name: str, cache: ProcessCache, envelope: Any) -> Any:
+        node = {
+            "name": name, "data-path": str(rows[name]), "width": widths[name],
+            "cache-dir": str(folder / name),
+        }  # fmt: skip
+        client = client_for(node, flat)
+        client.cache = cache
+        return client.handle(envelope)
+
+    clients = {i + 1: partial(answer, name, ProcessCache()) for i, name in enumerate(sorted(rows))}
+    events = EventLog(folder / "events.jsonl")
+    server_run(config.from_flat(flat | {"run.dir": str(folder)}), LocalTransport(clients), events)
+    events.close()
+
+
+@pytest.mark.slow
+def test_three_sizes_under_a_real_ceiling_killed_and_resumed_to_the_same_bits(
+    tmp_path: Path,
+) -> None:
+    conf, run = deployed(tmp_path / "job"), tmp_path / "job" / "run"
+    rows = {name: rows_of(tmp_path / "flower", name) for name in NODES}
+    with flower.deployment(tmp_path / "flower") as d:
+        d.ceilings["node-b"] = taken_by_imports(tmp_path / "flower" / "flwr") + 450_000_000
+        for name, node in NODES.items():
+            cache = str(d.folder / f"cache-{name}")
+            d.start_node(name, rows[name], **{"cache-dir": cache, **node})
+        cli = d.run(run, conf)
+        flower.wait_for(run, "round_started", 400, cli, round=2)
+        d.server_process().kill()
+        assert cli.wait(200) == 1, d.logs()
+        cli = d.resume(run)
+        assert cli.wait(400) == 0, d.logs()
+    log = flower.events(run)
+    given = {str(e["client"]): str(e["width"]) for e in log if e["event"] == "width_given"}
+    assert given["node-a"] == "0.02" and given["node-c"] == "1"
+    assert given["node-b"] in ("0.02", "0.3")
+    (moved, *_) = [e for e in log if e["event"] == "width_given" and e.get("before")]
+    assert moved["client"] == "node-b" and moved["before"] == "1"
+    # All three in every round: the node that failed was served again, at another width.
+    finished = [e for e in log if e["event"] == "round_finished"]
+    assert [(e["round"], e["good"]) for e in finished] == [(1, 3), (2, 3), (3, 3)]
+    in_process(conf, rows, tmp_path / "alone", given)
+    for file in FILES:
+        assert (run / file).read_bytes() == (tmp_path / "alone" / file).read_bytes(), file
