@@ -21,6 +21,7 @@ from fedpft_core.proxy.build import build
 from fedpft_core.proxy.choose import make_plan
 from fedpft_core.tensors import Tensors
 from fedpft_core.wire import codec
+from fedpft_core.wire.package import Patch
 
 ROUNDS = 10
 
@@ -142,8 +143,8 @@ def main() -> None:
     print("| format | bytes |")
     print("|---|--:|")
     moved = patch(args.width, pruned, args.neurons)
-    for fmt in ("fp32", "bf16", "fp16"):
-        print(f"| {fmt} | {len(codec.pack(codec.encode(moved, fmt))):,} |")
+    for fmt in codec.FORMATS:
+        print(f"| {fmt} | {len(codec.pack(Patch.encoded(moved, fmt))):,} |")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from client_app.private import ExamplePrivacy
+from client_app.residuals import Residuals
 from client_app.secure import Secure
-from client_app.store import Residuals
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.adapter.layers import in_blocks, only_blocks
 from fedpft_core.data.encoded import Encoded

@@ -16,27 +16,28 @@ from client_app import audit, means
 from client_app.app_hash import app_hash
 from client_app.chain import SECURE_STEPS, STEPS, Steps, Work, put, work_through
 from client_app.disclosure import reason
+from client_app.fetch import fetch
 from client_app.policy import Policy
 from client_app.private import ExamplePrivacy, refuse
 from client_app.process import PROCESS_CACHE, Held, ProcessCache, Rows
+from client_app.residuals import Residuals
 from client_app.rowcache import RowCache
 from client_app.rows import Source, divided, encoded
 from client_app.secure import Secure
 from client_app.startup import collector_paused
-from client_app.store import Residuals, Store
+from client_app.store import Store
 from fedpft_core import __version__
 from fedpft_core.data.examples import Examples
 from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.head.closed import form_of
 from fedpft_core.head.refit import of_rows
 from fedpft_core.proxy.package import rebuild
-from fedpft_core.proxy.patch import apply_patch
 from fedpft_core.task import Task
 from fedpft_core.tensors import Tensors
 from fedpft_core.train.tune import LocalSettings
 from fedpft_core.wire import codec
 from fedpft_core.wire.envelope import Envelope, open_envelope, seal
-from fedpft_core.wire.identity import combine_digest, is_digest
+from fedpft_core.wire.identity import combine_digest
 from fedpft_core.wire.messages import (
     OUT_OF_MEMORY,
     Hello,
@@ -54,7 +55,6 @@ from fedpft_core.wire.messages import (
     TrainReply,
     TrainRequest,
 )
-from fedpft_core.wire.package import Package
 
 log = logging.getLogger("fedpft")
 _MOST_THREADS = 1024
@@ -185,8 +185,8 @@ class Client:
         means.check_blocks(self.means, request.settings.blocks)
         self._use(request.settings.threads)
         held = self._held(request)
-        if held is None:
-            return self._need(request.digest)
+        if isinstance(held, NeedReply):
+            return held
         rows = self._rows(held)
         self.policy.check_rows(request, len(rows.train))
         self._check_rank(request)
@@ -266,8 +266,8 @@ class Client:
             raise refuse("class statistics")
         self._use(request.threads)
         held = self._held(request)
-        if held is None:
-            return self._need(request.digest)
+        if isinstance(held, NeedReply):
+            return held
         model, rows = held.model, self._rows(held).train
         self.policy.check_rows(request, len(rows))
         form = form_of(model.task)
@@ -295,12 +295,7 @@ class Client:
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
 
-    def _need(self, digest: str) -> NeedReply:
-        # Not what was asked for, even if a damaged copy of it cannot be removed.
-        have = tuple(d for d in self.store.digests() if d != digest)
-        return NeedReply(self.name, digest, have)
-
-    def _held(self, request: TrainRequest | StatisticsRequest) -> Held | None:
+    def _held(self, request: TrainRequest | StatisticsRequest) -> Held | NeedReply:
         """The model with the digest asked for: from memory, disk, or what the message brings."""
         cached = self.cache.models.get(request.digest)
         if cached is not None:
@@ -309,9 +304,9 @@ class Client:
             if self.store.touch(request.digest):
                 return cached
             del self.cache.models[request.digest]
-        package = self._package(request)
-        if package is None:
-            return None
+        package = fetch(self.name, self.store, self.policy, request)
+        if isinstance(package, NeedReply):
+            return package
         self.policy.check_package(package.meta)  # what lies on the disk may be of before the rule
         with collector_paused():  # a family's own module is imported here
             model = rebuild(package)
@@ -320,42 +315,6 @@ class Client:
         held = Held(model, package.files, reader)
         self.cache.keep_model(request.digest, held)
         return held
-
-    def _package(self, request: TrainRequest | StatisticsRequest) -> Package | None:
-        if request.package:
-            package = Package.from_bytes(request.package)
-            if package.digest() != request.digest:
-                raise ReplyError("the package received does not have the digest it was sent under")
-            self.policy.check_package(package.meta)
-            self._keep(request.digest, package)
-            return package
-        here = self.store.get(request.digest)
-        if here is not None or not request.patches:
-            return here
-        if request.patches[-1].target != request.digest:
-            raise ReplyError("the patches received do not lead to the sub-FM to train on")
-        base: Package | None = None
-        digests: dict[str, str] = {}
-        for patch in request.patches:
-            if base is None:
-                # The chain may start before what this client has.
-                if not is_digest(patch.source):
-                    raise ReplyError("a patch received starts from what is no digest")
-                found = self.store.read(patch.source)
-                if found is None:
-                    continue
-                base, digests = found
-            base = apply_patch(base, patch, digests)
-        if base is not None:
-            self._keep(request.digest, base)
-        return base
-
-    def _keep(self, digest: str, package: Package) -> None:
-        """Store a verified package; on a full disk train from memory and be served again."""
-        try:
-            self.store.put(digest, package)
-        except OSError as error:
-            log.warning("client %s: sub-FM not kept on disk: %s", self.name, error)
 
     def _rows(self, held: Held) -> Rows:
         share = self.validation_share

@@ -146,26 +146,38 @@ class Bench:
     def package(self) -> Package:
         """The proxy as clients get it, with its present weights.
 
+        These are rounded in place to wire.package first, so that the server goes on with what
+        clients have; what has been rounded before stays as it is.
+
         Returns:
             A package of copies, without the adapter.
+
+        Raises:
+            UserError: there are weights too large for the format.
         """
         m = self.models
         hidden = self.config.plan.disguise != "none"
         return self._packed(m.proxy, m.plan.anonymous() if hidden else m.plan)
 
     def others(self) -> dict[str, Package]:
-        """The other widths as clients get them, with their present weights.
+        """The other widths as clients get them, with their present weights, rounded likewise.
+
+        The FM itself stays as it is at the server; clients get a rounded copy of it.
 
         Returns:
             Packages of copies by the width's name, narrowest first.
+
+        Raises:
+            UserError: there are weights too large for the format.
         """
         return {w.name: self._packed(w.proxy, w.plan) for w in self.models.others}
 
     def _packed(self, proxy: nn.Module, plan: Plan) -> Package:
-        rows = self.rows
+        rows, wire = self.rows, self.config.wire
         return make_package(
             proxy, plan, self.models.spec, rows.processor, rows.task.name, rows.task.labels,
-            self.config.data.max_length,
+            self.config.data.max_length, wire.package, wire.embeddings,
+            keep=proxy is not self.models.proxy and plan.is_full,
         )  # fmt: skip
 
     def fresh_state(self) -> State:

@@ -8,7 +8,7 @@ order, none of which that class's `start` has room for.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -23,7 +23,9 @@ from fedpft_core.tensors import Tensors
 from fedpft_core.train.tune import steps_of
 from fedpft_core.wire import codec
 from fedpft_core.wire.envelope import Envelope
+from fedpft_core.wire.parcel import Parcel
 from fedpft_core.wire.validate import Expected, ExpectedStatistics
+from server_app.delivery import Holds, Shelf, servings
 from server_app.rounds import ledger, widths
 from server_app.rounds.chain import Asked
 from server_app.rounds.collect import Awaited, Collection
@@ -40,6 +42,7 @@ from server_app.rounds.requests import (
     expected,
     learning_rate,
     local_settings,
+    most_bytes,
     requests,
     wanted,
 )
@@ -76,9 +79,9 @@ class Prepared:
     own: Callable[[Node], Expected]
 
 
-def _to(got: Awaited, request: ByNode) -> Callable[[int, Iterable[str]], Envelope]:
+def _to(got: Awaited, request: ByNode) -> Callable[[int, Holds], Envelope]:
     """The message by a node's id, of those that are awaited, and what it has."""
-    return lambda node_id, have: request(got.nodes[node_id], have)
+    return lambda node_id, holds: request(got.nodes[node_id], holds)
 
 
 class Strategy:
@@ -98,7 +101,7 @@ class Strategy:
         self.remarks = Remarks(config.federation, events)
         self.patience = Patience(config.federation)
         self.nodes = Nodes(config.federation, transport, events, self.matching)
-        self._package_bytes: dict[str, bytes] = {}
+        self._shelf = Shelf()
 
     def run_round(self, state: State, round: int, count_rule: str) -> Outcome:
         """Train round `round` from `state`, trying again when too few replies are good.
@@ -178,14 +181,14 @@ class Strategy:
         def want(view: State, blocks: str, rank: int) -> Expected:
             return expected(config, view, round, sent(rank)[1], count_rule, blocks)
 
-        def make(view: State, package: bytes, blocks: str, rank: int) -> Request:
+        def make(view: State, parcel: Parcel, blocks: str, rank: int) -> Request:
             return requests(
-                config, view, package, round, sent(rank)[0], count_rule, blocks,
+                config, view, parcel, round, sent(rank)[0], count_rule, blocks,
                 want(view, blocks, rank).max_bytes,
             )  # fmt: skip
 
         return Prepared(
-            by_node(state, self._blob, make),
+            by_node(state, self._parcel, make),
             want(state, "", 0),
             self._rule(state, sent(0)[1], round),
             wanted(state, want),
@@ -243,7 +246,7 @@ class Strategy:
                 self.nodes.wait()
             got = Gathered(want, self.nodes.meet(state, want.round), state, self.events)
             sent = codec.encode(state.adapter, self.config.wire.adapter)
-            request = by_node(state, self._blob, partial(self._statistics, sent, want.max_bytes))
+            request = by_node(state, self._parcel, partial(self._statistics, sent, want.max_bytes))
             self._exchange(got, _to(got, request))
             why = self.why(got.bad)
             if len(got.good) >= f.min_clients:
@@ -295,7 +298,7 @@ class Strategy:
     ) -> Sum:
         """An attempt at a round of secure aggregation, and what it spends."""
         attempt = SecureRound(self.config, nodes, state, round, self.events, self._exchange)
-        summed = attempt.run(self._blob, sent, base)
+        summed = attempt.run(self._parcel, sent, base)
         if self.private and summed.change is not None:
             spend = self.private.masked(1 + sum(t.numel() for t in base.values()))
             self.private.book(state, round, spend, self.config.privacy.client_clip)
@@ -325,28 +328,35 @@ class Strategy:
         """Where a round's replies lie until they are aggregated."""
         return Path(self.config.run.dir) if self.config.run.dir else None
 
-    def _statistics(
-        self, sent: Tensors, most: int, view: State, package: bytes, blocks: str, rank: int
-    ) -> Request:
-        return statistics_requests(self.config, view, package, sent, most)
+    def servings(self, state: State) -> int:
+        """How often a client may be served again in a round.
 
-    def _blob(self, state: State) -> bytes:
-        # Packing is the same work every round until an alignment.
-        if state.digest not in self._package_bytes:
-            now = {state.digest, *(v.digest for v in state.beside.values())}
-            kept = {d: data for d, data in self._package_bytes.items() if d in now}
-            self._package_bytes = kept | {state.digest: state.package.to_bytes()}
-        return self._package_bytes[state.digest]
+        Args:
+            state: its package comes in one message or in parts.
+
+        Returns:
+            The number.
+        """
+        return servings(self._parcel(state), most_bytes(self.config))
+
+    def _statistics(
+        self, sent: Tensors, most: int, view: State, parcel: Parcel, blocks: str, rank: int
+    ) -> Request:
+        return statistics_requests(self.config, view, parcel, sent, most)
+
+    def _parcel(self, state: State) -> Parcel:
+        return self._shelf.parcel(state)
 
     def _exchange(
-        self, got: Collection | Gathered | Phase, request: Callable[[int, Iterable[str]], Envelope]
+        self, got: Collection | Gathered | Phase, request: Callable[[int, Holds], Envelope]
     ) -> None:
         """Send a round's requests, made of a node's id and what it has; collect the replies."""
         got.matching = self.matching
         timeout = self.patience.seconds(got.round)
+        got.servings = self.servings(got.state)
 
-        def send(wanted: Mapping[int, Iterable[str]], deadline: float) -> None:
-            messages = {i: request(i, have) for i, have in wanted.items()}
+        def send(wanted: Mapping[int, Holds], deadline: float) -> None:
+            messages = {i: request(i, holds) for i, holds in wanted.items()}
             if isinstance(got, Phase):
                 messages = {i: replace(m, answer=got.most) for i, m in messages.items()}
             for node_id, message in messages.items():
@@ -357,9 +367,8 @@ class Strategy:
 
         have = got.state.have
         deadline = time.monotonic() + timeout
-        send({i: have.get(n.name, ()) for i, n in got.nodes.items()}, deadline)
-        if got.again and not got.done():
+        send({i: Holds(have.get(n.name)) for i, n in got.nodes.items()}, deadline)
+        while got.again and not got.done():
             # They lack the weights they were asked to train on: serve them within this round. What
             # a straggler left of its time is theirs, and a little where it left none.
-            got.served |= got.again.keys()
-            send(got.again, max(deadline, time.monotonic() + _AGAIN * timeout))
+            send(got.serve(), max(deadline, time.monotonic() + _AGAIN * timeout))

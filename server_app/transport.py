@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from flwr.app import Message, MessageType
+from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedpft_core.errors import ReplyError, RunError
@@ -147,8 +147,12 @@ class FlowerTransport:
             WorkerLost: a process that simulates clients has died.
         """
         waiting: dict[str, int] = {}
+        records: dict[int, RecordDict] = {}  # one copy of a package for all that get the same
         for node, envelope in messages.items():
-            sent = _push(self.grid, self.guard, node, envelope, timeout, str(round))
+            if id(envelope) not in records:
+                records[id(envelope)] = wire.to_record(envelope)
+            content = records[id(envelope)]
+            sent = _push(self.grid, self.guard, node, envelope, content, timeout, str(round))
             if sent:
                 waiting[sent] = node
                 continue
@@ -187,6 +191,7 @@ class FlowerMailbox:
     guard: Guard | None = None
     _waiting: dict[str, int] = field(default_factory=dict)
     _unsent: list[int] = field(default_factory=list)
+    _last: tuple[Envelope, RecordDict] | None = None  # one copy of a package for all
 
     def send(self, node: int, envelope: Envelope, timeout: float) -> None:
         """Push a message.
@@ -197,7 +202,10 @@ class FlowerMailbox:
             timeout: how long a reply can be of use, seconds. Flower keeps message and reply for
                 ten minutes more, so that a late reply can be told from none.
         """
-        sent = _push(self.grid, self.guard, node, envelope, timeout + _LATE_SECONDS, "")
+        if self._last is None or self._last[0] is not envelope:
+            self._last = envelope, wire.to_record(envelope)
+        content, wait = self._last[1], timeout + _LATE_SECONDS
+        sent = _push(self.grid, self.guard, node, envelope, content, wait, "")
         if sent:
             self._waiting[sent] = node
         else:
@@ -231,11 +239,17 @@ class FlowerMailbox:
 
 
 def _push(
-    grid: Grid, guard: Guard | None, node: int, envelope: Envelope, timeout: float, group: str
+    grid: Grid,
+    guard: Guard | None,
+    node: int,
+    envelope: Envelope,
+    content: RecordDict,
+    timeout: float,
+    group: str,
 ) -> str:
     """Send a message; the id it has, empty for a node that is gone."""
     message = Message(
-        content=wire.to_record(envelope),
+        content=content,
         dst_node_id=node,
         message_type=MessageType.QUERY if envelope.kind == "hello" else MessageType.TRAIN,
         ttl=timeout + 60,

@@ -6,6 +6,7 @@ on its name and the round. So a round takes milliseconds and every order of even
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -43,6 +44,7 @@ from fedpft_core.wire.messages import (
 )
 from fedpft_core.wire.meta import PackageMeta
 from fedpft_core.wire.package import Package, Patch
+from fedpft_core.wire.parcel import Parcel
 from fedpft_core.wire.validate import Expected
 from server_app.state import State
 from server_app.transport import OnReply
@@ -98,9 +100,11 @@ def package(seed: int = 0) -> Package:
 def with_metadata(given: Package, text: str) -> tuple[str, bytes]:
     """Digest and bytes of a package with this text for its metadata, whatever it says."""
     digests = {k: tensor_digest(t) for k, t in given.weights.items()}
-    blobs = {"//meta": text.encode()} | {f"//file/{k}": v for k, v in given.files.items()}
-    tensors = {k: torch.tensor(list(v), dtype=torch.uint8) for k, v in blobs.items()}
-    return combine_digest(text, given.files, digests), codec.pack(given.weights | tensors)
+    found = codec.unpack(given.to_bytes())
+    manifest = json.loads(found["//manifest"].numpy().tobytes()) | {"meta": "@"}
+    forged = json.dumps(manifest).replace('"@"', text).encode()
+    found["//manifest"] = torch.tensor(list(forged), dtype=torch.uint8)
+    return combine_digest(text, given.files, digests), codec.pack(found)
 
 
 def state(seed: int = 0) -> State:
@@ -222,6 +226,8 @@ class Node:
     spoil: Callable[[TrainReply], Answer] | None = None
     greet: Callable[[HelloReply], Answer] | None = None
     packages: dict[str, Package] = field(default_factory=dict)
+    tensors: Tensors = field(default_factory=dict)  # by digest, as are files
+    files: dict[str, bytes] = field(default_factory=dict)
     validation: tuple[int, int] = (0, 0)  # rows kept from training: right, all
     trained: list[tuple[int, str]] = field(default_factory=list)  # (round, digest)
 
@@ -240,7 +246,15 @@ class Node:
 
     def _train(self, request: TrainRequest) -> Answer:
         if request.package:
-            got = Package.from_bytes(request.package)
+            parcel = Parcel.from_bytes(request.package)
+            assert parcel.manifest.digest == request.digest
+            self.tensors |= parcel.tensors()
+            self.files |= parcel.files
+            lacks = parcel.manifest.contents - self.tensors.keys() - self.files.keys()
+            if lacks:
+                have = tuple(sorted(self.packages))
+                return NeedReply(self.name, request.digest, have, tuple(sorted(lacks)))
+            got = Package.made(parcel.manifest, self.tensors, self.files)
             self.packages[got.digest()] = got
         for patch in request.patches:
             if patch.source in self.packages:

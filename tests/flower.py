@@ -216,6 +216,14 @@ class Deployment:
         """The process node `name` answers a message with, begun after the time `since`."""
         return self._find(self.nodes[name], "flwr-clientapp", since, seconds)
 
+    def worker_process(self, name: str) -> psutil.Process:
+        """The process that stays between the messages of node `name`."""
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            if "client_app.warm.worker" in words and str(self.folder / f"cache-{name}") in words:
+                return process
+        raise AssertionError(f"{name} has no worker")
+
     def server_process(self) -> psutil.Process:
         """The ServerApp of the run that is on."""
         assert self.superlink is not None

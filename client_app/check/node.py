@@ -177,7 +177,7 @@ class _Held:
             return
         store = Store(nodes.cache_root(node) / "store")
         try:
-            newest = sorted(store.digests(), key=lambda d: store.folder(d).stat().st_mtime)
+            newest = sorted(store.digests(), key=lambda d: store.path(d).stat().st_mtime)
             package = store.get(newest[-1]) if newest else None
             if package is None:
                 return

@@ -270,14 +270,38 @@ class WireConfig:
         "`ternary` (2 bits a value of the change, with error feedback)",
         choices=("same", "fp32", "bf16", "fp16", "int8", "ternary"),
     )
+    package: str = _key(
+        "fp32",
+        "what the sub-FM's weights are rounded to, at the server and at clients, so that they "
+        "travel in few bytes: `fp32` (as they are), `bf16`, `fp16`, `int8` (a scale a row, biases "
+        "and norms as they are)",
+        choices=("fp32", "bf16", "fp16", "int8"),
+    )
+    embeddings: str = _key(
+        "same",
+        "what the table of word embeddings is rounded to: `same` as wire.package, or `int4` (4 "
+        "bits and a scale for 32 values)",
+        choices=("same", "int4"),
+    )
     patch: str = _key(
         "fp16",
-        "format of re-aligned weights on the wire: `fp32`, `bf16`, `fp16`",
-        choices=("fp32", "bf16", "fp16"),
+        "format of re-aligned weights on the wire: `same` as wire.package, `fp32`, `bf16`, `fp16`",
+        choices=("same", "fp32", "bf16", "fp16"),
+    )
+    message_mb: int = _key(
+        0,
+        "most that a message brings of a sub-FM, megabytes; the rest follows in messages of its "
+        "own, so that a cut link costs one of them, 0 = no limit",
+        low=0,
     )
     max_update_norm: float = _key(
         1000.0, "largest L2 norm of a reply's change of the adapter; larger is refused", above=0.0
     )
+
+    @property
+    def patch_format(self) -> str:
+        """The format of re-aligned weights: wire.patch, or wire.package where that is `same`."""
+        return self.package if self.patch == "same" else self.patch
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,15 @@ from fedpft_core.adapter import lora as adapters
 from fedpft_core.adapter.lora import AdapterSpec
 from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.model import names
-from fedpft_core.model.families import base_model, family_of
+from fedpft_core.model.families import FFN, base_model, family_of
 from fedpft_core.model.load import task_class
 from fedpft_core.model.normalise import normalise
-from fedpft_core.model.plan import Plan
+from fedpft_core.model.plan import Plan, pruned_ffns
 from fedpft_core.model.precision import HALF, cast_parameters
 from fedpft_core.model.processor import PRIVATE, files_of
 from fedpft_core.proxy.build import skeleton
 from fedpft_core.task import Task
+from fedpft_core.wire import coded
 from fedpft_core.wire.meta import PackageMeta
 from fedpft_core.wire.package import Package
 
@@ -38,20 +39,32 @@ def make_package(
     kind: str,
     labels: tuple[str, ...],
     max_length: int,
+    fmt: str = "fp32",
+    embeddings: str = "same",
+    keep: bool = False,
 ) -> Package:
     """Pack a proxy, with the adapter attached or not, with all a client needs to train on it.
 
+    In a lossy format the proxy takes the rounded weights, so that server and clients hold the same
+    bits; doing so again changes nothing.
+
     Args:
-        proxy: its weights are copied; what belongs to the adapter is left out.
+        proxy: its weights are rounded in place and copied; what belongs to the adapter is left out.
         plan: what the proxy was built from.
         spec: what its adapter is made of.
         processor: the FM's tokenizer or image processor.
         kind: the task's name: what the rows are, `text`, `pair` or `image`.
         labels: label names, in the order of their numbers.
         max_length: the most tokens of a row.
+        fmt: what the weights are rounded to, one of `PACKAGE_FORMATS`.
+        embeddings: what the table of word embeddings is rounded to, one of `EMBEDDING_FORMATS`.
+        keep: whether the proxy's own weights stay as they are, being the FM's.
 
     Returns:
         The package, its weights on the CPU under their proxy names.
+
+    Raises:
+        UserError: there are weights too large for the format.
     """
     model: Any = base_model(proxy)
     config = {k: v for k, v in model.config.to_dict().items() if k not in PRIVATE}
@@ -59,12 +72,61 @@ def make_package(
     config = json.loads(json.dumps(config))
     meta = PackageMeta(plan, spec, config, type(model).__name__, kind, tuple(labels), max_length)
     again = _tied(model)
-    weights = {
-        name: t.detach().to("cpu", copy=True).contiguous()
+    live = {
+        name: t.detach()
         for name, t in ((names.bare(k), t) for k, t in model.state_dict().items() if k not in again)
         if not names.is_lora(name) and not names.in_modules(name, spec.modules)
     }
+    table = _table(model)
+    table_fmt = fmt if embeddings == "same" else embeddings
+    rounding = _Rounding(fmt, table_fmt, _axes(proxy, plan), keep)
+    weights = {
+        name: rounding(name, t, table is not None and t.data_ptr() == table.data_ptr())
+        for name, t in live.items()
+    }
     return Package(meta, files_of(processor), weights)
+
+
+@dataclass(frozen=True)
+class _Rounding:
+    fmt: str
+    embeddings: str
+    axes: Mapping[str, int]  # by name, of weights that have neurons along another axis than the 0th
+    keep: bool
+
+    def __call__(self, name: str, t: Tensor, is_table: bool) -> Tensor:
+        """A copy of a weight on the CPU, rounded; the weight itself too, unless it is kept."""
+        fmt = self.embeddings if is_table else self.fmt
+        try:
+            out = coded.rounded(t, fmt, self.axes.get(name, 0))
+        except ValueError as error:
+            key = "wire.embeddings" if is_table and fmt != self.fmt else "wire.package"
+            raise UserError(f"{key} = {fmt}: {name}: {error}.") from error
+        if fmt == "fp32":
+            return out.to("cpu", copy=True).contiguous()
+        if not self.keep:
+            t.copy_(out)
+        # What needed no rounding is the model's own memory.
+        return out.clone() if out.data_ptr() == t.data_ptr() else out
+
+
+def _axes(proxy: nn.Module, plan: Plan) -> dict[str, int]:
+    """The axis that counts neurons, by the name of each FFN weight that alignment may move."""
+    path = names.PatchedWeights(plan)
+    return {
+        path.name(block, part): FFN.neuron_axis(part) or 0
+        for block, ffn in pruned_ffns(proxy, plan).items()
+        for part in ffn.parts()
+    }
+
+
+def _table(model: Any) -> Tensor | None:
+    """The table of word embeddings, where the model has one."""
+    try:
+        found = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found.weight.detach() if isinstance(found, nn.Embedding) else None
 
 
 def _tied(model: nn.Module) -> set[str]:

@@ -9,7 +9,6 @@ from fedpft_core.model.families import FFN
 from fedpft_core.model.names import PatchedWeights
 from fedpft_core.model.plan import Plan, pruned_ffns
 from fedpft_core.proxy.recut import apply_recut, is_recut
-from fedpft_core.wire import codec
 from fedpft_core.wire.identity import combine_digest, tensor_digest
 from fedpft_core.wire.package import Package, Patch
 
@@ -86,7 +85,7 @@ def make_patch(
         flat[f"{block}/index"] = index.cpu()
         values = ffn.read(index.to(ffn.out.weight.device))
         flat |= {f"{block}/{part}": t.cpu() for part, t in values.items()}
-    tensors = codec.encode(flat, fmt)
+    tensors = Patch.encoded(flat, fmt)
     draft = Patch(_digest(package, digests), "", fmt, tensors)
     names, weights, fresh = PatchedWeights(plan), dict(package.weights), {}
     for block, (index, parts) in draft.decoded().items():

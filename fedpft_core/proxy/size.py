@@ -158,8 +158,9 @@ def describe(config: Config) -> PlanSize:
         loaded.family, plan, loaded.fresh, config.lora, task.head(loaded.family)
     )
     package = make_package(
-        proxy, plan, spec, loaded.processor, task.name, task.labels, config.data.max_length
-    )
+        proxy, plan, spec, loaded.processor, task.name, task.labels, config.data.max_length,
+        config.wire.package, config.wire.embeddings,
+    )  # fmt: skip
     size = models.size(proxy)[1]
     adapter = adapters.read(adapters.attach(proxy, spec, plan), plan)
     return PlanSize(

@@ -1,6 +1,8 @@
 """Tensor formats on the wire, and the safetensors bytes they travel in.
 
-fp32, bf16, fp16: a cast. int8: one scale per row, q = round(x / s), s = max|row| / 127.
+fp32, bf16, fp16: a cast. int8: whole numbers with a scale for each index of the shorter axis (see
+`fedpft_core.wire.rounding`), so a LoRA factor of rank r has r scales whichever way it lies; the
+scales of all tensors travel as one.
 ternary: one scale per group and two bits a value, for *changes* of tensors only (see below).
 A decoded tensor is always float32; tensors that are not floating point travel as they are.
 
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from fedpft_core.errors import ReplyError
 from fedpft_core.tensors import Tensors
+from fedpft_core.wire import rounding
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -44,25 +47,25 @@ def encode(tensors: Mapping[str, Tensor], fmt: str) -> Tensors:
         fmt: one of `FORMATS`.
 
     Returns:
-        Tensors on the CPU by the same names. int8 adds `{name}//scale`, float32, one per index of
-        the first axis (one for a vector).
+        Tensors on the CPU by the same names. int8 adds `//scale`, bfloat16: for each tensor, in
+        the order of their names, one per index of the shorter axis (one for a vector).
 
     Raises:
         KeyError: the format is unknown.
     """
     out: Tensors = {}
+    scales: Tensors = {}
     for name, t in tensors.items():
         t = t.detach().cpu()
         if not t.is_floating_point():
             out[name] = t.contiguous()
         elif fmt == "int8":
-            rows = t.float().reshape(_rows(t.shape), -1)
-            scale = rows.abs().amax(1).div(127) if rows.numel() else rows.new_zeros(len(rows))
-            safe = torch.where(scale > 0, scale, torch.ones_like(scale))
-            out[name] = (rows / safe[:, None]).round().to(torch.int8).reshape(t.shape)
-            out[name + _SCALE] = scale
+            axis = rounding.shorter_axis(tuple(t.shape))
+            out[name], scales[name] = rounding.to_int8(t.contiguous(), axis)
         else:
             out[name] = t.to(_CASTS[fmt]).contiguous()
+    if scales:
+        out[_SCALE] = torch.cat([scales[name].reshape(-1) for name in sorted(scales)])
     return out
 
 
@@ -81,23 +84,30 @@ def decode(tensors: Mapping[str, Tensor], fmt: str) -> Tensors:
     """
     if fmt not in FORMATS:
         raise ReplyError(f"unknown format {str(fmt)[:40]!r}")
+    scales = _split_scales(tensors) if fmt == "int8" else {}
     out: Tensors = {}
     for name, t in tensors.items():
-        if name.endswith(_SCALE):
-            continue
-        if fmt == "int8" and t.dtype == torch.int8:
-            scale = tensors.get(name + _SCALE)
-            rows = _rows(t.shape)
-            if scale is None or scale.dtype != torch.float32 or scale.shape != (rows,):
-                raise ReplyError(f"{name}: int8 without one float32 scale per row")
-            out[name] = (t.reshape(rows, -1).float() * scale[:, None]).reshape(t.shape)
-        elif t.is_floating_point():
+        if name in scales:
+            out[name] = rounding.of_int8(t, scales[name])
+        elif t.is_floating_point() and name != _SCALE:
             if fmt == "int8" or t.dtype != _CASTS[fmt]:
                 raise ReplyError(f"{name}: dtype {str(t.dtype)[6:]} is not the agreed {fmt}")
             out[name] = t.to(torch.float32)
-        else:
+        elif name != _SCALE:
             out[name] = t
     return out
+
+
+def _split_scales(tensors: Mapping[str, Tensor]) -> Tensors:
+    """The scales of each int8 tensor, in the shape that goes with it."""
+    names = sorted(k for k, t in tensors.items() if t.dtype == torch.int8)
+    shapes = [_scales(tuple(tensors[k].shape)) for k in names]
+    counts = [math.prod(shape) for shape in shapes]
+    found = tensors.get(_SCALE, torch.empty(0, dtype=torch.bfloat16))
+    if found.dtype != torch.bfloat16 or found.shape != (sum(counts),):
+        raise ReplyError("int8 without its bfloat16 scales")
+    parts = found.split(counts) if counts else ()
+    return {k: p.reshape(shape) for k, p, shape in zip(names, parts, shapes, strict=True)}
 
 
 # --- updates: what a client sends back, given what it was sent ------------------------------
@@ -184,6 +194,7 @@ def update_layout(base: Mapping[str, Tensor], fmt: str) -> Layout:
         KeyError: the format is unknown.
     """
     out: Layout = {}
+    scales = 0
     for name, t in base.items():
         shape = tuple(t.shape)
         if fmt == "ternary":
@@ -193,9 +204,11 @@ def update_layout(base: Mapping[str, Tensor], fmt: str) -> Layout:
             out[name] = (t.dtype, shape)
         elif fmt == "int8":
             out[name] = (torch.int8, shape)
-            out[name + _SCALE] = (torch.float32, (_rows(shape),))
+            scales += math.prod(_scales(shape))
         else:
             out[name] = (_CASTS[fmt], shape)
+    if scales:
+        out[_SCALE] = (torch.bfloat16, (scales,))
     return out
 
 
@@ -232,6 +245,10 @@ def check_layout(tensors: Mapping[str, Tensor], layout: Layout) -> None:
                 f"tensor {name} is {str(t.dtype)[6:]}{list(t.shape)}, "
                 f"not {str(dtype)[6:]}{list(shape)}"
             )
+
+
+def _scales(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return rounding.scale_shape(shape, rounding.shorter_axis(shape))
 
 
 def _rows(shape: tuple[int, ...]) -> int:

@@ -33,7 +33,7 @@ from fedpft_core.wire.messages import (
 )
 from fedpft_core.wire.package import Patch
 
-PROTOCOL = 5
+PROTOCOL = 6
 
 _MAX_HEAD = 2**20  # characters; real heads have well under a thousand per patch
 
@@ -135,8 +135,8 @@ def open_envelope(envelope: Envelope) -> Message:
     else:
         _check_parts(parts, needed, optional=_OPTIONAL if cls is TrainReply else ())
     head |= {name: codec.unpack(parts[name]) for name in _TENSORS if name in parts}
-    for name in ("have", "alive", "answered", "dropped"):
-        if name in head:
+    for name in ("have", "lacks", "alive", "answered", "dropped"):
+        if head.get(name) is not None:
             head[name] = tuple(head[name])
     message: Message = cls(**head)
     return message
@@ -236,6 +236,7 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "version": ("a short text", _is_text),
     "digest": ("a sha256", is_digest),
     "have": ("a list of sha256", lambda v: _is_list(v, is_digest, 1000)),
+    "lacks": ("nothing or a list of sha256", lambda v: v is None or _is_list(v, is_digest, 10_000)),
     "reason": ("a text", lambda v: _is_text(v, 4000)),
     "round": ("a whole number", _is_int),
     "examples": ("a whole number", _is_int),

@@ -39,9 +39,23 @@ def combine_digest(meta: str, files: Mapping[str, bytes], tensors: Mapping[str, 
     Returns:
         64 hex digits; the order of files and tensors does not matter.
     """
+    return digest_of(meta, {k: hashlib.sha256(v).hexdigest() for k, v in files.items()}, tensors)
+
+
+def digest_of(meta: str, files: Mapping[str, str], tensors: Mapping[str, str]) -> str:
+    """As :func:`combine_digest`, of files whose content is known by its digest.
+
+    Args:
+        meta: the metadata's JSON text.
+        files: sha256 of the content by file name.
+        tensors: :func:`tensor_digest` of each weight, by name.
+
+    Returns:
+        64 hex digits.
+    """
     h = hashlib.sha256(meta.encode())
     for name in sorted(files):
-        h.update(f"\n{name} {hashlib.sha256(files[name]).hexdigest()}".encode())
+        h.update(f"\n{name} {files[name]}".encode())
     for name in sorted(tensors):
         h.update(f"\n{name} {tensors[name]}".encode())
     return h.hexdigest()

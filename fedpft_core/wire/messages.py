@@ -42,7 +42,10 @@ class HelloReply:
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """One round's work. `package` or `patches` bring the client to `digest` if it is not there."""
+    """One round's work. `package` or `patches` bring the client to `digest` if it is not there.
+
+    `package` is a `Parcel`: the sub-FM's manifest, and what the client is known to lack of it.
+    """
 
     round: int
     digest: str
@@ -202,11 +205,16 @@ class RevealReply:
 
 @dataclass(frozen=True)
 class NeedReply:
-    """The client lacks the sub-FM it should train on; `have` is what it could start from."""
+    """The client lacks the sub-FM it should train on; `have` is what it could start from.
+
+    `lacks` are the digests of the tensors and files of it that are not in its store; None where it
+    has not seen the sub-FM's manifest.
+    """
 
     name: str
     digest: str
     have: tuple[str, ...] = ()
+    lacks: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

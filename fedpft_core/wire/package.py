@@ -1,8 +1,8 @@
-"""Packages and patches as they travel and lie on disk."""
+"""Packages and patches: all that brings a client to a sub-FM, or from one version to the next."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from fedpft_core.errors import ReplyError
+from fedpft_core.model.ffn import FFN
 from fedpft_core.tensors import Tensors
-from fedpft_core.wire import codec
+from fedpft_core.wire import codec, rounding
+from fedpft_core.wire.coded import Coded
 from fedpft_core.wire.identity import combine_digest, tensor_digest
+from fedpft_core.wire.manifest import Manifest
 from fedpft_core.wire.meta import PackageMeta
-
-_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,119}(?<!\.)")
-_DEVICE = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$)", re.IGNORECASE)  # on Windows
+from fedpft_core.wire.parcel import SCALE, Parcel
 
 
 @dataclass(frozen=True)
@@ -40,42 +41,66 @@ class Package:
             self.meta.to_json(), self.files, {k: tensor_digest(t) for k, t in self.weights.items()}
         )
 
+    def manifest(self, digests: Mapping[str, str] | None = None) -> Manifest:
+        """What the package consists of.
+
+        Args:
+            digests: sha256 of each weight, by name; None to hash them here.
+
+        Returns:
+            The manifest, whose digest is the package's.
+        """
+        return Manifest.of(self.meta, self.files, self.weights, digests)
+
     def to_bytes(self) -> bytes:
-        """One safetensors blob: weights by name, metadata and files as uint8 tensors.
+        """The whole package as it travels to a client that has nothing of it.
 
         Returns:
             Bytes that `from_bytes` reads; equal packages give equal bytes.
         """
-        extra = {"//meta": self.meta.to_json().encode()}
-        extra |= {f"//file/{k}": v for k, v in self.files.items()}
-        blobs = {k: torch.frombuffer(bytearray(v), dtype=torch.uint8) for k, v in extra.items()}
-        return codec.pack(self.weights | blobs)
+        return Parcel.of(self.manifest(), self.files, self.weights).to_bytes()
 
     @staticmethod
     def from_bytes(data: bytes) -> Package:
         """The inverse of `to_bytes`.
 
         Args:
-            data: as they came; the digest is for the caller to check.
+            data: as they came.
 
         Returns:
-            The package, its file names none that lead out of a folder.
+            The package, each tensor and file of it the one that the manifest promises.
 
         Raises:
-            ReplyError: the bytes are no package.
+            ReplyError: the bytes are no package, or some of it is missing.
         """
-        tensors = codec.unpack(data)
-        blobs = {k: tensors.pop(k) for k in list(tensors) if k.startswith("//")}
-        if any(t.dtype != torch.uint8 for t in blobs.values()) or "//meta" not in blobs:
-            raise ReplyError("package without metadata, or with files that are not bytes")
-        meta = blobs.pop("//meta").numpy().tobytes()
-        files = {k.removeprefix("//file/"): t.numpy().tobytes() for k, t in blobs.items()}
-        if not all(_FILE.fullmatch(k) and not _DEVICE.match(k) for k in files):
-            raise ReplyError("package with a file name that is a path, or that some system refuses")
+        parcel = Parcel.from_bytes(data)
+        return Package.made(parcel.manifest, parcel.tensors(), parcel.files)
+
+    @staticmethod
+    def made(
+        manifest: Manifest, tensors: Mapping[str, Tensor], files: Mapping[str, bytes]
+    ) -> Package:
+        """A package put together from what its manifest names.
+
+        Args:
+            manifest: says what belongs to the package.
+            tensors: verified, by digest; may hold others besides.
+            files: verified contents by digest; may hold others besides.
+
+        Returns:
+            The package.
+
+        Raises:
+            ReplyError: a tensor or file is missing.
+        """
         try:
-            return Package(PackageMeta.from_json(meta.decode()), files, tensors)
-        except UnicodeDecodeError as error:
-            raise ReplyError("package with metadata that is not text") from error
+            return Package(
+                manifest.meta,
+                {name: files[digest] for name, digest in manifest.files.items()},
+                {name: tensors[entry.digest] for name, entry in manifest.weights.items()},
+            )
+        except KeyError as error:
+            raise ReplyError("the package received is not whole") from error
 
 
 @dataclass(frozen=True)
@@ -83,7 +108,8 @@ class Patch:
     """The weights one alignment changed: from one digest to the next.
 
     `tensors` in wire format: `{block}/index` int64 [m] positions among the kept neurons and
-    `{block}/{part}` for every part of that FFN (see `FFN.read`).
+    `{block}/{part}` for every part of that FFN (see `FFN.read`). In int8 matrices have a scale for
+    each neuron, `{block}/{part}//scale`, and vectors are float32.
     """
 
     source: str
@@ -102,7 +128,7 @@ class Patch:
         """
         index: Tensors = {}
         parts: dict[str, Tensors] = {}
-        for name, t in codec.decode(self.tensors, self.fmt).items():
+        for name, t in self._values().items():
             block, _, part = name.partition("/")
             if part == "index":
                 index[block] = t
@@ -111,6 +137,38 @@ class Patch:
         if index.keys() != parts.keys() or not all(b.isdecimal() for b in index):
             raise ReplyError("a patch must have an index and parts for each of its blocks")
         return {int(b): (index[b], parts[b]) for b in index}
+
+    def _values(self) -> Tensors:
+        if self.fmt != "int8":
+            return codec.decode(self.tensors, self.fmt)
+        out: Tensors = {}
+        for name, t in self.tensors.items():
+            scale = self.tensors.get(name + SCALE)
+            if not name.endswith(SCALE):
+                whole = t.dtype if scale is None else torch.float32
+                out[name] = Coded(t, scale).decoded(whole, tuple(t.shape))
+        return out
+
+    @staticmethod
+    def encoded(parts: Mapping[str, Tensor], fmt: str) -> Tensors:
+        """Tensors of a patch in their wire format.
+
+        Args:
+            parts: by `{block}/index` and `{block}/{part}`, float32 but for the positions.
+            fmt: one of `codec.FORMATS`.
+
+        Returns:
+            What `tensors` of a patch in that format are.
+        """
+        if fmt != "int8":
+            return codec.encode(parts, fmt)
+        out: Tensors = {}
+        for name, t in parts.items():
+            out[name] = t = t.detach().cpu().contiguous()
+            if t.dim() > 1:
+                axis = FFN.neuron_axis(name.partition("/")[2]) or 0
+                out[name], out[name + SCALE] = rounding.to_int8(t, axis)
+        return out
 
     def to_bytes(self) -> bytes:
         """The patch's tensors as one safetensors blob, packed once.

@@ -145,8 +145,9 @@ def align(
         after = output_error(models.fm, models.proxy, models.plan, probe)
         check_finite(after, "align.lr")
         patch, package = make_patch(
-            models.proxy, models.plan, chosen, state.package, state.digests, config.wire.patch
-        )
+            models.proxy, models.plan, chosen, state.package, state.digests,
+            config.wire.patch_format,
+        )  # fmt: skip
         state.package, state.digest = package, patch.target
         state.patches.append(patch)
         if widths.shared(bench):

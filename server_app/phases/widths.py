@@ -108,7 +108,12 @@ def realign(
             )  # fmt: skip
             alignment.run(config.align.method, own, "align.method")
         patch, version.package = make_patch(
-            w.proxy, w.plan, moved, version.package, version.digests, config.wire.patch
+            w.proxy,
+            w.plan,
+            moved,
+            version.package,
+            version.digests,
+            config.wire.patch_format,
         )
         version.digest = patch.target
         version.patches.append(patch)

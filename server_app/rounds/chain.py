@@ -25,6 +25,8 @@ from server_app.rounds.nodes import Node
 
 Reply = TypeVar("Reply", bound=Message)
 
+_NEED_BYTES = 2**20  # of a list of all that belongs to a large model
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -69,11 +71,11 @@ class InHand:
 
 
 class Lacking(ReplyError):
-    """The client lacks the sub-FM it was asked to train on; `have` is what it could start from."""
+    """The client lacks the sub-FM it was asked to train on; `need` is what it says of its store."""
 
-    def __init__(self, have: tuple[str, ...]) -> None:
+    def __init__(self, need: NeedReply) -> None:
         super().__init__("unexpected NeedReply")
-        self.have = have
+        self.need = need
 
 
 def opened(envelope: Envelope, most: int, kind: type[Reply]) -> Reply:
@@ -91,10 +93,10 @@ def opened(envelope: Envelope, most: int, kind: type[Reply]) -> Reply:
         Lacking: when the client has to be served again.
         ReplyError: when it refuses, or the reply is too large, damaged or of another kind.
     """
-    check_size(envelope, most)
+    check_size(envelope, max(most, _NEED_BYTES) if envelope.kind == "need" else most)
     message = open_envelope(envelope)
     if isinstance(message, NeedReply):
-        raise Lacking(message.have)
+        raise Lacking(message)
     if isinstance(message, RefusalReply):
         raise ReplyError(message.reason)
     if not isinstance(message, kind):

@@ -9,7 +9,8 @@ from typing import Any
 
 from fedpft_core.errors import ReplyError
 from fedpft_core.wire.envelope import Envelope
-from fedpft_core.wire.messages import OUT_OF_MEMORY, Failure
+from fedpft_core.wire.messages import OUT_OF_MEMORY, Failure, NeedReply
+from server_app.delivery import NOTHING, SERVINGS, Holds
 from server_app.rounds import caution, ledger
 from server_app.rounds.chain import Asked, Lacking, receive
 from server_app.rounds.ledger import printable
@@ -36,8 +37,10 @@ class Awaited:
         self.events = events
         self.bad: dict[str, str] = {}  # reasons, by client name
         self.matching: Matching | None = None  # gives clients that fail another width
-        self.again: dict[int, tuple[str, ...]] = {}  # who has to be served again, and has what
-        self.served: set[int] = set()  # who has been served again
+        self.again: dict[int, Holds] = {}  # who has to be served again, and has what
+        self.served: dict[int, list[Holds]] = {}  # who has been served again, having had what
+        self.servings = SERVINGS  # how often one client is served again at most
+        self.moved: set[int] = set()  # who has been given another width in this round
 
     def judge(self, node: Node, reply: Envelope | Failure) -> None:
         """Take a reply of a node that is not settled.
@@ -79,7 +82,7 @@ class Awaited:
         if isinstance(reply, Envelope):
             ledger.count_bytes(self.events, self.round, node.name, "up", reply)
         settled = node.name in self.good or node.name in self.bad
-        if settled or (node_id in self.again and node_id not in self.served):
+        if settled or node_id in self.again:
             return
         self.judge(node, reply)
 
@@ -93,12 +96,44 @@ class Awaited:
         Returns:
             Whether the node only lacks the sub-FM and will be served again.
         """
-        if isinstance(error, Lacking) and node.id not in self.served:
-            self.again[node.id] = error.have
-            self.state.have.pop(node.name, None)
-            return True
+        if isinstance(error, Lacking):
+            try:
+                self.again[node.id] = self._holds(node, error.need)
+                self.state.have.pop(node.name, None)
+                return True
+            except ReplyError as wrong:
+                error = wrong
         self.bad[node.name] = printable(error)
         return False
+
+    def _holds(self, node: Node, need: NeedReply) -> Holds:
+        """What a client has that is served again; all is sent once, if it does not lack less."""
+        view = self.state.of(node.name)
+        if need.digest != view.digest:
+            raise ReplyError("it says what it lacks of another sub-FM than the one asked for")
+        holds = Holds(need.have, need.lacks)
+        if need.lacks is not None:
+            manifest = view.package.manifest(view.digests)
+            if not need.lacks or not manifest.contents.issuperset(need.lacks):
+                raise ReplyError("it lacks nothing, or what is none of the sub-FM's")
+        before = self.served.get(node.id, [])
+        if len(before) < self.servings:
+            if not before or holds.open < before[-1].open:
+                return holds
+            if NOTHING not in before:
+                return NOTHING
+        raise ReplyError("it has been served again, and lacks the sub-FM as before")
+
+    def serve(self) -> dict[int, Holds]:
+        """Who has to be served again; from here on these count as served.
+
+        Returns:
+            What each of them has, by node id.
+        """
+        now, self.again = self.again, {}
+        for node_id, holds in now.items():
+            self.served.setdefault(node_id, []).append(holds)
+        return now
 
     def narrower(self, node: Node, reply: Envelope | Failure | ReplyError) -> bool:
         """Give a client that has failed at its width a narrower one, where that is why.
@@ -120,9 +155,11 @@ class Awaited:
             return False
         why = "its process died" if died else "it ran out of memory"
         moved = self.matching.down(node.name, why, self.state, self.round)
-        if not moved or node.id in self.served:
+        if not moved or node.id in self.moved:
             return False
-        self.again[node.id] = self.state.have.get(node.name, ())
+        self.moved.add(node.id)
+        self.served.pop(node.id, None)  # of another sub-FM
+        self.again[node.id] = Holds(self.state.have.get(node.name))
         return True
 
 

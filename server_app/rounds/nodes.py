@@ -203,6 +203,8 @@ class Nodes:
         ranks = [r for r in (message.rank, self.ranks.get(name, 0)) if r]
         rank = min(ranks, default=0)
         self.known[node_id] = Node(node_id, name, message.examples, message.validation, rank)
-        if message.have:
+        # That it has nothing at all is worth knowing, but for a client of which a checkpoint tells
+        # more: in a simulation nobody says what lies on the shared disk.
+        if message.have or name not in state.have:
             state.have[name] = message.have
         return name

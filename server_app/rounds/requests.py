@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,21 +10,26 @@ from fedpft_core.adapter.layers import in_blocks
 from fedpft_core.adapter.lora import rank_of
 from fedpft_core.aggregation import factors, merging
 from fedpft_core.config import Config
+from fedpft_core.disk import evict
 from fedpft_core.tensors import Tensors
 from fedpft_core.train.tune import LocalSettings
 from fedpft_core.wire.envelope import Envelope, seal
 from fedpft_core.wire.messages import Message, SecureTrainRequest, TrainRequest
 from fedpft_core.wire.package import Patch
+from fedpft_core.wire.parcel import Parcel
 from fedpft_core.wire.validate import Expected
-from server_app.delivery import delivery, useful
+from server_app.delivery import Holds, delivery, share, useful
 from server_app.rounds.crossing import Crossing
 from server_app.rounds.nodes import Node
 from server_app.state import Given, State
 
 _MOST_PATCHES = 2**16  # tokens an image can become
 
-Request = Callable[[Iterable[str]], Envelope]
-ByNode = Callable[[Node, Iterable[str]], Envelope]
+_MEGABYTE = 10**6
+_KEPT_MESSAGES = 4  # made for what different clients lack
+
+Request = Callable[[Holds], Envelope]
+ByNode = Callable[[Node, Holds], Envelope]
 
 
 def learning_rate(lr0: float, round: int, rounds: int) -> float:
@@ -77,7 +82,7 @@ def local_settings(config: Config, round: int, blocks: str = "") -> LocalSetting
 
 
 def requests(
-    config: Config, state: State, package: bytes, round: int, adapter: Tensors, count_rule: str,
+    config: Config, state: State, parcel: Parcel, round: int, adapter: Tensors, count_rule: str,
     blocks: str = "", answer: int = 0,
 ) -> Request:  # fmt: skip
     """A function from what a client has to the message it gets.
@@ -87,7 +92,7 @@ def requests(
     Args:
         config: the run's configuration.
         state: where the run stands; patches too old to be of use are dropped from it.
-        package: the state's package as bytes.
+        parcel: the state's package as it travels.
         round: the round the messages begin.
         adapter: the adapter to start from, in the wire's format.
         count_rule: how clients are to count inactive neurons; empty = not at all.
@@ -102,11 +107,11 @@ def requests(
     def make(package: bytes, patches: tuple[Patch, ...]) -> TrainRequest:
         return TrainRequest(**fields, count_rule=count_rule, package=package, patches=patches)
 
-    return by_need(state, package, make, answer)
+    return by_need(config, state, parcel, make, answer)
 
 
 def secure_request(
-    config: Config, state: State, package: bytes, round: int, adapter: Tensors,
+    config: Config, state: State, parcel: Parcel, round: int, adapter: Tensors,
     **secure: Any,
 ) -> Request:  # fmt: skip
     """The same for one client of secure aggregation.
@@ -114,7 +119,7 @@ def secure_request(
     Args:
         config: the run's configuration.
         state: where the run stands; patches too old to be of use are dropped from it.
-        package: the state's package as bytes.
+        parcel: the state's package as it travels.
         round: the round that the message belongs to.
         adapter: the adapter to start from, in the wire's format.
         **secure: what `SecureTrainRequest` has besides.
@@ -127,7 +132,7 @@ def secure_request(
     def make(package: bytes, patches: tuple[Patch, ...]) -> SecureTrainRequest:
         return SecureTrainRequest(**fields, package=package, patches=patches, **secure)
 
-    return by_need(state, package, make)
+    return by_need(config, state, parcel, make)
 
 
 def _fields(
@@ -146,48 +151,70 @@ def _fields(
     }
 
 
+def most_bytes(config: Config) -> int:
+    """Bytes of a sub-FM in one message.
+
+    Args:
+        config: the run's configuration.
+
+    Returns:
+        wire.message-mb in bytes; 0 = no limit.
+    """
+    return config.wire.message_mb * _MEGABYTE
+
+
 def by_need(
-    state: State, package: bytes, make: Callable[[bytes, tuple[Patch, ...]], Message],
+    config: Config,
+    state: State,
+    parcel: Parcel,
+    make: Callable[[bytes, tuple[Patch, ...]], Message],
     answer: int = 0,
-) -> Request:  # fmt: skip
+) -> Request:
     """A function from what a client has to the message that also brings what it lacks.
 
     Clients that need the same things get the same message: one copy in memory serves all.
 
     Args:
+        config: says how much of a package one message may bring.
         state: where the run stands; patches too old to be of use are dropped from it.
-        package: the state's package as bytes.
-        make: the message, from the package (or nothing) and the patches that it carries.
+        parcel: the state's package as it travels.
+        make: the message, from what of the package (or nothing) and the patches it carries.
         answer: bytes that a good reply can have; 0 for no limit.
 
     Returns:
-        A function from the digests of the sub-FMs that a client has to its sealed message.
+        A function from what is known of a client's store to its sealed message.
     """
-    state.patches = useful(state.patches, len(package))
-    made: dict[tuple[bool, tuple[str, ...]], Envelope] = {}
+    state.patches = useful(state.patches, parcel.size)
+    made: dict[tuple[frozenset[str] | None, tuple[str, ...]], Envelope] = {}
+    most = most_bytes(config)
     crossing = Crossing(state)
 
-    def request(have: Iterable[str]) -> Envelope:
-        whole, chain = delivery(tuple(have), state.digest, len(package), state.patches)
+    def request(holds: Holds) -> Envelope:
+        have, some = holds.have or (), share(parcel, holds, most)
+        size = some.size or parcel.size
+        whole, chain = delivery(have, state.digest, size, state.patches)
         if whole and state.beside:
-            whole, chain = crossing(tuple(have), len(package))
-        key = (whole, tuple(p.source for p in chain))
+            whole, chain = crossing(have, size)
+        if holds.lacks is not None and state.digest in have:
+            whole = True  # it says so itself
+        key = (frozenset(some.sizes) if whole else None, tuple(p.source for p in chain))
         if key not in made:
-            made[key] = replace(seal(make(package if whole else b"", chain)), answer=answer)
+            message = seal(make(some.to_bytes() if whole else b"", chain))
+            evict.put(made, key, replace(message, answer=answer), _KEPT_MESSAGES)
         return made[key]
 
     return request
 
 
 def by_node(
-    state: State, package: Callable[[State], bytes],
-    make: Callable[[State, bytes, str, int], Request],
+    state: State, parcel: Callable[[State], Parcel],
+    make: Callable[[State, Parcel, str, int], Request],
 ) -> ByNode:  # fmt: skip
     """A function from a client and what it has to the message that it gets.
 
     Args:
         state: where the run stands; it has what each client has been given.
-        package: gives the package of a view of the state as bytes.
+        parcel: gives the package of a view of the state as it travels.
         make: the messages to clients of one width, from the view of it, its package, the blocks
             whose LoRA they train, and its rank, 0 for the run's.
 
@@ -196,15 +223,15 @@ def by_node(
     """
     made: dict[tuple[Given, int], Request] = {}
     if not state.others:
-        made[Given(), 0] = make(state, package(state), "", 0)
+        made[Given(), 0] = make(state, parcel(state), "", 0)
 
-    def request(node: Node, have: Iterable[str]) -> Envelope:
+    def request(node: Node, holds: Holds) -> Envelope:
         given = state.given.get(node.name, Given())
         key = Given(given.width, given.blocks), own_rank(state, node)
         if key not in made:
             view = state.of(node.name)
-            made[key] = make(view, package(view), given.blocks, key[1])
-        return made[key](have)
+            made[key] = make(view, parcel(view), given.blocks, key[1])
+        return made[key](holds)
 
     return request
 

@@ -33,6 +33,8 @@ from fedpft_core.wire.messages import (
     SharesReply,
     SharesRequest,
 )
+from fedpft_core.wire.parcel import Parcel
+from server_app.delivery import Holds
 from server_app.rounds.chain import opened
 from server_app.rounds.collect import Awaited
 from server_app.rounds.ledger import printable
@@ -47,7 +49,7 @@ _PER_PEER = 200  # bytes of a reply for each neighbour
 _SLACK = 2**16
 
 # Sends each node of a phase its message, made of its id and what sub-FMs it has.
-Exchange = Callable[["Phase", Callable[[int, Iterable[str]], Envelope]], None]
+Exchange = Callable[["Phase", Callable[[int, Holds], Envelope]], None]
 
 
 class Phase(Awaited):
@@ -141,11 +143,11 @@ class SecureRound:
         self.sealed: dict[int, dict[int, str]] = {}  # by receiver, by sender
         self.shared: set[int] = set()
 
-    def run(self, package: Callable[[State], bytes], sent: Tensors, base: Tensors) -> Sum:
+    def run(self, parcel: Callable[[State], Parcel], sent: Tensors, base: Tensors) -> Sum:
         """Take the clients through the four exchanges.
 
         Args:
-            package: gives a state's package as bytes.
+            parcel: gives a state's package as it travels.
             sent: the adapter to start from, in the wire's format.
             base: the same as clients decode it, float32.
 
@@ -173,7 +175,7 @@ class SecureRound:
                 "privacy.client-noise, or raise privacy.secure-range"
             )
         total = np.zeros(count, np.uint32)
-        good = self._ask_changes(package, sent, total, k)
+        good = self._ask_changes(parcel, sent, total, k)
         if len(good) < least:
             return Sum(self.bad, good)
         try:
@@ -245,7 +247,7 @@ class SecureRound:
         self._ask(self.graph, SharesReply, most, take, make)
 
     def _ask_changes(
-        self, package: Callable[[State], bytes], sent: Tensors, total: np.ndarray, k: int
+        self, parcel: Callable[[State], Parcel], sent: Tensors, total: np.ndarray, k: int
     ) -> dict[str, Good]:
         """Add up the masked changes, into `total`."""
         p, config, state = self.config.privacy, self.config, self.state
@@ -275,15 +277,15 @@ class SecureRound:
             ))  # fmt: skip
             return Good(node.examples, 0.0, reply.seconds, arrived)
 
-        def make(node_id: int, have: Iterable[str]) -> Envelope:
+        def make(node_id: int, holds: Holds) -> Envelope:
             i = self.number[phase.nodes[node_id].name]
             view = state.of(phase.nodes[node_id].name)
             return secure_request(
-                config, view, package(view), self.round, sent, session=self.session, alive=alive[i],
+                config, view, parcel(view), self.round, sent, session=self.session, alive=alive[i],
                 bits=p.secure_bits, reach=p.secure_range, modulus_bits=k,
                 variance=self._variance(len(total)),
                 longest=p.client_clip if p.client_noise else 0.0,
-            )(have)  # fmt: skip
+            )(holds)  # fmt: skip
 
         most = ring.packed_bytes(len(total), k) + _SLACK
         phase = Phase(

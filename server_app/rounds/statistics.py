@@ -13,6 +13,7 @@ from fedpft_core.tensors import Tensors
 from fedpft_core.wire.envelope import Envelope
 from fedpft_core.wire.messages import Failure, StatisticsReply, StatisticsRequest
 from fedpft_core.wire.package import Patch
+from fedpft_core.wire.parcel import Parcel
 from fedpft_core.wire.validate import ExpectedStatistics, validate_statistics
 from server_app.rounds import caution
 from server_app.rounds.chain import opened
@@ -89,14 +90,14 @@ class Gathered(Awaited):
 
 
 def statistics_requests(
-    config: Config, state: State, package: bytes, adapter: Tensors, answer: int = 0
+    config: Config, state: State, parcel: Parcel, adapter: Tensors, answer: int = 0
 ) -> Request:
     """A function from what a client has to the message it gets.
 
     Args:
         config: the run's configuration.
         state: where the run stands.
-        package: the state's package as bytes.
+        parcel: the state's package as it travels.
         adapter: the adapter whose features are wanted, in the wire's format.
         answer: bytes that a good reply can have; 0 for no limit.
 
@@ -118,7 +119,7 @@ def statistics_requests(
             patches=patches,
         )
 
-    return by_need(state, package, make, answer)
+    return by_need(config, state, parcel, make, answer)
 
 
 __all__ = ["Gathered", "statistics_requests"]

@@ -13,6 +13,7 @@ from fedpft_core.aggregation import Replies
 from fedpft_core.errors import RunError
 from fedpft_core.seeds import numpy_stream
 from fedpft_core.wire.messages import Failure
+from server_app.delivery import Holds
 from server_app.phases import align
 from server_app.phases.reporting import phase
 from server_app.rounds.chain import Asked
@@ -114,8 +115,8 @@ class Continuous:
         post, work = self.post, self.work(version)
         post.deadline = post.box.now() + self.settings.round_timeout
         self.aloft[node.id] = Aloft(node, work, version, due, post.box.now())
-        have = self.session.state.have.get(node.name, ())
-        post.send(node, work.request(node, have), round)
+        holds = Holds(self.session.state.have.get(node.name))
+        post.send(node, work.request(node, holds), round)
 
     def ask(self, got: Buffer) -> None:
         """Keep as many clients at work as federation.clients-per-round says.
@@ -151,6 +152,7 @@ class Continuous:
         with Replies(work.want.adapter, folder, work.rule, work.want.beside) as replies:
             asked = Asked(work.want, f.clip_update_norm, replies, work.rule.scaling, own=work.own)
             got = Buffer(asked, f.staleness_exponent, state, version, session.events)
+            got.servings = session.strategy.servings(state)
             got.matching = session.strategy.matching
             self.ask(got)
             session.events.emit(ev.RoundStarted(
@@ -204,10 +206,9 @@ class Continuous:
             state.clock = max(state.clock, flight.due) if self.simulated else 0.0
             got.take(flight)
             node = flight.node
-            if node.id in got.again and node.id not in got.served:
-                got.served.add(node.id)
+            if node.id in got.again:
                 flight.reply, flight.sent = None, self.post.box.now()
-                self.post.send(node, flight.work.request(node, got.again[node.id]), got.round)
+                self.post.send(node, flight.work.request(node, got.serve()[node.id]), got.round)
                 continue
             del self.aloft[node.id]
             if len(got.good) < self.size:

@@ -9,6 +9,7 @@ from pathlib import Path
 from fedpft_core.errors import RunError
 from fedpft_core.wire.envelope import Envelope
 from fedpft_core.wire.messages import Failure
+from server_app.delivery import Holds
 from server_app.phases.reporting import phase
 from server_app.rounds import ledger
 from server_app.rounds.chain import Asked
@@ -80,6 +81,7 @@ class OneShot:
             own=self.work.own,
         )  # fmt: skip
         self.got = Collection(asked, [], state, _ROUND, session.events)
+        self.got.servings = session.strategy.servings(state)
         self.got.good = dict(self.kept.good)
         self.got.matching = session.strategy.matching
         self.merging = Merging(session, self.kept, _ROUND)
@@ -127,17 +129,17 @@ class OneShot:
                 self.session.events.emit(ev.Joined(round=_ROUND, client=node.name))
             self.got.bad.pop(node.name, None)
             self.got.nodes[node.id] = node
-            self.send(node, self.session.state.have.get(node.name, ()))
+            self.send(node, Holds(self.session.state.have.get(node.name)))
 
-    def send(self, node: Node, have: tuple[str, ...]) -> None:
+    def send(self, node: Node, holds: Holds) -> None:
         """Send a client its message, with what it lacks.
 
         Args:
             node: the client.
-            have: digests of the sub-FMs it has.
+            holds: what is known of its store.
         """
         self.waiting.add(node.id)
-        self.post.send(node, self.work.request(node, have), _ROUND)
+        self.post.send(node, self.work.request(node, holds), _ROUND)
 
     def take(self, node_id: int, reply: Envelope | Failure) -> None:
         """Take a reply through the chain, keep it, and merge it.
@@ -155,9 +157,8 @@ class OneShot:
             self.book(node, reply, "again", "a reply of this client is merged already")
             return
         got.on_reply(node_id, reply)
-        if node_id in got.again and node_id not in got.served:
-            got.served.add(node_id)
-            self.send(node, got.again[node_id])
+        if node_id in got.again:
+            self.send(node, got.serve()[node_id])
         elif node.name in got.good:
             log = self.session.events
             self.kept.commit(node.name, got.good[node.name], log.offset())

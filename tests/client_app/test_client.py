@@ -9,6 +9,7 @@ import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from fedpft_core import config
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.errors import UserError
 from fedpft_core.model.families import family_of
+from fedpft_core.model.names import PatchedWeights
 from fedpft_core.model.plan import pruned_ffns
 from fedpft_core.proxy.build import build
 from fedpft_core.proxy.package import make_package
@@ -39,6 +41,7 @@ from fedpft_core.train.tune import LocalSettings
 from fedpft_core.wire import codec
 from fedpft_core.wire.envelope import Envelope, open_envelope, seal
 from fedpft_core.wire.identity import tensor_digest
+from fedpft_core.wire.manifest import Manifest
 from fedpft_core.wire.messages import (
     Hello,
     HelloReply,
@@ -49,6 +52,7 @@ from fedpft_core.wire.messages import (
     TrainRequest,
 )
 from fedpft_core.wire.package import Package, Patch
+from fedpft_core.wire.parcel import Parcel
 
 RUN = "0123456789abcdef"
 SETTINGS = LocalSettings(1e-2, 4, 1, 3, 0.0, 1.0, 1)
@@ -239,24 +243,132 @@ def test_a_disk_wiped_between_rounds(
     assert node.store.digests() == (server.digests[0],)
 
 
-def test_a_byte_flipped_on_disk_is_mended(server: Server, make: Make) -> None:
+def flipped(node: Client, digest: str, name: str) -> str:
+    """Damage one tensor of a sub-FM on the disk; its digest."""
+    manifest = Manifest.from_bytes(node.store.path(digest).read_bytes())
+    found = manifest.weights[name].digest
+    path = node.store.tensor(found)
+    path.write_bytes(corrupt.flip(path.read_bytes(), path.stat().st_size - 1, 3))
+    return found
+
+
+def parcel(server: Server, version: int) -> Parcel:
+    package = server.packages[version]
+    return Parcel.of(package.manifest(), package.files, package.weights)
+
+
+def test_a_byte_flipped_on_disk_costs_one_tensor(server: Server, make: Make) -> None:
     first = trained(make(), server.whole(0))
     node = make()
-    path = node.store.folder(server.digests[0]) / "weights.safetensors"
-    path.write_bytes(corrupt.flip(path.read_bytes(), path.stat().st_size - 100, 3))
-    assert isinstance(ask(node, server.request(0)), NeedReply)
+    name = next(k for k in server.packages[0].weights if k.endswith("word_embeddings.weight"))
+    lost = flipped(node, server.digests[0], name)
+    reply = ask(node, server.request(0))
+    assert isinstance(reply, NeedReply) and reply.lacks == (lost,)
     assert node.store.digests() == ()
-    assert same(trained(node, server.whole(0)), first)
+    part = parcel(server, 0).only([lost])
+    assert part.size < parcel(server, 0).size / 2
+    mended = trained(node, server.request(0, package=part.to_bytes()))
+    assert same(mended, first)
     assert same(trained(make(), server.request(0)), first)
+
+
+def test_a_manifest_alone_makes_it_say_what_it_lacks(server: Server, make: Make) -> None:
+    """With nothing on the disk all of it; with another version what that one does not have."""
+    every = parcel(server, 1)
+    asked = server.request(1, package=every.only(()).to_bytes())
+    reply = ask(make(), asked)
+    assert isinstance(reply, NeedReply) and set(reply.lacks) == every.manifest.contents
+    trained(make(), server.whole(0))
+    reply = ask(make(), asked)
+    other = parcel(server, 0).manifest.contents
+    assert set(reply.lacks) == every.manifest.contents - other and reply.have == (
+        server.digests[0],
+    )
+    part = every.only(reply.lacks)
+    assert part.size < every.size / 2, "embeddings are on the disk"
+    got = trained(make(), server.request(1, package=part.to_bytes()))
+    assert got.digest == server.digests[1]
+
+
+def test_a_package_in_parts_goes_on_where_it_stopped(server: Server, make: Make) -> None:
+    want = trained(make(), server.whole(0))
+    shutil.rmtree(make().store.root)
+    whole, lacks, sent = parcel(server, 0), None, 0
+    for _ in range(100):
+        part = whole.only(whole.manifest.contents if lacks is None else lacks, whole.size // 5)
+        sent += part.size
+        reply = ask(make(), server.request(0, package=part.to_bytes()))
+        if isinstance(reply, TrainReply):
+            break
+        assert isinstance(reply, NeedReply)
+        assert lacks is None or set(reply.lacks) < set(lacks)
+        lacks = reply.lacks
+    assert same(reply, want) and sent == whole.size
+
+
+def test_parts_that_the_disk_cannot_take_are_refused_in_a_sentence(
+    server: Server, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("fedpft_core.disk.whole.write", full)
+    whole = parcel(server, 0)
+    part = whole.only(whole.manifest.contents, whole.size // 3)
+    reply = ask(make(), server.request(0, package=part.to_bytes()))
+    assert isinstance(reply, RefusalReply) and "store is full" in reply.reason
+    assert trained(make(), server.whole(0)).digest == server.digests[0]  # from memory
+
+
+@pytest.mark.parametrize("fmt", ["bf16", "fp16", "int8"])
+def test_a_patch_in_any_format_leads_to_the_same_bits(server: Server, make: Make, fmt: str) -> None:
+    """What the server holds after rounding is what a client comes to, by patch and whole."""
+    fm = tiny.model("bert")
+    plan = tiny.plan_for(fm, keep_share=0.5)
+    proxy = build(fm, plan)
+    spec = server.packages[0].meta.adapter
+    pack = partial(
+        make_package, proxy, plan, spec, tiny.tokenizer("bert"), "text", tiny.LABELS, 16, fmt
+    )
+    before = pack()
+    assert pack().digest() == before.digest(), "rounding once more changes something"
+    assert before.digest() != server.digests[0]
+    assert tiny.same_bits({k: proxy.state_dict()[k] for k in before.weights}, before.weights)
+    digests = {k: tensor_digest(t) for k, t in before.weights.items()}
+    for ffn in pruned_ffns(proxy, plan).values():
+        for p in ffn.parts().values():
+            p.data.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    chosen = {b: torch.arange(0, len(plan.blocks[b].kept), 2) for b in plan.pruned}
+    moved = {b: i for b, i in chosen.items()}
+    for block, ffn in pruned_ffns(proxy, plan).items():  # only these have moved
+        rest = torch.tensor([i for i in range(ffn.neurons) if i not in moved[block].tolist()])
+        names = PatchedWeights(plan)
+        for part, p in ffn.parts().items():
+            axis = ffn.neuron_axis(part)
+            if axis is not None:
+                old = before.weights[names.name(block, part)].index_select(axis, rest)
+                p.data.index_copy_(axis, rest, old)
+    patch, after = make_patch(proxy, plan, chosen, before, digests, fmt)
+    assert tiny.same_bits({k: proxy.state_dict()[k] for k in after.weights}, after.weights)
+    assert pack().digest() == after.digest(), "a patch and a package round differently"
+    sizes = {p: Parcel.of(x.manifest(), x.files, x.weights).size
+             for p, x in (("before", before), ("after", after))}  # fmt: skip
+    assert sizes["after"] == sizes["before"], "after a patch tensors fit into no small form"
+    other = replace(server, packages=[before, after], patches=[patch])
+    trained(make(), other.whole(0))
+    one = trained(make(), other.request(1, patches=(Patch(
+        patch.source, patch.target, patch.fmt, codec.unpack(patch.to_bytes())
+    ),)))  # fmt: skip
+    shutil.rmtree(make().store.root)
+    assert same(trained(make(), other.whole(1)), one)
 
 
 def test_the_source_of_a_patch_flipped_on_disk(server: Server, make: Make) -> None:
     trained(make(), server.whole(0))
     node = make()
-    path = node.store.folder(server.digests[0]) / "weights.safetensors"
-    path.write_bytes(corrupt.flip(path.read_bytes(), path.stat().st_size - 100, 3))
+    flipped(node, server.digests[0], sorted(server.packages[0].weights)[0])
     reply = ask(node, server.request(1, patches=(server.patches[0],)))
-    assert isinstance(reply, NeedReply) and reply.have == ()
+    assert isinstance(reply, NeedReply) and reply.have == () and reply.lacks is None
 
 
 @pytest.mark.usefixtures("never_trains")

@@ -17,8 +17,11 @@ import torch
 from safetensors import SafetensorError
 
 from client_app import store as store_module
-from client_app.store import Residuals, Store
+from client_app.residuals import Residuals
+from client_app.store import Store
+from fedpft_core.wire.manifest import Manifest
 from fedpft_core.wire.package import Package
+from fedpft_core.wire.parcel import Parcel
 
 RUN = "0123456789abcdef"
 
@@ -60,7 +63,7 @@ def test_only_digests_are_looked_up(tmp_path: Path) -> None:
 def test_least_recently_used_goes_first(tmp_path: Path) -> None:
     store, digests = filled(tmp_path, 0, 1, keep=2)
     for age, digest in ((200, digests[0]), (100, digests[1])):
-        os.utime(store.folder(digest), (time.time() - age,) * 2)
+        os.utime(store.path(digest), (time.time() - age,) * 2)
     assert store.get(digests[0]) is not None  # now the newer one
     package = fabricate.package(2)
     store.put(package.digest(), package)
@@ -75,26 +78,38 @@ def test_one_too_many_never_evicts_what_was_just_put(tmp_path: Path) -> None:
         assert store.digests() == (package.digest(),)
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "meta.json", "files/vocab.txt"])
+def paths_of(store: Store, digest: str) -> dict[str, Path]:
+    """A sub-FM's manifest, one of its tensors and one of its files."""
+    manifest = Manifest.from_bytes(store.path(digest).read_bytes())
+    return {
+        "manifest": store.path(digest),
+        "tensor": store.tensor(manifest.weights["ballast"].digest),
+        "file": store.file(manifest.files["vocab.txt"]),
+    }
+
+
+@pytest.mark.parametrize("name", ["manifest", "tensor", "file"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone"])
 def test_a_corrupt_file_is_found_and_can_be_mended(tmp_path: Path, name: str, damage: str) -> None:
     store, (digest,) = filled(tmp_path, 0)
-    path = store.folder(digest) / name
+    path = paths_of(store, digest)[name]
     data = bytearray(path.read_bytes())
     if damage == "flip":
         data[-1] ^= 1
     path.write_bytes({"cut": data[: len(data) // 2], "empty": b""}.get(damage, data))
     if damage == "gone":
         path.unlink()
+    found = store.read(digest)
+    assert found is None if name == "manifest" else found is not None and len(found.lacking) == 1
     assert store.get(digest) is None
     assert store.digests() == ()
     store.put(digest, fabricate.package(0))
     assert store.get(digest) is not None
 
 
-def test_every_flipped_byte_of_the_weights_is_found(tmp_path: Path) -> None:
+def test_every_flipped_byte_of_a_tensor_is_found(tmp_path: Path) -> None:
     store, (digest,) = filled(tmp_path, 0)
-    path = store.folder(digest) / "weights.safetensors"
+    path = paths_of(store, digest)["tensor"]
     good = path.read_bytes()
     rng = random.Random(0)
     for at in [*range(0, 60), *(rng.randrange(len(good)) for _ in range(150))]:
@@ -107,10 +122,63 @@ def test_every_flipped_byte_of_the_weights_is_found(tmp_path: Path) -> None:
         store.put(digest, fabricate.package(0))
 
 
-def test_an_extra_file_is_noticed(tmp_path: Path) -> None:
+def test_what_two_sub_fms_share_lies_there_once(tmp_path: Path) -> None:
+    first = fabricate.package(0)
+    _, second = fabricate.aligned(first, 1)
+    store = Store(tmp_path, keep=2)
+    for package in (first, second):
+        store.put(package.digest(), package)
+    shared = first.manifest().contents & second.manifest().contents
+    every = first.manifest().contents | second.manifest().contents
+    assert shared and {d for d, _ in store._paths()} == every
+    for one, other in ((first, second), (second, first)):
+        store.remove(one.digest())
+        assert {d for d, _ in store._paths()} == other.manifest().contents
+        assert store.get(other.digest()) is not None
+        store.put(one.digest(), one)
+
+
+def test_a_sub_fm_that_goes_takes_what_is_its_own(tmp_path: Path) -> None:
+    store = Store(tmp_path, keep=1)
+    for seed in range(3):
+        package = fabricate.package(seed)
+        store.put(package.digest(), package)
+        assert {d for d, _ in store._paths()} == package.manifest().contents
+
+
+def test_what_another_process_has_just_used_stays(tmp_path: Path) -> None:
+    """It is about to write a manifest that names it."""
     store, (digest,) = filled(tmp_path, 0)
-    (store.folder(digest) / "files" / "more.py").write_text("print()")
-    assert store.get(digest) is None
+    path = paths_of(store, digest)["tensor"]
+    later = time.time() + 5
+    os.utime(path, (later, later))
+    store.remove(digest)
+    assert [p for _, p in store._paths()] == [path]
+    long_ago = time.time() - 100_000
+    os.utime(path, (long_ago, long_ago))
+    package = fabricate.package(1)
+    store.put(package.digest(), package)
+    assert not path.exists()
+
+
+def test_parts_wait_for_the_rest(tmp_path: Path) -> None:
+    package = fabricate.package(0)
+    whole = Parcel.of(package.manifest(), package.files, package.weights)
+    store, names = Store(tmp_path), sorted(whole.manifest.contents)
+    first = whole.only(names[:2])
+    assert store.fill(whole.manifest, first).lacking == tuple(names[2:])
+    store.keep_parts(first)
+    assert store.digests() == () and store.get(package.digest()) is None
+    found = store.fill(whole.manifest, whole.only(names[2:]))
+    assert found.package is not None and same(found.package, package)
+
+
+def test_sub_fms_in_folders_of_an_older_version_go(tmp_path: Path) -> None:
+    old = tmp_path / ("a" * 64)
+    old.mkdir()
+    (old / "meta.json").write_text("{}")
+    store, (digest,) = filled(tmp_path, 0)
+    assert not old.exists() and store.digests() == (digest,)
 
 
 def test_leftovers_of_killed_processes_go(tmp_path: Path) -> None:
@@ -134,10 +202,11 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def full(*_: Any, **__: Any) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device")
 
-    monkeypatch.setattr(store_module, "save_file", full)
+    before = sorted(p for p in tmp_path.rglob("*"))
+    monkeypatch.setattr(store_module, "save_tensors", full)
     with pytest.raises(OSError, match="No space left"):
         store.put(second.digest(), second)
-    assert {p.name for p in tmp_path.iterdir()} == {first}
+    assert sorted(p for p in tmp_path.rglob("*")) == before
     monkeypatch.undo()
 
     def fuller(*_: Any, **__: Any) -> None:
@@ -147,7 +216,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(OSError, match="No space left"):
         store.put(second.digest(), second)
     monkeypatch.undo()
-    assert {p.name for p in tmp_path.iterdir()} == {first}
+    assert sorted(p for p in tmp_path.rglob("*")) == before
     assert store.get(first) is not None
 
 
@@ -164,13 +233,14 @@ def write_where_nothing_fits(root: Path, answer: Any) -> None:
 
 def test_a_write_that_really_fails_leaves_the_store_as_it_was(tmp_path: Path) -> None:
     store, (first,) = filled(tmp_path, 0)
+    before = sorted(tmp_path.rglob("*"))
     context = fabricate.processes()
     answer = context.Queue()
     process = context.Process(target=write_where_nothing_fits, args=(tmp_path, answer))
     process.start()
     assert answer.get(timeout=60) == "OSError"
     process.join()
-    assert {p.name for p in tmp_path.iterdir()} == {first}
+    assert sorted(tmp_path.rglob("*")) == before
     assert store.get(first) is not None
 
 
@@ -198,18 +268,17 @@ def hammer(root: Path, seed: int, seconds: float, failures: Any) -> None:
             elif what < 0.95:
                 assert all(len(d) == 64 for d in store.digests())
             else:
-                damage(store, digests[i], rng)
+                damage(store, rng)
     except BaseException as error:
         failures.put(f"{type(error).__name__}: {error}")
 
 
-def damage(store: Store, digest: str, rng: random.Random) -> None:
-    with (
-        contextlib.suppress(OSError),
-        open(store.folder(digest) / "weights.safetensors", "r+b") as file,
-    ):
-        file.seek(rng.randrange(500, 2000))
-        file.write(b"\x55")
+def damage(store: Store, rng: random.Random) -> None:
+    with contextlib.suppress(OSError):
+        path = rng.choice(sorted((store.root / "tensors").iterdir()))
+        with open(path, "r+b") as file:
+            file.seek(rng.randrange(20, 300))
+            file.write(b"\x55")
 
 
 def test_many_processes_share_one_store(tmp_path: Path) -> None:
@@ -231,7 +300,9 @@ def test_many_processes_share_one_store(tmp_path: Path) -> None:
     package = fabricate.package(9)
     store.put(package.digest(), package)
     assert len(store.digests()) <= 3
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
+    named = {d for digest in store.digests() for d in store._manifest(digest).contents}  # type: ignore[union-attr]
+    assert {d for d, _ in store._paths()} >= named
 
 
 # --- residuals ----------------------------------------------------------------------------

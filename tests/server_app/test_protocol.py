@@ -201,7 +201,10 @@ def all_tensors(tap: Tap) -> list[tuple[str, str, Tensor]]:
         for part, data in envelope.parts.items():
             tensors = codec.unpack(data)
             assert codec.pack(tensors) == data, "a part holds more than its tensors"
-            out += [(part, k, t) for k, t in tensors.items()]
+            # What fits into fewer bits travels in these.
+            out += [
+                (part, k, t.float() if t.is_floating_point() else t) for k, t in tensors.items()
+            ]
     return out
 
 
@@ -325,7 +328,8 @@ def test_clients_send_adapters_and_counts_only(plain: tuple[Tap, list[Any], Path
     for _, e in tap.envelopes("up"):
         assert set(e.parts) <= {"adapter", "counts"}
         for name in codec.unpack(e.parts["adapter"]) if "adapter" in e.parts else ():
-            assert ".lora_" in name or name.startswith(("classifier.", "bert.pooler."))
+            # All scales of int8 travel as one.
+            assert ".lora_" in name or name.startswith(("classifier.", "bert.pooler.", "//scale"))
 
 
 # --- order, disks and formats -------------------------------------------------------------
@@ -348,9 +352,8 @@ def test_any_order_and_any_lost_disk_gives_the_same_bits(
             shutil.rmtree(store.root)
             done.append("wiped")
             return
-        for digest in store.digests():
-            path = store.folder(digest) / "weights.safetensors"
-            path.write_bytes(corrupt.flip(path.read_bytes(), path.stat().st_size // 2, 1))
+        for path in chance.sample(sorted((store.root / "tensors").iterdir()), 3):
+            path.write_bytes(corrupt.flip(path.read_bytes(), path.stat().st_size - 1, 1))
             done.append("flipped")
         if chance.random() < 0.5:
             for cache in tap.federation.caches.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,9 @@ from fedpft_core.errors import RunError
 from fedpft_core.train.inactivity import Counts
 from fedpft_core.wire import codec
 from fedpft_core.wire.envelope import Envelope, open_envelope, seal
+from fedpft_core.wire.identity import tensor_digest
 from fedpft_core.wire.messages import Failure, HelloReply, NeedReply, TrainReply, TrainRequest
+from fedpft_core.wire.parcel import Parcel
 from server_app.local import local_only
 from server_app.rounds import nodes as nodes_module
 from server_app.rounds.outcome import Good, Outcome, training_wall
@@ -588,3 +591,132 @@ def test_training_wall_is_the_union_of_the_clients_intervals() -> None:
     assert training_wall(replies) == 4.0
     # No client trained before the round began, whatever it says.
     assert training_wall([reply(100.0, 2.0)]) == 2.0
+
+
+# --- packages in parts --------------------------------------------------------------------
+
+
+def reasons(events: EventLog, client: str) -> str:
+    found = [e for e in events.seen if e["event"] == "reply" and e["client"] == client]
+    return "; ".join(e.get("reason") or "" for e in found)
+
+
+def test_who_has_another_sub_fm_says_what_it_lacks_and_gets_only_that() -> None:
+    network = fabricate.network("a", "b", "c")
+    strategy, state, events = started(network)
+    before = fabricate.package()
+    _, state.package = fabricate.aligned(before, 1)
+    state.digests = {k: tensor_digest(t) for k, t in state.package.weights.items()}
+    state.digest = state.package.digest()
+    node = network.members[12]
+    node.packages[before.digest()] = before
+    node.tensors = {tensor_digest(t): t for t in before.weights.values()}
+    node.files = {v: before.files[k] for k, v in before.manifest().files.items()}
+    strategy.run_round(state, 1, "")
+    assert [s for c, s in seen(events, "reply", "client", "status") if c == "b"] == ["need", "ok"]
+    sent = [m for n, m in requests(network) if n == 12]
+    parcels = [Parcel.from_bytes(m.package) for m in sent]
+    assert not parcels[0].sizes
+    new = state.package.manifest().contents - before.manifest().contents
+    assert new == parcels[1].sizes.keys() and len(parcels) == 2
+
+
+def test_a_package_goes_in_messages_of_a_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server_app.rounds.requests._MEGABYTE", 1000)
+    network = fabricate.network("a", "b", "c")
+    strategy, state, _ = started(network, wire__message_mb=1)
+    assert strategy.run_round(state, 1, "").good == 3
+    for id in network.members:
+        sent = [Parcel.from_bytes(m.package) for n, m in requests(network) if n == id]
+        assert len(sent) > 2
+        assert all(p.size <= 1000 or len(p.sizes) == 1 for p in sent)
+        names = [name for p in sent for name in p.sizes]
+        assert sorted(names) == sorted(state.package.manifest().contents)
+
+
+@pytest.mark.parametrize(
+    ("lacks", "why"),
+    [
+        ((), "it lacks nothing"),
+        (("f" * 64,), "none of the sub-FM's"),
+        ("all", "lacks the sub-FM as before"),
+    ],
+)
+def test_a_client_that_says_nonsense_of_what_it_lacks(lacks: Any, why: str) -> None:
+    network = fabricate.network("a", "b", "c")
+    strategy, state, events = started(network)
+    every = tuple(sorted(state.package.manifest().contents))
+    said = every if lacks == "all" else lacks
+    network.members[12].spoil = lambda r: NeedReply(r.name, r.digest, (), said)
+    outcome = strategy.run_round(state, 1, "")
+    assert (outcome.good, outcome.bad) == (2, 1)
+    assert why in reasons(events, "b")
+
+
+def test_a_need_for_another_sub_fm_is_refused() -> None:
+    network = fabricate.network("a", "b", "c")
+    network.members[12].spoil = lambda r: NeedReply(r.name, "f" * 64)
+    strategy, state, events = started(network)
+    assert strategy.run_round(state, 1, "").bad == 1
+    assert "another sub-FM" in reasons(events, "b")
+
+
+def test_a_node_of_another_protocol_is_left_out_and_says_which() -> None:
+    def older(hello: HelloReply) -> Any:
+        sealed = seal(hello)
+        head = json.dumps(json.loads(sealed.head) | {"protocol": 5})
+        return corrupt.reseal(sealed, head=head)
+
+    network = fabricate.network("a", "b", "c")
+    network.members[12].greet = older
+    strategy, state, events = started(network)
+    assert strategy.run_round(state, 1, "").good == 2
+    said = [e["text"] for e in events.seen if e["event"] == "warning"]
+    assert any("protocol '5'" in text and "this side 6" in text for text in said), said
+
+
+def test_a_link_cut_after_most_of_a_package_costs_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server_app.rounds.requests._MEGABYTE", 500)
+    network = fabricate.network("a", "b", "c")
+    strategy, state, _ = started(network, wire__message_mb=1)
+    node = network.members[12]
+    whole = Parcel.from_bytes(state.package.to_bytes()).size
+    answer, cut = node.answer, []
+
+    def cutting(envelope: Envelope) -> Envelope | Failure:
+        arrived = sum(t.nbytes for t in node.tensors.values()) + sum(map(len, node.files.values()))
+        if envelope.kind == "train" and arrived >= 0.8 * whole and not cut:
+            cut.append(arrived)
+            return Failure("the node is gone")
+        return answer(envelope)
+
+    monkeypatch.setattr(node, "answer", cutting)
+    assert strategy.run_round(state, 1, "").bad == 1 and cut
+    mark = len(requests(network))
+    assert strategy.run_round(state, 2, "").bad == 0
+    sent = [m.package for n, m in requests(network)[mark:] if n == 12 and m.package]
+    again = [Parcel.from_bytes(data) for data in sent]
+    assert not again[0].sizes, "the manifest, for it to say what it lacks"
+    assert 0 < sum(p.size for p in again) <= whole - cut[0]
+
+
+def test_what_was_lost_while_it_was_served_is_made_good_by_the_whole_package() -> None:
+    network = fabricate.network("a", "b", "c")
+    strategy, state, events = started(network)
+    node = network.members[12]
+    node.packages["f" * 64] = fabricate.package(7)  # so that it is asked what it lacks
+    every = sorted(state.package.manifest().contents)
+    answer, needs = node.answer, iter([tuple(every[:2]), tuple(every[:4])])
+
+    def losing(envelope: Envelope) -> Envelope | Failure:
+        lacks = next(needs, None) if envelope.kind == "train" else None
+        if lacks is None:
+            return answer(envelope)
+        return seal(NeedReply("b", state.digest, ("f" * 64,), lacks))
+
+    node.answer = losing  # type: ignore[method-assign]
+    assert strategy.run_round(state, 1, "").good == 3
+    sent = [set(Parcel.from_bytes(m.package).sizes) for n, m in requests(network) if n == 12]
+    assert sent == [set(), set(every[:2]), set(every)]
+    found = [s for c, s in seen(events, "reply", "client", "status") if c == "b"]
+    assert found == ["need", "need", "ok"]

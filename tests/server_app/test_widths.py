@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 
 from client_app.client import Client
 from client_app.node import client_for
 from fedpft_core.errors import RunError, UserError
 from fedpft_core.model.names import is_lora
+from fedpft_core.proxy.narrow import cut
 from fedpft_core.wire.codec import decode
 from fedpft_core.wire.envelope import Envelope, open_envelope, seal
 from fedpft_core.wire.messages import OUT_OF_MEMORY, Failure, HelloReply, RefusalReply
@@ -110,8 +112,6 @@ def test_each_width_has_a_patch_chain_of_its_own(mixed: Any) -> None:
 
 
 def test_a_smaller_sub_fm_stays_a_slice_through_distillation_and_alignments(mixed: Any) -> None:
-    from fedpft_core.proxy.narrow import cut
-
     _, federation, _ = mixed
     store = federation.client(0).store
     last = {}
@@ -338,8 +338,6 @@ def test_what_a_node_does_not_train_it_does_not_send(text: dict[str, Any], tmp_p
     assert all("classifier.weight" in s for s in sent.values())
     # The mean of each tensor over those who sent it, by hand.
     rows = {i: open_envelope(r).examples for i, r in federation.received if r.kind == "train-reply"}
-    from safetensors.torch import load_file
-
     found = {
         k.removeprefix("base_model.model."): t
         for k, t in load_file(tmp_path / "run" / ADAPTER).items()
@@ -444,8 +442,6 @@ def test_a_width_weighs_as_it_is_asked_to(text: dict[str, Any], tmp_path: Path, 
             weight = message.examples * factors[given(events)[f"client-{i}"]] / largest
             total = total + weight * decode(message.adapter, "fp32")[name].double()
             weights += weight
-    from safetensors.torch import load_file
-
     found = load_file(tmp_path / "run" / ADAPTER)[f"base_model.model.{name}"]
     torch.testing.assert_close(found, (total / weights).float(), rtol=0, atol=1e-6)
 
@@ -511,3 +507,25 @@ def test_agreement_needs_validation_rows(text: dict[str, Any], tmp_path: Path) -
     flat = text | MIXED | {"federation.width-weighting": "agreement", "run.gradient-rows": 0}
     with pytest.raises(UserError, match="width-weighting"):
         tiny.run(flat, tmp_path / "run")
+
+
+# --- tensors by their digest --------------------------------------------------------------
+
+
+def test_widths_travel_rounded_and_stay_slices(text: dict[str, Any], tmp_path: Path) -> None:
+    flat = text | {
+        "plan.widths": "0.25,0.5,1", "federation.widths": "0.25,0.5,0.5,1", "federation.rounds": 2,
+        "wire.package": "int8", "wire.patch": "same",
+    }  # fmt: skip
+    federation = Nodes(flat)
+    events = tiny.run(flat, tmp_path / "run", federation)
+    assert all(e["good"] == 4 for e in tiny.main_run(events, "round_finished"))
+    store = federation.client(0).store
+    last = [store.get(open_envelope(federation.requests(i)[-1]).digest) for i in (0, 1, 3)]
+    small, wide, full = (p for p in last if p is not None)
+    assert tiny.same_bits(cut(wide.weights, wide.meta.plan, small.meta.plan), small.weights)
+    # Clients have a rounded copy of the FM.
+    found = load_file(Path(flat["model.name"]) / "model.safetensors")
+    fm = {f"bert.{k}": t for k, t in found.items()}
+    matrices = [k for k, t in full.weights.items() if t.dim() > 1 and k in fm]
+    assert matrices and all(not torch.equal(full.weights[k], fm[k]) for k in matrices)

@@ -50,12 +50,36 @@ def test_casts_keep_every_value_to_their_precision(
 @settings(max_examples=60, deadline=None)
 @given(shapes, st.integers(0, 10**6))
 def test_int8_is_within_half_a_step_of_its_row(shape: tuple[int, ...], seed: int) -> None:
+    """A row, or a column where these are fewer; a scale has 8 bits, so a step is 1/256 longer."""
     t = draw(shape, seed)
-    back = codec.decode(through_bytes(codec.encode({"w": t}, "int8")), "int8")["w"]
+    wire = codec.encode({"w": t}, "int8")
+    back = codec.decode(through_bytes(wire), "int8")["w"]
     assert back.shape == t.shape
-    rows = t.reshape(shape[0] if len(shape) > 1 else 1, -1)
+    tall = len(shape) == 2 and shape[0] > shape[1]
+    rows = t.T if tall else t.reshape(shape[0] if len(shape) > 1 else 1, -1)
+    assert wire["//scale"].numel() == len(rows)
     half = rows.abs().amax(1, keepdim=True) / 127 / 2
-    assert bool(((back.reshape(rows.shape) - rows).abs() <= half * 1.001).all())
+    got = back.T if tall else back.reshape(rows.shape)
+    assert bool(((got - rows).abs() <= half * (1 + 2**-8) * 1.001).all())
+
+
+def test_scales_go_with_their_tensors_whatever_the_order() -> None:
+    each = {
+        "b": draw((3, 40), 0),
+        "a": draw((40, 3), 1, 100.0),
+        "c": draw((5,), 2),
+        "n": draw((), 3),
+    }
+    wire = codec.encode(each, "int8")
+    assert wire["//scale"].shape == (3 + 3 + 1 + 1,) and wire["//scale"].dtype == torch.bfloat16
+    back = codec.decode(through_bytes(wire), "int8")
+    for name, t in each.items():
+        alone = codec.decode(codec.encode({name: t}, "int8"), "int8")[name]
+        assert torch.equal(back[name], alone)
+    more = torch.cat([wire["//scale"], wire["//scale"][:1]])
+    for scale in (more, wire["//scale"].float(), wire["//scale"][:, None]):
+        with pytest.raises(ReplyError, match="bfloat16 scales"):
+            codec.decode(wire | {"//scale": scale}, "int8")
 
 
 def test_a_row_of_zeros_survives_int8() -> None:
@@ -176,7 +200,7 @@ def test_decode_refuses_another_format_than_agreed() -> None:
     t = {"w": draw((2, 3), 0)}
     with pytest.raises(ReplyError, match="not the agreed fp16"):
         codec.decode(codec.encode(t, "fp32"), "fp16")
-    with pytest.raises(ReplyError, match="one float32 scale per row"):
+    with pytest.raises(ReplyError, match="bfloat16 scales"):
         codec.decode({"w": torch.zeros(2, 3, dtype=torch.int8)}, "int8")
     with pytest.raises(ReplyError, match="unknown format"):
         codec.decode(t, "zip")

@@ -24,9 +24,10 @@ from client_app.check.node import Options, check
 from client_app.store import Store
 from fedpft_console import cli
 from fedpft_core import config
-from fedpft_core.errors import UserError
+from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.proxy import size as plansize
 from fedpft_core.wire.identity import combine_digest, tensor_digest
+from fedpft_core.wire.meta import PackageMeta
 
 JUNK = np.random.default_rng(0).integers(0, 256, 4000, np.uint8).tobytes()
 DEEP = b"[" * 100_000 + b"]" * 100_000
@@ -358,11 +359,14 @@ def test_odd_sub_fms_in_the_store(seed: int, good: str, tmp_path: Path) -> None:
     except (ValueError, LookupError, TypeError, RecursionError):
         meta = "null"
     package = fabricate.package(seed)
+    with contextlib.suppress(ReplyError):
+        meta = PackageMeta.from_json(meta).to_json()
     digests = {k: tensor_digest(tensor) for k, tensor in package.weights.items()}
     digest = combine_digest(meta, package.files, digests)
     store = Store(tmp_path / "cache" / "store")
-    store.put(digest, package)
-    (store.folder(digest) / "meta.json").write_text(meta)
+    store.put(package.digest(), package)
+    manifest = json.loads(store.path(package.digest()).read_bytes()) | {"meta": json.loads(meta)}
+    store.path(digest).write_text(json.dumps(manifest))
     found = look(node_config(tmp_path))
     assert found["data"].status == PASS
 

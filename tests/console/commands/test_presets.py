@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import tiny
 
+from fedpft_console import launch
 from fedpft_console.cli import main
 from fedpft_console.commands import dry_run
+from fedpft_console.launch import run_simulation
 from fedpft_core import config
 from fedpft_core.data import hub
 from fedpft_core.errors import UserError
@@ -98,13 +100,13 @@ def test_two_rounds_of_the_others(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+def test_the_command(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(launch, "run_simulation", run_simulation)  # a real run is meant
+    monkeypatch.setenv("TMPDIR", str(elsewhere))
     monkeypatch.setattr("tempfile.tempdir", None)
     assert main(["run", "--config", str(FOLDER / "bert-sst2.yaml"), "--dry-run"]) == 0
     assert "2 rounds on a random bert" in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
+    assert not list(elsewhere.iterdir())
 
 
 KINDS: dict[str, dict[str, Any]] = {
