@@ -105,7 +105,7 @@ def test_another_task_on_the_same_fm_gets_what_is_new(
 ) -> None:
     flat = flat | {"wire.package": fmt, "wire.patch": "same"}
     federation = Deployed(flat, tmp_path / "disks")
-    first = tiny.run(flat, tmp_path / "first", federation)
+    tiny.run(flat, tmp_path / "first", federation)
     had = [Store(tmp_path / f"disks/node-{i}")._contents() for i in range(NODES)]
     again = Deployed(flat, tmp_path / "disks")
     second = tiny.run(flat, tmp_path / "second", again, run__seed=1, data__max_length=12)
