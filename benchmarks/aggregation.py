@@ -34,7 +34,7 @@ def one(rule: str, replies: int, parameters: int) -> tuple[int, float]:
     from server_app.phases.reporting import peak_rss_bytes
     from server_app.run.events import EventLog
     from server_app.strategy import Strategy
-    from server_app.transport import OnReply
+    from server_app.transport import Meanwhile, OnReply
 
     rows = parameters // 16
     shapes = {f"t{i:02d}.weight": (rows // 16, 8) for i in range(30)}
@@ -56,6 +56,7 @@ def one(rule: str, replies: int, parameters: int) -> tuple[int, float]:
             round: int,
             timeout: float,
             on_reply: OnReply,
+            meanwhile: Meanwhile | None = None,
         ) -> None:
             for node, envelope in messages.items():
                 asked = open_envelope(envelope)

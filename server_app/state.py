@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from fedpft_core.tensors import Tensors
+from fedpft_core.train.inactivity import Counts
 from fedpft_core.wire.identity import tensor_digest
 from fedpft_core.wire.package import Package, Patch
 from server_app.run.schema import Event
@@ -46,6 +47,17 @@ class Best:
     round: int
     value: float
     adapter: Tensors
+
+
+@dataclass(frozen=True)
+class Pending:
+    """The last round is still to be scored and followed by re-alignment, beside the next one.
+
+    Attributes:
+        counts: the inactivity counts of its clients, where the selection looks at them.
+    """
+
+    counts: Counts | None = None
 
 
 @dataclass
@@ -98,6 +110,8 @@ class State:
     bound: float = 0.0
     # With federation.early-stopping.
     best: Best | None = None
+    # With align.lag.
+    pending: Pending | None = None
     # With plan.widths: the name of the sub-FM above, the sub-FMs of the other widths, narrowest
     # first, and by client name what each has been given.
     width: str = ""

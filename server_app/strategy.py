@@ -50,7 +50,7 @@ from server_app.rounds.secure import Phase, SecureRound, Sum
 from server_app.rounds.statistics import Gathered, statistics_requests
 from server_app.run import schema as ev
 from server_app.state import Events, State
-from server_app.transport import Transport
+from server_app.transport import Meanwhile, Transport
 
 _AGAIN = 0.25  # share of a round's time that a client served again has at least
 
@@ -103,13 +103,17 @@ class Strategy:
         self.nodes = Nodes(config.federation, transport, events, self.matching)
         self._shelf = Shelf()
 
-    def run_round(self, state: State, round: int, count_rule: str) -> Outcome:
+    def run_round(
+        self, state: State, round: int, count_rule: str, meanwhile: Meanwhile | None = None
+    ) -> Outcome:
         """Train round `round` from `state`, trying again when too few replies are good.
 
         Args:
             state: where the run stands; what clients now have is noted in it.
             round: the round's number, from 1.
             count_rule: how clients are to count inactive neurons; empty = not at all.
+            meanwhile: done once, while the clients of the first attempt train; not with
+                privacy.secure. The state has to stay as it is.
 
         Returns:
             The next adapter and the round's figures. The state's adapter stays as it was.
@@ -145,7 +149,8 @@ class Strategy:
             with Replies(want.adapter, self._folder(), work.rule, want.beside) as replies:
                 asked = Asked(want, f.clip_update_norm, replies, work.rule.scaling, own=work.own)
                 got = Collection(asked, nodes, state, round, self.events, f.enough)
-                self._exchange(got, _to(got, work.request))
+                self._exchange(got, _to(got, work.request), meanwhile and got.timed(meanwhile))
+                meanwhile = None
                 if not private:  # who is left out would depend on the others' rows
                     self.leave_out(got)
                 if len(got.good) >= needed:
@@ -209,7 +214,9 @@ class Strategy:
         self.remarks.of_replies(got.round, got.good)
         self.patience.learn(r.arrived for r in got.good.values())
         self.remarks.validation(got.asked.want.task, got.round, got.good)
-        made = outcome(f, replies, got.good, len(got.bad), start, combine, widths.join(got.state))
+        made = outcome(
+            f, replies, got.good, len(got.bad), start, combine, widths.join(got.state), got.worked
+        )
         if replies.figures:
             self.events.emit(
                 ev.Aggregated(round=got.round, rule=f.aggregate, figures=dict(replies.figures))
@@ -348,14 +355,17 @@ class Strategy:
         return self._shelf.parcel(state)
 
     def _exchange(
-        self, got: Collection | Gathered | Phase, request: Callable[[int, Holds], Envelope]
-    ) -> None:
+        self, got: Collection | Gathered | Phase, request: Callable[[int, Holds], Envelope],
+        meanwhile: Meanwhile | None = None,
+    ) -> None:  # fmt: skip
         """Send a round's requests, made of a node's id and what it has; collect the replies."""
         got.matching = self.matching
         timeout = self.patience.seconds(got.round)
         got.servings = self.servings(got.state)
 
-        def send(wanted: Mapping[int, Holds], deadline: float) -> None:
+        def send(
+            wanted: Mapping[int, Holds], deadline: float, meanwhile: Meanwhile | None = None
+        ) -> None:
             messages = {i: request(i, holds) for i, holds in wanted.items()}
             if isinstance(got, Phase):
                 messages = {i: replace(m, answer=got.most) for i, m in messages.items()}
@@ -363,11 +373,11 @@ class Strategy:
                 name = got.nodes[node_id].name
                 ledger.count_bytes(self.events, got.round, name, "down", message)
             left = max(1.0, deadline - time.monotonic())
-            self.transport.exchange(messages, got.round, left, got.on_reply)
+            self.transport.exchange(messages, got.round, left, got.on_reply, meanwhile)
 
         have = got.state.have
         deadline = time.monotonic() + timeout
-        send({i: Holds(have.get(n.name)) for i, n in got.nodes.items()}, deadline)
+        send({i: Holds(have.get(n.name)) for i, n in got.nodes.items()}, deadline, meanwhile)
         while got.again and not got.done():
             # They lack the weights they were asked to train on: serve them within this round. What
             # a straggler left of its time is theirs, and a little where it left none.

@@ -23,6 +23,9 @@ OnReply = Callable[[int, "Envelope | Failure"], "bool | None"]
 OnWait = Callable[[int, int, float], None]
 """Told what is there, what is waited for, and the seconds until the wait is given up."""
 
+# Work of the server's own while nodes are at theirs; replies that come meanwhile are kept.
+Meanwhile = Callable[[], None]
+
 _AT_ONCE = 4  # replies asked of Flower at once, which it gives all together
 _LATE_SECONDS = 600.0  # how long after its deadline a reply is still kept for us by Flower
 
@@ -73,6 +76,7 @@ class Transport(Protocol):
         round: int,
         timeout: float,
         on_reply: OnReply,
+        meanwhile: Meanwhile | None = None,
     ) -> None:
         """Send one message to each node and wait for the replies, at most `timeout` seconds.
 
@@ -85,6 +89,8 @@ class Transport(Protocol):
             round: the round the messages belong to.
             timeout: the longest wait, seconds.
             on_reply: takes a node's id and its reply.
+            meanwhile: called once, when all messages are sent. Replies that have come when it
+                returns are taken, however long that was.
         """
 
     def mailbox(self) -> Mailbox:
@@ -134,6 +140,7 @@ class FlowerTransport:
         round: int,
         timeout: float,
         on_reply: OnReply,
+        meanwhile: Meanwhile | None = None,
     ) -> None:
         """Push one message to each node, and pull the replies until all are there or time is up.
 
@@ -142,25 +149,31 @@ class FlowerTransport:
             round: becomes Flower's group id of the messages.
             timeout: the longest wait, seconds; Flower drops a message 60 s after it.
             on_reply: takes a node's id and its reply, or the Failure that stands for it.
+            meanwhile: called once the messages are pushed. Flower keeps what comes until it is
+                pulled, for ten minutes more than without.
 
         Raises:
             WorkerLost: a process that simulates clients has died.
         """
         waiting: dict[str, int] = {}
         records: dict[int, RecordDict] = {}  # one copy of a package for all that get the same
+        kept = timeout + (_LATE_SECONDS if meanwhile else 0.0)
         for node, envelope in messages.items():
             if id(envelope) not in records:
                 records[id(envelope)] = wire.to_record(envelope)
             content = records[id(envelope)]
-            sent = _push(self.grid, self.guard, node, envelope, content, timeout, str(round))
+            sent = _push(self.grid, self.guard, node, envelope, content, kept, str(round))
             if sent:
                 waiting[sent] = node
                 continue
             on_reply(node, Failure(_ERRORS[5]))
-        deadline, waits = time.monotonic() + timeout, self.waits()
-        done = False
-        while waiting and not done and time.monotonic() < deadline:
-            got = False
+        deadline, done = time.monotonic() + timeout, False
+        if meanwhile:
+            meanwhile()
+        # What has come while the server was at work is there, whatever time it is now.
+        waits, pulled = self.waits(), not meanwhile
+        while waiting and not done and (not pulled or time.monotonic() < deadline):
+            got, pulled = False, True
             for node, reply in _pull(self.grid, self.guard, waiting, self.simulated):
                 got = True
                 done = bool(on_reply(node, reply)) or done
@@ -353,6 +366,7 @@ class LocalTransport:
         round: int,
         timeout: float,
         on_reply: OnReply,
+        meanwhile: Meanwhile | None = None,
     ) -> None:
         """Ask one client after the other, and keep the server's thread count as it was.
 
@@ -361,7 +375,10 @@ class LocalTransport:
             round: not looked at.
             timeout: not looked at: every client answers.
             on_reply: takes a client's id and its reply.
+            meanwhile: called before the clients are asked.
         """
+        if meanwhile:
+            meanwhile()
         for node, envelope in messages.items():
             on_reply(node, self.ask(node, envelope))
 

@@ -47,7 +47,7 @@ from fedpft_core.wire.package import Package, Patch
 from fedpft_core.wire.parcel import Parcel
 from fedpft_core.wire.validate import Expected
 from server_app.state import State
-from server_app.transport import OnReply
+from server_app.transport import Meanwhile, OnReply
 
 WIDTH, CLASSES, MAX_LENGTH = 4, 3, 8
 TASK = make("text", ("x", "y", "z"))
@@ -322,7 +322,10 @@ class Network:
         round: int,
         timeout: float,
         on_reply: OnReply,
+        meanwhile: Meanwhile | None = None,
     ) -> None:
+        if meanwhile:
+            meanwhile()
         replies: dict[int, Envelope | Failure] = {}
         for node, envelope in messages.items():
             self.log.append(("down", node, envelope))

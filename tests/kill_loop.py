@@ -40,6 +40,13 @@ TIMES = ("t", "timings")
 ROUNDS = 3
 SCHEDULES: dict[str, dict[str, Any]] = {
     "multi-round": {"federation.rounds": ROUNDS, "wire.adapter-up": "ternary"},
+    # Multi-round as well, the server at work beside the clients.
+    "overlap": {
+        "federation.rounds": ROUNDS,
+        "wire.adapter-up": "ternary",
+        "align.lag": 1,
+        "federation.schedule": "multi-round",
+    },
     # A message sent before the kill and not answered is sent once more.
     "one-shot": {"federation.rounds": 1, "federation.clients-per-round": 4},
     "async": {"federation.rounds": 2 * ROUNDS, "align.proportion": 1.0},
@@ -117,10 +124,11 @@ def main() -> int:
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork either
     args.folder.mkdir(parents=True, exist_ok=True)
+    again = args.schedule not in ("multi-round", "overlap")
     flat = (
         tiny.write_task("bert", args.folder)
         | {
-            "align.interval": 1 if args.schedule == "multi-round" else 4,
+            "align.interval": 4 if again else 1,
             "distill.steps": 3,
             "align.steps": 2,
             "train.local-epochs": 1,
@@ -129,7 +137,6 @@ def main() -> int:
         }
         | SCHEDULES[args.schedule]
     )
-    again = args.schedule != "multi-round"
     rng, began = random.Random(args.seed), time.monotonic()
 
     alone = args.folder / "alone"

@@ -351,6 +351,10 @@ def _phases(record: Record) -> Sheet:
                 "evaluation": sum(f.evaluate_seconds for f in done),
                 "re-alignment": record.phase_seconds.get("align", 0.0),
             }
+            meanwhile = sum(f.meanwhile_seconds for f in done)
+            if meanwhile:  # beside the clients' training, re-alignment among it
+                del parts["re-alignment"]
+                parts["scores and re-alignment meanwhile"] = meanwhile
             rows += [(f"  of which {part}", sec) for part, sec in parts.items() if sec]
     if record.seconds is not None and rows:
         rows.append(("whole run, without starting Flower", record.seconds))

@@ -72,6 +72,14 @@ class AlignConfig:
     """
 
     interval: int = _key(4, "rounds t between alignments, 0 = never", low=0)
+    lag: int = _key(
+        0,
+        "rounds that scores and re-alignment lag behind: 0 (the server makes both before the next "
+        "round begins) or 1 (while clients train the next round; what it re-aligns reaches them "
+        "with the round after that one)",
+        low=0,
+        high=1,
+    )
     threshold: float = _key(
         0.0,
         "a due alignment happens only where align.disagreement is above this, 0 = always",

@@ -20,6 +20,7 @@ def check_schedule(config: Config) -> None:
         UserError: naming both keys, and what would do instead.
     """
     f, t = config.federation, config.train
+    _check_lag(config)
     if f.early_stopping:
         named = f"federation.early-stopping = {f.early_stopping} ends rounds"
         if f.schedule != "multi-round" or f.aggregate == "none":
@@ -70,3 +71,31 @@ def check_schedule(config: Config) -> None:
                 f"federation.score-every = {f.score_every} is no multiple of "
                 f"federation.merge-every = {f.merge_every}."
             )
+
+
+def _check_lag(config: Config) -> None:
+    """Refuse align.lag where there is no next round to work beside, or that waits for the work.
+
+    Raises:
+        UserError: naming both keys.
+    """
+    f = config.federation
+    if not config.align.lag:
+        return
+    here = f"align.lag = {config.align.lag} has the server work while clients train the next round"
+    for key, value, only, why in (
+        ("federation.schedule", f.schedule, "multi-round", "has no such rounds"),
+        ("federation.early-stopping", f.early_stopping, 0, "may end with the round before"),
+        ("head.interval", config.head.interval, 0, "asks clients for statistics in between"),
+        ("plan.widths", config.plan.widths, "", "may change what clients have meanwhile"),
+    ):
+        if value != only:
+            raise UserError(f"{here}, which {key} = {value} {why}: set align.lag = 0.")
+    if f.aggregate == "none":
+        raise UserError(
+            f"{here}, which federation.aggregate = none has no work for: set align.lag = 0."
+        )
+    if config.privacy.secure:
+        raise UserError(
+            f"{here}, which privacy.secure = true does in four exchanges: set align.lag = 0."
+        )

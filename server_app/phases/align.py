@@ -30,6 +30,8 @@ from server_app.state import State
 def due(config: Config, plan: Plan, round: int) -> bool:
     """Every t rounds, and not after the last, where nobody would train on the result.
 
+    With align.lag nobody would after the last but one either.
+
     With a threshold that is when disagreement is measured.
 
     Source: FedPFT, section 4.3.
@@ -42,8 +44,24 @@ def due(config: Config, plan: Plan, round: int) -> bool:
     Returns:
         Whether an alignment is due after this round.
     """
-    t = config.align.interval
-    return t > 0 and round % t == 0 and round < config.federation.rounds and bool(plan.pruned)
+    t, lag = config.align.interval, config.align.lag
+    follows = round + lag < config.federation.rounds
+    return t > 0 and round % t == 0 and follows and bool(plan.pruned)
+
+
+def count_rule(bench: Bench, round: int) -> str:
+    """How the clients of a round are to count inactive neurons.
+
+    Args:
+        bench: its configuration and plan.
+        round: the round that is to be asked for.
+
+    Returns:
+        align.inactive where an alignment that looks at counts follows; empty = not at all.
+    """
+    a = bench.config.align
+    count = due(bench.config, bench.models.plan, round)
+    return a.inactive if count and selection.needs_counts(a.selection, a.proportion) else ""
 
 
 def disagrees(bench: Bench, state: State, round: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fedpft_core.errors import ReplyError
@@ -177,7 +177,25 @@ class Collection(Awaited):
         self.asked = asked
         self.enough = enough  # good replies at which nobody else is waited for; 0 = all
         self.good: dict[str, Good] = {}  # by client name
+        self.worked = (0.0, 0.0)  # when the server worked on the round before, since the start
         self._started = time.perf_counter()
+
+    def timed(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Work of the server on the round before, with a note of when it was done.
+
+        Args:
+            work: what is to be done.
+
+        Returns:
+            A function that does it.
+        """
+
+        def done() -> None:
+            start = time.perf_counter()
+            work()
+            self.worked = (start - self._started, time.perf_counter() - self._started)
+
+        return done
 
     def done(self) -> bool:
         """Whether the round has as many good replies as it waits for.

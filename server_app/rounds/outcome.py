@@ -35,7 +35,7 @@ class Good:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished round; during `busy_seconds` a client was training or the server aggregating.
+    """A finished round; during `busy_seconds` a client was training, or the server was at work.
 
     `adapter` is what aggregation gives, `before` what the clients began with.
     """
@@ -52,19 +52,22 @@ class Outcome:
     seconds: float
 
 
-def training_wall(replies: Iterable[Good]) -> float:
-    """Seconds during which at least one of these clients was training.
+def training_wall(replies: Iterable[Good], worked: tuple[float, float] = (0.0, 0.0)) -> float:
+    """Seconds during which at least one of these clients was training, or the server at work.
 
-    By the clients' own figures: each trained up to when its reply arrived.
+    By the clients' own figures: each trained up to when its reply arrived. One that has arrived
+    while the server was at work is found after that.
 
     Args:
         replies: figures of the good replies of a round.
+        worked: from when to when the server was at work on the round before, seconds since the
+            round began.
 
     Returns:
         Seconds; time that several clients train in counts once.
     """
     wall, end = 0.0, 0.0
-    for start, stop in sorted((r.arrived - r.seconds, r.arrived) for r in replies):
+    for start, stop in sorted([worked, *((r.arrived - r.seconds, r.arrived) for r in replies)]):
         wall += max(0.0, stop - max(start, end))
         end = max(end, stop)
     return wall
@@ -74,6 +77,7 @@ def outcome(
     f: FederationConfig, replies: Replies, good: dict[str, Good], bad: int, start: float,
     combine: Callable[[Replies], Tensors] | None = None,
     join: Callable[[Sequence[tuple[str, Counts]]], Counts] | None = None,
+    worked: tuple[float, float] = (0.0, 0.0),
 ) -> Outcome:  # fmt: skip
     """Aggregate a round's replies by federation.aggregate.
 
@@ -87,6 +91,7 @@ def outcome(
         combine: makes the next adapter in place of the rule.
         join: adds up inactivity counts of several widths, each with its width's name; None where
             there is one sub-FM.
+        worked: when the server was at work on the round before, as for :func:`training_wall`.
 
     Returns:
         The next adapter with the round's figures. The loss is the weighted mean without absurd
@@ -114,6 +119,6 @@ def outcome(
         good=len(good),
         bad=bad,
         train_seconds=busy,
-        busy_seconds=training_wall(ordered) + done - began,
+        busy_seconds=training_wall(ordered, worked) + done - began,
         seconds=done - start,
     )

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from fedpft_core.disk import evict, whole
 from fedpft_core.errors import ReplyError, RunError
 from fedpft_core.tensors import Tensors
+from fedpft_core.train.inactivity import Counts
 from fedpft_core.wire import codec
 from fedpft_core.wire.identity import tensor_digest
 from fedpft_core.wire.package import Package, Patch
-from server_app.state import Best, Flight, Given, State, Version
+from server_app.state import Best, Flight, Given, Pending, State, Version
 
 if TYPE_CHECKING:
     from server_app.models import Models
@@ -56,6 +57,7 @@ class Saved:
     width: str = ""
     others: list[SavedWidth] = field(default_factory=list)
     given: dict[str, Given] = field(default_factory=dict)
+    pending: Pending | None = None
 
     def restore(
         self, models: Models, package: Package, others: Mapping[str, Package] | None = None
@@ -88,7 +90,7 @@ class Saved:
         return State(
             self.round, self.adapter, own.package, own.digests, own.digest, own.patches,
             dict(self.have), self.memory, list(self.flights), dict(self.bases), self.clock,
-            self.run, [list(s) for s in self.spent], self.bound, self.best,
+            self.run, [list(s) for s in self.spent], self.bound, self.best, self.pending,
             self.width, every, dict(self.given),
         )  # fmt: skip
 
@@ -149,6 +151,11 @@ class Checkpoints:
             blobs[f"base-{version:04d}.safetensors"] = codec.pack(tensors)
         if state.best:
             blobs["best.safetensors"] = codec.pack(state.best.adapter)
+        counts = state.pending.counts if state.pending else None
+        if counts:
+            blobs["counts.safetensors"] = codec.pack(
+                {f"{b}": t for b, t in counts.inactive.items()}
+            )
         meta = {
             "round": state.round,
             "digest": state.digest,
@@ -169,6 +176,7 @@ class Checkpoints:
             ],
             "given": {k: asdict(v) for k, v in state.given.items()},
             "best": [state.best.round, state.best.value] if state.best else None,
+            "pending": {"tokens": counts.tokens if counts else None} if state.pending else None,
             "have": {k: list(v) for k, v in state.have.items()},
             "sha256": {k: hashlib.sha256(v).hexdigest() for k, v in blobs.items()},
         }
@@ -259,6 +267,7 @@ def _read(folder: Path) -> Saved:
         ],
         given={k: Given(**v) for k, v in meta.get("given", {}).items()},
         best=_best(meta.get("best"), blobs.get("best.safetensors")),
+        pending=_pending(meta.get("pending"), blobs.get("counts.safetensors")),
     )  # fmt: skip
 
 
@@ -267,3 +276,10 @@ def _best(kept: list[Any] | None, adapter: Tensors | None) -> Best | None:
         return None
     round, value = kept
     return Best(int(round), float(value), adapter)
+
+
+def _pending(kept: dict[str, Any] | None, inactive: Tensors | None) -> Pending | None:
+    if kept is None or inactive is None:
+        return None if kept is None else Pending()
+    tokens = {int(b): int(n) for b, n in kept["tokens"].items()}
+    return Pending(Counts({int(b): inactive[b] for b in sorted(inactive, key=int)}, tokens))

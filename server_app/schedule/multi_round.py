@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from fedpft_core.align import selection
 from fedpft_core.errors import RunError
 from server_app.phases import align
 from server_app.phases.reporting import phase
-from server_app.schedule import early
+from server_app.schedule import early, overlap
 from server_app.schedule.session import Session, settle
 
 
@@ -31,11 +30,12 @@ def federate(session: Session) -> Callable[[], None]:
     early.check(session.bench)
     session.strategy.nodes.wait()
     last = min(rounds, config.run.stop_after or rounds)
+    one = overlap.one_round if config.align.lag else one_round
     stale = early.stale(session.bench, session.state)
     while not stale and session.state.round < last:
         round = session.state.round + 1
         with phase(events, "round", round=round):
-            one_round(session, round)
+            one(session, round)
             early.note(session)
         session.save()
         stale = early.stale(session.bench, session.state)
@@ -57,11 +57,9 @@ def one_round(session: Session, round: int) -> None:
         UserError: align.threshold compares gradients and there are no validation rows.
     """
     start = time.perf_counter()
-    bench = session.bench
-    a = bench.config.align
-    due = align.due(bench.config, bench.models.plan, round)
-    count = due and selection.needs_counts(a.selection, a.proportion)
-    outcome = session.strategy.run_round(session.state, round, a.inactive if count else "")
+    outcome = session.strategy.run_round(
+        session.state, round, align.count_rule(session.bench, round)
+    )
     settle(session, round, outcome, start)
 
 

@@ -18,12 +18,13 @@ import torch
 
 from fedpft_core.errors import RunError, UserError
 from fedpft_core.model.names import PatchedWeights
+from fedpft_core.train.inactivity import Counts
 from fedpft_core.wire import codec
 from server_app.run import schema as ev
 from server_app.run.checkpoint import Checkpoints
 from server_app.run.events import EventLog, read_events
 from server_app.run.folder import RunFolder
-from server_app.state import State
+from server_app.state import Pending, State
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,6 +85,25 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     assert same(restored, state)
     assert set(bench.frozen) == set(bench.trained_names())
     assert codec.pack(bench.adapter) == codec.pack(state.adapter)
+
+
+def test_work_that_is_pending_comes_back(tmp_path: Path) -> None:
+    counts = Counts({10: torch.arange(3), 2: torch.arange(4)}, {10: 7, 2: 9})
+    for round, pending in enumerate((None, Pending(), Pending(counts)), start=1):
+        state = fabricate.state()
+        state.round, state.pending = round, pending
+        checkpoints = Checkpoints(tmp_path, 2)
+        checkpoints.save(state, Bench(), 0)  # type: ignore[arg-type]
+        back = checkpoints.latest()
+        assert back is not None and back.round == round
+        found = back.restore(Bench(), fabricate.package()).pending  # type: ignore[arg-type]
+        if pending is None or pending.counts is None:
+            assert found == pending
+            continue
+        assert found is not None and found.counts is not None
+        assert found.counts.tokens == counts.tokens
+        assert list(found.counts.inactive) == [2, 10]
+        assert all(torch.equal(found.counts.inactive[b], counts.inactive[b]) for b in (2, 10))
 
 
 def test_only_the_last_ones_are_kept(tmp_path: Path) -> None:
@@ -293,9 +313,10 @@ def test_a_second_server_on_one_folder_is_refused_until_the_first_is_gone(tmp_pa
 # --- kill -9 ------------------------------------------------------------------------------
 
 
-def kill_loop(folder: Path, kills: int, timeout: float) -> dict[str, Any]:
+def kill_loop(folder: Path, kills: int, schedule: str, timeout: float) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "kill_loop.py"), "--kills", str(kills), str(folder)],
+        [sys.executable, str(ROOT / "tests" / "kill_loop.py"), "--kills", str(kills),
+         "--schedule", schedule, str(folder)],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
@@ -305,6 +326,7 @@ def kill_loop(folder: Path, kills: int, timeout: float) -> dict[str, Any]:
     return result
 
 
-def test_killed_runs_end_with_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("schedule", ["multi-round", "overlap"])
+def test_killed_runs_end_with_the_same_bits(tmp_path: Path, schedule: str) -> None:
     kills = 50 if os.environ.get("FEDPFT_LONG") else 4
-    assert kill_loop(tmp_path / "runs", kills, 60 * kills)["kills"] >= kills
+    assert kill_loop(tmp_path / "runs", kills, schedule, 60 * kills)["kills"] >= kills

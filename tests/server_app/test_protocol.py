@@ -33,7 +33,7 @@ from fedpft_core.wire.messages import Failure, TrainRequest
 from fedpft_core.wire.package import Package
 from server_app.app import run as server_run
 from server_app.run.events import EventLog, read_events
-from server_app.transport import LocalTransport, OnReply
+from server_app.transport import LocalTransport, Meanwhile, OnReply
 
 # What Flower adds to a message: metadata and a node of its object tree, the same for each array,
 # and for each chunk of 5 MB an array is cut into.
@@ -58,7 +58,10 @@ class Tap(LocalTransport):
         round: int,
         timeout: float,
         on_reply: OnReply,
+        meanwhile: Meanwhile | None = None,
     ) -> None:
+        if meanwhile:
+            meanwhile()
         replies: dict[int, Envelope | Failure] = {}
         order = list(messages)
         if self.rng:

@@ -526,9 +526,11 @@ def test_a_duplicated_need_is_no_fault() -> None:
 
 def test_a_reply_from_a_node_that_was_not_asked_is_ignored() -> None:
     class Noisy(Network):
-        def exchange(self, messages: Any, round: int, timeout: float, on_reply: Any) -> None:
+        def exchange(
+            self, messages: Any, round: int, timeout: float, on_reply: Any, *more: Any
+        ) -> None:
             on_reply(777, Failure("who?"))
-            super().exchange(messages, round, timeout, on_reply)
+            super().exchange(messages, round, timeout, on_reply, *more)
 
     network = Noisy(fabricate.network("a", "b", "c").members)
     strategy, state, _ = started(network)

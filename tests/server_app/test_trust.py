@@ -198,9 +198,11 @@ def test_a_need_does_not_renew_the_clock() -> None:
     waited: list[float] = []
 
     class Timed(Network):
-        def exchange(self, messages: Any, round: int, timeout: float, on_reply: Any) -> None:
+        def exchange(
+            self, messages: Any, round: int, timeout: float, on_reply: Any, *more: Any
+        ) -> None:
             waited.append(timeout)
-            super().exchange(messages, round, timeout, on_reply)
+            super().exchange(messages, round, timeout, on_reply, *more)
 
     network = Timed(fabricate.network("a", "b", "c").members)
     strategy, state, _ = started(network, federation__clients_per_round=3)

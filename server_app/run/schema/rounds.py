@@ -77,18 +77,20 @@ class Aggregated(Event, name="aggregated"):
 
 @dataclass(frozen=True, kw_only=True)
 class RoundFinished(Event, name="round_finished"):
-    """A round's replies have been averaged and both models scored."""
+    """A round's replies have been averaged and, without align.lag, both models scored."""
 
     round: int  # the round
     seconds: float  # how long it took, without re-alignment
     exchange_seconds: float  # from drawing clients to the average
     train_seconds: float  # training time of all its good replies, summed
     evaluate_seconds: float  # seconds of scoring
-    overhead_seconds: float  # neither training, averaging nor scoring
+    overhead_seconds: float  # neither training, averaging, scoring nor meanwhile_seconds
     loss: float  # mean training loss, weighted by rows
     examples: int  # rows trained on
     good: int  # good replies
     bad: int  # other replies
+    # with align.lag: scores and re-alignment of the round before, while clients trained
+    meanwhile_seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
