@@ -31,6 +31,14 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from client_app.node import client_for
+from client_app.process import ProcessCache
+from fedpft_core import config as configs
+from fedpft_core.wire.envelope import Envelope
+from server_app.app import run as server_run
+from server_app.run.events import EventLog
+from server_app.transport import LocalTransport
+
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 
@@ -346,6 +354,27 @@ def wait_for(
         assert not ended, f"no {event} {fields}: the run has ended"
         time.sleep(0.1)
     raise AssertionError(f"no {event} {fields} within {seconds:g} s")
+
+
+def in_process(
+    conf: Path, rows: Mapping[str, Path], folder: Path, nodes: Mapping[str, Mapping[str, str]] = {}
+) -> None:
+    """The run of a configuration without Flower's processes, in `folder`: the bits it is to have.
+
+    `rows` are the nodes' data files by name, `nodes` what else their node configs say.
+    """
+    flat = configs.to_flat(configs.from_flat(configs.read_file(conf)))
+
+    def answer(name: str, cache: ProcessCache, envelope: Envelope) -> Envelope:
+        own = {"name": name, "data-path": str(rows[name]), "cache-dir": str(folder / name)}
+        client = client_for({**own, **nodes.get(name, {})}, flat)
+        client.cache = cache
+        return client.handle(envelope)
+
+    clients = {i + 1: partial(answer, name, ProcessCache()) for i, name in enumerate(sorted(rows))}
+    log = EventLog(folder / "events.jsonl")
+    server_run(configs.from_flat(flat | {"run.dir": str(folder)}), LocalTransport(clients), log)
+    log.close()
 
 
 def write_config(path: Path, tree: Mapping[str, object]) -> Path:

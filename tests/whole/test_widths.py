@@ -7,20 +7,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import flower
 import pytest
 import tiny
-
-from client_app.node import client_for
-from client_app.process import ProcessCache
-from fedpft_core import config
-from server_app.app import run as server_run
-from server_app.run.events import EventLog
-from server_app.transport import LocalTransport
 
 FILES = ("adapter/adapter_model.safetensors",)
 NODES = {"node-a": {"width": "0.02"}, "node-b": {}, "node-c": {}}
@@ -66,25 +57,6 @@ def taken_by_imports(home: Path) -> int:
     return int(done.stdout)
 
 
-def in_process(conf: Path, rows: dict[str, Path], folder: Path, widths: dict[str, str]) -> None:
-    """The same run without Flower's processes, each node at the width that it ended at."""
-    flat = config.to_flat(config.from_flat(config.read_file(conf)))
-
-    def answer(name: str, cache: ProcessCache, envelope: Any) -> Any:
-        node = {
-            "name": name, "data-path": str(rows[name]), "width": widths[name],
-            "cache-dir": str(folder / name),
-        }  # fmt: skip
-        client = client_for(node, flat)
-        client.cache = cache
-        return client.handle(envelope)
-
-    clients = {i + 1: partial(answer, name, ProcessCache()) for i, name in enumerate(sorted(rows))}
-    events = EventLog(folder / "events.jsonl")
-    server_run(config.from_flat(flat | {"run.dir": str(folder)}), LocalTransport(clients), events)
-    events.close()
-
-
 @pytest.mark.slow
 def test_three_sizes_under_a_real_ceiling_killed_and_resumed_to_the_same_bits(
     tmp_path: Path,
@@ -111,6 +83,7 @@ def test_three_sizes_under_a_real_ceiling_killed_and_resumed_to_the_same_bits(
     # All three in every round: the node that failed was served again, at another width.
     finished = [e for e in log if e["event"] == "round_finished"]
     assert [(e["round"], e["good"]) for e in finished] == [(1, 3), (2, 3)]
-    in_process(conf, rows, tmp_path / "alone", given)
+    widths = {name: {"width": width} for name, width in given.items()}
+    flower.in_process(conf, rows, tmp_path / "alone", widths)
     for file in FILES:
         assert (run / file).read_bytes() == (tmp_path / "alone" / file).read_bytes(), file
