@@ -5,7 +5,7 @@ in turn, so that noise falls on both: MiniLM, the default plan, both models scor
 re-aligned after every round. A round is taken from the end of one to the end of the next, by the
 clock; the first and the last are left out. Prints medians as a Markdown table.
 
-    python benchmarks/overlap.py [--rounds 7] [--repeats 1] [--rows 150] [--steps 4] [-c KEY=VALUE]
+    python benchmarks/overlap.py [--rounds 7] [--order 0,1,1,0] [--rows 150] [-c KEY=VALUE]
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
     """Run both in turn, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--order", default="0,1,1,0", help="values of align.lag, in turn")
     parser.add_argument("--rows", type=int, default=150, help="rows that the server scores")
     parser.add_argument("--steps", type=int, default=4, help="local steps of a client")
     parser.add_argument("-c", dest="keys", action="append", default=[], metavar="KEY=VALUE")
@@ -76,10 +76,8 @@ def main() -> None:
             "run.evaluate-every": 1, "run.baselines": False, "run.gradient-rows": 0,
             "run.threads": 1, **parse_overrides(" ".join(args.keys)),
         }  # fmt: skip
-        for turn in range(args.repeats):
-            for lag in found:
-                folder = Path(name) / f"{turn}-{lag}"
-                found[lag] += deployed(folder, flat | {"align.lag": lag})
+        for turn, lag in enumerate(map(int, args.order.split(","))):
+            found[lag] += deployed(Path(name) / f"{turn}-{lag}", flat | {"align.lag": lag})
     print("| `align.lag` | rounds | a round, s | the server's work on one, s | the exchange, s |")
     print("|--:|--:|--:|--:|--:|")
     for lag, rounds in found.items():
