@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import resource
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from client_app.memory import available_memory
 from fedpft_core.adapter.layers import readable
 from fedpft_core.config import Config
 from fedpft_core.config.widths import NOBODY, simulated_width
@@ -60,7 +60,7 @@ def of_node(node: Mapping[str, Any], root: Path) -> dict[str, int | str]:
     """
     memory = node["memory-mb"] * _MB
     if node["memory-mb"] == -1:
-        memory = measured(root) or free_memory()
+        memory = measured(root) or available_memory()
     found = {
         "memory": memory, "package": int(node["max-package-mb"] * _MB),
         "width": node["width"], "blocks": node["train-blocks"],
@@ -103,23 +103,6 @@ def check_blocks(means: Mapping[str, int | str], asked: str) -> None:
         raise ReplyError(f"the request asks for LoRA in blocks {asked or 'all'}, not {own}")
     if not readable(asked):
         raise ReplyError("the request cannot be used (blocks)")
-
-
-def free_memory() -> int:
-    """Memory that this process can still take.
-
-    Returns:
-        Bytes: of the machine, of its container, or below `ulimit -v`, whichever is least.
-    """
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError, ValueError):
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        free = min(free, max(0, limit - used))
-    ceiling, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return free if ceiling == resource.RLIM_INFINITY else min(free, ceiling)
 
 
 def keep_measured(root: Path, memory: int) -> Path:
@@ -173,6 +156,6 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 __all__ = [
-    "KEYS", "check", "check_blocks", "free_memory", "keep_measured", "measured", "of_node",
+    "KEYS", "check", "check_blocks", "keep_measured", "measured", "of_node",
     "of_simulated", "out_of_memory",
 ]  # fmt: skip
