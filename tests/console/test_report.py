@@ -185,6 +185,16 @@ def test_a_resumed_run_adds_up_its_parts() -> None:
     assert s.seconds == pytest.approx(first_part + (1130 - 1118)), "the pause does not count"
 
 
+def test_work_beside_the_next_round_is_listed_once() -> None:
+    events = whole_run()
+    for e in events:
+        if e["event"] == "round_finished" and e["round"] == 2:
+            e["meanwhile_seconds"] = 2.5
+    rows = sheet(fold(events), "Time and memory")
+    assert rows["of which scores and re-alignment meanwhile"] == ["2.5 s"]
+    assert "of which re-alignment" not in rows
+
+
 def test_csv_has_numbers_and_empty_cells() -> None:
     rows = list(csv.DictReader(io.StringIO(report.rounds_csv(fold(whole_run())))))
     assert [r["round"] for r in rows] == ["0", "1", "2"]
