@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import resource
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from client_app.memory import available_memory
 from fedpft_core.adapter.layers import readable
 from fedpft_core.config import Config
 from fedpft_core.config.widths import NOBODY, simulated_width
@@ -64,7 +64,7 @@ def of_node(node: Mapping[str, Any], root: Path) -> dict[str, int | str]:
     """
     memory = node["memory-mb"] * _MB
     if node["memory-mb"] == -1:
-        memory = measured(root) or free_memory()
+        memory = measured(root) or available_memory()
     found = {
         "memory": memory, "package": int(node["max-package-mb"] * _MB),
         "width": node["width"], "blocks": node["train-blocks"], "base": node["base"],
@@ -121,23 +121,6 @@ def base_of(means: Mapping[str, int | str]) -> str:
     return str(means.get("base", BASES[0]))
 
 
-def free_memory() -> int:
-    """Memory that this process can still take.
-
-    Returns:
-        Bytes: of the machine, of its container, or below `ulimit -v`, whichever is least.
-    """
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError, ValueError):
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        free = min(free, max(0, limit - used))
-    ceiling, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return free if ceiling == resource.RLIM_INFINITY else min(free, ceiling)
-
-
 def keep_measured(root: Path, memory: int) -> Path:
     """Keep what `fedpft node check` has found, for `memory-mb = -1`.
 
@@ -189,6 +172,6 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 __all__ = [
-    "KEYS", "base_of", "check", "check_blocks", "free_memory", "keep_measured", "measured",
-    "of_node", "of_simulated", "out_of_memory",
+    "KEYS", "base_of", "check", "check_blocks", "keep_measured", "measured", "of_node",
+    "of_simulated", "out_of_memory",
 ]  # fmt: skip

@@ -32,7 +32,16 @@ class Alone(Strategy):
         self.name = name
 
     def sample(self, nodes: list[Node], round: int, attempt: int) -> list[Node]:
-        """The one client, in every round; nobody where it is not connected."""
+        """The one client, in every round; nobody where it is not connected.
+
+        Args:
+            nodes: who is there.
+            round: the round's number, from 1.
+            attempt: the try's number, from 1.
+
+        Returns:
+            One node, or none.
+        """
         return [n for n in nodes if n.name == self.name]
 
 

@@ -9,6 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
+from client_app.memory import available_memory
 from fedpft_core.errors import UserError
 from fedpft_core.model.families import Shape
 
@@ -67,22 +68,6 @@ def memory(needed: int) -> str:
     if free < needed:
         raise UserError(f"{_mb(free)} of memory are free, but a message needs about {_mb(needed)}.")
     return f"{_mb(free)} of memory are free; a message needs about {_mb(needed)}."
-
-
-def available_memory() -> int:
-    """Free memory: of the machine, or of the container's limit if that is less.
-
-    Returns:
-        Bytes.
-    """
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError, ValueError):
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        free = min(free, max(0, limit - used))
-    return free
 
 
 def memory_needed(sub_fm_bytes: int, shape: Shape | None, batch: int, tokens: int) -> int:

@@ -228,7 +228,12 @@ class Watched(EventLog):
         self.tell = tell
 
     def emit(self, event: ev.Event, arm: str = "") -> None:
-        """Append one event, and tell of it."""
+        """Append one event, and tell of it.
+
+        Args:
+            event: what happened.
+            arm: which side run it belongs to; empty = the run itself.
+        """
         super().emit(event, arm)
         self.tell(event)
 

@@ -203,7 +203,12 @@ class Collection(Awaited):
             self.events.emit(ev.Warned(text=text))
 
     def judge(self, node: Node, reply: Envelope | Failure) -> None:
-        """Take a reply through the chain, and say what became of it."""
+        """Take a reply through the chain, and say what became of it.
+
+        Args:
+            node: the client it came from.
+            reply: what came, or why nothing did.
+        """
         seconds = time.perf_counter() - self._started
         status, fields = self._judge(node, reply)
         self.events.emit(

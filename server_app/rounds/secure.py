@@ -70,7 +70,12 @@ class Phase(Awaited):
         self.good: dict[str, object] = {}  # by client name
 
     def judge(self, node: Node, reply: Envelope | Failure) -> None:
-        """Keep what a reply is good for, or why it is good for nothing."""
+        """Keep what a reply is good for, or why it is good for nothing.
+
+        Args:
+            node: the client it came from.
+            reply: what came, or why nothing did.
+        """  # noqa: DOC501  # the ReplyError below does not leave this function
         if isinstance(reply, Failure):
             self.bad[node.name] = printable(reply.reason)
             return

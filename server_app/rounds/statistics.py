@@ -55,7 +55,12 @@ class Gathered(Awaited):
         return replace(self.want, digest=view.digest, widths=widths)
 
     def judge(self, node: Node, reply: Envelope | Failure) -> None:
-        """Keep the statistics of a reply, or why there are none."""
+        """Keep the statistics of a reply, or why there are none.
+
+        Args:
+            node: the client it came from.
+            reply: what came, or why nothing did.
+        """
         if isinstance(reply, Failure):
             if self.narrower(node, reply):
                 return

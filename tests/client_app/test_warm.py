@@ -22,6 +22,7 @@ import tiny
 
 from client_app import answer as here
 from client_app.process import PROCESS_CACHE
+from client_app.store import Store
 from client_app.warm import ask as asking
 from client_app.warm import frames, place
 from client_app.warm.ask import ask
@@ -202,7 +203,7 @@ def test_killed_replaced_and_told_to_end(node: Node, request_for: Any, tmp_path:
     answers: list[Envelope | None] = [short]
     thread = threading.Thread(target=lambda: answers.append(ask(node, {}, seal(long))))
     thread.start()
-    until(lambda: (tmp_path / "warm" / "store" / long.digest).exists())
+    until(Store(tmp_path / "warm" / "store").path(long.digest).exists)
     first = only()
     assert ask(node, {}, short) is None, "busy"
     assert ask(node | {"max-threads": 1}, {}, short) is None, "busy, and of another configuration"

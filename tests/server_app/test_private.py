@@ -143,7 +143,7 @@ def test_a_fixed_sample_is_accounted_by_who_is_connected() -> None:
 
 def test_the_bound_follows_and_survives_a_checkpoint() -> None:
     keys = {"privacy__clip_quantile": 0.5, "federation__clients_per_round": 10,
-            "privacy__client_clip": 50.0, "privacy__client_noise": 0.1}  # fmt: skip
+            "privacy__client_clip": 50.0, "privacy__client_noise": 0.5}  # fmt: skip
     strategy, state, events = started(fabricate.network(*NAMES), **keys)
     for round in range(1, 5):
         strategy.run_round(state, round, "")

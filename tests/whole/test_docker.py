@@ -73,6 +73,21 @@ def test_the_federation_is_complete() -> None:
     assert set(SERVICES) - set(STAYING) == {"cli"}
 
 
+def test_three_sizes_are_three_limits_of_the_same_clients() -> None:
+    sizes = yaml.safe_load((DOCKER / "sizes.yaml").read_text())["services"]
+    assert set(sizes) == {f"client-{x}" for x in "abc"}
+    for service in sizes.values():
+        assert set(service) == {"mem_limit", "memswap_limit", "cpus"}
+        # With swap a limit of memory would only be slow.
+        assert service["memswap_limit"] == service["mem_limit"]
+    assert len({s["mem_limit"] for s in sizes.values()}) == 3
+    assert len({s["cpus"] for s in sizes.values()}) == 3
+    # What they say to the server is what they find there.
+    for x in "abc":
+        text = SERVICES[f"supernode-{x}"]["command"][-1].removeprefix("--node-config=")
+        assert parse_config_args([text])["memory-mb"] == -1
+
+
 @pytest.mark.parametrize("name", SERVICES)
 def test_every_service_is_bounded_and_unprivileged(name: str) -> None:
     service = SERVICES[name]
