@@ -31,6 +31,7 @@ from fedpft_core.data.examples import Examples
 from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.head.closed import form_of
 from fedpft_core.head.refit import of_rows
+from fedpft_core.proxy.int8 import give_back
 from fedpft_core.proxy.package import rebuild
 from fedpft_core.task import Task
 from fedpft_core.tensors import Tensors
@@ -297,23 +298,29 @@ class Client:
 
     def _held(self, request: TrainRequest | StatisticsRequest) -> Held | NeedReply:
         """The model with the digest asked for: from memory, disk, or what the message brings."""
-        cached = self.cache.models.get(request.digest)
+        base = means.base_of(self.means)
+        # In a simulation nodes that hold it in 8 bits and in floats share one process.
+        key = request.digest if base == "float" else f"{request.digest} {base}"
+        cached = self.cache.models.get(key)
         if cached is not None:
             # Kept true to its disk copy: a wiped store must be served again, as it would be in
             # a deployment, where each message may meet a new process.
             if self.store.touch(request.digest):
                 return cached
-            del self.cache.models[request.digest]
+            del self.cache.models[key]
         package = fetch(self.name, self.store, self.policy, request)
         if isinstance(package, NeedReply):
             return package
         self.policy.check_package(package.meta)  # what lies on the disk may be of before the rule
         with collector_paused():  # a family's own module is imported here
-            model = rebuild(package)
+            model = rebuild(package, base)
         model.model.to(self.device)
         reader = combine_digest("", package.files, {})
         held = Held(model, package.files, reader)
-        self.cache.keep_model(request.digest, held)
+        self.cache.keep_model(key, held)
+        if base != "float":
+            del package
+            give_back()
         return held
 
     def _rows(self, held: Held) -> Rows:

@@ -14,12 +14,14 @@ from fedpft_core.config import Config
 from fedpft_core.config.widths import NOBODY, simulated_width
 from fedpft_core.disk import whole
 from fedpft_core.errors import ReplyError, UserError
+from fedpft_core.proxy.int8 import BASES
 
 KEYS: dict[str, tuple[type, Any]] = {
     "memory-mb": (int, 0),
     "max-package-mb": (float, 0.0),
     "width": (str, ""),
     "train-blocks": (str, ""),
+    "base": (str, "float"),
 }
 """Keys of a node config: type and default. Nothing set is no limit."""
 
@@ -44,6 +46,8 @@ def check(node: Mapping[str, Any]) -> None:
             f"node config: train-blocks = {node['train-blocks']!r} is not first:n or last:n, with "
             "n blocks."
         )
+    if node["base"] not in BASES:
+        raise UserError(f"node config: base = {node['base']!r} is none of {', '.join(BASES)}.")
     if len(node["width"]) > 64:
         raise UserError("node config: width is no entry of a server's plan.widths.")
 
@@ -63,9 +67,9 @@ def of_node(node: Mapping[str, Any], root: Path) -> dict[str, int | str]:
         memory = measured(root) or available_memory()
     found = {
         "memory": memory, "package": int(node["max-package-mb"] * _MB),
-        "width": node["width"], "blocks": node["train-blocks"],
+        "width": node["width"], "blocks": node["train-blocks"], "base": node["base"],
     }  # fmt: skip
-    return {key: value for key, value in found.items() if value}
+    return {key: value for key, value in found.items() if value not in (0, "", "float")}
 
 
 def of_simulated(node: Mapping[str, Any], config: Config, index: int) -> dict[str, int | str]:
@@ -103,6 +107,18 @@ def check_blocks(means: Mapping[str, int | str], asked: str) -> None:
         raise ReplyError(f"the request asks for LoRA in blocks {asked or 'all'}, not {own}")
     if not readable(asked):
         raise ReplyError("the request cannot be used (blocks)")
+
+
+def base_of(means: Mapping[str, int | str]) -> str:
+    """What the node holds a sub-FM's frozen linear layers in.
+
+    Args:
+        means: what it says to the server.
+
+    Returns:
+        One of `BASES`.
+    """
+    return str(means.get("base", BASES[0]))
 
 
 def keep_measured(root: Path, memory: int) -> Path:
@@ -156,6 +172,6 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 __all__ = [
-    "KEYS", "check", "check_blocks", "keep_measured", "measured", "of_node",
+    "KEYS", "base_of", "check", "check_blocks", "keep_measured", "measured", "of_node",
     "of_simulated", "out_of_memory",
 ]  # fmt: skip

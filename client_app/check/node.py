@@ -184,7 +184,7 @@ class _Held:
             size = sum(t.numel() * t.element_size() for t in package.weights.values())
             with collector_paused():
                 refuse_giants(package.meta, size + _ADAPTER, room.available_memory())
-                model = rebuild(package)
+                model = rebuild(package, node["base"])
             self._describe(package.meta)
         except Exception:
             # Whatever lies there is no sub-FM: the server sends one, and the room for it is
@@ -318,7 +318,7 @@ def _step(node: dict[str, Any], plan: PlanSize | None, held: _Held, batch: int) 
                 raise
             except Exception:
                 pass  # what makes no model is named next
-            model = plan.client_model()
+            model = plan.client_model(node["base"])
         rows = step.full_rows(model.task, held.shape, held.max_length, batch)
         what = "a random model of the plan's shape, rows of full length"
     else:

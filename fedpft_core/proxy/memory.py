@@ -69,19 +69,46 @@ def step_bytes(meta: PackageMeta, batch_size: int, blocks: str = "") -> int:
     return 4 * batch_size * tokens * values
 
 
-def training_bytes(package: Package, batch_size: int, blocks: str = "") -> int:
+def base_bytes(package: Package, base: str) -> int:
+    """The size of a package's weights as a client's model.
+
+    Args:
+        package: what it trains on.
+        base: what the frozen linear layers of blocks are held in, one of `BASES`.
+
+    Returns:
+        Bytes.
+    """
+    whole = weight_bytes(package)
+    if base == "float":
+        return whole
+    path = family_of(package.meta.plan.model_type).blocks + "."
+    linear = [t for k, t in package.weights.items() if k.startswith(path) and t.dim() == 2]
+    return whole - sum(t.nbytes - t.numel() for t in linear)
+
+
+def training_bytes(package: Package, batch_size: int, blocks: str = "", base: str = "float") -> int:
     """What a client's process takes at most.
 
     Args:
         package: what it trains on.
         batch_size: rows of a step.
         blocks: as of :func:`step_bytes`.
+        base: as of :func:`base_bytes`.
 
     Returns:
         Bytes.
     """
     step = step_bytes(package.meta, batch_size, blocks)
-    return BASE_BYTES + _COPIES * weight_bytes(package) + step
+    weights = (_COPIES - 1) * weight_bytes(package) + base_bytes(package, base)
+    return BASE_BYTES + weights + step
 
 
-__all__ = ["BASE_BYTES", "package_bytes", "step_bytes", "training_bytes", "weight_bytes"]
+__all__ = [
+    "BASE_BYTES",
+    "base_bytes",
+    "package_bytes",
+    "step_bytes",
+    "training_bytes",
+    "weight_bytes",
+]

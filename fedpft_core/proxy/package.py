@@ -24,6 +24,7 @@ from fedpft_core.model.normalise import normalise
 from fedpft_core.model.plan import Plan, pruned_ffns
 from fedpft_core.model.precision import HALF, cast_parameters
 from fedpft_core.model.processor import PRIVATE, files_of
+from fedpft_core.proxy import int8
 from fedpft_core.proxy.build import skeleton
 from fedpft_core.task import Task
 from fedpft_core.wire import coded
@@ -171,11 +172,12 @@ class _NoRandomFill(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def rebuild(package: Package) -> ClientModel:
+def rebuild(package: Package, base: str = "float") -> ClientModel:
     """A model from a package, with the adapter attached.
 
     Args:
         package: as the server made it; its digest is not checked here.
+        base: what the frozen linear layers of blocks are held in, one of `BASES`.
 
     Returns:
         The proxy on the CPU and in eval mode, in the float type of its weights; the adapter's own
@@ -183,26 +185,29 @@ def rebuild(package: Package) -> ClientModel:
 
     Raises:
         ReplyError: the package's parts do not fit together.
+        UserError: the base cannot be held so.
     """
-    return _made(package.meta, package.weights)
+    return _made(package.meta, package.weights, base)
 
 
-def blank(meta: PackageMeta) -> ClientModel:
+def blank(meta: PackageMeta, base: str = "float") -> ClientModel:
     """A model of the shape a package's metadata describe, with random weights.
 
     Args:
         meta: of a package; which neurons its plan keeps does not matter, only how many.
+        base: as of :func:`rebuild`.
 
     Returns:
         The proxy with the adapter attached, as :func:`rebuild` gives it.
 
     Raises:
         ReplyError: the metadata describe no model.
+        UserError: the base cannot be held so.
     """
-    return _made(meta, None)
+    return _made(meta, None, base)
 
 
-def _made(meta: PackageMeta, weights: Mapping[str, Tensor] | None) -> ClientModel:
+def _made(meta: PackageMeta, weights: Mapping[str, Tensor] | None, base: str) -> ClientModel:
     import transformers
 
     try:
@@ -211,13 +216,22 @@ def _made(meta: PackageMeta, weights: Mapping[str, Tensor] | None) -> ClientMode
         config = transformers.AutoConfig.for_model(**meta.model_config)
         config.architectures = [meta.architecture]
         auto = task_class(meta.task.model())
-        fill = contextlib.nullcontext() if weights is None else _NoRandomFill()
-        with torch.random.fork_rng(devices=[]), fill:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            if weights is not None:
+                stack.enter_context(_NoRandomFill())
+                if base == "int8":
+                    stack.enter_context(int8.hollow())
             model = normalise(auto.from_config(config, trust_remote_code=False))
             skeleton(model, plan)
         cast_parameters(model, _dtype(weights))
-        if weights is not None:
-            _fill(model, weights, spec)
+        left = weights
+        if base == "int8":
+            rest = int8.put(model, family_of(plan.model_type), spec.modules, weights)
+            left = None if weights is None else rest
+            int8.filled_up(model)
+        if left is not None:
+            _fill(model, left, spec)
         return ClientModel(
             adapters.attach(model.eval(), spec, plan),
             plan,
@@ -225,6 +239,8 @@ def _made(meta: PackageMeta, weights: Mapping[str, Tensor] | None) -> ClientMode
             meta.task,
             meta.max_length,
         )
+    except int8.NotHeldError:
+        raise
     except (KeyError, ValueError, TypeError, RuntimeError, UserError) as error:
         raise ReplyError(f"the package is malformed ({error})") from error
 

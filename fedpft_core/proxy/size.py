@@ -54,8 +54,11 @@ class PlanSize:
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         return json.dumps({"format": FORMAT} | own | {"meta": self.meta.as_raw()}, indent=1) + "\n"
 
-    def client_model(self) -> ClientModel:
+    def client_model(self, base: str = "float") -> ClientModel:
         """A model of this shape with random weights.
+
+        Args:
+            base: what the frozen linear layers of blocks are held in, one of `BASES`.
 
         Returns:
             The proxy with the adapter attached.
@@ -64,7 +67,7 @@ class PlanSize:
             UserError: the shape is one that no model has.
         """
         try:
-            return blank(self.meta)
+            return blank(self.meta, base)
         except ReplyError as error:
             raise UserError(f"the plan's description makes no model ({error}).") from error
         except UserError:

@@ -196,7 +196,8 @@ def _is_numbers(value: Any) -> bool:
 
 
 def _is_means(value: Any) -> bool:
-    kinds = {"memory": _is_int, "package": _is_int, "width": _is_text, "blocks": _is_text}
+    kinds = {"memory": _is_int, "package": _is_int}
+    kinds |= dict.fromkeys(("width", "blocks", "base"), _is_text)
     return isinstance(value, dict) and all(k in kinds and kinds[k](v) for k, v in value.items())
 
 
@@ -242,7 +243,7 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "examples": ("a whole number", _is_int),
     "validation": ("a whole number", _is_int),
     "validation_rows": ("a whole number", _is_int),
-    "means": ("memory, package, width and blocks", _is_means),
+    "means": ("memory, package, width, blocks and base", _is_means),
     "private": ("true or false", lambda v: isinstance(v, bool)),
     "validation_sums": ("numbers by name", _is_numbers),
     "steps": ("a whole number", _is_int),

@@ -28,7 +28,7 @@ class HelloReply:
 
     `examples` are the rows it trains on, `validation` those it keeps from training. `means` is
     what it has and will take, where it says so: `memory` and `package` in bytes, the widest `width`
-    by its name, and the `blocks` whose LoRA it trains.
+    by its name, the `blocks` whose LoRA it trains, and what it holds the frozen `base` in.
     """
 
     name: str

@@ -75,7 +75,8 @@ def of_int8(q: Tensor, scale: Tensor) -> Tensor:
     Returns:
         float32 in the shape of `q`.
     """
-    return q.float() * scale.float()
+    # In place: what is made beside what is kept leaves holes in the heap, as large as the model.
+    return q.float().mul_(scale.float())
 
 
 def to_int4(t: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from fedpft_core import registry
 from fedpft_core.adapter.layers import readable
 from fedpft_core.config import Config
 from fedpft_core.errors import ReplyError
+from fedpft_core.proxy.int8 import BASES
 from fedpft_core.proxy.memory import package_bytes, training_bytes
 from fedpft_core.wire.package import Package
 from server_app.run import schema as ev
@@ -28,7 +29,7 @@ class Matching:
     def __init__(self, config: Config, events: Events) -> None:
         self.config = config
         self.events = events
-        self._sizes: dict[tuple[str, str], tuple[int, int]] = {}
+        self._sizes: dict[tuple[str, str, str], tuple[int, int]] = {}
 
     def meet(self, client: str, means: Mapping[str, int | str], state: State, round: int) -> None:
         """Give a client the widest sub-FM that fits, which is noted in the state.
@@ -45,7 +46,7 @@ class Matching:
         if not means and not state.others:
             return
         before = state.given.get(client, Given())
-        blocks = self._blocks(means)
+        blocks, base = self._blocks(means), _base(means)
         names = list(state.widths)
         asked = str(means.get("width", ""))
         if asked and asked not in names:
@@ -62,7 +63,7 @@ class Matching:
                 if chosen is not None:
                     break
         if chosen is None:
-            package, memory = self._needs(state, names[0], "")
+            package, memory = self._needs(state, names[0], "", base)
             raise ReplyError(
                 f"its budget ({_said(means)}) is below the smallest width"
                 f"{f', {names[0]}' if names[0] else ''}: a package of {package / 1e6:.1f} MB, and "
@@ -146,19 +147,19 @@ class Matching:
     ) -> str | None:
         """The last of some widths that a client has room for."""
         for name in reversed(names):
-            needs = self._needs(state, name, blocks)
+            needs = self._needs(state, name, blocks, _base(means))
             limits = (int(means.get("package", 0)), int(means.get("memory", 0)))
             if all(not most or need <= most for need, most in zip(needs, limits, strict=True)):
                 return name
         return None
 
-    def _needs(self, state: State, name: str, blocks: str) -> tuple[int, int]:
+    def _needs(self, state: State, name: str, blocks: str, base: str) -> tuple[int, int]:
         """Bytes of a width's package, and of memory to train on it."""
-        if (name, blocks) not in self._sizes:
+        if (name, blocks, base) not in self._sizes:
             package = state.widths[name].package
             batch = self.config.train.batch_size
-            self._sizes[name, blocks] = needs(package, batch, blocks)
-        return self._sizes[name, blocks]
+            self._sizes[name, blocks, base] = needs(package, batch, blocks, base)
+        return self._sizes[name, blocks, base]
 
     def _say(self, round: int, client: str, given: Given, before: str, why: str) -> None:
         self.events.emit(ev.WidthGiven(
@@ -167,18 +168,28 @@ class Matching:
         ))  # fmt: skip
 
 
-def needs(package: Package, batch_size: int, blocks: str = "") -> tuple[int, int]:
+def needs(
+    package: Package, batch_size: int, blocks: str = "", base: str = "float"
+) -> tuple[int, int]:
     """What a client needs for a sub-FM.
 
     Args:
         package: the sub-FM's.
         batch_size: rows of a step.
         blocks: whose LoRA is trained; empty = all.
+        base: what the client holds frozen linear layers in, one of `BASES`.
 
     Returns:
         Bytes of the package, and bytes of memory.
     """
-    return package_bytes(package), training_bytes(package, batch_size, blocks)
+    return package_bytes(package), training_bytes(package, batch_size, blocks, base)
+
+
+def _base(means: Mapping[str, int | str]) -> str:
+    base = str(means.get("base", BASES[0]))
+    if base not in BASES:
+        raise ReplyError(f"its base {base!r} is none of {', '.join(BASES)}")
+    return base
 
 
 def _said(means: Mapping[str, int | str]) -> str:

@@ -478,9 +478,9 @@ def test_an_eviction_while_the_model_is_in_use_does_no_harm(
     node = make()
     load = client.rebuild
 
-    def evicted(package: Package) -> Any:
+    def evicted(package: Package, base: str) -> Any:
         shutil.rmtree(node.store.root)
-        return load(package)
+        return load(package, base)
 
     monkeypatch.setattr(client, "rebuild", evicted)
     assert same(trained(node, server.request(0)), want)

@@ -362,7 +362,7 @@ def test_a_robust_rule_takes_whole_adapters_only(text: dict[str, Any], tmp_path:
 
 @pytest.mark.parametrize("means", [
     {"blocks": "middle:2"}, {"blocks": "last:0"}, {"width": "x" * 65}, {"memory": 1.5},
-    {"speed": 3}, {"memory": "much"},
+    {"speed": 3}, {"memory": "much"}, {"base": "int4"}, {"base": 8},
 ])  # fmt: skip
 def test_means_that_are_none_are_refused(
     text: dict[str, Any], tmp_path: Path, means: dict[str, Any]
@@ -382,6 +382,7 @@ def test_means_that_are_none_are_refused(
 
 @pytest.mark.parametrize(("key", "value"), [
     ("memory-mb", -2), ("max-package-mb", -1.0), ("train-blocks", "all"), ("width", 3),
+    ("base", "int4"), ("base", ""),
 ])  # fmt: skip
 def test_a_node_config_that_makes_no_sense_is_refused_by_its_key(
     text: dict[str, Any], key: str, value: Any

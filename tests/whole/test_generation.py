@@ -138,7 +138,7 @@ def test_the_product_is_the_fm_that_was_scored(family: str, tmp_path: Path) -> N
     )
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
 def test_clients_get_tied_weights_once_and_the_same_logits(family: str, tmp_path: Path) -> None:
     """Also in another process, from the bytes alone."""
     flat = tiny.write_dialogues(family, tmp_path)
@@ -155,6 +155,8 @@ def test_clients_get_tied_weights_once_and_the_same_logits(family: str, tmp_path
             m.proxy, m.plan, m.spec, bench.rows.processor, "generate", (), 24
         )  # fmt: skip
         data = package.to_bytes()
+        table = m.proxy.get_base_model().get_input_embeddings().weight.detach()
+        assert data.count(table.numpy().tobytes()) == 1
         sizes[name] = sum(t.numel() for t in package.weights.values())
         again = Package.from_bytes(data)
         assert again.digest() == package.digest()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fedpft_core.model.families import FFN
 from fedpft_core.proxy.saliency import Probe
+
+_NEURONS = 512
 
 
 def score(probe: Probe) -> list[Tensor]:
@@ -32,7 +35,13 @@ def weight_norm(ffn: FFN) -> Tensor:
     Returns:
         float64 [F].
     """
-    total = ffn.out.weight.detach().double().square().sum(0)
+    # Some neurons at a time: all of a block's weights in float64 are more than the block.
+    starts = range(0, ffn.neurons, _NEURONS)
+    return torch.cat([_norms(ffn, slice(start, start + _NEURONS)) for start in starts])
+
+
+def _norms(ffn: FFN, own: slice) -> Tensor:
+    total = ffn.out.weight.detach()[:, own].double().square().sum(0)
     for linear in ffn.ins:
-        total = total + linear.weight.detach().double().square().sum(1)
+        total = total + linear.weight.detach()[own].double().square().sum(1)
     return total.sqrt()
