@@ -263,7 +263,7 @@ def _room(
         why = "give --plan (from `fedpft inspect --json`) or --sub-fm-mb to have this checked."
         return [*out, Finding("memory", SKIPPED, why), Finding("training step", SKIPPED, why)]
     needed = room.memory_needed(size, held.shape, batch, tokens)
-    if any(node[key] for key in means.KEYS):
+    if any(node[key] != default for key, (_, default) in means.KEYS.items()):
         out.append(guarded("told to the server", lambda: _means(node, root)))
     out.append(guarded("memory", lambda: room.memory(needed)))
     if out[-1].status == FAIL:
