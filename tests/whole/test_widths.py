@@ -14,24 +14,31 @@ import pytest
 import tiny
 
 FILES = ("adapter/adapter_model.safetensors",)
+ROWS, TOKENS = 24, 128
+# One tensor of a block's neurons is 400 MB at width 1, 120 MB at 0.3, and 8 MB at 0.02.
+CEILING = 900_000_000  # beyond the libraries, bytes
 NODES = {"node-a": {"width": "0.02"}, "node-b": {}, "node-c": {}}
 
 
 def deployed(folder: Path) -> Path:
-    """A run of an FM whose FFNs are large enough for a ceiling to matter."""
+    """A run in which what a step keeps of the FFNs is far more than the weights.
+
+    So it is training that fails below a ceiling, and not Flower's receiving of the message.
+    """
     tree = flower.job(
         folder, **{"rounds": 2, "clients": 3, "clients-per-round": 3, "min-clients": 2}
     )
     tiny.folder(
-        "bert", folder / "fm", hidden_size=512, intermediate_size=32768, num_hidden_layers=2
-    )
+        "bert", folder / "fm", hidden_size=64, intermediate_size=32768, num_hidden_layers=2,
+        max_position_embeddings=TOKENS,
+    )  # fmt: skip
     tree["plan"] = {"widths": "0.02,0.3,1", "retained-layers": ""}
-    tree["data"]["train"] = ""
+    tree["data"] |= {"train": "", "max-length": TOKENS}
     tree["distill"]["steps"] = 2
     tree["align"] = {"interval": 1, "steps": 1}
     tree["head"] = {"start": "zero", "end": "trained"}
     tree["plug"] = {"method": "as-trained", "refit": "none"}
-    tree["train"]["local-steps"] = 2
+    tree["train"] |= {"local-steps": 2, "batch-size": ROWS}
     tree["run"] |= {
         "threads": 1, "evaluate-every": 3, "gradient-rows": 0, "baselines": False,
     }  # fmt: skip
@@ -39,14 +46,16 @@ def deployed(folder: Path) -> Path:
 
 
 def rows_of(folder: Path, name: str) -> Path:
+    """Rows as long as rows can be."""
     folder.mkdir(parents=True, exist_ok=True)
-    return tiny.write_csv(folder / f"{name}.csv", tiny.sentences(24, ord(name[-1])))
+    short = tiny.sentences(ROWS, ord(name[-1]))
+    return tiny.write_csv(folder / f"{name}.csv", [(" ".join([t] * TOKENS), y) for t, y in short])
 
 
 def taken_by_imports(home: Path) -> int:
     """Most address space of a client's process before it has any model, bytes."""
     code = (
-        "import flwr.supernode.start_client_internal, client_app.app; "
+        "import flwr.supernode.start_client_internal, client_app.answer; "
         "lines = open('/proc/self/status').read().splitlines(); "
         "print(1024 * int(next(x for x in lines if x.startswith('VmPeak')).split()[1]))"
     )
@@ -64,7 +73,7 @@ def test_three_sizes_under_a_real_ceiling_killed_and_resumed_to_the_same_bits(
     conf, run = deployed(tmp_path / "job"), tmp_path / "job" / "run"
     rows = {name: rows_of(tmp_path / "flower", name) for name in NODES}
     with flower.deployment(tmp_path / "flower") as d:
-        d.ceilings["node-b"] = taken_by_imports(tmp_path / "flower" / "flwr") + 800_000_000
+        d.ceilings["node-b"] = taken_by_imports(tmp_path / "flower" / "flwr") + CEILING
         for name, node in NODES.items():
             cache = str(d.folder / f"cache-{name}")
             d.start_node(name, rows[name], **{"cache-dir": cache, **node})
