@@ -258,13 +258,13 @@ def test_a_deadline_missed_twice_moves_a_client_down(text: dict[str, Any], tmp_p
             inner = super().transport()
             exchange = inner.exchange
 
-            def slow(messages: Any, round: int, timeout: float, on_reply: Any) -> None:
+            def slow(messages: Any, round: int, timeout: float, on_reply: Any, *more: Any) -> None:
                 late = 4 if round and messages.get(4) is not None else 0
                 if late and messages[4].kind == "train" and len(self.late) < 2:
                     self.late.append(round)
                     on_reply(4, Failure("no reply within 1.0 s", late=True))
                     messages = {k: v for k, v in messages.items() if k != 4}
-                exchange(messages, round, timeout, on_reply)
+                exchange(messages, round, timeout, on_reply, *more)
 
             inner.exchange = slow
             return inner
