@@ -26,7 +26,7 @@ from server_app.run.record import DIRECTIONS, Record, Round, fold
 EVENTS = "events.jsonl"
 _OF_ROUND = (
     "loss", "seconds", "exchange_seconds", "train_seconds", "evaluate_seconds",
-    "overhead_seconds", "good", "bad", "examples",
+    "overhead_seconds", "meanwhile_seconds", "good", "bad", "examples",
 )  # fmt: skip
 
 
