@@ -68,6 +68,8 @@ def shrink(resolved: Config, folder: Path) -> dict[str, Scalar]:
     if flat["plan.keep-neurons"]:
         # The FM's width is not known here; a quarter is what keeping 768 of 3072 neurons is.
         flat |= {"plan.keep-neurons": 0, "plan.keep-share": 0.25}
+    if flat["federation.schedule"] == "one-shot":
+        flat["federation.clients-per-round"] = flat["federation.clients"]  # it asks every client
     flat["plan.retained-layers"] = _retained(str(flat["plan.retained-layers"]))
     if flat["distill.budget"] == "thorough":
         flat["distill.budget"] = "quick"

@@ -39,13 +39,15 @@ def command(args: argparse.Namespace, console: Console) -> int:
         The exit status, 0, after Ctrl-C.
 
     Raises:
-        UserError: there is no such folder, or the port cannot be had.
+        UserError: there is no such folder, it is of no run, or the port cannot be had.
     """
     from fedpft_console.web import watch
 
     folder = Path(args.run).expanduser().absolute()
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run folder.")
+    if not any((folder / name).is_file() for name in ("config.yaml", "events.jsonl")):
+        raise UserError(f"{folder}: it holds neither config.yaml nor events.jsonl: no run folder.")
     with watch.serve(folder, args.port) as server:
         console.print(
             f"http://{watch.HOST}:{server.server_port}/ shows the run; Ctrl-C ends this "

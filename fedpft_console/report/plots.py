@@ -89,8 +89,9 @@ def _panel(
         draw(axis)
         axis.set_xlabel("round")
         # Below the axis, where it hides no mark.
-        axis.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2,
-                    frameon=False, handlelength=1.6)  # fmt: skip
+        if axis.get_legend_handles_labels()[0]:  # a figure that no round has draws nothing
+            axis.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2,
+                        frameon=False, handlelength=1.6)  # fmt: skip
         if len(numbers) <= 6:
             axis.set_xticks(numbers)
         else:

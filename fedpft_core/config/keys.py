@@ -108,7 +108,7 @@ class Config:
         if f.clients_per_round > f.clients:
             raise UserError(
                 f"federation.clients-per-round = {f.clients_per_round} is more than "
-                f"federation.clients = {f.clients}."
+                f"federation.clients = {f.clients}: set it to {f.clients} or fewer."
             )
         if f.aggregate == "none" and f.server_optimiser != "none":
             raise UserError(

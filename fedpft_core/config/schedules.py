@@ -84,18 +84,23 @@ def _check_lag(config: Config) -> None:
         return
     here = f"align.lag = {config.align.lag} has the server work while clients train the next round"
     for key, value, only, why in (
-        ("federation.schedule", f.schedule, "multi-round", "has no such rounds"),
-        ("federation.early-stopping", f.early_stopping, 0, "may end with the round before"),
-        ("head.interval", config.head.interval, 0, "asks clients for statistics in between"),
-        ("plan.widths", config.plan.widths, "", "may change what clients have meanwhile"),
+        ("federation.schedule", f.schedule, "multi-round", "there are no such rounds"),
+        (
+            "federation.early-stopping",
+            f.early_stopping,
+            0,
+            "training may end with the round before",
+        ),
+        ("head.interval", config.head.interval, 0, "clients are asked for statistics in between"),
+        ("plan.widths", config.plan.widths, "", "what clients have may change meanwhile"),
     ):
         if value != only:
-            raise UserError(f"{here}, which {key} = {value} {why}: set align.lag = 0.")
+            raise UserError(f"{here}; with {key} = {value} {why}: set align.lag = 0.")
     if f.aggregate == "none":
         raise UserError(
-            f"{here}, which federation.aggregate = none has no work for: set align.lag = 0."
+            f"{here}; with federation.aggregate = none there is no such work: set align.lag = 0."
         )
     if config.privacy.secure:
         raise UserError(
-            f"{here}, which privacy.secure = true does in four exchanges: set align.lag = 0."
+            f"{here}; with privacy.secure = true a round is four exchanges: set align.lag = 0."
         )

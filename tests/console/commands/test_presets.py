@@ -141,6 +141,15 @@ def test_a_shrunken_model_of_every_family_loads(family: str, tmp_path: Path) -> 
     assert found.family.name == family and found.shape.blocks == 4
 
 
+def test_one_shot_asks_every_client_of_the_small_federation_too(tmp_path: Path) -> None:
+    keys = {
+        "federation.schedule": "one-shot", "federation.rounds": 1, "model.family": "bert",
+        "federation.clients": 20, "federation.clients-per-round": 20,
+    }  # fmt: skip
+    made = config.from_flat(dry_run.shrink(config.from_flat(keys), tmp_path))
+    assert made.federation.clients_per_round == made.federation.clients == 3
+
+
 def test_what_a_dry_run_cannot_do(tmp_path: Path, capsys: Any) -> None:
     keys = {"data.train": "hub:a/b", "data.test": "hub:a/b"}
     nobody = config.from_flat(keys | {"model.name": str(tmp_path / "nothing")})
