@@ -117,6 +117,11 @@ def command(args: argparse.Namespace, console: Console) -> int:
         if not remote:
             from fedpft_console.commands import preflight
 
+            if not resolved.data.train:
+                raise UserError(
+                    "data.train is empty: without --superlink the clients are simulated, on the "
+                    "rows that it names."
+                )
             preflight.check(resolved)
         folder = choose_folder(args.run_dir, flat["run.dir"])
         if not remote or args.run_dir or flat["run.dir"]:

@@ -58,6 +58,7 @@ def test_file_names_become_absolute(
         ("lora.rnk=4", "lora.rnk: no such configuration key. Did you mean lora.rank?"),
         ("lora.rank=two", "lora.rank: expected a whole number, got 'two'."),
         ("plan.keep-share=1.5", "plan.keep-share: expected above 0 and at most 1, got 1.5."),
+        ("data.train=''", "data.train is empty: without --superlink"),
         ("federation.clients=1", "federation.clients-per-round = 5 is more than federation.cl"),
         ("data.train=none.csv", "data.train: no such file"),
         ("lora.rank", "expected key=value"),
