@@ -16,6 +16,8 @@ from fedpft_console.text import (
 from server_app.run import schema as ev
 from server_app.run.record import Record
 
+_FEW_ROWS = 30  # on which one label is three points
+
 
 @singledispatch
 def lines_for(event: ev.Event, record: Record) -> list[str]:
@@ -271,7 +273,13 @@ def _(event: ev.Plugged, record: Record) -> list[str]:
         f"{name} {measure.shown(n / event.rows)}" for name, n in event.right.items() if event.rows
     ]
     judged = f" ({measure.name} of {event.rows} unseen: {', '.join(found)})" if found else ""
-    return [f"plugged in by {event.method}{judged}, {human_seconds(event.seconds)}"]
+    out = [f"plugged in by {event.method}{judged}, {human_seconds(event.seconds)}"]
+    if found and event.rows < _FEW_ROWS:
+        out.append(
+            f"{event.rows} rows tell little of which way is best, nor how far to trust the head: "
+            "give the server more (data.validation, data.validation-share)"
+        )
+    return out
 
 
 @lines_for.register

@@ -132,3 +132,13 @@ def test_reference_points_have_a_bar() -> None:
     steps = [event(100 + 11 * i, "progress", phase="baselines", done=10 * i, total=40, unit="rows")
              for i in range(3)]  # fmt: skip
     assert "baselines: 10/40 rows" in shown(steps, terminal=False)
+
+
+def test_a_choice_on_few_rows_is_called_one() -> None:
+    chosen = {"round": 2, "method": "refit", "fitted": 3, "seconds": 1.0, "right": {"refit": 3.0}}
+    few = lines_for(made("plugged", rows=3, **chosen), Record())
+    assert few[0].startswith("plugged in by refit (rows right of 3 unseen: refit 100")
+    assert few[1].startswith("3 rows tell little") and "data.validation-share" in few[1]
+    assert len(lines_for(made("plugged", rows=300, **chosen), Record())) == 1
+    none = {**chosen, "right": {}}
+    assert len(lines_for(made("plugged", rows=0, **none), Record())) == 1
