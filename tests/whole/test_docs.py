@@ -42,6 +42,14 @@ def test_the_code_page_describes_every_room() -> None:
     assert code_page.made(page) == page  # nothing is described that is gone
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: str(p.name))
+def test_code_is_fenced_as_the_site_reads_it(page: Path) -> None:
+    """One word says the language; with a second the site takes the rest of the page for code."""
+    fences = re.findall(r"^ *```(.*)$", page.read_text("utf-8"), re.MULTILINE)
+    assert len(fences) % 2 == 0
+    assert [f for f in fences if not re.fullmatch(r"\w*", f.strip())] == []
+
+
 def test_the_readme_leads_to_every_page() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for path in (ROOT / "docs").glob("*.md"):
