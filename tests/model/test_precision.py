@@ -99,7 +99,7 @@ def test_alignment_brings_a_sub_fm_in_half_precision_nearer(tmp_path: Path) -> N
     assert moved and all(".mlp." in k for k in moved)
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("family", ["bert", pytest.param("llama", marks=pytest.mark.slow)])
 def test_a_whole_run_in_half_precision(family: str, tmp_path: Path) -> None:
     if family == "llama":
         flat = tiny.write_dialogues("llama", tmp_path)

@@ -326,7 +326,9 @@ def kill_loop(folder: Path, kills: int, schedule: str, timeout: float) -> dict[s
     return result
 
 
-@pytest.mark.parametrize("schedule", ["multi-round", "overlap"])
+@pytest.mark.parametrize(
+    "schedule", ["multi-round", pytest.param("overlap", marks=pytest.mark.slow)]
+)
 def test_killed_runs_end_with_the_same_bits(tmp_path: Path, schedule: str) -> None:
     kills = 50 if os.environ.get("FEDPFT_LONG") else 4
     assert kill_loop(tmp_path / "runs", kills, schedule, 60 * kills)["kills"] >= kills

@@ -31,6 +31,7 @@ def check_result(run: Path, fm: Path) -> None:
     assert any(t.abs().sum() > 0 for k, t in saved.items() if "lora_B" in k)
 
 
+@pytest.mark.slow
 def test_simulation_without_the_fm_on_disk(tmp_path: Path) -> None:
     """`fedpft run` for real. The FM's folder is gone before the first client is asked anything:
     clients need their package only. Afterwards nothing is left running."""
