@@ -61,8 +61,7 @@ def _from_parcel(
     policy.check_package(manifest.meta)
     found = store.fill(manifest, parcel)
     if found.package:
-        digests = {k: entry.digest for k, entry in manifest.weights.items()}
-        _keep(name, store, request.digest, found.package, digests, parcel)
+        _keep(name, store, request.digest, found.package, manifest.digests, parcel)
         return found.package
     try:
         store.keep_parts(parcel)
@@ -83,10 +82,11 @@ def _patched(name: str, store: Store, request: TrainRequest | StatisticsRequest)
             # The chain may start before what this client has.
             if not is_digest(patch.source):
                 raise ReplyError("a patch received starts from what is no digest")
-            base = store.get(patch.source)
-            if base is None:
+            found = store.read(patch.source)
+            if found is None or found.package is None:
                 continue
-            digests = {k: e.digest for k, e in base.manifest().weights.items()}
+            # Reading has verified them; each patch changes those of what it moves.
+            base, digests = found.package, dict(found.manifest.digests)
         base = apply_patch(base, patch, digests)
     if base is not None:
         _keep(name, store, request.digest, base, digests)

@@ -38,10 +38,12 @@ class Found:
     """What the store has of a sub-FM.
 
     Attributes:
+        manifest: what belongs to it.
         package: the sub-FM; None where something of it is lacking.
         lacking: digests of the tensors and files that are not here.
     """
 
+    manifest: Manifest
     package: Package | None
     lacking: tuple[str, ...]
 
@@ -187,8 +189,8 @@ class Store:
             if digest not in files:
                 lacking.append(digest)
         if lacking:
-            return Found(None, tuple(sorted(lacking)))
-        return Found(Package.made(manifest, tensors, files), ())
+            return Found(manifest, None, tuple(sorted(lacking)))
+        return Found(manifest, Package.made(manifest, tensors, files), ())
 
     def put(
         self, digest: str, package: Package, digests: Mapping[str, str] | None = None,

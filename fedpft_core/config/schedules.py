@@ -79,28 +79,23 @@ def _check_lag(config: Config) -> None:
     Raises:
         UserError: naming both keys.
     """
-    f = config.federation
-    if not config.align.lag:
+    f, lag = config.federation, config.align.lag
+    if not lag:
         return
-    here = f"align.lag = {config.align.lag} has the server work while clients train the next round"
-    for key, value, only, why in (
-        ("federation.schedule", f.schedule, "multi-round", "there are no such rounds"),
-        (
-            "federation.early-stopping",
-            f.early_stopping,
-            0,
-            "training may end with the round before",
-        ),
-        ("head.interval", config.head.interval, 0, "clients are asked for statistics in between"),
-        ("plan.widths", config.plan.widths, "", "what clients have may change meanwhile"),
-    ):
-        if value != only:
-            raise UserError(f"{here}; with {key} = {value} {why}: set align.lag = 0.")
-    if f.aggregate == "none":
-        raise UserError(
-            f"{here}; with federation.aggregate = none there is no such work: set align.lag = 0."
-        )
-    if config.privacy.secure:
-        raise UserError(
-            f"{here}; with privacy.secure = true a round is four exchanges: set align.lag = 0."
-        )
+    for refused, key, why in (
+        (f.schedule != "multi-round", f"federation.schedule = {f.schedule}",
+         "there are no such rounds"),
+        (f.early_stopping, f"federation.early-stopping = {f.early_stopping}",
+         "training may end with the round before"),
+        (config.head.interval, f"head.interval = {config.head.interval}",
+         "clients are asked for statistics in between"),
+        (config.plan.widths, f"plan.widths = {config.plan.widths}",
+         "what clients have may change meanwhile"),
+        (f.aggregate == "none", "federation.aggregate = none", "there is no such work"),
+        (config.privacy.secure, "privacy.secure = true", "a round is four exchanges"),
+    ):  # fmt: skip
+        if refused:
+            raise UserError(
+                f"align.lag = {lag} has the server work while clients train the next round; with "
+                f"{key} {why}: set align.lag = 0."
+            )

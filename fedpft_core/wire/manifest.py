@@ -89,8 +89,12 @@ class Manifest:
     @cached_property
     def digest(self) -> str:
         """What the package is known by."""
-        weights = {k: entry.digest for k, entry in self.weights.items()}
-        return digest_of(self.meta.to_json(), self.files, weights)
+        return digest_of(self.meta.to_json(), self.files, self.digests)
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """sha256 of each weight, by its name."""
+        return {k: entry.digest for k, entry in self.weights.items()}
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
