@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedpft_core.head.discriminant import SHARES, Head, least_loss, oracle_shrinkage
+from fedpft_core.head.discriminant import SHARES, Head, doubt, least_loss, oracle_shrinkage
 from fedpft_core.head.mapped import steadiest
 from fedpft_core.head.moments import Moments
 
@@ -80,7 +80,8 @@ def fitted(
     """
     if not len(labels):
         return solve(found)
-    y = labels.to(features)
+    unsure = doubt(len(labels))
+    y = labels.to(features) * (1 - unsure) + unsure / 2
 
     def loss(scores: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(scores, y)

@@ -11,6 +11,8 @@ identity, by the oracle-approximating share of Chen et al. (2010, "Shrinkage Alg
 Covariance Estimation"), which needs nothing but S and N, or by a share that is given. And features
 are not Gaussian: on 77 classes the scores are right but ten times too sure. Where there are
 labelled rows to judge by, share and temperature are those with the least cross-entropy on them.
+Few rows are soon all right, and would then ask for scores without bounds: below `FEW` of them, the
+answer of each is believed only as far as Laplace's rule of succession allows.
 
 Shape letters: N rows, D features, C classes.
 """
@@ -34,6 +36,9 @@ SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 TEMPERATURES = tuple(float(t) for t in torch.logspace(0, -2, 17, dtype=torch.float64))
 """Factors of the scores tried likewise: from 1 down to 1/100."""
 
+FEW = 30
+"""Labelled rows below which the answers to judge by are smoothed."""
+
 _LEAST_SHARE = 1e-9
 _LEAST_LEVEL = 1e-3
 
@@ -47,7 +52,8 @@ class Head:
         bias: float64 [C].
         shrinkage: share of the identity in the covariance.
         scale: factor of the scores.
-        loss: mean cross-entropy on the rows it was judged by; None without any.
+        loss: mean cross-entropy on the rows it was judged by, whose answers are smoothed where they
+            are few; None without any.
         one: float64 [D], u with u x ~ 1: what takes the place of a bias in a layer without one.
     """
 
@@ -128,6 +134,21 @@ def scores(head: Head, features: Tensor) -> Tensor:
     return features @ head.weight.T + head.bias
 
 
+def doubt(rows: int) -> float:
+    """How far the answers of some rows are smoothed before a head is judged by them.
+
+    By the rule of succession, a head that is right on all of N rows is wrong on the next one with
+    probability 1 / (N + 2).
+
+    Args:
+        rows: N.
+
+    Returns:
+        The share of the uniform distribution in each answer; 0 from `FEW` rows on.
+    """
+    return 1 / (rows + 2) if rows < FEW else 0.0
+
+
 def fitted(
     found: Statistics,
     features: Tensor,
@@ -152,7 +173,7 @@ def fitted(
         return solve(found)
 
     def loss(scores: Tensor) -> Tensor:
-        return F.cross_entropy(scores, labels)
+        return F.cross_entropy(scores, labels, label_smoothing=doubt(len(labels)))
 
     return least_loss(partial(solve, found), loss, features, shares, temperatures)
 

@@ -10,14 +10,18 @@ from sklearn.covariance import oas
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch.nn import functional as F
 
+from fedpft_core.head import binary
 from fedpft_core.head.discriminant import (
+    FEW,
     TEMPERATURES,
+    doubt,
     fitted,
     oracle_shrinkage,
     scores,
     solve,
 )
 from fedpft_core.head.mapped import fit, taken
+from fedpft_core.head.moments import Moments
 from fedpft_core.head.statistics import Statistics, add
 
 
@@ -101,6 +105,34 @@ def test_scale_and_shrinkage_are_the_best_of_those_tried() -> None:
     assert head.scale in TEMPERATURES
     bare = fitted(found, g[:0], z[:0])
     assert bare.loss is None and torch.equal(bare.weight, solve(found).weight)
+
+
+@pytest.mark.parametrize("judges", [1, 3, 10])
+def test_few_rows_to_judge_by_do_not_make_a_head_sure(judges: int) -> None:
+    """Features as of a 60-row table: more of them than rows, classes that lie well apart."""
+    f, y = rows(48, 64, 3)
+    g, z = rows(judges, 64, 3, seed=1)
+    fresh, truth = rows(600, 64, 3, seed=2)
+    noisy = 9 * torch.randn(600, 64, generator=torch.Generator().manual_seed(3)).double()
+    for found, head in (
+        (F.cross_entropy, fitted(Statistics.of(f, y, 3), g, z)),
+        (
+            F.binary_cross_entropy_with_logits,
+            binary.fitted(Moments.of(f, F.one_hot(y, 3).double()), g, F.one_hot(z, 3).double()),
+        ),
+    ):
+        want = truth if found is F.cross_entropy else F.one_hot(truth, 3).double()
+        # Not below chance by much even where the rows are other than those seen.
+        assert float(found(scores(head, fresh + noisy), want)) < 2 * math.log(3)
+        assert float(found(scores(head, fresh), want)) < 0.6 * math.log(3)
+
+
+def test_many_rows_to_judge_by_are_believed() -> None:
+    assert doubt(3) == 1 / 5 and doubt(FEW) == 0.0
+    f, y = rows(90, 8, 3)
+    g, z = rows(FEW, 8, 3, seed=1)
+    head = fitted(Statistics.of(f, y, 3), g, z)
+    assert head.loss == float(F.cross_entropy(scores(head, g), z))
 
 
 def test_mapped_statistics_are_those_of_mapped_rows() -> None:
