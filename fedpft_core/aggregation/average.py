@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
-from torch import Tensor
 
 from fedpft_core.aggregation import Replies
 from fedpft_core.tensors import Tensors
@@ -15,57 +12,12 @@ AVERAGES = True
 BY_TENSOR = True
 
 
-class Average:
-    """W ← Σ |D_i| / |D| · W_i in float64; memory is one adapter, not one a client.
+class RunningSum:
+    """W ← Σ |D_i| / |D| · W_i in float64, of replies that are kept on disk and read piece by piece.
 
     Floating-point sums depend on their order: add in stable-name order for identical bits.
 
     Source: FedPFT, eq. (2).
-
-    Attributes:
-        weight: |D|, the weights of all clients added so far; their examples in the paper.
-    """
-
-    def __init__(self) -> None:
-        self._sum: dict[str, np.ndarray] = {}
-        self.weight: float = 0
-
-    def add(self, adapter: Mapping[str, Tensor], weight: float) -> None:
-        """Take one client's float32 adapter into the sum.
-
-        Args:
-            adapter: tensors on the CPU by name, the same names for every client.
-            weight: |D_i|, the client's weight.
-        """
-        for name, t in adapter.items():
-            value = t.numpy().astype(np.float64)
-            value *= weight
-            if name in self._sum:
-                self._sum[name] += value
-            else:
-                self._sum[name] = value
-        self.weight += weight
-
-    def result(self) -> Tensors:
-        """The weighted mean as float32.
-
-        Returns:
-            Tensors by name; what was added stays, so that more can be added.
-
-        Raises:
-            ValueError: when nothing was added, or only clients without weight.
-        """
-        if not self.weight:
-            raise ValueError("nothing to average")
-        return {
-            k: torch.from_numpy((v / self.weight).astype(np.float32)) for k, v in self._sum.items()
-        }
-
-
-class RunningSum:
-    """The same mean of replies that are kept on disk, read piece by piece and in any order.
-
-    Equal to the bit to :class:`Average` over the same replies in the same order.
 
     Args:
         replies: what is kept, now and later.

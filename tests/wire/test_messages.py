@@ -12,14 +12,12 @@ from typing import Any
 
 import corrupt
 import fabricate
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedpft_core.aggregation.average import Average
 from fedpft_core.errors import ReplyError
 from fedpft_core.proxy.patch import apply_patch
 from fedpft_core.train.inactivity import Counts, sum_counts
@@ -529,31 +527,7 @@ def test_corrupt_replies_in_other_formats_never_crash(fmt: str) -> None:
         }
 
 
-# --- aggregation --------------------------------------------------------------------------
-
-
-def test_the_average_is_weighted_by_examples() -> None:
-    adapters = [fabricate.adapter(seed) for seed in range(4)]
-    weights = [3, 1, 10, 7]
-    average = Average()
-    for a, n in zip(adapters, weights, strict=True):
-        average.add(a, n)
-    for name, got in average.result().items():
-        total = np.zeros(got.shape)
-        for a, n in zip(adapters, weights, strict=True):
-            total += a[name].numpy().astype(np.float64) * n
-        assert np.array_equal(got.numpy(), (total / 21).astype(np.float32))
-    with pytest.raises(ValueError, match="nothing to average"):
-        Average().result()
-
-
-def test_averaging_leaves_replies_alone() -> None:
-    a = fabricate.adapter()
-    kept = {k: t.clone() for k, t in a.items()}
-    average = Average()
-    average.add(a, 3)
-    average.add(a, 4)
-    assert all(torch.equal(a[k], kept[k]) for k in a)
+# --- counts -------------------------------------------------------------------------------
 
 
 def test_counts_add_up() -> None:
