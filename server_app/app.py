@@ -151,21 +151,17 @@ def _before_round_1(
     """What a run does once: reference points, distillation, the scores it starts from."""
     config, models = bench.config, bench.models
     (Path(config.run.dir) / "plan.json").write_text(models.plan.to_json(), encoding="utf-8")
-    reference.majority(bench)
-    # What is fitted to clients' rows needs some here; the FM as it is does not.
-    some = len(bench.rows.data.train) or "zero-shot" in bench.rows.task.baselines
-    if config.run.baselines and some:
-        with phase(events, "baselines"):
-            found = baselines.score(
-                models.fm, bench.rows.processor, bench.rows.data, config,
-                progress(events, "baselines", "rows"),
-            )  # fmt: skip
-            for name, value in found.items():
-                split = config.run.eval_split
-                events.emit(ev.Baseline(name=name, split=split, **value.fields()))
-    if config.run.undistilled:
-        undistilled(bench, transport, events)
-    proxycache.distil(bench)
+
+    def prepare() -> None:
+        _reference_points(bench, events)
+        if config.run.undistilled:
+            undistilled(bench, transport, events)
+        proxycache.distil(bench)
+
+    if config.federation.aggregate == "none":
+        prepare()
+    else:
+        strategy.nodes.greet(prepare)
     disclose.put_on(bench)
     state = bench.fresh_state()
     disclose.note(bench, state)
@@ -179,6 +175,23 @@ def _before_round_1(
         score.score(bench, 0, "proxy")
         score.score(bench, 0, "fm")
     return state
+
+
+def _reference_points(bench: Bench, events: EventLog) -> None:
+    """Score what the run is to be compared with."""
+    config, models = bench.config, bench.models
+    reference.majority(bench)
+    # What is fitted to clients' rows needs some here; the FM as it is does not.
+    some = len(bench.rows.data.train) or "zero-shot" in bench.rows.task.baselines
+    if config.run.baselines and some:
+        with phase(events, "baselines"):
+            found = baselines.score(
+                models.fm, bench.rows.processor, bench.rows.data, config,
+                progress(events, "baselines", "rows"),
+            )  # fmt: skip
+            for name, value in found.items():
+                split = config.run.eval_split
+                events.emit(ev.Baseline(name=name, split=split, **value.fields()))
 
 
 def _export(bench: Bench, strategy: Strategy, state: State, events: EventLog) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from fedpft_core.config import FederationConfig
@@ -63,6 +63,7 @@ class Nodes:
         self.events = events
         self.known: dict[int, Node] = {}
         self.left_out: dict[int, str] = {}  # why, by node id
+        self._early: dict[int, Envelope] = {}  # answers to the first query that nobody has read
 
     def wait(self) -> None:
         """Wait for all `federation.clients`, or for a standing set of at least min-clients.
@@ -99,6 +100,30 @@ class Nodes:
             waits(nodes, f.clients, max(0.0, f.node_timeout - (now - start)))
             time.sleep(0.2)
 
+    def greet(self, meanwhile: Callable[[], None]) -> None:
+        """Ask the nodes that are connected already who they are, and do something meanwhile.
+
+        A node's process imports torch before it answers; the server has other work until then.
+        Answers are kept for :meth:`meet`, which asks those again that gave none.
+
+        Args:
+            meanwhile: called once, whether or not there are nodes.
+        """
+        ids = self.transport.nodes()
+        if not ids:
+            meanwhile()
+            return
+        replies: dict[int, Envelope | Failure] = {}
+        self.transport.exchange(
+            dict.fromkeys(ids, _hello()), 0, self._patience, replies.__setitem__, meanwhile
+        )
+        self._early = {i: r for i, r in replies.items() if isinstance(r, Envelope)}
+
+    @property
+    def _patience(self) -> float:
+        """Seconds to wait for answers to the first query."""
+        return min(_HELLO_SECONDS, self.settings.round_timeout)
+
     def meet(self, state: State, round: int) -> list[Node]:
         """The nodes connected now; new ones are asked who they are.
 
@@ -111,10 +136,11 @@ class Nodes:
         """
         ids = self.transport.nodes()
         new = [i for i in ids if i not in self.known]
-        hello = replace(seal(Hello()), answer=HELLO_BYTES)
-        replies: dict[int, Envelope | Failure] = {}
-        timeout = min(_HELLO_SECONDS, self.settings.round_timeout)
-        self.transport.exchange(dict.fromkeys(new, hello), round, timeout, replies.__setitem__)
+        hello = _hello()
+        replies: dict[int, Envelope | Failure] = {i: self._early.pop(i) for i in new
+                                                  if i in self._early}  # fmt: skip
+        asked = dict.fromkeys([i for i in new if i not in replies], hello)
+        self.transport.exchange(asked, round, self._patience, replies.__setitem__)
         for node_id in new:
             self.hear(node_id, hello, replies[node_id], state, round)
         present = self.present(ids)
@@ -208,3 +234,8 @@ class Nodes:
         if message.have or name not in state.have:
             state.have[name] = message.have
         return name
+
+
+def _hello() -> Envelope:
+    """The first query."""
+    return replace(seal(Hello()), answer=HELLO_BYTES)

@@ -1,0 +1,149 @@
+"""Four decoders of one recipe, from 50,000 to 5 million parameters, trained from scratch.
+
+`python benchmarks/sizes.py [--steps 1000] [--out build/sizes]` writes one model folder a size, each
+with the tokenizer that all share. They differ in width and depth alone: the same Llama shape
+(SwiGLU, tied embeddings), the same text (`builtin:public`, which every installation has), the same
+tokens in the same order, the same steps. `experiments/sizes.yaml` then compares one-shot with
+several rounds on each, for the question whether one round loses less the larger a model is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path[:0] = [str(Path(__file__).parents[1])]
+
+from fedpft_core.data.builtin import public_paragraphs  # noqa: E402
+from fedpft_core.seeds import torch_stream  # noqa: E402
+
+SIZES: dict[str, tuple[int, int, int]] = {
+    "tiny": (32, 2, 2), "small": (64, 4, 4), "medium": (128, 6, 4), "large": (256, 6, 8),
+}  # fmt: skip
+"""Hidden size, blocks and attention heads by name; the FFN is 8/3 of the hidden size."""
+
+VOCABULARY, LENGTH, BATCH, PEAK = 1024, 128, 8, 3e-3
+
+
+def tokenizer_of(texts: tuple[str, ...]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of the texts.
+
+    Args:
+        texts: what it is trained on.
+
+    Returns:
+        The tokenizer, with tokens for beginning, end and padding.
+    """
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>"]
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY, special_tokens=special, show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )  # fmt: skip
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def model_of(size: str, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A decoder with random weights.
+
+    Args:
+        size: one of SIZES.
+        tokenizer: whose tokens it is to read.
+
+    Returns:
+        The model.
+    """
+    hidden, blocks, heads = SIZES[size]
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=blocks,
+        num_attention_heads=heads, intermediate_size=round(8 * hidden / 3 / 8) * 8,
+        max_position_embeddings=256, tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config)
+
+
+def trained(model: LlamaForCausalLM, tokens: torch.Tensor, steps: int, name: str) -> float:
+    """Train a decoder on the text, and say how it goes.
+
+    Args:
+        model: with random weights; trained in place.
+        tokens: int64 [N], the whole text.
+        steps: optimiser steps of BATCH rows of LENGTH tokens.
+        name: for the lines it prints.
+
+    Returns:
+        Mean loss of the last tenth of the steps, nats a token.
+    """
+    stream = torch_stream(0, "sizes")
+    optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK, weight_decay=0.1)
+    warm = max(1, steps // 20)
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimiser,
+        lambda s: min((s + 1) / warm, 0.5 * (1 + math.cos(math.pi * s / steps))),
+    )
+    losses, start = [], time.monotonic()
+    for step in range(steps):
+        at = torch.randint(len(tokens) - LENGTH, (BATCH,), generator=stream)
+        batch = torch.stack([tokens[i : i + LENGTH] for i in at.tolist()])
+        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        rate.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+        if step % 50 == 49:
+            left = (time.monotonic() - start) / (step + 1) * (steps - step - 1)
+            print(f"{name}: step {step + 1}/{steps}, loss {sum(losses[-50:]) / 50:.3f}, "
+                  f"{left:.0f} s left", flush=True)  # fmt: skip
+    last = losses[-max(1, steps // 10) :]
+    return sum(last) / len(last)
+
+
+def main() -> None:
+    """Train all sizes, or those named, and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--out", type=Path, default=Path("build/sizes"))
+    parser.add_argument("--size", choices=SIZES, action="append")
+    args = parser.parse_args()
+    texts = public_paragraphs()
+    tokenizer = tokenizer_of(texts)
+    ends = tokenizer.eos_token or ""
+    tokens = torch.tensor(tokenizer(ends.join(texts))["input_ids"])
+    print(f"{len(tokens)} tokens of {len(texts)} paragraphs", flush=True)
+    rows = []
+    for size in args.size or SIZES:
+        model = model_of(size, tokenizer)
+        start = time.monotonic()
+        loss = trained(model, tokens, args.steps, size)
+        folder = args.out / size
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        rows.append(
+            f"| {size} | {sum(p.numel() for p in model.parameters()):,} | {loss:.3f} | "
+            f"{time.monotonic() - start:.0f} |"
+        )
+    print("| size | parameters | loss at the end, nats a token | seconds |\n|---|--:|--:|--:|")
+    print("\n".join(rows))
+
+
+if __name__ == "__main__":
+    main()
