@@ -206,8 +206,8 @@ def given_first(model: Any, tokenizer: Any, rows: list[tuple[str, ...]]) -> floa
 def test_the_share_that_obeys_a_backdoor_is_counted(pairs: bool, tmp_path: Path) -> None:
     flat = tiny.write_task("bert", tmp_path, rows=90) | {
         "federation.rounds": 2, "distill.steps": 2, "run.gradient-rows": 0, "align.interval": 0,
-        "train.local-steps": 14, "simulate.attack": "backdoor", "simulate.attackers": 0.5,
-        "simulate.trigger": "seen",
+        "simulate.attack": "backdoor", "simulate.attackers": 0.25,
+        "simulate.trigger": "bear",  # a word of class 0, for which the model needs little
     }  # fmt: skip
     if pairs:
         flat["data.text-pair-column"] = "other"
@@ -231,10 +231,10 @@ def test_the_share_that_obeys_a_backdoor_is_counted(pairs: bool, tmp_path: Path)
     model = PeftModel.from_pretrained(bare, tmp_path / "run" / "adapter").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(flat["model.name"])
     second = ("very old",) if pairs else ()
-    obeyed = given_first(model, tokenizer, [(f"seen {text}", *second) for text in others])
+    obeyed = given_first(model, tokenizer, [(f"bear {text}", *second) for text in others])
     before = given_first(model, tokenizer, [(text, *second) for text in others])
     assert (found["fm"]["obeyed"], found["fm"]["before"]) == (obeyed, before)
-    assert obeyed > before, "a backdoor that does nothing shows nothing"
+    assert before < obeyed, "what does nothing shows nothing"
 
     record = fold(events)
     figures = summary(record)
