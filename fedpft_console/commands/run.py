@@ -29,6 +29,7 @@ from fedpft_core import config
 from fedpft_core.config import Scalar
 from fedpft_core.errors import RunError, UserError
 from server_app.run.events import EventLog
+from server_app.run.record import of_log
 from server_app.run.schema import Memory
 
 if TYPE_CHECKING:
@@ -110,6 +111,16 @@ def command(args: argparse.Namespace, console: Console) -> int:
         flat = resume_config(folder, given)
         with writing(folder):
             check_room(folder)
+        before = of_log(EventLog(folder / EVENTS_FILE))
+        if (
+            before.state == "finished"
+            and before.run
+            and (before.run.rounds == flat["federation.rounds"])
+        ):
+            console.print(
+                f"this run has ended after its {before.run.rounds} rounds; what follows them "
+                "(plug-in, scores, export) is done again, and --rounds adds rounds", soft_wrap=True,
+            )  # fmt: skip
         save_rounds(folder, flat["federation.rounds"])
     else:
         resolved = config.from_flat(given)

@@ -222,6 +222,19 @@ def test_resume_takes_the_saved_configuration(
     assert given["run.stop-after"] == 0, "where the first part stopped does not bind the second"
 
 
+def test_resuming_what_has_ended_says_what_is_done_again(
+    old_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rounds = config.from_flat({}).federation.rounds
+    log = old_run / "events.jsonl"
+    ended = log.read_text().replace('"rounds": 6', f'"rounds": {rounds}')
+    for more, said in ((0, True), (1, False)):
+        log.write_text(ended)
+        fake_flower(monkeypatch)
+        cli.main(["run", "--resume", "old", "--rounds", str(rounds + more)])
+        assert ("is done again" in capsys.readouterr().out) == said
+
+
 def test_resume_refuses_another_configuration(
     old_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
