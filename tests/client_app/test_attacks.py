@@ -19,6 +19,7 @@ from client_app.process import ProcessCache
 from fedpft_console import report
 from fedpft_console.compare.record import summary
 from fedpft_console.lines import lines_for
+from fedpft_core.adapter import lora as adapters
 from fedpft_core.config import SimulateConfig, from_flat
 from fedpft_core.data.examples import Examples
 from fedpft_core.errors import UserError
@@ -178,13 +179,17 @@ def test_honest_clients_reply_the_same_beside_colluders(ran: Any) -> None:
 
 def test_a_colluder_asked_again_sends_the_same(ran: Any) -> None:
     """As in a run that is resumed: by a new process, which has the sub-FM on its disk alone."""
-    federation, found = ran["little-is-enough"]
+    (_, honest), (federation, found) = ran["none"], ran["little-is-enough"]
     for i in (0, 1):
         client = federation.client(i)
         client.cache = ProcessCache()
         again = open_envelope(client.handle(found.envelopes[1, i]))
         assert isinstance(again, TrainReply)
         assert tiny.same_bits(again.adapter, found.replies[1, i].adapter)
+        # Its model has its own adapter again, and no fellow's.
+        (held,) = client.cache.models.values()
+        own = adapters.read(held.model.model, held.model.plan)
+        assert tiny.same_bits(own, honest.replies[1, i].adapter)
 
 
 def test_colluders_train_without_privacy() -> None:
