@@ -62,7 +62,7 @@ class FederationConfig:
         "free, and every federation.buffer replies are merged; federation.rounds counts merges)",
         choices=("multi-round", "one-shot", "async"),
     )
-    rounds: int = _key(12, "rounds T", low=1)
+    rounds: int = _key(8, "rounds T", low=1)
     early_stopping: int = _key(
         0,
         "rounds without a better score of the sub-FM on the server's validation rows after which "

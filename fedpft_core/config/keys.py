@@ -45,7 +45,7 @@ class RunConfig:
         choices=("test", "validation"),
     )
     evaluate_every: int = _key(
-        6,
+        4,
         "rounds between evaluations of both models, from the start on; the last round always is, "
         "and alone when this is more than federation.rounds",
         low=1,

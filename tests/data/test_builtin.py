@@ -41,7 +41,7 @@ def test_balanced_and_large_enough(rows: DocstringRows) -> None:
     counts = Counter(zip(rows.split, rows.label, strict=True))
     assert counts == {(s, name): n for s, n in ROWS_PER_CLASS.items() for name in KINDS}
     total = Counter(rows.split)
-    assert total["train"] >= 800
+    assert total["train"] >= 400
     assert total["test"] >= 1000
     assert total["validation"] >= 400
 
