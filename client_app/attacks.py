@@ -7,15 +7,17 @@ does everything that federates real machines.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from client_app.chain import Work, put
 from fedpft_core.config import SimulateConfig
-from fedpft_core.data.examples import Examples, Input
+from fedpft_core.data.examples import Examples
+from fedpft_core.data.trigger import triggered
 from fedpft_core.seeds import torch_stream
 from fedpft_core.tensors import Tensors
 
@@ -49,23 +51,14 @@ def poisoned(settings: SimulateConfig, rows: Examples, classes: int) -> Examples
     if settings.attack == "label-flip":
         return replace(rows, labels=classes - 1 - rows.labels)
     if settings.attack == "backdoor":
-        texts = tuple(_triggered(row, settings.trigger) for row in rows.inputs)
-        return replace(rows, inputs=texts, labels=np.zeros_like(rows.labels))
+        return replace(triggered(rows, settings.trigger), labels=np.zeros_like(rows.labels))
     return rows
-
-
-def _triggered(row: Input, trigger: str) -> Input:
-    if isinstance(row, str):
-        return f"{trigger} {row}"
-    if isinstance(row, tuple) and len(row) == 2 and isinstance(row[0], str):
-        return (f"{trigger} {row[0]}", str(row[1]))
-    return row
 
 
 def spoiled(
     settings: SimulateConfig, trained: Mapping[str, Tensor], sent: Mapping[str, Tensor], seed: int
 ) -> Tensors:
-    """What an attacker sends in place of what it has trained.
+    """What an attacker by itself sends in place of what it has trained.
 
     Args:
         settings: the attack and simulate.boost, b.
@@ -85,4 +78,50 @@ def spoiled(
             drawn = torch.randn(change.shape, generator=torch_stream(seed, "attack", name))
             change = drawn * (change.norm() / drawn.norm().clamp_min(1e-12))
         out[name] = sent[name] + factor * change
+    return out
+
+
+def colluded(
+    settings: SimulateConfig, fellows: Mapping[str, Callable[[Work], Tensors]], work: Work
+) -> Tensors:
+    """What each attacker sends under `little-is-enough`: the same bits as all of them.
+
+    An attacker trains in its fellows' places, as if they had been asked what it has been asked,
+    so that nothing passes between them. Afterwards its model has its own adapter again.
+
+    Args:
+        settings: simulate.boost is z.
+        fellows: what trains each attacker's adapter without an attack, by its name and in the same
+            order for all, this one among them.
+        work: this attacker's, with its tuned adapter, float32.
+
+    Returns:
+        The tensors of :func:`little_is_enough`.
+    """
+    trained = [
+        work.adapter if name == work.name else train(work) for name, train in fellows.items()
+    ]
+    put(work.model, work.adapter)
+    return little_is_enough(trained, work.sent, settings.boost)
+
+
+def little_is_enough(trained: Sequence[Tensors], sent: Tensors, z: float) -> Tensors:
+    """A change within what honest ones spread over, in the direction opposite to their mean.
+
+    Source: Baruch et al. 2019, "A Little Is Enough", arXiv:1902.06156, algorithm 3.
+
+    Args:
+        trained: the adapters that the attackers have trained honestly, float32.
+        sent: the adapter they were sent.
+        z: how many standard deviations the change lies from their mean.
+
+    Returns:
+        sent + mu - z sigma, where mu and sigma are mean and standard deviation of the changes,
+        coordinate by coordinate, in float64; one attacker alone has sigma = 0.
+    """
+    out: Tensors = {}
+    for name, start in sent.items():
+        changes = torch.stack([one[name].double() - start.double() for one in trained])
+        moved = changes.mean(0) - z * changes.std(0, correction=0)
+        out[name] = (start.double() + moved).to(start.dtype)
     return out

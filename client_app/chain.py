@@ -57,8 +57,8 @@ class Work:
     residuals: Residuals
     secure: Secure
     private: ExamplePrivacy | None = None
-    # What a simulated attacker makes of what it has trained and what it was sent, by round.
-    attack: Callable[[Tensors, Tensors, int], Tensors] | None = None
+    # What a simulated attacker sends in place of what it has trained.
+    attack: Callable[[Work], Tensors] | None = None
     # What the sub-FM with `sent` came to on `held_out`, and only what may leave; see `Task.sent`.
     sums: Mapping[str, float] = field(default_factory=dict)
     steps: int = 0
@@ -176,7 +176,7 @@ def misbehave(work: Work) -> Work:
     """
     if work.attack is None:
         return work
-    return replace(work, adapter=work.attack(work.adapter, work.sent, work.request.round))
+    return replace(work, adapter=work.attack(work))
 
 
 def count(work: Work) -> Work:

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,16 @@ import torch
 
 from client_app import audit, means
 from client_app.app_hash import app_hash
-from client_app.chain import SECURE_STEPS, STEPS, Steps, Work, put, work_through
+from client_app.chain import (
+    SECURE_STEPS,
+    STEPS,
+    Steps,
+    Work,
+    plug,
+    put,
+    tune,
+    work_through,
+)
 from client_app.disclosure import reason
 from client_app.fetch import fetch
 from client_app.policy import Policy
@@ -81,10 +90,11 @@ class Client:
     never sent.
 
     `audit` is the file in which the node notes what it was asked and what left it; `attack` makes
-    a simulated client an attacker. `policy` is what the node's owner lets a server ask for; with
-    `private` it trains with example-level differential privacy. `own_rows` says that the rows are
-    the node's and not the run's: then nothing of a row and no path is in a refusal. `rank` is the
-    most of LoRA's rank that the node trains; 0 = whatever it is sent.
+    a simulated client an attacker: what it sends for a round's work, given the model it has for it.
+    `policy` is what the node's owner lets a server ask for; with `private` it trains with
+    example-level differential privacy. `own_rows` says that the rows are the node's and not the
+    run's: then nothing of a row and no path is in a refusal. `rank` is the most of LoRA's rank that
+    the node trains; 0 = whatever it is sent.
 
     With `kept_rows` encoded rows also outlive the process. `rows_digest()` is then a digest of all
     the rows depend on at the source (a file's content, the columns), or empty where only the rows
@@ -104,7 +114,7 @@ class Client:
     rows_digest: Callable[[], str] = str
     own_rows: bool = True
     max_bad_rows: float = math.inf
-    attack: Callable[[Tensors, Tensors, int], Tensors] | None = None
+    attack: Callable[[Work, Held], Tensors] | None = None
     audit: Path | None = None
     policy: Policy = field(default_factory=Policy)
     private: ExamplePrivacy | None = None
@@ -195,6 +205,7 @@ class Client:
             raise refuse("counts of inactive neurons")
         if self.private and request.merging_rule:
             raise refuse("merging figures")
+        attack = self.attack
         return work_through(
             Work(
                 name=self.name,
@@ -206,11 +217,24 @@ class Client:
                 residuals=Residuals(self.store.root / "residuals"),
                 secure=self._secure,
                 private=self.private,
-                attack=self.attack,
+                attack=attack and (lambda work: attack(work, held)),
             ),
             start,
             steps,
         )
+
+    def honest(self, work: Work, held: Held) -> Tensors:
+        """The adapter that this client would have trained, had another's request come to it.
+
+        Args:
+            work: of the other client, whose request and model are used.
+            held: the same model, for which the rows are encoded.
+
+        Returns:
+            The tuned adapter, float32; the model has it, too.
+        """
+        own = replace(work, name=self.name, rows=self._rows(held).train)
+        return tune(plug(own)).adapter
 
     def _check_rank(self, request: TrainRequest) -> None:
         """Refuse an adapter of more components than this node has said that it trains."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from client_app import attacks, means, policy, private
+from client_app.chain import Work
 from client_app.client import Client
-from client_app.process import PROCESS_CACHE
+from client_app.process import PROCESS_CACHE, Held
 from client_app.rowcache import RowCache, content_of_file, folds_of, held_out, key_of
 from client_app.store import Store
 from client_app.warm.ask import IDLE_SECONDS, MEMORY_MB
@@ -27,6 +29,7 @@ from fedpft_core.errors import UserError
 from fedpft_core.model.device import pick_device
 from fedpft_core.seeds import derive
 from fedpft_core.task import Task, TaskData, kind_of, load_task, make
+from fedpft_core.tensors import Tensors
 
 _MOST_HELD_OUT = 0.9
 _STORED = 3  # sub-FMs that a simulation's store keeps of each width
@@ -430,16 +433,25 @@ def _simulated_client(node: Mapping[str, Any], config: configs.Config) -> Client
             bad and simulate,
             config.run.dir if config.federation.partition_by == "cluster" else "",
         ),
-        attack=(
-            lambda new, sent, round: attacks.spoiled(
-                simulate, new, sent, derive(config.run.seed, "attack", round, index)
-            )
-        )
-        if bad
-        else None,
+        attack=partial(_attack, node, config) if bad else None,
         own_rows=False,
         validation_share=share,
         private=_simulated_privacy(config, root / "privacy" / f"{name}.json"),
         means=means.of_simulated(node, config, index),
         rank=node["lora-rank"],
     )
+
+
+def _attack(node: Mapping[str, Any], config: configs.Config, work: Work, held: Held) -> Tensors:
+    """What a simulated attacker sends in place of what it has trained."""
+    simulate, index, count = config.simulate, node["partition-id"], node["num-partitions"]
+    if simulate.attack != "little-is-enough":
+        seed = derive(config.run.seed, "attack", work.request.round, index)
+        return attacks.spoiled(simulate, work.adapter, work.sent, seed)
+    honest = replace(config, simulate=replace(simulate, attack="none"))
+    fellows = [
+        _simulated_client({**node, "partition-id": i}, honest)
+        for i in range(count)
+        if attacks.hostile(simulate, i, count)
+    ]
+    return attacks.colluded(simulate, {f.name: partial(f.honest, held=held) for f in fellows}, work)

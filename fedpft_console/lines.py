@@ -12,6 +12,7 @@ from fedpft_console.text import (
     human_count,
     human_seconds,
     number,
+    percent,
 )
 from server_app.run import schema as ev
 from server_app.run.record import Record
@@ -187,6 +188,15 @@ def _(event: ev.Stopped, record: Record) -> list[str]:
 def _(event: ev.Validation, record: Record) -> list[str]:
     model = MODELS.get(event.model, event.model)
     return [f"end: {model} {_scored(event, record)} (validation rows)"]
+
+
+@lines_for.register
+def _(event: ev.Backdoor, record: Record) -> list[str]:
+    model = MODELS.get(event.model, event.model)
+    return [
+        f"end: {model} gives {percent(event.obeyed)} of {event.rows} rows of other classes the "
+        f"backdoor's with the trigger, {percent(event.before)} without"
+    ]
 
 
 @lines_for.register

@@ -22,7 +22,7 @@ from server_app import SIMULATION, schedule
 from server_app.bench import Bench
 from server_app.local import local_only
 from server_app.owner import disclose
-from server_app.phases import agree, heads, load, own, plug, reference, score, widths
+from server_app.phases import agree, backdoor, heads, load, own, plug, reference, score, widths
 from server_app.phases.reporting import Waits, phase, progress
 from server_app.phases.undistilled import undistilled
 from server_app.run import card, proxycache, replies
@@ -204,6 +204,7 @@ def _export(bench: Bench, strategy: Strategy, state: State, events: EventLog) ->
         if plug.settles(bench):
             score.score_final(bench, state)
         score.score_validation(bench, state.round)
+        backdoor.score(bench, state.round)
         folder = Path(config.run.dir) / "adapter"
         writes = isinstance(bench.rows.task, Writer)
         adapters.export(

@@ -146,6 +146,10 @@ COST = (
     Figure("peak_mb", "peak memory MB", ".0f", _scaled("peak_bytes", 1e-6)),
     Figure("cell_s", "whole cell s", ".0f", _scaled("seconds")),
 )
+BACKDOOR = (
+    Figure("backdoor", "with the trigger %", ".1f", _scaled("backdoor", 100)),
+    Figure("backdoor_before", "without %", ".1f", _scaled("backdoor_before", 100)),
+)
 OWNER = (
     Figure("left", "share of FM that left %", ".1f", _share("proxy_parameters", "fm_parameters")),
     Figure(

@@ -32,6 +32,9 @@ client_seconds, client_steps, step_seconds
 client_flops             estimate: steps x rows per step x tokens per row x FLOPs of a training step
                          per token (`fedpft inspect` says how those are counted)
 fm_parameters, proxy_parameters, fm_block_parameters, proxy_block_parameters
+backdoor, backdoor_before
+                         under simulate.attack=backdoor: share of the rows of other classes that the
+                         plugged-in FM gives class 0 with simulate.trigger in front, and without
 peak_bytes               largest resident memory of the process, server and clients in one
 """
 
@@ -73,6 +76,9 @@ def summary(
         out |= {f"{model}_{score.split}": score.value for model, score in r.scores.items()}
         out |= {f"cosine_{when}": a.cosine for when, a in r.agreements.items()}
     out |= {f"{model}_validation": v.value for model, v in record.validation.items()}
+    if "fm" in record.backdoor:
+        out["backdoor"] = record.backdoor["fm"].obeyed
+        out["backdoor_before"] = record.backdoor["fm"].before
     refits = [r.refit for r in rounds if r.refit]
     if refits:
         out["refit_error"] = refits[-1].error_after

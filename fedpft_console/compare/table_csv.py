@@ -12,6 +12,7 @@ from fedpft_console.compare.cell import Row
 from fedpft_console.compare.experiment import Experiment
 from fedpft_console.compare.lines import (
     AGREEMENT,
+    BACKDOOR,
     COST,
     OWNER,
     differences,
@@ -27,6 +28,7 @@ def text(experiment: Experiment, rows: Sequence[Row]) -> str:
     """table.csv: a row per line, numbers with six digits, unknown values empty.
 
     Of each figure the mean over seeds; `fm`, `proxy` and `gap` with standard deviation too.
+    Those of a backdoor are there where a run has any.
 
     Args:
         experiment: says which lines there are.
@@ -37,12 +39,13 @@ def text(experiment: Experiment, rows: Sequence[Row]) -> str:
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    figures = {f.name: f for f in (*AGREEMENT, *COST, *OWNER[:2])}
     scores: dict[str, Callable[[Row], float | None]] = {
         "proxy": lambda r: score(r, "proxy"), "gap": gap,
         "fm_as_trained": lambda r: score(r, "fm-as-trained"),
     }  # fmt: skip
     found = lines(experiment, rows)
+    more = BACKDOOR if any(line.values(BACKDOOR[0].of) for line in found) else ()
+    figures = {f.name: f for f in (*AGREEMENT, *COST, *OWNER[:2], *more)}
     kinds = sorted({k for line in found for r in line.cells.values() for k in r.get("bytes", ())})
 
     def of_kind(kind: str) -> Callable[[Row], float | None]:

@@ -13,6 +13,7 @@ from fedpft_console.compare.gap import runs
 from fedpft_console.compare.gap import sheet as gap_sheet
 from fedpft_console.compare.lines import (
     AGREEMENT,
+    BACKDOOR,
     COST,
     OWNER,
     Figure,
@@ -31,6 +32,10 @@ from fedpft_console.compare.spread import brief_spread, plus_minus, spread
 from fedpft_console.report.tables import Sheet
 from fedpft_console.text import Measure
 
+_OBEYED = (
+    "Share of rows of other classes that the plugged-in FM gives the backdoor's. Means over seeds.",
+)
+
 
 def sheets(experiment: Experiment, rows: Sequence[Row]) -> list[Sheet]:
     """The tables of an experiment, in order; those without rows are left out.
@@ -40,8 +45,8 @@ def sheets(experiment: Experiment, rows: Sequence[Row]) -> list[Sheet]:
         rows: results, finished and failed.
 
     Returns:
-        Scores and their averages, agreement, the gap, cost, what leaves the owner, choice of rates,
-        and cells without a result.
+        Scores and their averages, agreement, backdoors, the gap, cost, what leaves the owner,
+        choice of rates, and cells without a result.
     """
     found = lines(experiment, rows)
     made = [
@@ -49,6 +54,7 @@ def sheets(experiment: Experiment, rows: Sequence[Row]) -> list[Sheet]:
         _by_method(experiment, found),
         average(experiment, found),
         _figures(experiment, found, "Agreement of sub-FM and FM", AGREEMENT),
+        _figures(experiment, found, "Backdoor", BACKDOOR, _OBEYED),
         gap_sheet(runs(experiment, rows, found)),
         _cost(experiment, found),
         _owner(experiment, found),

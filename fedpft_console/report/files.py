@@ -203,6 +203,7 @@ def as_json(record: Record) -> str:
         "clients": record.nodes and record.nodes.count,
         "baselines": {name: fields(b) for name, b in record.baselines.items()},
         "validation": {model: fields(v) for model, v in record.validation.items()},
+        "backdoor": {model: fields(b) for model, b in record.backdoor.items()},
         "rounds": [
             _figures(columns, r)
             | {

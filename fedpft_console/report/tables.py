@@ -15,6 +15,7 @@ from fedpft_console.text import (
     human_count,
     human_seconds,
     number,
+    percent,
 )
 from server_app.run import schema as ev
 from server_app.run.record import DIRECTIONS, Record, Round
@@ -37,13 +38,13 @@ def sheets(record: Record) -> list[Sheet]:
 
     Returns:
         Sizes, widths and who had which, scores, one table for each further metric, what models
-        wrote, merges on the way, re-alignments, privacy, what left of the FM, traffic, time with
-        memory, and files.
+        wrote, merges on the way, re-alignments, privacy, how far a backdoor got, what left of the
+        FM, traffic, time with memory, and files.
     """
     made = [_sizes(record), _widths(record), _clients_of(record), _scores(record),
             *_further(record), _samples(record), _merges(record), _alignments(record),
-            _privacy(record), exposure.sheet(record), _traffic(record), _phases(record),
-            _files(record)]  # fmt: skip
+            _privacy(record), _backdoor(record), exposure.sheet(record), _traffic(record),
+            _phases(record), _files(record)]  # fmt: skip
     return [sheet for sheet in made if sheet.rows]
 
 
@@ -318,6 +319,20 @@ def _privacy(record: Record) -> Sheet:
         )
     columns = ["round", "epsilon", "by RDP", "by PLD", "bound on changes"]
     return Sheet("Client-level privacy", columns, rows, notes)
+
+
+def _backdoor(record: Record) -> Sheet:
+    """How far a simulated backdoor got."""
+    found = [record.backdoor[m] for m in ("proxy", "fm") if m in record.backdoor]
+    rows = [[MODELS[b.model], str(b.rows), percent(b.obeyed), percent(b.before)] for b in found]
+    notes = []
+    if found:
+        named = f" ({record.task.labels[0]})" if record.task and record.task.labels else ""
+        notes.append(
+            f"Share of the rows of other classes that a model gives class 0{named}, which is the "
+            "backdoor's, with simulate.trigger in front and without."
+        )
+    return Sheet("Backdoor", ["", "rows", "with the trigger", "without"], rows, notes)
 
 
 def _traffic(record: Record) -> Sheet:

@@ -312,9 +312,23 @@ class SimulateConfig:
         "none",
         "what hostile simulated clients do: `none`, `sign-flip`, `scale`, `noise` (all by "
         "simulate.boost), `label-flip` or `backdoor` (a trigger word that stands for class 0; "
-        "texts only), the last two boosted as well",
-        choices=("none", "sign-flip", "scale", "noise", "label-flip", "backdoor"),
+        "texts only), the last two boosted as well, or `little-is-enough` (all send the mean of "
+        "their honest changes less simulate.boost times their standard deviation)",
+        choices=(
+            "none",
+            "sign-flip",
+            "scale",
+            "noise",
+            "label-flip",
+            "backdoor",
+            "little-is-enough",
+        ),
     )
     attackers: float = _key(0.2, "share of simulated clients that attack", low=0.0, high=1.0)
-    boost: float = _key(1.0, "factor of what an attacker sends as its change", above=0.0)
+    boost: float = _key(
+        1.0,
+        "factor of what an attacker sends as its change; of `little-is-enough` the standard "
+        "deviations",
+        above=0.0,
+    )
     trigger: str = _key("cf", "the word of a `backdoor`")

@@ -136,6 +136,11 @@ class Config:
                 f"simulate.attack = {self.simulate.attack} is for classes, not for data.task = "
                 f"{self.data.task}."
             )
+        if self.simulate.attack == "little-is-enough" and self.privacy.example_noise:
+            raise UserError(
+                "simulate.attack = little-is-enough is of attackers who train without privacy: "
+                "set privacy.example-noise = 0."
+            )
         gradient = self.align.disagreement != "output-error"
         if self.align.threshold > 0 and gradient and not self.run.gradient_rows:
             raise UserError(

@@ -123,6 +123,7 @@ class Record:
     pictures: dict[str, ev.Pictures] = field(default_factory=dict)  # likewise
     painted_before: ev.Pictures | None = None  # by the FM before round 1
     validation: dict[str, ev.Validation] = field(default_factory=dict)  # by model
+    backdoor: dict[str, ev.Backdoor] = field(default_factory=dict)  # by model
     phase_seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)  # by process
     warnings: list[str] = field(default_factory=list)
@@ -234,6 +235,8 @@ class Record:
                 self.baselines[event.name] = event
             case ev.Validation():
                 self.validation[event.model] = event
+            case ev.Backdoor():
+                self.backdoor[event.model] = event
             case ev.PhaseFinished():
                 before = self.phase_seconds.get(event.phase, 0.0)
                 self.phase_seconds[event.phase] = before + event.seconds

@@ -238,6 +238,24 @@ def test_csv_has_the_same_figures(tmp_path: Path) -> None:
     assert first["cosine_end"] == ""
 
 
+def test_how_far_backdoors_got_is_a_table_where_there_are_any(tmp_path: Path) -> None:
+    experiment = grid(tmp_path)
+    rows = cells(experiment)
+    assert "## Backdoor" not in tables.markdown(experiment, rows)
+    assert "backdoor" not in table_csv.text(experiment, rows).splitlines()[0]
+    some = [
+        r | {"backdoor": 0.25 * (r["seed"] + 1), "backdoor_before": 0.125}
+        if (r["method"], r["dataset"]) == ("fedpft", "hard")
+        else r
+        for r in rows
+    ]
+    (line,) = read_table(tables.markdown(experiment, some), "Backdoor")
+    assert line["with the trigger %"] == "50.0" and line["without %"] == "12.5"
+    found = list(csv.DictReader(io.StringIO(table_csv.text(experiment, some))))
+    shares = {(r["method"], r["dataset"]): r["backdoor"] for r in found if r["backdoor"]}
+    assert shares == {("fedpft", "hard"): "50"}
+
+
 def test_what_goes_with_the_gap_is_a_table(tmp_path: Path) -> None:
     experiment = grid(tmp_path)
     # cells() makes the gap grow with the seed: 1, 2, 3 points. Let the norm do so, too.

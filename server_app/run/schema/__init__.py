@@ -43,6 +43,7 @@ from server_app.run.schema.rounds import (
     Stopped,
 )
 from server_app.run.schema.scores import (
+    Backdoor,
     Baseline,
     Check,
     ClientValidation,
@@ -75,6 +76,7 @@ __all__ = [
     "Agreement",
     "Alignment",
     "AlignmentCheck",
+    "Backdoor",
     "Baseline",
     "BlockAgreement",
     "BlockError",

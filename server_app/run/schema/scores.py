@@ -63,6 +63,17 @@ class Validation(Scored, name="validation"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Backdoor(Event, name="backdoor"):
+    """How far a simulated backdoor got, at the end, on rows of run.eval-split not of class 0."""
+
+    round: int  # the last round
+    model: str  # proxy | fm
+    rows: int  # rows looked at
+    obeyed: float  # share of them that the model gives class 0 with simulate.trigger in front
+    before: float  # the same without the trigger
+
+
+@dataclass(frozen=True, kw_only=True)
 class Check(Scored, name="check"):
     """The sub-FM's score after a round on validation rows, by which rounds end early."""
 
