@@ -26,7 +26,7 @@ class TrainConfig:
     )
     batch_size: int = _key(8, "rows per step", low=1)
     local_epochs: int = _key(1, "epochs per round when local-steps is 0", low=1)
-    local_steps: int = _key(16, "steps per round, 0 = use local-epochs", low=0)
+    local_steps: int = _key(12, "steps per round, 0 = use local-epochs", low=0)
     weight_decay: float = _key(0.0, "AdamW weight decay", low=0.0)
     clip: float = _key(1.0, "largest gradient norm, 0 = no clipping", low=0.0)
     local_decay: str = _key(
