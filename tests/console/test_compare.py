@@ -499,7 +499,7 @@ def test_where_a_cell_runs_is_no_part_of_what_it_is(tmp_path: Path) -> None:
         ("methods: {a: }\ndatasets: {b: }\nmore-seeds: [{methods: [a]}]", "needs `seeds`"),
         (
             "methods: {a: , b: {train.local-steps: 3}}\ndatasets: {c: }",
-            "b and a on c cannot be compared: train.local-steps is '36 steps' and '192 steps'",
+            "b and a on c cannot be compared: train.local-steps is '24 steps' and '96 steps'",
         ),
         (
             "methods: {a: , b: {federation.partition: iid}}\ndatasets: {c: }",
@@ -520,7 +520,7 @@ def test_bad_experiment_files(tmp_path: Path, text: str, message: str) -> None:
 def test_equal_budgets_are_compared_by_steps_in_all(tmp_path: Path) -> None:
     """One-shot makes all steps in one round; centralised has one client; others may ask."""
     path = tmp_path / "x.yaml"
-    once = "{federation.rounds: 1, train.local-steps: 192}"
+    once = "{federation.rounds: 1, train.local-steps: 96}"
     one = "{federation: {clients: 1, clients-per-round: 1, min-clients: 1}}"
     path.write_text(f"methods: {{a: , b: {once}, c: {one}}}\ndatasets: {{d: }}")
     assert len(read(path).points()) == 3
