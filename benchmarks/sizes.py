@@ -29,7 +29,8 @@ SIZES: dict[str, tuple[int, int, int]] = {
 }  # fmt: skip
 """Hidden size, blocks and attention heads by name; the FFN is 8/3 of the hidden size."""
 
-VOCABULARY, LENGTH, BATCH, PEAK = 1024, 128, 8, 3e-3
+VOCABULARY, LENGTH, BATCH = 1024, 128, 8
+RATE = 0.2  # over the hidden size: one rate for all left the largest behind the one before it
 
 
 def tokenizer_of(texts: tuple[str, ...]) -> PreTrainedTokenizerFast:
@@ -92,7 +93,9 @@ def trained(model: LlamaForCausalLM, tokens: torch.Tensor, steps: int, name: str
         Mean loss of the last tenth of the steps, nats a token.
     """
     stream = torch_stream(0, "sizes")
-    optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK, weight_decay=0.1)
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=RATE / model.config.hidden_size, weight_decay=0.1
+    )
     warm = max(1, steps // 20)
     rate = torch.optim.lr_scheduler.LambdaLR(
         optimiser,

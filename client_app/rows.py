@@ -119,6 +119,20 @@ def divided(rows: Encoded, folds: np.ndarray, share: float, name: str) -> Rows:
     return Rows(rows, rows.select(np.empty(0, np.int64)))
 
 
+def split_sizes(rows: Examples, share: float) -> tuple[int, int]:
+    """How many rows a node trains on, and how many it keeps from training.
+
+    Args:
+        rows: all its rows.
+        share: about what part of them it keeps from training, in [0, 1].
+
+    Returns:
+        Both counts; together they are all rows.
+    """
+    out = int(rowcache.held_out(rowcache.folds_of(rows), share).sum()) if share else 0
+    return len(rows) - out, out
+
+
 def key_of(held: Held, digest: str) -> str:
     """Names encoded rows by everything they depend on.
 

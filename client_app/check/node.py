@@ -18,6 +18,7 @@ from client_app.check import connection, room, step
 from client_app.check.extent import refuse_giants
 from client_app.check.findings import FAIL, PASS, SKIPPED, Finding, fault, guarded
 from client_app.policy import Policy
+from client_app.rows import split_sizes
 from client_app.startup import collector_paused
 from client_app.store import Store
 from fedpft_core.data.examples import Examples
@@ -205,7 +206,7 @@ def _data(
         count = Counter(task.histogram(rows) or {task.name: len(rows)}).most_common()
         shown = ", ".join(f"{label} {n}" for label, n in count[:_SHOWN])
         more = f" and {len(count) - _SHOWN} more labels" if len(count) > _SHOWN else ""
-        train, out = nodes.split_sizes(rows, node["validation-share"])
+        train, out = split_sizes(rows, node["validation-share"])
         if not train:
             raise UserError(f"validation-share leaves none of the {out} rows to train on.")
         apart = f", {out} of them kept for validation" if out else ""

@@ -24,6 +24,7 @@ from fedpft_core.model.families import Family, base_model
 from fedpft_core.model.plan import Plan
 from fedpft_core.proxy.build import build
 from fedpft_core.proxy.nested import make_plans, trunk
+from fedpft_core.proxy.size import PlanSize, of_proxy
 from fedpft_core.task import sample
 
 
@@ -137,6 +138,16 @@ def _of_widths(
     return [*lines, f"The table is of width {trunk(plans)}; the widest says what clients may know."]
 
 
+def _first_contact(config: Config, size: PlanSize) -> str:
+    wire = config.wire
+    table = "" if wire.embeddings == "same" else f", wire.embeddings = {wire.embeddings}"
+    return (
+        f"A client that has nothing of the sub-FM gets {size.package_bytes / 1e6:.1f} MB of it "
+        f"(wire.package = {wire.package}{table}), and an adapter of "
+        f"{size.adapter_bytes / 1e6:.2f} MB before it is coded."
+    )
+
+
 def _weights(family: Family, model: nn.Module) -> list[float]:
     """Positions of each block as a share of the longest's: 1 where all read as many."""
     config: Any = base_model(model).config
@@ -223,6 +234,7 @@ def inspect(config: Config) -> dict[str, Any]:
             f"{100 * (1 - totals[1] / totals[0]):.1f}% of the block parameters stay with the "
             "owner.",
             *_of_widths(loaded, plans, length, rank),
+            _first_contact(config, of_proxy(config, loaded, plan, proxy, task)),
         ],
         "step_ratio": ratio,
     }  # fmt: skip

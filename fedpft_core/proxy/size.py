@@ -10,6 +10,8 @@ import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from torch import nn
+
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.config import Config
 from fedpft_core.data.splits import columns_of
@@ -17,10 +19,11 @@ from fedpft_core.disk import plain
 from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.model import load as models
 from fedpft_core.model.families import Shape, family_of
+from fedpft_core.model.plan import Plan
 from fedpft_core.proxy.build import build
 from fedpft_core.proxy.nested import make_plans, trunk
 from fedpft_core.proxy.package import ClientModel, blank, make_package
-from fedpft_core.task import sample
+from fedpft_core.task import Task, sample
 from fedpft_core.task.labels import label_names
 from fedpft_core.wire.meta import PackageMeta
 
@@ -156,7 +159,33 @@ def describe(config: Config) -> PlanSize:
     # Of several widths the one that most is asked for.
     plans = make_plans(loaded.model, settings, config.run.seed)
     plan = plans[trunk(plans)]
-    proxy = build(loaded.model, plan)
+    return of_proxy(config, loaded, plan, build(loaded.model, plan), task, labels)
+
+
+def of_proxy(
+    config: Config,
+    loaded: models.Loaded,
+    plan: Plan,
+    proxy: nn.Module,
+    task: Task,
+    labels: tuple[str, ...] = (),
+) -> PlanSize:
+    """The sizes of a sub-FM that has been built.
+
+    Args:
+        config: of the run.
+        loaded: the FM.
+        plan: of the sub-FM.
+        proxy: the sub-FM, which is rounded and gets an adapter.
+        task: what it is for.
+        labels: of the rows; empty where they are not known yet.
+
+    Returns:
+        The description.
+
+    Raises:
+        UserError: there are weights too large for wire.package.
+    """
     spec = adapters.make_spec(
         loaded.family, plan, loaded.fresh, config.lora, task.head(loaded.family)
     )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from client_app.node import partition_rows
+from client_app.simulated import partition_rows
 from fedpft_core import config
 from fedpft_core.data.dialogues import length_groups
 from fedpft_core.data.examples import Examples

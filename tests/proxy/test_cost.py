@@ -114,3 +114,13 @@ def test_the_table_states_the_models(family: str, keys: dict[str, object], tmp_p
     ]
     assert found["step_ratio"] == pytest.approx(by_hand[0] / by_hand[1])
     assert (found["step_ratio"] == 1.0) == plan.is_full
+
+
+def test_the_first_contact_is_of_what_travels(tmp_path: Path) -> None:
+    def told(**keys: object) -> float:
+        found = inspect.inspect(config.from_flat(flat | keys))
+        assert f"wire.package = {keys['wire.package']}" in found["notes"][-1]
+        return float(found["notes"][-1].split(" MB of it")[0].rsplit(" ", 1)[1])
+
+    flat = tiny.write_task("bert", tmp_path, rows=30)
+    assert told(**{"wire.package": "int8"}) < told(**{"wire.package": "fp32"})

@@ -125,7 +125,8 @@ def test_clients_send_what_the_score_needs_and_no_more(task: str, tmp_path: Path
         client = plain(index)
         client.validation_share = 0.4
         counts = client.count_rows()[0]
-        from client_app.node import partition_rows, split_sizes
+        from client_app.rows import split_sizes
+        from client_app.simulated import partition_rows
 
         cfg = config.from_flat(federation.flat)
         sizes = split_sizes(partition_rows(cfg, index, federation.count), 0.4)

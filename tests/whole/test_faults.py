@@ -21,8 +21,8 @@ import torch
 
 import client_app.chain
 import client_app.client
-import client_app.node
 import client_app.process
+import client_app.simulated
 import server_app.app
 from fedpft_core import config
 from fedpft_core.adapter import lora as adapters
@@ -393,7 +393,7 @@ def check_weights_belong_to_their_replies(flat: dict[str, Any], folder: Path) ->
         cfg = config.from_flat(federation.flat)
         replies = [(i, open_envelope(e)) for i, e in federation.received if e.kind == "train-reply"]
         first = [(i, r) for i, r in replies if r.round == 1]
-        sizes = [len(client_app.node.partition_rows(cfg, i, 4)) for i, _ in first]
+        sizes = [len(client_app.simulated.partition_rows(cfg, i, 4)) for i, _ in first]
         assert len(set(sizes)) > 1
         want = oracles.weighted_mean([r.adapter for _, r in first], sizes)
         asked = [open_envelope(e) for _, e in federation.sent if e.kind == "train"]
@@ -602,7 +602,7 @@ def _draws(flat: dict[str, Any]) -> dict[str, Callable[[int], Any]]:
     settings = training.LocalSettings(1e-2, 8, 1, 0, 0.0, 1.0, 1)
 
     def partition(seed: int) -> Any:
-        return client_app.node.partition_rows(_with_seed(flat, seed), 0, 4).inputs
+        return client_app.simulated.partition_rows(_with_seed(flat, seed), 0, 4).inputs
 
     def adapter(seed: int) -> Any:
         return {k: v.tolist() for k, v in adapters.initial(fm, seed).items()}
@@ -630,7 +630,7 @@ def _draws(flat: dict[str, Any]) -> dict[str, Callable[[int], Any]]:
         return make_plan(tiny.model("bert"), cfg, seed).to_json()
 
     def validation(seed: int) -> Any:
-        return client_app.node.load_task(_with_seed(flat, seed).data, seed).validation.inputs
+        return client_app.simulated.load_task(_with_seed(flat, seed).data, seed).validation.inputs
 
     drawn = (partition, adapter, head, clients, local_training, public, random_saliency, validation)
     return {f.__name__: f for f in drawn}
@@ -651,15 +651,15 @@ def test_8_partition_cache_that_ignores_the_seed(
     task: dict[str, Any], monkeypatch: Patch, fails: Any
 ) -> None:
     check_seeded(_draws(task)["partition"])
-    make = client_app.node._partitions.__wrapped__
+    make = client_app.simulated._partitions.__wrapped__
     cached: dict[Any, Any] = {}
 
     def by_number_of_clients(data: Any, federation: Any, seed: int, count: int, run: str) -> Any:
         return cached.setdefault(count, make(data, federation, seed, count, run))
 
-    monkeypatch.setattr(client_app.node, "_partitions", by_number_of_clients)
+    monkeypatch.setattr(client_app.simulated, "_partitions", by_number_of_clients)
     monkeypatch.setattr(
-        client_app.node, "_task", lru_cache(lambda d, s: client_app.node.load_task(d, 0))
+        client_app.simulated, "_task", lru_cache(lambda d, s: client_app.simulated.load_task(d, 0))
     )
     with fails():
         check_seeded(_draws(task)["partition"])
@@ -915,6 +915,6 @@ def _no_cached_task() -> Iterator[None]:
     """Nothing a fault left behind may reach the next test."""
     yield
     for name in ("_partitions", "_task"):
-        clear = getattr(getattr(client_app.node, name), "cache_clear", None)
+        clear = getattr(getattr(client_app.simulated, name), "cache_clear", None)
         if clear:
             clear()
