@@ -106,7 +106,7 @@ def summary(
         if r.scores
     ] or None
     replies = [x for r in rounds for x in r.replies if x.status == "ok"]
-    out |= _client_work(replies, record.model, batch_size, tokens_per_row)
+    out |= _client_work(replies, record.model, record.widths, batch_size, tokens_per_row)
     return {k: v for k, v in out.items() if v is not None}
 
 
@@ -137,9 +137,11 @@ def _alignment(a: ev.Alignment, r: Round) -> dict[str, Any]:
 
 
 def _client_work(
-    replies: Sequence[ev.Reply], model: ev.Model | None, batch: int, tokens_per_row: float | None
-) -> dict[str, Any]:
+    replies: Sequence[ev.Reply], model: ev.Model | None, widths: ev.Widths | None, batch: int,
+    tokens_per_row: float | None,
+) -> dict[str, Any]:  # fmt: skip
     """Time and FLOPs of local training, over all good replies."""
+    by_width = {w["width"]: w["step_flops"] for w in widths.sizes} if widths else {}
     steps = sum(r.steps or 0 for r in replies)
     if not steps:
         return {}
@@ -151,11 +153,13 @@ def _client_work(
     tokens_per_row = (model.image_tokens if model else None) or tokens_per_row
     if cost and tokens_per_row and batch:
         # The last batch of an epoch is smaller: n rows make ceil(n / batch) of them.
-        trained = [(r.steps or 0, r.examples or 0) for r in replies]
-        rows = sum(steps * n / math.ceil(n / batch) for steps, n in trained if n)
-        per_token = cost["proxy"][0] + cost["proxy"][1] * tokens_per_row
         out["tokens_per_row"] = _short(tokens_per_row)
-        out["client_flops"] = rows * tokens_per_row * per_token
+        out["client_flops"] = 0.0
+        for width in dict.fromkeys(r.width for r in replies):
+            trained = [(r.steps or 0, r.examples or 0) for r in replies if r.width == width]
+            rows = sum(steps * n / math.ceil(n / batch) for steps, n in trained if n)
+            each, of_length = by_width.get(width, cost["proxy"])
+            out["client_flops"] += rows * tokens_per_row * (each + of_length * tokens_per_row)
     return out
 
 

@@ -185,6 +185,29 @@ def test_client_flops_are_those_of_the_steps(tmp_path: Path) -> None:
     assert found["client_flops"] == pytest.approx(step * sum(lengths), rel=1e-6)
 
 
+def test_client_flops_are_by_the_width_that_each_client_had() -> None:
+    from fedpft_console.compare.record import summary
+    from server_app.run.record import fold
+
+    def sized(width: str, each: float) -> dict[str, Any]:
+        return {"width": width, "share": 0.5, "parameters": 1, "package": 1, "memory": 1,
+                "step_flops": [each, 1.0]}  # fmt: skip
+
+    model = {name: 1 for name in ("fm_parameters", "fm_bytes", "proxy_parameters", "proxy_bytes",
+                                  "fm_block_parameters", "proxy_block_parameters")}  # fmt: skip
+    events = [
+        {"event": "run_started", "rounds": 1},
+        {"event": "model", **model, "step_flops": {"fm": [9.0, 1.0], "proxy": [4.0, 1.0]}},
+        {"event": "widths", "sizes": [sized("0.1", 2.0), sized("0.5", 4.0)], "proxy": "0.5"},
+        *({"event": "reply", "round": 1, "client": c, "status": "ok", "seconds": 1.0, "steps": 3,
+           "examples": 8, "train_seconds": 1.0, "width": w}
+          for c, w in (("a", "0.1"), ("b", "0.5"))),
+    ]  # fmt: skip
+    found = summary(fold([{"t": 1.0} | e for e in events]), 4, 10.0)
+    rows = 3 * 8 / 2  # two batches of four
+    assert found["client_flops"] == rows * 10 * (2 + 10) + rows * 10 * (4 + 10)
+
+
 def test_partitions_and_grid_are_axes(tmp_path: Path, pretend: list[compare.Cell]) -> None:
     path = experiment(
         tmp_path,
