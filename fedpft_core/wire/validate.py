@@ -265,6 +265,8 @@ class ExpectedStatistics:
         longest: largest L2 norm that a feature vector can have.
         most: the most answers that a row can have.
         widths: the names of the other widths, by digest.
+        label: how far from zero a number to be learned can be; 0 where that is not known. Only
+            statistics under masks need it.
     """
 
     round: int
@@ -274,6 +276,7 @@ class ExpectedStatistics:
     longest: float
     most: int = 1
     widths: Mapping[str, str] = field(default_factory=dict)
+    label: float = 0.0
 
     @property
     def max_bytes(self) -> int:

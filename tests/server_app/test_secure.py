@@ -207,9 +207,6 @@ def test_a_client_that_lacks_the_weights_is_served_again(tmp_path: Path) -> None
         ("federation__min_clients", 2),
         ("wire__adapter_up", "ternary"),
         ("wire__adapter_up", "fp16"),
-        ("head__start", "statistics"),
-        ("head__end", "better"),
-        ("plug__method", "best"),
         ("align__proportion", 0.5),
     ],
 )
