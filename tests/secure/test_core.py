@@ -113,9 +113,9 @@ def test_the_ring_holds_the_largest_sum_and_is_no_wider(bits: int, clients: int)
     assert ring.unwrap(ring.wrap(np.array([most]), k - 1), k - 1)[0] != most
 
 
-@pytest.mark.parametrize("k", [1, 5, 8, 15, 32])
+@pytest.mark.parametrize("k", [1, 5, 8, 15, 32, 33, 54, 62])
 def test_packing_keeps_every_bit(k: int) -> None:
-    values = np.random.default_rng(k).integers(0, 2**k, 101, dtype=np.uint32)
+    values = np.random.default_rng(k).integers(0, 2**k, 101, dtype=ring.kind(k))
     data = ring.pack(values, k)
     assert len(data) == ring.packed_bytes(101, k) == -(-101 * k // 8)
     assert np.array_equal(ring.unpack(data, 101, k), values)

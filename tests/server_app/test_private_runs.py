@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tasks
 import tiny
 import torch
 from safetensors.torch import load_file
 
 from client_app.policy import Policy
 from client_app.private import ExamplePrivacy
+from fedpft_core.config import read_file
 from fedpft_core.errors import RunError
 from fedpft_core.privacy.accounting import Spend, epsilon
 from fedpft_core.wire.envelope import open_envelope
@@ -77,6 +79,67 @@ def test_masked_statistics_give_the_head_of_plain_ones(
     assert "secure-statistics-reply" in kinds and "statistics-reply" not in kinds
     booked = [e["bytes"] for e in events if e["event"] == "bytes" and e["kind"] == "statistics"]
     assert len(booked) == 2 * 4 and len(set(booked)) == 1
+
+
+@pytest.mark.parametrize("task", ["regress", "multi-label", "tokens"])
+def test_masked_statistics_of_every_form(task: str, tmp_path: Path) -> None:
+    """Numbers, several labels and words: the head before round 1 is the one of plain sums."""
+    flat = tasks.write(task, tmp_path) | {
+        "federation.rounds": 1, "distill.steps": 2, "align.interval": 0, "lora.dropout": 0.0,
+        "head.start": "statistics", "train.lr": 1e-30, "wire.adapter": "fp32",
+        "plug.refit": "none", "federation.min-clients": 3, "data.validation-share": 0.2,
+    }  # fmt: skip
+    tiny.run(flat, tmp_path / "plain")
+    secure = {"privacy.secure": True, "federation.weighting": "uniform"}
+    tiny.run(flat | secure, tmp_path / "masked")
+    a, b = (load_file(tmp_path / which / ADAPTER) for which in ("masked", "plain"))
+    for k in b:
+        torch.testing.assert_close(a[k], b[k], rtol=1e-5, atol=1e-6)
+
+
+def test_numbers_without_a_known_range_are_refused_before_anything_is_asked(
+    tmp_path: Path,
+) -> None:
+    flat = tasks.write("regress", tmp_path) | {
+        "distill.steps": 2, "align.interval": 0, "head.start": "statistics",
+        "privacy.secure": True,
+        "federation.weighting": "uniform", "federation.min-clients": 3,
+        "data.validation": "", "data.validation-share": 0.0,
+    }  # fmt: skip
+    federation = tiny.Federation(flat)
+    with pytest.raises(RunError, match=r"labelled rows \(data\.validation\)"):
+        tiny.run(flat, tmp_path / "run", federation)
+    assert {e.kind for _, e in federation.sent} == {"hello"}
+
+
+def test_the_hospitals_runs_with_the_clinics_policies(text: dict[str, Any], tmp_path: Path) -> None:
+    """examples/hospital/secure.yaml, with tiny data, and nodes that let nothing out unmasked."""
+    file = Path(__file__).parents[2] / "examples" / "hospital" / "secure.yaml"
+    flat = text | read_file(file) | {
+        "plan.retained-layers": "first", "plan.keep-share": 0.25, "align.interval": 0,
+        "federation.clients": 3, "federation.clients-per-round": 3, "federation.min-clients": 3,
+        "federation.rounds": 1, "federation.partition": "iid", "train.local-steps": 6,
+    }  # fmt: skip
+    federation = tiny.Federation(flat)
+    made = tiny.Federation.client
+    policy = Policy.of({
+        "policy-secure": 1, "policy-min-rows": 20, "policy-min-step-rows": 8,
+        "policy-min-class-rows": 3, "policy-max-steps": 200, "policy-max-rank": 16,
+    })  # fmt: skip
+
+    def clinic(self: tiny.Federation, index: int) -> Any:
+        return replace(made(self, index), policy=policy)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny.Federation, "client", clinic)
+        events = tiny.run(flat, tmp_path / "run", federation)
+    assert {e.kind for _, e in federation.received} == {
+        "hello-reply", "keys-reply", "shares-reply", "secure-statistics-reply",
+        "secure-train-reply", "reveal-reply",
+    }  # fmt: skip
+    (head,) = [e for e in events if e["event"] == "head"]
+    assert head["classes"] == 3
+    assert [e["value"] for e in events if e["event"] == "evaluation"][-1] > 0.5
 
 
 def test_masked_statistics_after_a_resumption(text: dict[str, Any], tmp_path: Path) -> None:

@@ -208,9 +208,10 @@ def test_a_client_that_lacks_the_weights_is_served_again(tmp_path: Path) -> None
         ("wire__adapter_up", "ternary"),
         ("wire__adapter_up", "fp16"),
         ("align__proportion", 0.5),
+        ("plan__widths", "0.25,0.5"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused_by_name(key: str, value: Any) -> None:
     with pytest.raises(UserError, match=r"privacy\.secure = true needs") as error:
-        fabricate.config(**(SECURE | {key: value}))
+        fabricate.config(**(SECURE | {"head__start": "statistics", key: value}))
     assert key.replace("__", ".").replace("_", "-") in str(error.value)
