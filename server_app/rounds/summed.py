@@ -99,10 +99,21 @@ class MaskedStatistics:
         return reply.statistics, Good(node.examples, 0.0, reply.seconds, arrived)
 
     def took(self, node: Node, reply: SecureStatisticsReply, good: Good) -> None:
-        """Nothing: statistics are no round, and a round has the events of replies."""
+        """Note nothing: statistics are no round, and a round has the events of replies.
+
+        Args:
+            node: the client it came from.
+            reply: what it sent.
+            good: the reply's figures.
+        """
 
     def lost(self, name: str, why: str) -> None:
-        """Nothing: who is left out is named in one warning."""
+        """Note nothing: who is left out is named in one warning.
+
+        Args:
+            name: the client's.
+            why: what it said, or did not.
+        """
 
 
 class Total:
