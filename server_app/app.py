@@ -158,7 +158,9 @@ def _before_round_1(
             undistilled(bench, transport, events)
         proxycache.distil(bench)
 
-    if config.federation.aggregate == "none":
+    f = config.federation
+    # The other schedules greet each node themselves, unless statistics are asked for before.
+    if f.aggregate == "none" or not (f.schedule == "multi-round" or heads.asked(bench)):
         prepare()
     else:
         strategy.nodes.greet(prepare)

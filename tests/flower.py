@@ -305,12 +305,12 @@ def deployment(folder: Path, tls: Path | None = None) -> Iterator[Deployment]:
             kill(process)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(5)
-        for left in _processes_of(folder / "flwr"):
+        for left in processes_of(folder / "flwr"):
             with contextlib.suppress(psutil.Error):
                 left.kill()
 
 
-def _processes_of(home: Path) -> list[psutil.Process]:
+def processes_of(home: Path) -> list[psutil.Process]:
     """Flower starts some processes in sessions of their own; they carry our FLWR_HOME."""
     found = []
     for process in psutil.process_iter():
