@@ -35,6 +35,7 @@ from fedpft_core.wire.messages import (
 
 FEWEST_PEERS = 2  # of two clients each could tell the other's change from the sum
 _MOST_VARIANCE = 2.0**62  # more would not fit whole numbers of 64 bits
+_MOST_DIGITS = 63
 _STEPS = ("keys", "shares", "masked", "revealed")
 
 
@@ -240,8 +241,8 @@ class Secure:
 
 def _check_change(request: SecureTrainRequest) -> None:
     """Refuse what no change can be quantised by."""
-    if request.count_rule:
-        raise ReplyError("counts of inactive neurons cannot be masked")
+    if request.count_rule and (request.variance or not 1 <= request.digits <= _MOST_DIGITS):
+        raise ReplyError("counts of inactive neurons have no noise, or not so many digits")
     if not 2 <= request.bits <= request.modulus_bits <= ring.MOST_BITS:
         raise ReplyError("the bits of a value and of the ring do not fit each other")
     if not 0 < request.reach < math.inf:

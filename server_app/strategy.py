@@ -139,11 +139,9 @@ class Strategy:
                 lr=learning_rate(self.config.train.lr, round, f.rounds),
             ))  # fmt: skip
             if self.config.privacy.secure:
-                sent = codec.encode(state.adapter, self.config.wire.adapter)
-                base = codec.decode(sent, self.config.wire.adapter)
-                summed = self._summed(nodes, state, round, sent, base)
+                summed = self._summed(nodes, state, round, count_rule)
                 if summed.change is not None:
-                    return summed.outcome(base, start)
+                    return summed.outcome(start)
                 text = self._too_few(f"round {round}", len(summed.good), summed.bad, attempt)
                 continue
             work = self.prepare(state, round, count_rule)
@@ -299,11 +297,13 @@ class Strategy:
         out = {f"node {i}": why for i, why in self.nodes.left_out.items()}
         return "; ".join(f"{name}: {reason}" for name, reason in sorted((out | dict(bad)).items()))
 
-    def _summed(
-        self, nodes: list[Node], state: State, round: int, sent: Tensors, base: Tensors
-    ) -> Sum:
+    def _summed(self, nodes: list[Node], state: State, round: int, count_rule: str) -> Sum:
         """An attempt at a round of secure aggregation, and what it spends."""
-        work = Changes(self.config, nodes, state, round, self.events, self._parcel, sent, base)
+        sent = codec.encode(state.adapter, self.config.wire.adapter)
+        base = codec.decode(sent, self.config.wire.adapter)
+        work = Changes(
+            self.config, nodes, state, round, self.events, count_rule, self._parcel, sent, base
+        )
         summed = work.mean(self._session(nodes, state, round, work))
         if self.private and summed.change is not None:
             spend = self.private.masked(work.count)

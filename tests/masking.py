@@ -14,7 +14,7 @@ from fabricate import MAX_LENGTH, Node
 from client_app.secure import Secure
 from client_app.sums import masked
 from fedpft_core.errors import ReplyError
-from fedpft_core.secure import ring
+from fedpft_core.secure import digits, ring
 from fedpft_core.seeds import numpy_stream
 from fedpft_core.wire import codec
 from fedpft_core.wire.envelope import Envelope, open_envelope, seal
@@ -83,6 +83,8 @@ class SecureNode(Node):
                           request.reach, numpy_stream(0, self.name)),
             ring.quantise({"loss": torch.tensor([made.loss])}, request.bits, ring.LOSS_REACH,
                           np.random.default_rng(0)),
+            *(digits.split(made.counts[k].numpy(), request.digits, request.bits)
+              for k in sorted(made.counts)),
         ])  # fmt: skip
         if self.noted:
             self.plain[request.round] = values

@@ -80,7 +80,7 @@ class PrivacyConfig:
     )
     secure: bool = key(
         False,
-        "secure aggregation: the server learns the sum of a round's changes and of their losses, "
+        "secure aggregation: the server learns the sums of a round's changes, losses and counts, "
         "and of class statistics, and no client's own",
     )
     secure_bits: int = key(
@@ -138,7 +138,8 @@ def check(config: Config) -> None:
         "federation.aggregate = average": f.aggregate != "average",
         "federation.weighting = uniform": f.weighting != "uniform",
         **_without_statistics(config, "class statistics have no noise"),
-        **_beside_changes(config),
+        **_without_counts(config),
+        **_of_one_weight(config),
         "run.undistilled = false (it is a second federation)": config.run.undistilled,
     }
     _refuse(f"privacy.client-noise = {p.client_noise:g}", wrong)
@@ -160,13 +161,19 @@ def _without_statistics(config: Config, why: str) -> dict[str, bool]:
     }
 
 
-def _beside_changes(config: Config) -> dict[str, bool]:
-    """What a run needs whose changes all weigh the same and come without counts."""
-    a = config.align
+def _of_one_weight(config: Config) -> dict[str, bool]:
+    """What a run needs whose changes all weigh the same, and whether it is not so."""
     return {
         "federation.width-weighting = examples (all changes weigh the same)": (
             config.federation.width_weighting != "examples"
         ),
+    }
+
+
+def _without_counts(config: Config) -> dict[str, bool]:
+    """What a run needs whose clients count no inactive neurons, and whether it is not so."""
+    a = config.align
+    return {
         "align.proportion = 1 or another align.selection (apoz reads clients' counts)": (
             bool(a.interval) and a.proportion < 1 and a.selection == "apoz"
         ),
@@ -183,7 +190,9 @@ def _refuse(setting: str, wrong: Mapping[str, bool]) -> None:
 def _check_examples(config: Config) -> None:
     _refuse(
         f"privacy.example-noise = {config.privacy.example_noise:g}",
-        _without_statistics(config, "clients give no class statistics") | _beside_changes(config),
+        _without_statistics(config, "clients give no class statistics")
+        | _without_counts(config)
+        | _of_one_weight(config),
     )
 
 
@@ -204,7 +213,11 @@ def _check_secure(config: Config) -> None:
         "refit or distil (class statistics of several widths are not added up)": (
             bool(config.plan.widths) and any(_without_statistics(config, "").values())
         ),
-        **_beside_changes(config),
+        "plan.widths empty, or align.proportion = 1 or another align.selection (counts of several "
+        "widths are not added up)": (
+            bool(config.plan.widths) and any(_without_counts(config).values())
+        ),
+        **_of_one_weight(config),
         "privacy.sampling = fixed with privacy.client-noise (a Poisson sample may be of two)": (
             p.client_noise > 0 and p.sampling != "fixed"
         ),

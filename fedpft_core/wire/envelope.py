@@ -279,6 +279,7 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "modulus_bits": ("a whole number", _is_int),
     "reach": ("a number", _is_float),
     "clients": ("a whole number", _is_int),
+    "digits": ("a whole number", _is_int),
     "rows": ("a whole number", _is_int),
     "longest": ("a number", _is_float),
     "label": ("a number", _is_float),

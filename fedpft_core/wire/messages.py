@@ -155,7 +155,7 @@ class SharesReply:
 
 @dataclass(frozen=True)
 class SecureTrainRequest(TrainRequest):
-    """Secure aggregation, third: train, and send the change quantised and masked."""
+    """Secure aggregation, third: train, and send the change and the counts masked."""
 
     session: str = ""
     bits: int = 16  # of a quantised value, with its sign
@@ -163,6 +163,7 @@ class SecureTrainRequest(TrainRequest):
     modulus_bits: int = 32  # of the ring in which changes are summed
     longest: float = 0.0  # L2 norm that the change is scaled down to; 0 = as it is
     variance: float = 0.0  # of the Skellam noise on each number; 0 = none
+    digits: int = 0  # of each count of inactive neurons, where `count_rule` asks for them
     alive: tuple[int, ...] = ()  # neighbours that have shared their secrets
 
 

@@ -146,7 +146,8 @@ def test_neighbours_that_protect_nothing_are_refused(
         ({"modulus_bits": 33}, "do not fit"),
         ({"reach": 0.0}, "no number above 0"),
         ({"reach": float("nan")}, "no number above 0"),
-        ({"count_rule": "nonpositive"}, "cannot be masked"),
+        ({"count_rule": "nonpositive"}, "not so many digits"),
+        ({"count_rule": "nonpositive", "digits": 2, "variance": 1.0}, "have no noise"),
     ],
 )
 def test_what_cannot_be_masked_well_is_refused_before_training(

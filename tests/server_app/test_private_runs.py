@@ -19,6 +19,9 @@ from fedpft_core.errors import RunError
 from fedpft_core.privacy.accounting import Spend, epsilon
 from fedpft_core.wire.envelope import open_envelope
 from fedpft_core.wire.messages import RefusalReply, SecureTrainReply
+from server_app.rounds.outcome import Outcome
+from server_app.state import State
+from server_app.strategy import Strategy
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -95,6 +98,32 @@ def test_masked_statistics_of_every_form(task: str, tmp_path: Path) -> None:
     a, b = (load_file(tmp_path / which / ADAPTER) for which in ("masked", "plain"))
     for k in b:
         torch.testing.assert_close(a[k], b[k], rtol=1e-5, atol=1e-6)
+
+
+def test_masked_counts_choose_the_neurons_of_plain_ones(
+    text: dict[str, Any], tmp_path: Path
+) -> None:
+    """Re-alignment by the clients' counts, which come out to the last token."""
+    flat = text | {
+        "federation.rounds": 2, "align.interval": 1, "align.proportion": 0.5, "train.lr": 1e-30,
+        "lora.dropout": 0.0,
+    }  # fmt: skip
+    honest, seen = Strategy.run_round, dict[str, Any]()
+
+    def noted(self: Strategy, state: State, round: int, *args: Any) -> Outcome:
+        found = honest(self, state, round, *args)
+        seen.setdefault(Path(self.config.run.dir).name, []).append((found.counts, state.digest))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Strategy, "run_round", noted)
+        tiny.run(flat | {"federation.weighting": "examples"}, tmp_path / "plain")
+        tiny.run(flat | {"privacy.secure": True}, tmp_path / "masked")
+    (a, _), (_, aligned) = seen["masked"]
+    (b, _), (_, same) = seen["plain"]
+    assert a.tokens == b.tokens and a.inactive.keys() == b.inactive.keys()
+    assert all(torch.equal(a.inactive[k], b.inactive[k]) for k in b.inactive)
+    assert aligned == same  # the sub-FM of round 2, to the bit
 
 
 def test_numbers_without_a_known_range_are_refused_before_anything_is_asked(
