@@ -20,6 +20,7 @@ from fedpft_core.wire.envelope import Envelope
 from fedpft_core.wire.messages import (
     Message,
     RefusalReply,
+    SecureStatisticsReply,
     SecureTrainReply,
     StatisticsReply,
     StatisticsRequest,
@@ -68,6 +69,8 @@ def left(message: Message, envelope: Envelope) -> dict[str, Any]:
         out |= {"validation": sorted(message.validation_sums)}
     elif isinstance(message, SecureTrainReply):
         out |= {"steps": message.steps, "masked": True}
+    elif isinstance(message, SecureStatisticsReply):
+        out |= {"masked": True}
     elif isinstance(message, StatisticsReply):
         out |= {"rows": message.examples}
     elif isinstance(message, RefusalReply):

@@ -26,7 +26,7 @@ from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.model.names import is_trained
 from fedpft_core.privacy.entropy import skellam
 from fedpft_core.proxy.package import ClientModel
-from fedpft_core.secure import ring
+from fedpft_core.secure import digits, ring
 from fedpft_core.seeds import derive, numpy_stream
 from fedpft_core.tensors import Tensors
 from fedpft_core.train.evaluate import evaluate
@@ -285,13 +285,13 @@ STEPS: Steps = (
 
 
 def mask(work: Work) -> Work:
-    """Quantise the change and the loss, and put the session's masks on them.
+    """Quantise the change and the loss, and put the session's masks on them and on the counts.
 
     Where the server asks for it, the change is scaled down to a norm and gets this client's part of
     the noise, and the loss is not said.
 
     Args:
-        work: with the tuned adapter, float32, and the mean loss.
+        work: with the tuned adapter, float32, the mean loss, and counts where they are asked for.
 
     Returns:
         The work with the one tensor `masked`, and without figures of its own.
@@ -306,22 +306,30 @@ def mask(work: Work) -> Work:
     if request.longest and size > request.longest:
         change = {k: d * (request.longest / size) for k, d in change.items()}
     loss = {"loss": torch.tensor([0.0 if request.variance else work.loss])}
+    counts = [work.counts[k].numpy() for k in sorted(work.counts)]
     stream = numpy_stream(request.seed, "quantise", request.round, work.name)
     try:
         values = np.concatenate([
             ring.quantise(change, request.bits, request.reach, stream),
             ring.quantise(loss, request.bits, ring.LOSS_REACH, stream),
+            *(digits.split(c, request.digits, request.bits) for c in counts),
         ])  # fmt: skip
     except ValueError as error:
         raise ReplyError(str(error)) from error
     if request.variance:
         values = values + skellam(len(values), request.variance)
     sent = np.frombuffer(work.secure.mask(request, values), np.uint8)
-    return replace(work, loss=0.0, adapter={"masked": torch.from_numpy(sent.copy())})
+    return replace(work, loss=0.0, counts={}, adapter={"masked": torch.from_numpy(sent.copy())})
 
 
 # The same where the change goes into a sum that nobody can take apart.
-SECURE_STEPS: Steps = (("prepare", plug), ("train", tune), ("", misbehave), ("", mask))
+SECURE_STEPS: Steps = (
+    ("prepare", plug),
+    ("train", tune),
+    ("count", count),
+    ("", misbehave),
+    ("", mask),
+)
 
 
 def work_through(work: Work, began: float, steps: Steps = STEPS) -> Work:

@@ -35,10 +35,12 @@ from client_app.rows import Source, divided, encoded
 from client_app.secure import Secure
 from client_app.startup import collector_paused
 from client_app.store import Store
+from client_app.sums import masked
 from fedpft_core import __version__
 from fedpft_core.data.examples import Examples
 from fedpft_core.errors import ReplyError, UserError
 from fedpft_core.head.closed import form_of
+from fedpft_core.head.form import Form, Sums
 from fedpft_core.head.refit import of_rows
 from fedpft_core.proxy.int8 import give_back
 from fedpft_core.proxy.package import rebuild
@@ -57,6 +59,8 @@ from fedpft_core.wire.messages import (
     NeedReply,
     RefusalReply,
     RevealRequest,
+    SecureStatisticsReply,
+    SecureStatisticsRequest,
     SecureTrainReply,
     SecureTrainRequest,
     SharesRequest,
@@ -180,6 +184,8 @@ class Client:
             return self._train_masked(message)
         if isinstance(message, TrainRequest):
             return self._train(message)
+        if isinstance(message, SecureStatisticsRequest):
+            return self._statistics_masked(message)
         if isinstance(message, StatisticsRequest):
             return self._statistics(message)
         raise ReplyError(f"a client cannot answer a {type(message).__name__}")
@@ -282,6 +288,29 @@ class Client:
 
     def _statistics(self, request: StatisticsRequest) -> Message:
         start = time.perf_counter()
+        got = self._summed(request)
+        if isinstance(got, NeedReply):
+            return got
+        found, _, rows, _ = got
+        seconds = time.perf_counter() - start
+        return StatisticsReply(
+            self.name, request.round, request.digest, rows, seconds, found.tensors()
+        )
+
+    def _statistics_masked(self, request: SecureStatisticsRequest) -> Message:
+        start = time.perf_counter()
+        self._secure.ready(request)
+        got = self._summed(request)
+        if isinstance(got, NeedReply):
+            return got
+        sums = masked(*got, self._secure, request)
+        seconds = time.perf_counter() - start
+        return SecureStatisticsReply(
+            self.name, request.session, request.round, request.digest, seconds, sums
+        )
+
+    def _summed(self, request: StatisticsRequest) -> tuple[Sums, Form, int, int] | NeedReply:
+        """The sums over this client's rows, their form, how many rows, and most answers of one."""
         if request.width < 1 or request.batch_size < 1:
             raise ReplyError("the request cannot be used (no features, or no rows at once)")
         if not 1 <= request.threads <= _MOST_THREADS:
@@ -304,14 +333,7 @@ class Client:
         found = of_rows(
             model.model, rows, model.task, request.batch_size, request.width, request.seed
         )
-        return StatisticsReply(
-            name=self.name,
-            round=request.round,
-            digest=request.digest,
-            examples=len(rows),
-            seconds=time.perf_counter() - start,
-            statistics=found.tensors(),
-        )
+        return found, form, len(rows), model.max_length
 
     def _use(self, threads: int) -> None:
         """Pin torch to so many threads, or to what the node allows."""

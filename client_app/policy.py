@@ -17,7 +17,12 @@ from fedpft_core.errors import UserError
 from fedpft_core.model.families import FAMILIES, Family, family_of
 from fedpft_core.wire.envelope import Envelope
 from fedpft_core.wire.identity import is_digest
-from fedpft_core.wire.messages import SecureTrainRequest, StatisticsRequest, TrainRequest
+from fedpft_core.wire.messages import (
+    SecureStatisticsRequest,
+    SecureTrainRequest,
+    StatisticsRequest,
+    TrainRequest,
+)
 from fedpft_core.wire.meta import PackageMeta
 
 PREFIX = "policy-"
@@ -46,7 +51,9 @@ KEYS: dict[str, tuple[type, Any, str]] = {
     "policy-max-steps": (int, 0, "training steps of a request, 0 = no limit"),
     "policy-max-rank": (int, 256, "LoRA's rank"),
     "policy-secure": (
-        int, 0, "1 = what training made leaves under the masks of secure aggregation only"
+        int, 0,
+        "1 = what training made and class statistics leave under the masks of secure aggregation "
+        "only",
     ),
     "policy-max-mb": (int, 0, "size of a message, megabytes, 0 = no limit"),
     "policy-app-hash": (
@@ -156,7 +163,8 @@ class Policy:
         Raises:
             PolicyError: naming the rule.
         """
-        if self.secure and not isinstance(request, SecureTrainRequest):
+        masked = SecureTrainRequest | SecureStatisticsRequest
+        if self.secure and not isinstance(request, masked):
             raise PolicyError("secure", self.secure, "what is asked for has no masks")
         if isinstance(request, StatisticsRequest):
             self._check_leaves("statistics")

@@ -27,6 +27,7 @@ from fedpft_core.wire.messages import (
     KeysRequest,
     RevealReply,
     RevealRequest,
+    SecureStatisticsRequest,
     SecureTrainRequest,
     SharesReply,
     SharesRequest,
@@ -34,6 +35,7 @@ from fedpft_core.wire.messages import (
 
 FEWEST_PEERS = 2  # of two clients each could tell the other's change from the sum
 _MOST_VARIANCE = 2.0**62  # more would not fit whole numbers of 64 bits
+_MOST_DIGITS = 63
 _STEPS = ("keys", "shares", "masked", "revealed")
 
 
@@ -125,11 +127,11 @@ class Secure:
         self._advance(session, "shares")
         return SharesReply(self.name, request.session, sealed)
 
-    def ready(self, request: SecureTrainRequest) -> Session:
-        """Whether what a request asks for can be masked, before anything is trained.
+    def ready(self, request: SecureTrainRequest | SecureStatisticsRequest) -> Session:
+        """Whether what a request asks for can be masked, before any work is done.
 
         Args:
-            request: for training.
+            request: for training or for statistics.
 
         Returns:
             The session.
@@ -139,24 +141,22 @@ class Secure:
                 too few neighbours have shared their secrets.
         """
         session = self._at(request.session, "shares")
-        if request.count_rule:
-            raise ReplyError("counts of inactive neurons cannot be masked")
-        if not 2 <= request.bits <= request.modulus_bits <= ring.MOST_BITS:
-            raise ReplyError("the bits of a value and of the ring do not fit each other")
-        if not 0 < request.reach < math.inf:
-            raise ReplyError("the reach of a value is no number above 0")
-        if not (0 <= request.longest < math.inf and 0 <= request.variance <= _MOST_VARIANCE):
-            raise ReplyError("the bound or the noise is no number of at least 0")
+        if isinstance(request, SecureTrainRequest):
+            _check_change(request)
+        elif not 2 <= request.modulus_bits <= ring.WIDEST:
+            raise ReplyError("there is no ring of so many bits")
         self._known(session, request.alive, [int(p) for p in session.peers])
         if len(request.alive) < session.threshold:
             raise ReplyError("too few neighbours have shared their secrets")
         return session
 
-    def mask(self, request: SecureTrainRequest, values: np.ndarray) -> bytes:
+    def mask(
+        self, request: SecureTrainRequest | SecureStatisticsRequest, values: np.ndarray
+    ) -> bytes:
         """Put the session's masks on a client's numbers, once.
 
         Args:
-            request: for training; `ready` has been asked.
+            request: for training or for statistics; `ready` has been asked.
             values: int64 [n].
 
         Returns:
@@ -167,7 +167,7 @@ class Secure:
         """
         session = self.ready(request)
         session.alive = list(request.alive)
-        # Noted first: a second change under the same masks would give away their difference.
+        # Noted first: other numbers under the same masks would give away their difference.
         self._advance(session, "masked")
         peers = {p: bytes.fromhex(session.peers[str(p)][1]) for p in request.alive}
         k = request.modulus_bits
@@ -237,3 +237,15 @@ class Secure:
     def _keep(self, session: Session) -> None:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         whole.write(self.path, json.dumps(session.__dict__).encode())
+
+
+def _check_change(request: SecureTrainRequest) -> None:
+    """Refuse what no change can be quantised by."""
+    if request.count_rule and (request.variance or not 1 <= request.digits <= _MOST_DIGITS):
+        raise ReplyError("counts of inactive neurons have no noise, or not so many digits")
+    if not 2 <= request.bits <= request.modulus_bits <= ring.MOST_BITS:
+        raise ReplyError("the bits of a value and of the ring do not fit each other")
+    if not 0 < request.reach < math.inf:
+        raise ReplyError("the reach of a value is no number above 0")
+    if not (0 <= request.longest < math.inf and 0 <= request.variance <= _MOST_VARIANCE):
+        raise ReplyError("the bound or the noise is no number of at least 0")

@@ -28,6 +28,7 @@ from fedpft_core.wire.validate import Expected, ExpectedStatistics
 from server_app.delivery import Holds, Shelf, servings
 from server_app.rounds import ledger, widths
 from server_app.rounds.chain import Asked
+from server_app.rounds.changes import Changes, Sum
 from server_app.rounds.collect import Awaited, Collection
 from server_app.rounds.matching import Matching
 from server_app.rounds.nodes import Node, Nodes
@@ -46,8 +47,9 @@ from server_app.rounds.requests import (
     requests,
     wanted,
 )
-from server_app.rounds.secure import Phase, SecureRound, Sum
+from server_app.rounds.secure import Masked, Phase, Session, Summed
 from server_app.rounds.statistics import Gathered, statistics_requests
+from server_app.rounds.summed import MaskedStatistics, Total
 from server_app.run import schema as ev
 from server_app.state import Events, State
 from server_app.transport import Meanwhile, Transport
@@ -137,11 +139,9 @@ class Strategy:
                 lr=learning_rate(self.config.train.lr, round, f.rounds),
             ))  # fmt: skip
             if self.config.privacy.secure:
-                sent = codec.encode(state.adapter, self.config.wire.adapter)
-                base = codec.decode(sent, self.config.wire.adapter)
-                summed = self._summed(nodes, state, round, sent, base)
+                summed = self._summed(nodes, state, round, count_rule)
                 if summed.change is not None:
-                    return summed.outcome(base, start)
+                    return summed.outcome(start)
                 text = self._too_few(f"round {round}", len(summed.good), summed.bad, attempt)
                 continue
             work = self.prepare(state, round, count_rule)
@@ -241,27 +241,24 @@ class Strategy:
             want: what a good reply looks like.
 
         Returns:
-            By the width of the sub-FM (empty where there is one) the sum over all good replies; who
-            did not send any is named in a warning.
+            By the width of the sub-FM (empty where there is one) the sum over all good replies,
+            with privacy.secure that of a session over all clients; who did not send any is named
+            in a warning.
 
         Raises:
-            RunError: fewer than federation.min-clients sent any, after federation.attempts tries.
+            RunError: fewer than federation.min-clients sent any, after federation.attempts tries,
+                or a session's sum cannot be used.
         """
         f = self.config.federation
         for attempt in range(1, f.attempts + 1):
             if len(self.transport.nodes()) < f.min_clients:
                 self.nodes.wait()
-            got = Gathered(want, self.nodes.meet(state, want.round), state, self.events)
-            sent = codec.encode(state.adapter, self.config.wire.adapter)
-            request = by_node(state, self._parcel, partial(self._statistics, sent, want.max_bytes))
-            self._exchange(got, _to(got, request))
+            got = self._gathered(self.nodes.meet(state, want.round), state, want)
             why = self.why(got.bad)
             if len(got.good) >= f.min_clients:
                 if got.bad:
                     self.events.emit(ev.Warned(text=f"class statistics without {why}"))
-                self.remarks.dominating(
-                    "class statistics", {name: s.rows for name, s in got.good.items()}
-                )
+                self.remarks.dominating("class statistics", got.rows)
                 return got.total(f)
             text = self._too_few("class statistics", len(got.good), got.bad, attempt)
         raise RunError(text)
@@ -300,14 +297,16 @@ class Strategy:
         out = {f"node {i}": why for i, why in self.nodes.left_out.items()}
         return "; ".join(f"{name}: {reason}" for name, reason in sorted((out | dict(bad)).items()))
 
-    def _summed(
-        self, nodes: list[Node], state: State, round: int, sent: Tensors, base: Tensors
-    ) -> Sum:
+    def _summed(self, nodes: list[Node], state: State, round: int, count_rule: str) -> Sum:
         """An attempt at a round of secure aggregation, and what it spends."""
-        attempt = SecureRound(self.config, nodes, state, round, self.events, self._exchange)
-        summed = attempt.run(self._parcel, sent, base)
+        sent = codec.encode(state.adapter, self.config.wire.adapter)
+        base = codec.decode(sent, self.config.wire.adapter)
+        work = Changes(
+            self.config, nodes, state, round, self.events, count_rule, self._parcel, sent, base
+        )
+        summed = work.mean(self._session(nodes, state, round, work))
         if self.private and summed.change is not None:
-            spend = self.private.masked(1 + sum(t.numel() for t in base.values()))
+            spend = self.private.masked(work.count)
             self.private.book(state, round, spend, self.config.privacy.client_clip)
         return summed
 
@@ -345,6 +344,23 @@ class Strategy:
             The number.
         """
         return servings(self._parcel(state), most_bytes(self.config))
+
+    def _session(self, nodes: list[Node], state: State, round: int, work: Masked) -> Summed:
+        args = self.config, nodes, state, round, self.events, self._exchange
+        return Session(*args, work).run()
+
+    def _gathered(
+        self, nodes: list[Node], state: State, want: ExpectedStatistics
+    ) -> Gathered | Total:
+        """An attempt at class statistics."""
+        sent = codec.encode(state.adapter, self.config.wire.adapter)
+        if self.config.privacy.secure:
+            work = MaskedStatistics(self.config, nodes, state, want, self._parcel, sent)
+            return Total(work, self._session(nodes, state, want.round, work))
+        got = Gathered(want, nodes, state, self.events)
+        request = by_node(state, self._parcel, partial(self._statistics, sent, want.max_bytes))
+        self._exchange(got, _to(got, request))
+        return got
 
     def _statistics(
         self, sent: Tensors, most: int, view: State, parcel: Parcel, blocks: str, rank: int

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from fabricate import Node
+from fabricate import MAX_LENGTH, Node
 
 from client_app.secure import Secure
+from client_app.sums import masked
 from fedpft_core.errors import ReplyError
-from fedpft_core.secure import ring
+from fedpft_core.secure import digits, ring
 from fedpft_core.seeds import numpy_stream
 from fedpft_core.wire import codec
 from fedpft_core.wire.envelope import Envelope, open_envelope, seal
@@ -23,11 +24,15 @@ from fedpft_core.wire.messages import (
     NeedReply,
     RefusalReply,
     RevealRequest,
+    SecureStatisticsReply,
+    SecureStatisticsRequest,
     SecureTrainReply,
     SecureTrainRequest,
     SharesRequest,
     TrainReply,
 )
+from fedpft_core.wire.package import Package
+from fedpft_core.wire.parcel import Parcel
 
 
 @dataclass
@@ -39,6 +44,8 @@ class SecureNode(Node):
     bend: Callable[[Any], Any] | None = None  # turns an answer into another
     noted: bool = True
     plain: dict[int, np.ndarray] = field(default_factory=dict)  # what it has masked, by round
+    sums: Any = None  # over its rows
+    form: Any = None  # what is summed
 
     def answer(self, envelope: Envelope) -> Envelope | Failure:
         if envelope.kind == self.lost:
@@ -55,6 +62,8 @@ class SecureNode(Node):
                     made = secure.reveal(message)
                 case SecureTrainRequest():
                     made = self._masked(message, secure)
+                case SecureStatisticsRequest():
+                    made = self._summed(message, secure)
                 case _:
                     return super().answer(envelope)
         except ReplyError as error:
@@ -74,10 +83,25 @@ class SecureNode(Node):
                           request.reach, numpy_stream(0, self.name)),
             ring.quantise({"loss": torch.tensor([made.loss])}, request.bits, ring.LOSS_REACH,
                           np.random.default_rng(0)),
+            *(digits.split(made.counts[k].numpy(), request.digits, request.bits)
+              for k in sorted(made.counts)),
         ])  # fmt: skip
         if self.noted:
             self.plain[request.round] = values
         data = torch.from_numpy(np.frombuffer(secure.mask(request, values), np.uint8).copy())
         return SecureTrainReply(
             self.name, request.session, request.round, request.digest, 2, 0.5, {"masked": data}
+        )
+
+    def _summed(self, request: SecureStatisticsRequest, secure: Secure) -> Any:
+        if request.package:
+            parcel = Parcel.from_bytes(request.package)
+            self.packages[request.digest] = Package.made(
+                parcel.manifest, parcel.tensors(), parcel.files
+            )
+        if request.digest not in self.packages:
+            return NeedReply(self.name, request.digest, ())
+        found = masked(self.sums, self.form, self.examples, MAX_LENGTH, secure, request)
+        return SecureStatisticsReply(
+            self.name, request.session, request.round, request.digest, 0.5, found
         )

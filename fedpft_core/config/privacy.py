@@ -80,8 +80,8 @@ class PrivacyConfig:
     )
     secure: bool = key(
         False,
-        "secure aggregation: the server learns the sum of a round's changes and of their losses, "
-        "and no client's own",
+        "secure aggregation: the server learns the sums of a round's changes, losses and counts, "
+        "and of class statistics, and no client's own",
     )
     secure_bits: int = key(
         16,
@@ -137,7 +137,9 @@ def check(config: Config) -> None:
         "federation.schedule = multi-round": f.schedule != "multi-round",
         "federation.aggregate = average": f.aggregate != "average",
         "federation.weighting = uniform": f.weighting != "uniform",
-        **_beside_changes(config, "class statistics have no noise"),
+        **_without_statistics(config, "class statistics have no noise"),
+        **_without_counts(config),
+        **_of_one_weight(config),
         "run.undistilled = false (it is a second federation)": config.run.undistilled,
     }
     _refuse(f"privacy.client-noise = {p.client_noise:g}", wrong)
@@ -148,18 +150,30 @@ def check(config: Config) -> None:
         )
 
 
-def _beside_changes(config: Config, why: str) -> dict[str, bool]:
-    """What a run needs whose clients send nothing but changes, and whether it is not so."""
-    a = config.align
+def _without_statistics(config: Config, why: str) -> dict[str, bool]:
+    """What a run needs whose clients send no class statistics, and whether it is not so."""
     return {
         f"head.start = zero ({why})": config.head.start != "zero",
         f"head.end = trained ({why})": config.head.end != "trained",
         "plug.method = as-trained, refit or distil (the others read class statistics)": (
             config.plug.method in ("best", "mapped")
         ),
+    }
+
+
+def _of_one_weight(config: Config) -> dict[str, bool]:
+    """What a run needs whose changes all weigh the same, and whether it is not so."""
+    return {
         "federation.width-weighting = examples (all changes weigh the same)": (
             config.federation.width_weighting != "examples"
         ),
+    }
+
+
+def _without_counts(config: Config) -> dict[str, bool]:
+    """What a run needs whose clients count no inactive neurons, and whether it is not so."""
+    a = config.align
+    return {
         "align.proportion = 1 or another align.selection (apoz reads clients' counts)": (
             bool(a.interval) and a.proportion < 1 and a.selection == "apoz"
         ),
@@ -176,7 +190,9 @@ def _refuse(setting: str, wrong: Mapping[str, bool]) -> None:
 def _check_examples(config: Config) -> None:
     _refuse(
         f"privacy.example-noise = {config.privacy.example_noise:g}",
-        _beside_changes(config, "clients give no class statistics"),
+        _without_statistics(config, "clients give no class statistics")
+        | _without_counts(config)
+        | _of_one_weight(config),
     )
 
 
@@ -193,7 +209,15 @@ def _check_secure(config: Config) -> None:
         f"wire.adapter-up = same, not {config.wire.adapter_up} (changes travel as whole numbers)": (
             config.wire.adapter_up != "same"
         ),
-        **_beside_changes(config, "class statistics are not masked"),
+        "plan.widths empty, or head.start = zero, head.end = trained and plug.method = as-trained, "
+        "refit or distil (class statistics of several widths are not added up)": (
+            bool(config.plan.widths) and any(_without_statistics(config, "").values())
+        ),
+        "plan.widths empty, or align.proportion = 1 or another align.selection (counts of several "
+        "widths are not added up)": (
+            bool(config.plan.widths) and any(_without_counts(config).values())
+        ),
+        **_of_one_weight(config),
         "privacy.sampling = fixed with privacy.client-noise (a Poisson sample may be of two)": (
             p.client_noise > 0 and p.sampling != "fixed"
         ),

@@ -15,7 +15,7 @@ from fedpft_core.head.discriminant import Head
 from fedpft_core.head.form import Form
 from fedpft_core.head.mapped import Map
 from fedpft_core.head.moments import Moments
-from fedpft_core.head.statistics import Statistics
+from fedpft_core.head.statistics import Layout, Statistics
 from fedpft_core.task import Task
 
 
@@ -65,6 +65,32 @@ class Classes:
             Numbers of 8 bytes.
         """
         return width * (width + 1) // 2 + self.count * width + self.count
+
+    def layout(self, width: int) -> Layout:
+        """Of class statistics.
+
+        Args:
+            width: D.
+
+        Returns:
+            Types and shapes by name.
+        """
+        return Statistics.layout(self.count, width)
+
+    def bounds(self, rows: int, most: int, longest: float, label: float) -> dict[str, float]:
+        """Each answer adds a feature vector; counts are whole.
+
+        Args:
+            rows: that are summed, at most.
+            most: the most answers that a row can have.
+            longest: largest L2 norm that a feature vector can have.
+            label: not looked at.
+
+        Returns:
+            Bounds by name.
+        """
+        n = rows if self.one_a_row else rows * max(most, 1)
+        return {"sums": n * longest, "outer": n * longest * longest}
 
     def read(self, tensors: Mapping[str, Tensor], width: int) -> Statistics:
         """Class statistics as they came.
@@ -175,6 +201,39 @@ class Values:
         """
         return width * (width + 1) // 2 + (self.count + 1) * width + 2 * self.count + 1
 
+    def layout(self, width: int) -> Layout:
+        """Of moments.
+
+        Args:
+            width: D.
+
+        Returns:
+            Types and shapes by name.
+        """
+        return Moments.layout(self.count, width)
+
+    def bounds(self, rows: int, most: int, longest: float, label: float) -> dict[str, float]:
+        """Each row adds a feature vector, alone and times its numbers.
+
+        Args:
+            rows: that are summed, at most.
+            most: not looked at.
+            longest: largest L2 norm that a feature vector can have.
+            label: how far from zero a number to be learned can be.
+
+        Returns:
+            Bounds by name.
+
+        Raises:
+            ValueError: `label` is not known.
+        """
+        if not label > 0:
+            raise ValueError("it is not known how large the numbers to be learned can be")
+        return {
+            "features": rows * longest, "outer": rows * longest * longest, "labels": rows * label,
+            "squares": rows * label * label, "cross": rows * label * longest,
+        }  # fmt: skip
+
     def read(self, tensors: Mapping[str, Tensor], width: int) -> Moments:
         """Moments as they came.
 
@@ -238,6 +297,21 @@ class Labels(Values):
     """Labels that may hold at once, each 0 or 1: a discriminant for each."""
 
     binary = True
+
+    def bounds(self, rows: int, most: int, longest: float, label: float) -> dict[str, float]:
+        """Sums of labels and of their squares are counts, which are whole.
+
+        Args:
+            rows: that are summed, at most.
+            most: not looked at.
+            longest: largest L2 norm that a feature vector can have.
+            label: not looked at.
+
+        Returns:
+            Bounds by name.
+        """
+        found = super().bounds(rows, most, longest, 1.0)
+        return {name: found[name] for name in ("features", "outer", "cross")}
 
     def group_rows(self, labels: Tensor) -> list[int]:
         """Rows with each label, then rows without it: the sums tell both apart.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedpft_core.head.discriminant import Head
 from fedpft_core.head.mapped import Map
+from fedpft_core.head.statistics import Layout
 from fedpft_core.tensors import Tensors
 
 
@@ -22,6 +23,10 @@ class Sums(Protocol):
     @property
     def groups(self) -> int:
         """Classes that have any; 0 where there are no classes."""
+
+    @property
+    def width(self) -> int:
+        """D, the features of a row."""
 
     def plus(self, other: Self) -> Self:
         """The sums of both.
@@ -83,6 +88,32 @@ class Form(Protocol):
 
         Returns:
             As they travel.
+        """
+
+    def layout(self, width: int) -> Layout:
+        """Types and shapes of the sums.
+
+        Args:
+            width: D.
+
+        Returns:
+            As they travel, by the name of the tensor.
+        """
+
+    def bounds(self, rows: int, most: int, longest: float, label: float) -> dict[str, float]:
+        """How far from zero a number of each tensor can be.
+
+        Args:
+            rows: that are summed, at most.
+            most: the most answers that a row can have.
+            longest: largest L2 norm that a feature vector can have.
+            label: how far from zero a number to be learned can be.
+
+        Returns:
+            By the name of the tensor; those that hold whole numbers are not there.
+
+        Raises:
+            ValueError: it is not known how large the numbers to be learned can be.
         """
 
     def read(self, tensors: Mapping[str, Tensor], width: int) -> Any:

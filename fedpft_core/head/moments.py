@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedpft_core.errors import ReplyError
 from fedpft_core.head.mapped import Map
-from fedpft_core.head.statistics import packed, unpacked
+from fedpft_core.head.statistics import Layout, packed, unpacked
 from fedpft_core.tensors import Tensors
 
 _SLACK = 1e-9  # share of the largest sum that rounding may leave where there is nothing
@@ -146,6 +146,26 @@ class Moments:
         return whole | {"outer": packed(self.outer)}
 
     @staticmethod
+    def layout(numbers: int, width: int) -> Layout:
+        """Types and shapes of what travels.
+
+        Args:
+            numbers: K.
+            width: D.
+
+        Returns:
+            By the name of the tensor.
+        """
+        return {
+            "count": (torch.int64, [1]),
+            "features": (torch.float64, [width]),
+            "labels": (torch.float64, [numbers]),
+            "squares": (torch.float64, [numbers]),
+            "cross": (torch.float64, [numbers, width]),
+            "outer": (torch.float64, [width * (width + 1) // 2]),
+        }
+
+    @staticmethod
     def from_tensors(tensors: Mapping[str, Tensor], numbers: int, width: int) -> Moments:
         """The inverse of :meth:`tensors`.
 
@@ -160,14 +180,7 @@ class Moments:
         Raises:
             ReplyError: a tensor is missing, too much, or of another type or shape.
         """
-        want = {
-            "count": (torch.int64, [1]),
-            "features": (torch.float64, [width]),
-            "labels": (torch.float64, [numbers]),
-            "squares": (torch.float64, [numbers]),
-            "cross": (torch.float64, [numbers, width]),
-            "outer": (torch.float64, [width * (width + 1) // 2]),
-        }
+        want = Moments.layout(numbers, width)
         if tensors.keys() != want.keys():
             raise ReplyError(f"statistics need {', '.join(want)} and nothing else")
         for name, (dtype, shape) in want.items():

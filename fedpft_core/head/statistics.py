@@ -22,6 +22,9 @@ from fedpft_core.errors import ReplyError
 from fedpft_core.seeds import torch_stream
 from fedpft_core.tensors import Tensors
 
+Layout = dict[str, tuple[torch.dtype, list[int]]]
+"""Types and shapes of tensors, by name."""
+
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
@@ -126,6 +129,23 @@ class Statistics:
         return {"counts": self.counts, "sums": self.sums, "outer": packed(self.outer)}
 
     @staticmethod
+    def layout(classes: int, width: int) -> Layout:
+        """Types and shapes of what travels.
+
+        Args:
+            classes: C.
+            width: D.
+
+        Returns:
+            By the name of the tensor.
+        """
+        return {
+            "counts": (torch.int64, [classes]),
+            "sums": (torch.float64, [classes, width]),
+            "outer": (torch.float64, [width * (width + 1) // 2]),
+        }
+
+    @staticmethod
     def from_tensors(tensors: Mapping[str, Tensor], classes: int, width: int) -> Statistics:
         """The inverse of :meth:`tensors`.
 
@@ -140,11 +160,7 @@ class Statistics:
         Raises:
             ReplyError: a tensor is missing, too much, or of another type or shape.
         """
-        want = {
-            "counts": (torch.int64, [classes]),
-            "sums": (torch.float64, [classes, width]),
-            "outer": (torch.float64, [width * (width + 1) // 2]),
-        }
+        want = Statistics.layout(classes, width)
         if tensors.keys() != want.keys():
             raise ReplyError(f"class statistics need {', '.join(want)} and nothing else")
         for name, (dtype, shape) in want.items():

@@ -18,6 +18,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from fedpft_core.secure.ring import kind, reduced
+
 ROOT = 32  # bytes
 SECRET = 16  # bytes of what is shared out
 SHARE = 2 * SECRET  # of the own mask's seed and of the pairs' seed
@@ -128,11 +130,12 @@ def stream(seed: bytes, count: int, k: int) -> np.ndarray:
         k: bits of the ring.
 
     Returns:
-        uint32 [n], below 2^k, uniform.
+        Residues [n] below 2^k, uniform.
     """
     encryptor = Cipher(algorithms.AES(seed), modes.CTR(bytes(16))).encryptor()
-    drawn = np.frombuffer(encryptor.update(bytes(4 * count)), dtype="<u4")
-    return drawn & np.uint32(2**k - 1)
+    own = np.dtype(kind(k))
+    drawn = np.frombuffer(encryptor.update(bytes(own.itemsize * count)), own.newbyteorder("<"))
+    return reduced(drawn.astype(own), k)
 
 
 def share_out(keys: Keys, count: int, threshold: int) -> list[bytes]:

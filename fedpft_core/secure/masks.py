@@ -15,7 +15,7 @@ from fedpft_core.secure.keys import (
     rebuild,
     stream,
 )
-from fedpft_core.secure.ring import wrap
+from fedpft_core.secure.ring import reduced, wrap
 
 
 def masked(
@@ -37,14 +37,14 @@ def masked(
         session: names the session.
 
     Returns:
-        uint32 [n], below 2^k; to whom lacks the secrets uniform random numbers.
+        Residues [n] below 2^k; to whom lacks the secrets uniform random numbers.
     """
     total = wrap(values, k) + stream(keys.own, len(values), k)
     mine = masking_key(keys.pairs)
     for peer, key in sorted(peers.items()):
         mask = stream(pair_seed(mine, key, session), len(values), k)
         total = total + mask if index < peer else total - mask
-    return total & np.uint32(2**k - 1)
+    return reduced(total, k)
 
 
 def unmasked(
@@ -60,7 +60,7 @@ def unmasked(
     """The sum of the numbers of all who answered.
 
     Args:
-        total: uint32 [n], the sum of what they sent, modulo 2^k.
+        total: residues [n], the sum of what they sent, modulo 2^k.
         k: bits of the ring.
         answered: by client that answered, shares of its own mask's seed by their holder.
         dropped: by client that shared its secrets and did not answer, shares of its pairs' seed.
@@ -70,7 +70,7 @@ def unmasked(
         session: names the session.
 
     Returns:
-        uint32 [n], below 2^k.
+        Residues [n] below 2^k.
 
     Raises:
         ValueError: too few shares of a secret, or one is wrong; the client is named by number.
@@ -91,7 +91,7 @@ def unmasked(
             mask = stream(pair_seed(key, public[peer].masking, session), len(total), k)
             # The peer added it where its number is the smaller one.
             total = total - mask if peer < client else total + mask
-    return total & np.uint32(2**k - 1)
+    return reduced(total, k)
 
 
 def _secret(

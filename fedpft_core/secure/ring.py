@@ -1,4 +1,4 @@
-"""Changes as whole numbers modulo 2^k, in which they are summed.
+"""Numbers as whole numbers modulo 2^k, in which they are summed.
 
 A change c in [-reach, reach] becomes round(c L / reach) with L = 2^(bits - 1) - 1, rounded up or
 down at random so that the mean is c. The ring has room for the sum of so many clients, which
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fedpft_core.tensors import Tensors
 
-MOST_BITS = 32  # of the ring
+MOST_BITS = 32  # of the ring in which changes are summed
+WIDEST = 62  # bits of any ring: sums and residues are then numbers of 64 bits with a sign
 LOSS_REACH = 16.0  # a mean loss beyond it becomes it
 
 
@@ -113,24 +114,50 @@ def restore(
     return out
 
 
+def kind(k: int) -> type[np.uint32 | np.uint64]:
+    """The type that residues are held in.
+
+    Args:
+        k: of the ring, at most 62.
+
+    Returns:
+        uint32 for at most 32 bits, else uint64.
+    """
+    return np.uint32 if k <= 32 else np.uint64
+
+
+def reduced(values: np.ndarray, k: int) -> np.ndarray:
+    """Sums and differences of residues as residues again.
+
+    Args:
+        values: of the ring's type, which may have wrapped around.
+        k: of the ring.
+
+    Returns:
+        The same type, below 2^k.
+    """
+    found: np.ndarray = values & kind(k)(2**k - 1)
+    return found
+
+
 def wrap(values: np.ndarray, k: int) -> np.ndarray:
     """Whole numbers modulo 2^k.
 
     Args:
         values: integers of any kind.
-        k: at most 32.
+        k: at most 62.
 
     Returns:
-        uint32, below 2^k.
+        Residues below 2^k, see `kind`.
     """
-    return (values.astype(np.int64) & np.int64(2**k - 1)).astype(np.uint32)
+    return (values.astype(np.int64) & np.int64(2**k - 1)).astype(kind(k))
 
 
 def unwrap(values: np.ndarray, k: int) -> np.ndarray:
     """The whole numbers nearest to zero that residues stand for.
 
     Args:
-        values: uint32, below 2^k.
+        values: residues below 2^k.
         k: of the ring.
 
     Returns:
@@ -144,14 +171,15 @@ def pack(values: np.ndarray, k: int) -> bytes:
     """Residues, k bits each.
 
     Args:
-        values: uint32 [n], below 2^k.
-        k: at most 32.
+        values: residues [n] below 2^k.
+        k: at most 62.
 
     Returns:
         ceil(n k / 8) bytes.
     """
+    wide = np.dtype(kind(k)).newbyteorder("<")
     bits = np.unpackbits(
-        values.astype("<u4").view(np.uint8).reshape(-1, 4), axis=1, bitorder="little"
+        values.astype(wide).view(np.uint8).reshape(-1, wide.itemsize), axis=1, bitorder="little"
     )
     return np.packbits(bits[:, :k].reshape(-1), bitorder="little").tobytes()
 
@@ -178,7 +206,7 @@ def unpack(data: bytes, count: int, k: int) -> np.ndarray:
         k: bits of each.
 
     Returns:
-        uint32 [n], below 2^k.
+        Residues [n] below 2^k, see `kind`.
 
     Raises:
         ValueError: there are more or fewer bytes.
@@ -186,6 +214,8 @@ def unpack(data: bytes, count: int, k: int) -> np.ndarray:
     if len(data) != packed_bytes(count, k):
         raise ValueError(f"{len(data)} bytes are not {count} numbers of {k} bits")
     bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")[: count * k]
-    wide = np.zeros((count, 32), np.uint8)
+    own = np.dtype(kind(k))
+    wide = np.zeros((count, 8 * own.itemsize), np.uint8)
     wide[:, :k] = bits.reshape(count, k)
-    return np.packbits(wide, axis=1, bitorder="little").view("<u4").reshape(-1).astype(np.uint32)
+    found = np.packbits(wide, axis=1, bitorder="little").view(own.newbyteorder("<"))
+    return found.reshape(-1).astype(own)

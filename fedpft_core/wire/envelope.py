@@ -22,6 +22,8 @@ from fedpft_core.wire.messages import (
     RefusalReply,
     RevealReply,
     RevealRequest,
+    SecureStatisticsReply,
+    SecureStatisticsRequest,
     SecureTrainReply,
     SecureTrainRequest,
     SharesReply,
@@ -33,7 +35,7 @@ from fedpft_core.wire.messages import (
 )
 from fedpft_core.wire.package import Patch
 
-PROTOCOL = 6
+PROTOCOL = 7
 
 _MAX_HEAD = 2**20  # characters; real heads have well under a thousand per patch
 
@@ -53,6 +55,8 @@ _KINDS: dict[str, type] = {
     "shares-reply": SharesReply,
     "secure-train": SecureTrainRequest,
     "secure-train-reply": SecureTrainReply,
+    "secure-statistics": SecureStatisticsRequest,
+    "secure-statistics-reply": SecureStatisticsReply,
     "reveal": RevealRequest,
     "reveal-reply": RevealReply,
 }
@@ -274,7 +278,11 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "bits": ("a whole number", _is_int),
     "modulus_bits": ("a whole number", _is_int),
     "reach": ("a number", _is_float),
+    "clients": ("a whole number", _is_int),
+    "digits": ("a whole number", _is_int),
+    "rows": ("a whole number", _is_int),
     "longest": ("a number", _is_float),
+    "label": ("a number", _is_float),
     "variance": ("a number", _is_float),
     "alive": ("a list of clients", lambda v: _is_list(v, _is_number, _MOST_CLIENTS)),
     "answered": ("a list of clients", lambda v: _is_list(v, _is_number, _MOST_CLIENTS)),

@@ -155,7 +155,7 @@ class SharesReply:
 
 @dataclass(frozen=True)
 class SecureTrainRequest(TrainRequest):
-    """Secure aggregation, third: train, and send the change quantised and masked."""
+    """Secure aggregation, third: train, and send the change and the counts masked."""
 
     session: str = ""
     bits: int = 16  # of a quantised value, with its sign
@@ -163,6 +163,7 @@ class SecureTrainRequest(TrainRequest):
     modulus_bits: int = 32  # of the ring in which changes are summed
     longest: float = 0.0  # L2 norm that the change is scaled down to; 0 = as it is
     variance: float = 0.0  # of the Skellam noise on each number; 0 = none
+    digits: int = 0  # of each count of inactive neurons, where `count_rule` asks for them
     alive: tuple[int, ...] = ()  # neighbours that have shared their secrets
 
 
@@ -180,13 +181,41 @@ class SecureTrainReply:
 
 
 @dataclass(frozen=True)
+class SecureStatisticsRequest(StatisticsRequest):
+    """Secure aggregation, third, of statistics: send the sums as whole numbers, masked.
+
+    What a whole number stands for follows from the fields here; see `fedpft_core.head.fixed`.
+    """
+
+    session: str = ""
+    modulus_bits: int = 62  # of the ring in which sums are summed
+    clients: int = 3  # whose sums are added up, at most
+    rows: int = 1  # that one of them has, at most
+    longest: float = 0.0  # L2 norm that a feature vector can have
+    label: float = 0.0  # how far from zero a number to be learned can be; 0 = there are none
+    alive: tuple[int, ...] = ()  # neighbours that have shared their secrets
+
+
+@dataclass(frozen=True)
+class SecureStatisticsReply:
+    """Sums under masks; `statistics` is the one tensor `masked`, uint8."""
+
+    name: str
+    session: str
+    round: int
+    digest: str
+    seconds: float
+    statistics: Tensors
+
+
+@dataclass(frozen=True)
 class RevealRequest:
     """Secure aggregation, last: what takes off the masks that do not cancel."""
 
     session: str
     round: int
-    answered: tuple[int, ...]  # neighbours whose change is in the sum
-    dropped: tuple[int, ...]  # neighbours that shared secrets and whose change is not in it
+    answered: tuple[int, ...]  # neighbours whose numbers are in the sum
+    dropped: tuple[int, ...]  # neighbours that shared secrets and whose numbers are not in it
     shares: dict[str, str]  # by neighbour what it sealed for this client
 
 
@@ -240,5 +269,6 @@ class Failure:
 Message = (
     Hello | HelloReply | TrainRequest | TrainReply | StatisticsRequest | StatisticsReply
     | NeedReply | RefusalReply | KeysRequest | KeysReply | SharesRequest | SharesReply
-    | SecureTrainRequest | SecureTrainReply | RevealRequest | RevealReply
+    | SecureTrainRequest | SecureTrainReply | SecureStatisticsRequest | SecureStatisticsReply
+    | RevealRequest | RevealReply
 )  # fmt: skip

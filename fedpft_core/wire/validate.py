@@ -233,18 +233,33 @@ def _validated_counts(reply: TrainReply, want: Expected) -> Counts | None:
             if keys
             else "inactivity counts were not asked for"
         )
-    if not keys:
-        return None
+    return checked_counts(reply.counts, reply.examples, want) if keys else None
+
+
+def checked_counts(counts: Mapping[str, Tensor], examples: int, want: Expected) -> Counts:
+    """Check inactivity counts over some rows.
+
+    Args:
+        counts: `{block}` and `{block}/tokens` for each block wanted.
+        examples: the rows.
+        want: says which blocks have how many neurons, and how many tokens a row can have.
+
+    Returns:
+        The counts.
+
+    Raises:
+        ReplyError: naming the first block whose counts cannot be.
+    """
     inactive, tokens = {}, {}
     for block, k in want.count_blocks.items():
-        c, n = reply.counts[f"{block}"], reply.counts[f"{block}/tokens"]
+        c, n = counts[f"{block}"], counts[f"{block}/tokens"]
         if c.dtype != torch.int64 or c.shape != (k,) or n.dtype != torch.int64 or n.shape != (1,):
             raise ReplyError(f"inactivity counts of block {block} have the wrong type or shape")
         total = int(n)
         # The bounds also keep sums over many clients far from int64's limit.
-        if not 0 < total <= min(reply.examples * want.tokens_per_row, 2**48):
+        if not 0 < total <= min(examples * want.tokens_per_row, 2**48):
             raise ReplyError(
-                f"block {block} has counts over {total} tokens, which {reply.examples} examples "
+                f"block {block} has counts over {total} tokens, which {examples} examples "
                 "cannot have"
             )
         if int(c.min()) < 0 or int(c.max()) > total:
@@ -265,6 +280,8 @@ class ExpectedStatistics:
         longest: largest L2 norm that a feature vector can have.
         most: the most answers that a row can have.
         widths: the names of the other widths, by digest.
+        label: how far from zero a number to be learned can be; 0 where that is not known. Only
+            statistics under masks need it.
     """
 
     round: int
@@ -274,6 +291,7 @@ class ExpectedStatistics:
     longest: float
     most: int = 1
     widths: Mapping[str, str] = field(default_factory=dict)
+    label: float = 0.0
 
     @property
     def max_bytes(self) -> int:

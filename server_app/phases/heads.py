@@ -16,7 +16,7 @@ from fedpft_core.head.closed import form_of
 from fedpft_core.head.discriminant import Head
 from fedpft_core.head.form import Form, Sums
 from fedpft_core.head.mapped import fit as mapped_to
-from fedpft_core.head.refit import features, labelled_features, last_linear
+from fedpft_core.head.refit import answers, features, labelled_features, last_linear
 from fedpft_core.head.statistics import add, projection
 from fedpft_core.seeds import numpy_stream
 from fedpft_core.tensors import Tensors
@@ -26,7 +26,7 @@ from server_app.run import schema as ev
 from server_app.state import Events, State
 from server_app.strategy import Strategy
 
-_ROOM = 4.0  # a client's features may be so many times longer than any of the server's own rows
+_ROOM = 4.0  # what clients have may be so many times larger than in any of the server's own rows
 
 
 def wanted(bench: Bench) -> bool:
@@ -167,8 +167,17 @@ def gather(bench: Bench, strategy: Strategy, state: State) -> dict[str, Sums]:
         width=min(width, config.head.max_features),
         longest=longest,
         most=config.data.max_length,
+        label=_ROOM * _farthest(bench) if config.privacy.secure else 0.0,
     )
     return strategy.gather(state, want)
+
+
+def _farthest(bench: Bench) -> float:
+    """How far from zero a number to be learned is in the server's labelled rows; 0 without any."""
+    if not len(bench.rows.data.validation):
+        return 0.0
+    served = batches(bench.rows.validation, bench.config.run.eval_batch_size, None)
+    return float(answers(served, bench.rows.task).double().abs().max())
 
 
 def together(bench: Bench, found: Mapping[str, Sums], target: torch.nn.Module) -> Sums:

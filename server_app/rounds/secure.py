@@ -1,26 +1,26 @@
-"""A round of secure aggregation: four exchanges, after which the server has the sum alone.
+"""A session of secure aggregation: four exchanges, after which the server has the sum alone.
 
-Keys, shares, masked changes, and what takes the masks off. Whoever fails in one exchange is left
-out of those that follow; the round succeeds as long as enough neighbours of each client stay. Sums
-in the ring do not depend on their order.
+Keys, shares, masked numbers, and what takes the masks off. Whoever fails in one exchange is left
+out of those that follow; the session succeeds as long as enough neighbours of each client stay.
+Sums in the ring do not depend on their order. What the numbers are is for `Masked` to say: the
+changes of a round (`server_app.rounds.changes`) or class statistics (`server_app.rounds.summed`).
 """
 
 from __future__ import annotations
 
-import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedpft_core.config import Config
-from fedpft_core.errors import ReplyError, RunError
+from fedpft_core.errors import ReplyError
 from fedpft_core.secure import graph, keys, masks, ring
-from fedpft_core.tensors import Tensors
 from fedpft_core.wire.envelope import Envelope, seal
 from fedpft_core.wire.messages import (
     Failure,
@@ -29,19 +29,16 @@ from fedpft_core.wire.messages import (
     Message,
     RevealReply,
     RevealRequest,
-    SecureTrainReply,
     SharesReply,
     SharesRequest,
 )
-from fedpft_core.wire.parcel import Parcel
 from server_app.delivery import Holds
 from server_app.rounds.chain import opened
 from server_app.rounds.collect import Awaited
 from server_app.rounds.ledger import printable
 from server_app.rounds.nodes import Node
-from server_app.rounds.outcome import Good, Outcome, training_wall
-from server_app.rounds.requests import secure_request
-from server_app.run import schema as ev
+from server_app.rounds.outcome import Good
+from server_app.rounds.requests import Request
 from server_app.state import Events, State
 
 _SMALL = 2**12  # bytes of a reply without shares
@@ -88,44 +85,69 @@ class Phase(Awaited):
             self.refused(node, error)
 
 
-@dataclass
-class Sum:
-    """What a round has come to; without `change` it has failed, and `bad` says who with."""
+class Masked(Protocol):
+    """What the clients of a session are asked for, and send under masks."""
 
-    bad: dict[str, str]
-    good: dict[str, Good] = field(default_factory=dict)
-    change: Tensors | None = None  # the mean, float64
-    loss: float = 0.0
+    kind: type[Any]  # of the reply
+    count: int  # numbers that a client sends
+    bits: int  # k of the ring
 
-    def outcome(self, start: Tensors, began: float) -> Outcome:
-        """The finished round.
+    def request(self, name: str, session: str, alive: tuple[int, ...]) -> Request:
+        """The message to one client.
 
         Args:
-            start: the adapter that clients were sent, as they decoded it.
-            began: when the round began, `time.perf_counter()`.
+            name: the client's.
+            session: names the session.
+            alive: its neighbours that have shared their secrets.
 
         Returns:
-            The next adapter and the round's figures.
+            A function from what the client has to the message.
         """
-        assert self.change is not None
-        now = time.perf_counter()
-        good = [self.good[name] for name in sorted(self.good)]
-        return Outcome(
-            adapter={k: (t.double() + self.change[k]).float() for k, t in start.items()},
-            before=start,
-            counts=None,
-            loss=self.loss,
-            examples=sum(r.examples for r in good),
-            good=len(good),
-            bad=len(self.bad),
-            train_seconds=sum(r.seconds for r in good),
-            busy_seconds=training_wall(good),
-            seconds=now - began,
-        )
+
+    def sent(self, node: Node, reply: Any, arrived: float) -> tuple[Mapping[str, Tensor], Good]:
+        """Hold a reply against what was asked for.
+
+        Args:
+            node: the client it came from.
+            reply: of the kind that is waited for, and of this session.
+            arrived: seconds since the clients were asked.
+
+        Returns:
+            The tensors that should be the one of masked numbers, and the reply's figures.
+
+        Raises:
+            ReplyError: it is the answer to something else.
+        """
+
+    def took(self, node: Node, reply: Any, good: Good) -> None:
+        """Note a reply whose numbers are in the sum.
+
+        Args:
+            node: the client it came from.
+            reply: what it sent.
+            good: the reply's figures.
+        """
+
+    def lost(self, name: str, why: str) -> None:
+        """Note a client that is left out of what follows.
+
+        Args:
+            name: the client's.
+            why: what it said, or did not.
+        """
 
 
-class SecureRound:
-    """One session with one sample of clients, who are numbered in the order of their names."""
+@dataclass
+class Summed:
+    """What a session has come to; without `total` it has failed, and `bad` says who with."""
+
+    bad: dict[str, str]
+    good: dict[str, Good] = field(default_factory=dict)  # whose numbers are in the sum, by name
+    total: np.ndarray | None = None  # int64 [count]
+
+
+class Session:
+    """One session with some clients, who are numbered in the order of their names."""
 
     def __init__(
         self,
@@ -135,10 +157,11 @@ class SecureRound:
         round: int,
         events: Events,
         exchange: Exchange,
+        work: Masked,
     ) -> None:
         self.config, self.state, self.round = config, state, round
-        self.events, self.exchange = events, exchange
-        self.session = secrets.token_hex(16)
+        self.events, self.exchange, self.work = events, exchange, work
+        self.name = secrets.token_hex(16)
         self.nodes = sorted(nodes, key=lambda n: n.name)
         self.number = {n.name: i for i, n in enumerate(self.nodes)}
         self.bad: dict[str, str] = {}
@@ -148,47 +171,29 @@ class SecureRound:
         self.sealed: dict[int, dict[int, str]] = {}  # by receiver, by sender
         self.shared: set[int] = set()
 
-    def run(self, parcel: Callable[[State], Parcel], sent: Tensors, base: Tensors) -> Sum:
+    def run(self) -> Summed:
         """Take the clients through the four exchanges.
-
-        Args:
-            parcel: gives a state's package as it travels.
-            sent: the adapter to start from, in the wire's format.
-            base: the same as clients decode it, float32.
 
         Returns:
             What came of it.
-
-        Raises:
-            RunError: the sum with its noise does not fit the ring.
         """
         least = self.config.federation.min_clients
         self._ask_keys()
         if len(self.public) < least:
-            return Sum(self.bad)
+            return Summed(self.bad)
         self._ask_shares()
         if len(self.shared) < least:
-            return Sum(self.bad)
-        count = sum(t.numel() for t in base.values()) + 1  # and the loss
-        k = ring.width(
-            self.config.privacy.secure_bits, len(self.nodes),
-            math.sqrt(len(self.nodes) * self._variance(count)),
-        )  # fmt: skip
-        if k > ring.MOST_BITS:
-            raise RunError(
-                f"the sum of a round needs {k} bits: lower privacy.secure-bits or "
-                "privacy.client-noise, or raise privacy.secure-range"
-            )
-        total = np.zeros(count, np.uint32)
-        good = self._ask_changes(parcel, sent, total, k)
+            return Summed(self.bad)
+        total = np.zeros(self.work.count, ring.kind(self.work.bits))
+        good = self._ask_numbers(total)
         if len(good) < least:
-            return Sum(self.bad, good)
+            return Summed(self.bad, good)
         try:
-            found = self._unmask(total, k, {self.number[name] for name in good})
+            found = self._unmask(total, {self.number[name] for name in good})
         except ValueError as error:
             self.bad["secure aggregation"] = str(error)
-            return Sum(self.bad)
-        return self._restored(ring.unwrap(found, k), good, base)
+            return Summed(self.bad)
+        return Summed(self.bad, good, ring.unwrap(found, self.work.bits))
 
     def _ask(
         self, numbers: Iterable[int], kind: type[Any], most: int,
@@ -204,9 +209,7 @@ class SecureRound:
     def _note(self, phase: Phase) -> None:
         for name, why in phase.bad.items():
             self.bad[name] = why
-            self.events.emit(ev.Reply(
-                round=self.round, client=name, status="refused", seconds=0.0, reason=why,
-            ))  # fmt: skip
+            self.work.lost(name, why)
 
     def _ask_keys(self) -> None:
         def take(node: Node, reply: KeysReply) -> None:
@@ -219,7 +222,7 @@ class SecureRound:
 
         self._ask(
             range(len(self.nodes)), KeysReply, _SMALL, take,
-            lambda _: KeysRequest(self.session, self.round),
+            lambda _: KeysRequest(self.name, self.round),
         )  # fmt: skip
 
     def _ask_shares(self) -> None:
@@ -235,7 +238,7 @@ class SecureRound:
         def make(i: int) -> SharesRequest:
             shown = {str(p): self.public[p] for p in self.graph[i]}
             return SharesRequest(
-                self.session, self.round, i, self.threshold[i],
+                self.name, self.round, i, self.threshold[i],
                 {p: [k.sealing.hex(), k.masking.hex()] for p, k in shown.items()},
             )  # fmt: skip
 
@@ -251,57 +254,44 @@ class SecureRound:
         most = _SMALL + _PER_PEER * max(map(len, self.graph.values()))
         self._ask(self.graph, SharesReply, most, take, make)
 
-    def _ask_changes(
-        self, parcel: Callable[[State], Parcel], sent: Tensors, total: np.ndarray, k: int
-    ) -> dict[str, Good]:
-        """Add up the masked changes, into `total`."""
-        p, config, state = self.config.privacy, self.config, self.state
+    def _ask_numbers(self, total: np.ndarray) -> dict[str, Good]:
+        """Add up the masked numbers, into `total`."""
+        work, k = self.work, self.work.bits
         began = time.perf_counter()
         alive = {i: tuple(n for n in self.graph[i] if n in self.shared) for i in self.shared}
         ready = [i for i in sorted(alive) if len(alive[i]) >= self.threshold[i]]
 
-        def take(node: Node, reply: SecureTrainReply) -> Good:
+        def take(node: Node, reply: Any) -> Good:
             self._same_session(reply.session)
-            if reply.round != self.round or reply.digest != state.of(node.name).digest:
+            if reply.round != self.round or reply.digest != self.state.of(node.name).digest:
                 raise ReplyError("the reply is for another round or sub-FM")
-            if reply.steps < 1 or not 0 <= reply.seconds < 2**32:
-                raise ReplyError("steps or seconds are not positive, finite numbers")
-            values = reply.adapter.get("masked")
-            if reply.adapter.keys() != {"masked"} or values is None or values.dtype != torch.uint8:
-                raise ReplyError("the adapter is not the one tensor of a masked change")
+            tensors, good = work.sent(node, reply, time.perf_counter() - began)
+            values = tensors.get("masked")
+            if tensors.keys() != {"masked"} or values is None or values.dtype != torch.uint8:
+                raise ReplyError("the reply is not the one tensor of masked numbers")
             try:
-                got = ring.unpack(values.reshape(-1).numpy().tobytes(), len(total), k)
+                got = ring.unpack(values.reshape(-1).numpy().tobytes(), work.count, k)
             except ValueError as error:
                 raise ReplyError(str(error)) from error
-            np.copyto(total, (total + got) & np.uint32(2**k - 1))
-            state.have[node.name] = (reply.digest,)
-            arrived = time.perf_counter() - began
-            self.events.emit(ev.Reply(
-                round=self.round, client=node.name, status="ok", seconds=arrived,
-                examples=node.examples, steps=reply.steps, train_seconds=reply.seconds,
-            ))  # fmt: skip
-            return Good(node.examples, 0.0, reply.seconds, arrived)
+            np.copyto(total, ring.reduced(total + got, k))
+            self.state.have[node.name] = (reply.digest,)
+            work.took(node, reply, good)
+            return good
 
         def make(node_id: int, holds: Holds) -> Envelope:
-            i = self.number[phase.nodes[node_id].name]
-            view = state.of(phase.nodes[node_id].name)
-            return secure_request(
-                config, view, parcel(view), self.round, sent, session=self.session, alive=alive[i],
-                bits=p.secure_bits, reach=p.secure_range, modulus_bits=k,
-                variance=self._variance(len(total)),
-                longest=p.client_clip if p.client_noise else 0.0,
-            )(holds)  # fmt: skip
+            name = phase.nodes[node_id].name
+            return work.request(name, self.name, alive[self.number[name]])(holds)
 
-        most = ring.packed_bytes(len(total), k) + _SLACK
+        most = ring.packed_bytes(work.count, k) + _SLACK
         phase = Phase(
-            [self.nodes[i] for i in ready], state, self.round, self.events, SecureTrainReply,
+            [self.nodes[i] for i in ready], self.state, self.round, self.events, work.kind,
             most, take,
         )  # fmt: skip
         self.exchange(phase, make)
         self._note(phase)
         return {name: g for name, g in phase.good.items() if isinstance(g, Good)}
 
-    def _unmask(self, total: np.ndarray, k: int, present: set[int]) -> np.ndarray:
+    def _unmask(self, total: np.ndarray, present: set[int]) -> np.ndarray:
         gone = self.shared - present
         of_own: dict[int, dict[int, bytes]] = {i: {} for i in present}
         of_pairs: dict[int, dict[int, bytes]] = {i: {} for i in gone}
@@ -312,7 +302,7 @@ class SecureRound:
         def make(i: int) -> RevealRequest:
             answered, dropped = near(i, present), near(i, gone)
             shares = {str(n): self.sealed[i][n] for n in (*answered, *dropped)}
-            return RevealRequest(self.session, self.round, answered, dropped, shares)
+            return RevealRequest(self.name, self.round, answered, dropped, shares)
 
         def take(node: Node, reply: RevealReply) -> None:
             self._same_session(reply.session)
@@ -327,26 +317,11 @@ class SecureRound:
 
         most = _SMALL + _PER_PEER * max(map(len, self.graph.values()))
         self._ask(present, RevealReply, most, take, make)
-        session = bytes.fromhex(self.session)
         return masks.unmasked(
-            total, k, of_own, of_pairs, self.graph, self.public, self.threshold, session
-        )
-
-    def _restored(self, total: np.ndarray, good: Mapping[str, Good], base: Tensors) -> Sum:
-        p = self.config.privacy
-        change = ring.restore(total[:-1], p.secure_bits, p.secure_range, base, len(good))
-        step = ring.LOSS_REACH / ring.largest(p.secure_bits)
-        loss = math.nan if p.client_noise else float(total[-1]) * step / len(good)
-        return Sum(self.bad, dict(good), change, loss)
-
-    def _variance(self, count: int) -> float:
-        """Of each client's noise: those that a round needs have enough of it together."""
-        p = self.config.privacy
-        if not p.client_noise:
-            return 0.0
-        most = ring.sensitivity(p.client_clip, p.secure_bits, p.secure_range, count)
-        return (p.client_noise * most) ** 2 / self.config.federation.min_clients
+            total, self.work.bits, of_own, of_pairs, self.graph, self.public, self.threshold,
+            bytes.fromhex(self.name),
+        )  # fmt: skip
 
     def _same_session(self, session: str) -> None:
-        if session != self.session:
+        if session != self.name:
             raise ReplyError("the reply is of another session")

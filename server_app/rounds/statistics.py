@@ -1,9 +1,10 @@
-"""One exchange in which every client sends the class statistics of its rows."""
+"""One exchange in which every client sends the class statistics of its rows, without masks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from fedpft_core.config import Config, FederationConfig
 from fedpft_core.errors import ReplyError
@@ -11,7 +12,12 @@ from fedpft_core.head.form import Sums
 from fedpft_core.head.statistics import add
 from fedpft_core.tensors import Tensors
 from fedpft_core.wire.envelope import Envelope
-from fedpft_core.wire.messages import Failure, StatisticsReply, StatisticsRequest
+from fedpft_core.wire.messages import (
+    Failure,
+    SecureStatisticsRequest,
+    StatisticsReply,
+    StatisticsRequest,
+)
 from fedpft_core.wire.package import Patch
 from fedpft_core.wire.parcel import Parcel
 from fedpft_core.wire.validate import ExpectedStatistics, validate_statistics
@@ -77,6 +83,11 @@ class Gathered(Awaited):
         self.state.have[node.name] = (message.digest,)
         self.widths[node.name] = self.state.given.get(node.name, Given()).width
 
+    @property
+    def rows(self) -> dict[str, int]:
+        """What each client's sums are of, by name."""
+        return {name: s.rows for name, s in self.good.items()}
+
     def total(self, f: FederationConfig) -> dict[str, Sums]:
         """The statistics of all rows together, of each width apart.
 
@@ -95,8 +106,9 @@ class Gathered(Awaited):
 
 
 def statistics_requests(
-    config: Config, state: State, parcel: Parcel, adapter: Tensors, answer: int = 0
-) -> Request:
+    config: Config, state: State, parcel: Parcel, adapter: Tensors, answer: int = 0,
+    **secure: Any,
+) -> Request:  # fmt: skip
     """A function from what a client has to the message it gets.
 
     Args:
@@ -105,13 +117,15 @@ def statistics_requests(
         parcel: the state's package as it travels.
         adapter: the adapter whose features are wanted, in the wire's format.
         answer: bytes that a good reply can have; 0 for no limit.
+        **secure: what `SecureStatisticsRequest` has besides; empty = statistics without masks.
 
     Returns:
         The function; see `by_need`.
     """
+    kind = SecureStatisticsRequest if secure else StatisticsRequest
 
     def make(package: bytes, patches: tuple[Patch, ...]) -> StatisticsRequest:
-        return StatisticsRequest(
+        return kind(
             round=state.round,
             digest=state.digest,
             adapter=adapter,
@@ -122,6 +136,7 @@ def statistics_requests(
             threads=config.train.threads,
             package=package,
             patches=patches,
+            **secure,
         )
 
     return by_need(config, state, parcel, make, answer)

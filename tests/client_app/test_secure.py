@@ -19,6 +19,7 @@ from fedpft_core.wire.envelope import Envelope, checksum, open_envelope, seal
 from fedpft_core.wire.messages import (
     KeysRequest,
     RevealRequest,
+    SecureStatisticsRequest,
     SecureTrainRequest,
     SharesRequest,
 )
@@ -51,6 +52,12 @@ def train(**changes: Any) -> SecureTrainRequest:
         seed=0, session=SESSION, bits=8, reach=0.1, modulus_bits=10, alive=(1, 2, 3),
     )  # fmt: skip
     return replace(made, **changes)
+
+
+SUMS = SecureStatisticsRequest(
+    0, "0" * 64, fabricate.adapter(), "fp32", 0, 8, 4, 1, session=SESSION, clients=4, rows=16,
+    longest=3.0, label=1.5, alive=(1, 2, 3),
+)  # fmt: skip
 
 
 def to(step: str, root: Path) -> tuple[Secure, Others, RevealRequest]:
@@ -139,7 +146,8 @@ def test_neighbours_that_protect_nothing_are_refused(
         ({"modulus_bits": 33}, "do not fit"),
         ({"reach": 0.0}, "no number above 0"),
         ({"reach": float("nan")}, "no number above 0"),
-        ({"count_rule": "nonpositive"}, "cannot be masked"),
+        ({"count_rule": "nonpositive"}, "not so many digits"),
+        ({"count_rule": "nonpositive", "digits": 2, "variance": 1.0}, "have no noise"),
     ],
 )
 def test_what_cannot_be_masked_well_is_refused_before_training(
@@ -171,6 +179,36 @@ def test_it_does_not_reveal_what_would_unmask_a_neighbour(
         client.reveal(replace(request, **change))
 
 
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"alive": (1,)}, "too few"),
+        ({"alive": (1, 2, 9)}, "not this session's"),
+        ({"modulus_bits": 1}, "no ring"),
+        ({"modulus_bits": 63}, "no ring"),
+        ({"session": "cd" * 16}, "no such session"),
+    ],
+)
+def test_statistics_that_cannot_be_masked_well_are_refused_before_the_pass(
+    tmp_path: Path, change: dict[str, Any], why: str
+) -> None:
+    client, _, _ = to("shares", tmp_path)
+    with pytest.raises(ReplyError, match=why):
+        client.ready(replace(SUMS, **change))
+    client.ready(SUMS)
+
+
+def test_no_session_masks_both_a_change_and_statistics(tmp_path: Path) -> None:
+    """The difference of two vectors under one mask would be in clear."""
+    client, _, _ = to("masked", tmp_path)
+    with pytest.raises(ReplyError, match="has done this step"):
+        client.mask(SUMS, VALUES)
+    client, _, _ = to("shares", tmp_path)
+    client.mask(SUMS, VALUES)
+    with pytest.raises(ReplyError, match="has done this step"):
+        client.mask(train(), VALUES)
+
+
 def test_messages_survive_the_wire_and_bad_fields_do_not(tmp_path: Path) -> None:
     _, others, request = to("masked", tmp_path)
     shares = SharesRequest(SESSION, 1, 0, 2, others.shown)
@@ -178,6 +216,9 @@ def test_messages_survive_the_wire_and_bad_fields_do_not(tmp_path: Path) -> None
         assert open_envelope(seal(message)) == message
     found = open_envelope(seal(train()))
     assert isinstance(found, SecureTrainRequest) and found.alive == (1, 2, 3)
+    sums = open_envelope(seal(SUMS))
+    assert isinstance(sums, SecureStatisticsRequest)
+    assert replace(sums, adapter={}) == replace(SUMS, adapter={})
     for message, old, new in (
         (KeysRequest(SESSION, 1), SESSION, SESSION.upper()),
         (shares, '"peers":{"1"', '"peers":{"01"'),

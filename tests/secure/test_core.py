@@ -44,9 +44,9 @@ def run(
     for i in alive - gone_before_sum:
         peers = {p: public[p].masking for p in net[i] if p in alive}
         seen[i] = masks.masked(values[i], k, parties[i].keys, i, peers, SESSION)
-    total = np.zeros(len(values[0]), np.uint32)
+    total = np.zeros(len(values[0]), ring.kind(k))
     for v in seen.values():
-        total = (total + v) & np.uint32(2**k - 1)
+        total = ring.reduced(total + v, k)
     answered: dict[int, dict[int, bytes]] = {i: {} for i in seen}
     dropped: dict[int, dict[int, bytes]] = {i: {} for i in alive - set(seen)}
     for i in set(seen) - gone_before_unmasking:
@@ -87,15 +87,28 @@ def test_the_sum_is_the_plain_sum_exactly(
         assert not np.array_equal(v, ring.wrap(values[i], k))
 
 
+@pytest.mark.parametrize("k", [33, 62])
+def test_so_is_a_wide_one(k: int) -> None:
+    most = (2 ** (k - 1) - 1) // 9
+    drawn = np.random.default_rng(k)
+    values = {i: drawn.integers(-most, most + 1, 50) for i in range(9)}
+    for i in range(9):
+        values[i][:2] = most, -most
+    got, seen = run(9, 8, {0}, {4}, {7}, values, k)
+    want = sum(values[i] for i in range(9) if i not in {0, 4})
+    assert np.array_equal(ring.unwrap(got, k), want)
+    assert not any((v == ring.wrap(values[i], k)).any() for i, v in seen.items())
+
+
 def test_too_many_gone_gives_no_sum_at_all() -> None:
     values = {i: np.arange(4) for i in range(6)}
     with pytest.raises(ValueError, match="shares of the"):
         run(6, 5, set(), set(), {0, 1, 2, 3}, values, 12)
 
 
-def test_what_one_client_sends_looks_random() -> None:
-    """Of a million zeros under masks every bit is set half of the time, and no two sends agree."""
-    k = 12
+@pytest.mark.parametrize("k", [12, 62])
+def test_what_one_client_sends_looks_random(k: int) -> None:
+    """Of many zeros under masks every bit is set half of the time, and no two sends agree."""
     values = {i: np.zeros(100_000, np.int64) for i in range(3)}
     _, seen = run(3, 2, set(), set(), set(), values, k)
     for v in seen.values():
@@ -113,9 +126,9 @@ def test_the_ring_holds_the_largest_sum_and_is_no_wider(bits: int, clients: int)
     assert ring.unwrap(ring.wrap(np.array([most]), k - 1), k - 1)[0] != most
 
 
-@pytest.mark.parametrize("k", [1, 5, 8, 15, 32])
+@pytest.mark.parametrize("k", [1, 5, 8, 15, 32, 33, 54, 62])
 def test_packing_keeps_every_bit(k: int) -> None:
-    values = np.random.default_rng(k).integers(0, 2**k, 101, dtype=np.uint32)
+    values = np.random.default_rng(k).integers(0, 2**k, 101, dtype=ring.kind(k))
     data = ring.pack(values, k)
     assert len(data) == ring.packed_bytes(101, k) == -(-101 * k // 8)
     assert np.array_equal(ring.unpack(data, 101, k), values)

@@ -54,7 +54,7 @@ def expected(net: Network, names: str, start: Tensors, round: int = 1) -> tuple[
         change = torch.from_numpy(total[at : at + n] * (step / len(plain))).reshape(start[k].shape)
         out[k] = (start[k].double() + change).float()
         at += n
-    return out, float(total[-1]) * ring.LOSS_REACH / ring.largest(16) / len(plain)
+    return out, float(total[at]) * ring.LOSS_REACH / ring.largest(16) / len(plain)
 
 
 def sent(net: Network, way: str, kind: str) -> list[tuple[int, Envelope]]:
@@ -82,6 +82,36 @@ def test_the_mean_is_that_of_the_quantised_changes_exactly(
     status = [(e["client"], e["status"]) for e in events.seen if e["event"] == "reply"]
     assert [c for c, s in status if s == "ok"] == sorted(names)
     assert bool(lost) == (("b", "refused") in status)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("lost", ["", "secure-train", "reveal"])
+def test_counts_come_out_exactly(tmp_path: Path, lost: str, bits: int) -> None:
+    net = network(tmp_path)
+    net.members[12].lost = lost  # type: ignore[attr-defined]
+    strategy, state, _ = started(net, privacy__secure_bits=bits)
+    names = "acdefg" if lost == "secure-train" else "abcdefg"
+    got = strategy.run_round(state, 1, "nonpositive").counts
+    assert got is not None
+    rows = {n: 5 + NAMES.index(n) for n in names}
+    made = [fabricate.counts(n, 1, 3 * r) for n, r in rows.items()]
+    assert got.tokens == dict.fromkeys(fabricate.PLAN.pruned, 3 * sum(rows.values()))
+    for block in fabricate.PLAN.pruned:
+        assert got.inactive[block].tolist() == sum(c[f"{block}"] for c in made).tolist()
+    assert not [e for _, e in sent(net, "up", "secure-train-reply") if "counts" in e.parts]
+
+
+def test_counts_that_cannot_be_are_left_out_and_said(tmp_path: Path) -> None:
+    """One client's counts are over more tokens than all rows have; the changes still count."""
+    net = network(tmp_path)
+    net.members[12].spoil = lambda made: replace(made, counts=fabricate.counts("b", 1, 500))
+    strategy, state, events = started(net)
+    start = {k: t.clone() for k, t in state.adapter.items()}
+    got = strategy.run_round(state, 1, "nonpositive")
+    want, _ = expected(net, "abcdefg", start)
+    assert got.counts is None and all(torch.equal(got.adapter[k], want[k]) for k in want)
+    said = [e["text"] for e in events.seen if e["event"] == "warning"]
+    assert any("the sum of all counts is not used" in text for text in said)
 
 
 def test_one_lost_in_each_exchange_at_once(tmp_path: Path) -> None:
@@ -207,13 +237,10 @@ def test_a_client_that_lacks_the_weights_is_served_again(tmp_path: Path) -> None
         ("federation__min_clients", 2),
         ("wire__adapter_up", "ternary"),
         ("wire__adapter_up", "fp16"),
-        ("head__start", "statistics"),
-        ("head__end", "better"),
-        ("plug__method", "best"),
-        ("align__proportion", 0.5),
+        ("plan__widths", "0.25,0.5"),
     ],
 )
 def test_what_does_not_go_with_it_is_refused_by_name(key: str, value: Any) -> None:
     with pytest.raises(UserError, match=r"privacy\.secure = true needs") as error:
-        fabricate.config(**(SECURE | {key: value}))
+        fabricate.config(**(SECURE | {"head__start": "statistics", key: value}))
     assert key.replace("__", ".").replace("_", "-") in str(error.value)

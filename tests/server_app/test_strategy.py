@@ -666,7 +666,7 @@ def test_a_need_for_another_sub_fm_is_refused() -> None:
 def test_a_node_of_another_protocol_is_left_out_and_says_which() -> None:
     def older(hello: HelloReply) -> Any:
         sealed = seal(hello)
-        head = json.dumps(json.loads(sealed.head) | {"protocol": 5})
+        head = json.dumps(json.loads(sealed.head) | {"protocol": 6})
         return corrupt.reseal(sealed, head=head)
 
     network = fabricate.network("a", "b", "c")
@@ -674,7 +674,7 @@ def test_a_node_of_another_protocol_is_left_out_and_says_which() -> None:
     strategy, state, events = started(network)
     assert strategy.run_round(state, 1, "").good == 2
     said = [e["text"] for e in events.seen if e["event"] == "warning"]
-    assert any("protocol '5'" in text and "this side 6" in text for text in said), said
+    assert any("protocol '6'" in text and "this side 7" in text for text in said), said
 
 
 def test_a_link_cut_after_most_of_a_package_costs_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from fedpft_core import config
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*/run.yaml")), ids=str)
+@pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*/*.yaml")), ids=str)
 def test_what_the_examples_name_is_there(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     flat = settings.absolute_files(config.read_file(file))
