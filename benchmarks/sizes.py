@@ -4,12 +4,15 @@
 with the tokenizer that all share. They differ in width and depth alone: the same Llama shape
 (SwiGLU, tied embeddings), the same text (`builtin:public`, which every installation has), the same
 tokens in the same order, the same steps. `experiments/sizes.yaml` then compares one-shot with
-several rounds on each, for the question whether one round loses less the larger a model is.
+several rounds on each, for the question whether one round loses less the larger a model is;
+`python benchmarks/sizes.py --cells experiments/sizes/cells.jsonl [--plot FILE]` answers it from the
+cells: of the nats a token that ten rounds gain on the model as it was, the share that one gains.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import time
@@ -120,13 +123,78 @@ def trained(model: LlamaForCausalLM, tokens: torch.Tensor, steps: int, name: str
     return sum(last) / len(last)
 
 
+def gains(cells: Path) -> list[tuple[str, int, float, float, float, float]]:
+    """What ten rounds and one gain on the model as it was, by size and partition.
+
+    Args:
+        cells: finished cells of `experiments/sizes.yaml`.
+
+    Returns:
+        Partition, parameters, and mean over seeds of the perplexities of the model as it was, after
+        ten rounds and after one, and of the share of the gain in nats a token that one round has.
+    """
+    rows = [json.loads(line) for line in cells.read_text(encoding="utf-8").splitlines()]
+    found: dict[tuple[str, int], list[tuple[float, float, float, float]]] = {}
+    once = {(r["dataset"], r["partition"], r["seed"]): r for r in rows if r["method"] == "one-shot"}
+    for row in rows:
+        twin = once.get((row["dataset"], row["partition"], row["seed"]))
+        if row["method"] != "rounds-10" or twin is None:
+            continue
+        before, ten, one = row["baselines"]["zero-shot"], row["fm_test"], twin["fm_test"]
+        share = math.log(before / one) / math.log(before / ten)
+        found.setdefault((row["partition"], row["fm_parameters"]), []).append(
+            (before, ten, one, share)
+        )
+    return [
+        (*key, *(sum(v) / len(v) for v in zip(*values, strict=True)))  # type: ignore[misc]
+        for key, values in sorted(found.items())
+    ]
+
+
+def plot(found: list[tuple[str, int, float, float, float, float]], path: Path) -> None:
+    """The share of the gain over the parameters.
+
+    Args:
+        found: as `gains` gives it.
+        path: file to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(5.2, 3.2), layout="constrained")
+    for partition in dict.fromkeys(f[0] for f in found):
+        own = [f for f in found if f[0] == partition]
+        axes.plot([f[1] for f in own], [100 * f[5] for f in own], "o-", label=partition)
+    axes.set_xscale("log")
+    axes.set_ylim(0, 105)
+    axes.axhline(100, color="0.6", linewidth=1)
+    axes.set_xlabel("parameters of the model")
+    axes.set_ylabel("one round's share of the\ngain of ten, percent")
+    axes.legend()
+    figure.savefig(path, dpi=130)
+
+
 def main() -> None:
     """Train all sizes, or those named, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=Path("build/sizes"))
     parser.add_argument("--size", choices=SIZES, action="append")
+    parser.add_argument("--cells", type=Path)
+    parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
+    if args.cells:
+        found = gains(args.cells)
+        print("| partition | parameters | as it was | ten rounds | one-shot | share of the gain |")
+        print("|---|--:|--:|--:|--:|--:|")
+        for partition, size, before, ten, one, share in found:
+            print(f"| {partition} | {size:,} | {before:.1f} | {ten:.1f} | {one:.1f} | "
+                  f"{100 * share:.0f} % |")  # fmt: skip
+        if args.plot:
+            plot(found, args.plot)
+        return
     texts = public_paragraphs()
     tokenizer = tokenizer_of(texts)
     ends = tokenizer.eos_token or ""
