@@ -35,7 +35,12 @@ from fedpft_core.train.merging import fisher, gram
 from fedpft_core.train.private import fine_tune_private
 from fedpft_core.train.tune import DECAYS, FACTORS, fine_tune
 from fedpft_core.wire import codec, merging
-from fedpft_core.wire.messages import SecureTrainRequest, TrainRequest
+from fedpft_core.wire.messages import (
+    SecureTrainReply,
+    SecureTrainRequest,
+    TrainReply,
+    TrainRequest,
+)
 
 log = logging.getLogger("fedpft")
 
@@ -354,3 +359,53 @@ def work_through(work: Work, began: float, steps: Steps = STEPS) -> Work:
             work = replace(work, timings=work.timings | {name: now - began})
         began = now
     return work
+
+
+def reply(work: Work) -> TrainReply:
+    """What a client sends for a round's work.
+
+    Args:
+        work: done.
+
+    Returns:
+        The reply.
+    """
+    request = work.request
+    return TrainReply(
+        name=work.name,
+        round=request.round,
+        digest=request.digest,
+        examples=len(work.rows),
+        steps=work.steps,
+        loss=work.loss,
+        seconds=work.seconds,
+        adapter=work.adapter,
+        fmt=request.reply_fmt or request.fmt,
+        counts=work.counts,
+        merging=work.merging,
+        timings=work.timings,
+        validation_rows=len(work.held_out),
+        validation_sums=dict(work.sums),
+        private=work.private is not None,
+    )
+
+
+def masked_reply(work: Work, request: SecureTrainRequest) -> SecureTrainReply:
+    """What a client sends for a round's work in a session of secure aggregation.
+
+    Args:
+        work: done, by the steps that mask it.
+        request: what was asked for.
+
+    Returns:
+        The reply.
+    """
+    return SecureTrainReply(
+        name=work.name,
+        session=request.session,
+        round=request.round,
+        digest=request.digest,
+        steps=work.steps,
+        seconds=work.seconds,
+        adapter=work.adapter,
+    )

@@ -19,8 +19,9 @@ from client_app.chain import (
     STEPS,
     Steps,
     Work,
+    masked_reply,
     plug,
-    put,
+    reply,
     tune,
     work_through,
 )
@@ -35,13 +36,11 @@ from client_app.rows import Source, divided, encoded
 from client_app.secure import Secure
 from client_app.startup import collector_paused
 from client_app.store import Store
-from client_app.sums import masked
+from client_app.sums import masked, summed
 from fedpft_core import __version__
 from fedpft_core.data.examples import Examples
 from fedpft_core.errors import ReplyError, UserError
-from fedpft_core.head.closed import form_of
 from fedpft_core.head.form import Form, Sums
-from fedpft_core.head.refit import of_rows
 from fedpft_core.proxy.int8 import give_back
 from fedpft_core.proxy.package import rebuild
 from fedpft_core.task import Task
@@ -61,12 +60,10 @@ from fedpft_core.wire.messages import (
     RevealRequest,
     SecureStatisticsReply,
     SecureStatisticsRequest,
-    SecureTrainReply,
     SecureTrainRequest,
     SharesRequest,
     StatisticsReply,
     StatisticsRequest,
-    TrainReply,
     TrainRequest,
 )
 
@@ -206,7 +203,7 @@ class Client:
             return held
         rows = self._rows(held)
         self.policy.check_rows(request, len(rows.train))
-        self._check_rank(request)
+        means.check_rank(self.rank, request.adapter)
         if self.private and request.count_rule:
             raise refuse("counts of inactive neurons")
         if self.private and request.merging_rule:
@@ -242,49 +239,18 @@ class Client:
         own = replace(work, name=self.name, rows=self._rows(held).train)
         return tune(plug(own)).adapter
 
-    def _check_rank(self, request: TrainRequest) -> None:
-        """Refuse an adapter of more components than this node has said that it trains."""
-        ranks = [t.shape[0] for k, t in request.adapter.items() if k.endswith("lora_A.weight")]
-        if self.rank and max(ranks, default=0) > self.rank:
-            text = f"this node's lora-rank = {self.rank}, and rank {max(ranks)} is asked for"
-            raise UserError(text, public=text)
-
     def _train_masked(self, request: SecureTrainRequest) -> Message:
         self._secure.ready(request)
         work = self._work(request, SECURE_STEPS)
         if isinstance(work, NeedReply):
             return work
-        return SecureTrainReply(
-            name=self.name,
-            session=request.session,
-            round=request.round,
-            digest=request.digest,
-            steps=work.steps,
-            seconds=work.seconds,
-            adapter=work.adapter,
-        )
+        return masked_reply(work, request)
 
     def _train(self, request: TrainRequest) -> Message:
         work = self._work(request, STEPS)
         if isinstance(work, NeedReply):
             return work
-        return TrainReply(
-            name=self.name,
-            round=request.round,
-            digest=request.digest,
-            examples=len(work.rows),
-            steps=work.steps,
-            loss=work.loss,
-            seconds=work.seconds,
-            adapter=work.adapter,
-            fmt=request.reply_fmt or request.fmt,
-            counts=work.counts,
-            merging=work.merging,
-            timings=work.timings,
-            validation_rows=len(work.held_out),
-            validation_sums=dict(work.sums),
-            private=self.private is not None,
-        )
+        return reply(work)
 
     def _statistics(self, request: StatisticsRequest) -> Message:
         start = time.perf_counter()
@@ -322,18 +288,7 @@ class Client:
         held = self._held(request)
         if isinstance(held, NeedReply):
             return held
-        model, rows = held.model, self._rows(held).train
-        self.policy.check_rows(request, len(rows))
-        form = form_of(model.task)
-        if form is None:
-            raise ReplyError("the request cannot be used (this task's head has no closed form)")
-        assert rows.labels is not None
-        self.policy.check_classes(form.group_rows(rows.labels))
-        put(model, codec.decode(request.adapter, request.fmt))
-        found = of_rows(
-            model.model, rows, model.task, request.batch_size, request.width, request.seed
-        )
-        return found, form, len(rows), model.max_length
+        return summed(request, held.model, self._rows(held).train, self.policy)
 
     def _use(self, threads: int) -> None:
         """Pin torch to so many threads, or to what the node allows."""

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from client_app.memory import available_memory
 from fedpft_core.adapter.layers import readable
 from fedpft_core.config import Config
@@ -109,6 +111,22 @@ def check_blocks(means: Mapping[str, int | str], asked: str) -> None:
         raise ReplyError("the request cannot be used (blocks)")
 
 
+def check_rank(rank: int, adapter: Mapping[str, Tensor]) -> None:
+    """Refuse an adapter of more components than the node has said that it trains.
+
+    Args:
+        rank: the node's `lora-rank`; 0 = any.
+        adapter: as it came.
+
+    Raises:
+        UserError: it has more.
+    """
+    ranks = [t.shape[0] for k, t in adapter.items() if k.endswith("lora_A.weight")]
+    if rank and max(ranks, default=0) > rank:
+        text = f"this node's lora-rank = {rank}, and rank {max(ranks)} is asked for"
+        raise UserError(text, public=text)
+
+
 def base_of(means: Mapping[str, int | str]) -> str:
     """What the node holds a sub-FM's frozen linear layers in.
 
@@ -172,6 +190,6 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 __all__ = [
-    "KEYS", "base_of", "check", "check_blocks", "keep_measured", "measured", "of_node",
-    "of_simulated", "out_of_memory",
+    "KEYS", "base_of", "check", "check_blocks", "check_rank", "keep_measured", "measured",
+    "of_node", "of_simulated", "out_of_memory",
 ]  # fmt: skip

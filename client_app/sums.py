@@ -1,16 +1,52 @@
-"""A client's class statistics under the masks of a session of secure aggregation."""
+"""A client's class statistics, and the same under the masks of a session of secure aggregation."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
+from client_app.chain import put
+from client_app.policy import Policy
 from client_app.secure import Secure
+from fedpft_core.data.encoded import Encoded
 from fedpft_core.errors import ReplyError
+from fedpft_core.head.closed import form_of
 from fedpft_core.head.fixed import Fixed
 from fedpft_core.head.form import Form, Sums
+from fedpft_core.head.refit import of_rows
+from fedpft_core.proxy.package import ClientModel
 from fedpft_core.tensors import Tensors
-from fedpft_core.wire.messages import SecureStatisticsRequest
+from fedpft_core.wire import codec
+from fedpft_core.wire.messages import SecureStatisticsRequest, StatisticsRequest
+
+
+def summed(
+    request: StatisticsRequest, model: ClientModel, rows: Encoded, policy: Policy
+) -> tuple[Sums, Form, int, int]:
+    """The sums over a client's rows.
+
+    Args:
+        request: what is asked for; its adapter is put on the model.
+        model: the sub-FM asked for.
+        rows: that the client trains on.
+        policy: what the node's owner lets a server ask for.
+
+    Returns:
+        The sums, their form, how many rows there are, and the most answers that one can have.
+
+    Raises:
+        ReplyError: the task's head has no closed form, or the adapter does not fit.
+        UserError: the policy does not allow it.
+    """
+    policy.check_rows(request, len(rows))
+    form = form_of(model.task)
+    if form is None:
+        raise ReplyError("the request cannot be used (this task's head has no closed form)")
+    assert rows.labels is not None
+    policy.check_classes(form.group_rows(rows.labels))
+    put(model, codec.decode(request.adapter, request.fmt))
+    found = of_rows(model.model, rows, model.task, request.batch_size, request.width, request.seed)
+    return found, form, len(rows), model.max_length
 
 
 def masked(
