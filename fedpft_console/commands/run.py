@@ -29,7 +29,6 @@ from fedpft_core import config
 from fedpft_core.config import Scalar
 from fedpft_core.errors import RunError, UserError
 from server_app.run.events import EventLog
-from server_app.run.record import of_log
 from server_app.run.schema import Memory
 
 if TYPE_CHECKING:
@@ -111,16 +110,12 @@ def command(args: argparse.Namespace, console: Console) -> int:
         flat = resume_config(folder, given)
         with writing(folder):
             check_room(folder)
-        before = of_log(EventLog(folder / EVENTS_FILE))
-        if (
-            before.state == "finished"
-            and before.run
-            and (before.run.rounds == flat["federation.rounds"])
-        ):
+        if _has_ended(folder, flat["federation.rounds"]):
             console.print(
-                f"this run has ended after its {before.run.rounds} rounds; what follows them "
-                "(plug-in, scores, export) is done again, and --rounds adds rounds", soft_wrap=True,
-            )  # fmt: skip
+                f"this run has ended after its {flat['federation.rounds']} rounds; what follows "
+                "them (plug-in, scores, export) is done again, and --rounds adds rounds",
+                soft_wrap=True,
+            )
         save_rounds(folder, flat["federation.rounds"])
     else:
         resolved = config.from_flat(given)
@@ -245,6 +240,17 @@ def _failed(folder: Path, reason: str, superlink: str | None = None) -> int:
         file=sys.stderr,
     )
     return 1
+
+
+def _has_ended(folder: Path, rounds: Scalar) -> bool:
+    """Whether a run's log says that it is over, after so many rounds."""
+    from fedpft_console import report
+
+    # What is wrong with a log is for the server to say, which goes on from a checkpoint.
+    with contextlib.suppress(UserError):
+        record = report.read(folder)
+        return record.state == "finished" and bool(record.run and record.run.rounds == rounds)
+    return False
 
 
 def _remake_report(folder: Path) -> None:

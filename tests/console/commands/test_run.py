@@ -14,6 +14,7 @@ import pytest
 from terminal import fake_flower, refused
 
 from fedpft_console import cli, launch
+from fedpft_console.commands import run
 from fedpft_core import config
 from fedpft_core.errors import RunError
 
@@ -233,6 +234,21 @@ def test_resuming_what_has_ended_says_what_is_done_again(
         fake_flower(monkeypatch)
         cli.main(["run", "--resume", "old", "--rounds", str(rounds + more)])
         assert ("is done again" in capsys.readouterr().out) == said
+
+
+@pytest.mark.parametrize("log", [None, b"no JSON\n", b'{"t": 1, "event"'])
+def test_a_log_that_cannot_be_read_is_left_alone_when_a_run_is_resumed(
+    old_run: Path, monkeypatch: pytest.MonkeyPatch, log: bytes | None
+) -> None:
+    path, seen = old_run / "events.jsonl", []
+    path.unlink() if log is None else path.write_bytes(log)
+    fake_flower(monkeypatch)
+    # Looked at where the run would begin: nobody holds the folder's lock before.
+    monkeypatch.setattr(
+        run, "_run", lambda *a: seen.append(path.read_bytes() if path.exists() else None) or 0
+    )
+    assert cli.main(["run", "--resume", "old"]) == 0
+    assert seen == [log]
 
 
 def test_resume_refuses_another_configuration(
