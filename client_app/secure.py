@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fedpft_core.disk import whole
 from fedpft_core.errors import ReplyError
 from fedpft_core.secure import keys, masks, ring
+from fedpft_core.tensors import Tensors
 from fedpft_core.wire.messages import (
     KeysReply,
     KeysRequest,
@@ -152,7 +154,7 @@ class Secure:
 
     def mask(
         self, request: SecureTrainRequest | SecureStatisticsRequest, values: np.ndarray
-    ) -> bytes:
+    ) -> Tensors:
         """Put the session's masks on a client's numbers, once.
 
         Args:
@@ -160,7 +162,7 @@ class Secure:
             values: int64 [n].
 
         Returns:
-            The masked numbers, packed.
+            The one tensor `masked`, uint8: the numbers, packed.
 
         Raises:
             ReplyError: as `ready`, or a neighbour's key is none.
@@ -175,7 +177,8 @@ class Secure:
             found = masks.masked(values, k, session.keys, session.index, peers, session.id)
         except ValueError as error:
             raise ReplyError("a neighbour's key is no key") from error
-        return ring.pack(found, k)
+        sent = np.frombuffer(ring.pack(found, k), np.uint8)
+        return {"masked": torch.from_numpy(sent.copy())}
 
     def reveal(self, request: RevealRequest) -> RevealReply:
         """Give what takes the masks off the sum, and of no neighbour both shares.

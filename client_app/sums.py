@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-
 from client_app.chain import put
 from client_app.policy import Policy
 from client_app.secure import Secure
@@ -84,5 +81,4 @@ def masked(
         values = fixed.quantise(found.tensors())
     except ValueError as error:
         raise ReplyError(f"the class statistics cannot be masked ({error})") from error
-    sent = np.frombuffer(secure.mask(request, values), np.uint8)
-    return {"masked": torch.from_numpy(sent.copy())}
+    return secure.mask(request, values)

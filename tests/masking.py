@@ -88,9 +88,9 @@ class SecureNode(Node):
         ])  # fmt: skip
         if self.noted:
             self.plain[request.round] = values
-        data = torch.from_numpy(np.frombuffer(secure.mask(request, values), np.uint8).copy())
+        data = secure.mask(request, values)
         return SecureTrainReply(
-            self.name, request.session, request.round, request.digest, 2, 0.5, {"masked": data}
+            self.name, request.session, request.round, request.digest, 2, 0.5, data
         )
 
     def _summed(self, request: SecureStatisticsRequest, secure: Secure) -> Any:

@@ -20,7 +20,7 @@ from fedpft_core.task import Task
 
 
 @dataclass(frozen=True)
-class Classes:
+class Classes(Form):
     """One of C classes for each answer: the shrunken linear discriminant.
 
     Attributes:
@@ -55,19 +55,8 @@ class Classes:
         rows = labels.reshape(len(labels), -1)
         return [int((rows == c).any(1).sum()) for c in range(self.count)]
 
-    def numbers(self, width: int) -> int:
-        """A triangle, a vector and a count for each class.
-
-        Args:
-            width: D.
-
-        Returns:
-            Numbers of 8 bytes.
-        """
-        return width * (width + 1) // 2 + self.count * width + self.count
-
     def layout(self, width: int) -> Layout:
-        """Of class statistics.
+        """A triangle, and a vector and a count for each class.
 
         Args:
             width: D.
@@ -156,7 +145,7 @@ class Classes:
 
 
 @dataclass(frozen=True)
-class Values:
+class Values(Form):
     """Numbers for each row: ridge regression.
 
     Attributes:
@@ -190,19 +179,8 @@ class Values:
         """
         return []
 
-    def numbers(self, width: int) -> int:
-        """A triangle, a vector for each number and one more, and counts.
-
-        Args:
-            width: D.
-
-        Returns:
-            Numbers of 8 bytes.
-        """
-        return width * (width + 1) // 2 + (self.count + 1) * width + 2 * self.count + 1
-
     def layout(self, width: int) -> Layout:
-        """Of moments.
+        """A triangle, a vector for each number and one more, and sums and counts.
 
         Args:
             width: D.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol, Self
 
@@ -89,6 +90,7 @@ class Form(Protocol):
         Returns:
             As they travel.
         """
+        return sum(math.prod(shape) for _, shape in self.layout(width).values())
 
     def layout(self, width: int) -> Layout:
         """Types and shapes of the sums.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedpft_core.errors import ReplyError
 from fedpft_core.head.mapped import Map
-from fedpft_core.head.statistics import Layout, packed, unpacked
+from fedpft_core.head.statistics import Layout, check_layout, packed, unpacked
 from fedpft_core.tensors import Tensors
 
 _SLACK = 1e-9  # share of the largest sum that rounding may leave where there is nothing
@@ -180,12 +180,7 @@ class Moments:
         Raises:
             ReplyError: a tensor is missing, too much, or of another type or shape.
         """
-        want = Moments.layout(numbers, width)
-        if tensors.keys() != want.keys():
-            raise ReplyError(f"statistics need {', '.join(want)} and nothing else")
-        for name, (dtype, shape) in want.items():
-            if tensors[name].dtype != dtype or list(tensors[name].shape) != shape:
-                raise ReplyError(f"statistics: {name} has the wrong type or shape")
+        check_layout(tensors, Moments.layout(numbers, width), "statistics")
         return Moments(**dict(tensors) | {"outer": unpacked(tensors["outer"], width)})
 
 

@@ -160,14 +160,27 @@ class Statistics:
         Raises:
             ReplyError: a tensor is missing, too much, or of another type or shape.
         """
-        want = Statistics.layout(classes, width)
-        if tensors.keys() != want.keys():
-            raise ReplyError(f"class statistics need {', '.join(want)} and nothing else")
-        for name, (dtype, shape) in want.items():
-            if tensors[name].dtype != dtype or list(tensors[name].shape) != shape:
-                raise ReplyError(f"class statistics: {name} has the wrong type or shape")
+        check_layout(tensors, Statistics.layout(classes, width), "class statistics")
         outer = unpacked(tensors["outer"], width)
         return Statistics(tensors["counts"], tensors["sums"], outer)
+
+
+def check_layout(tensors: Mapping[str, Tensor], want: Layout, what: str) -> None:
+    """Refuse tensors that are others than those wanted.
+
+    Args:
+        tensors: as they came.
+        want: types and shapes.
+        what: what the tensors are, for the message.
+
+    Raises:
+        ReplyError: a tensor is missing, too much, or of another type or shape.
+    """
+    if tensors.keys() != want.keys():
+        raise ReplyError(f"{what} need {', '.join(want)} and nothing else")
+    for name, (dtype, shape) in want.items():
+        if tensors[name].dtype != dtype or list(tensors[name].shape) != shape:
+            raise ReplyError(f"{what}: {name} has the wrong type or shape")
 
 
 def packed(matrix: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from fedpft_core.wire.validate import checked_counts
 from server_app.rounds.nodes import Node
 from server_app.rounds.outcome import Good, Outcome, training_wall
 from server_app.rounds.requests import Request, expected, secure_request
-from server_app.rounds.secure import Summed
+from server_app.rounds.secure import Masked, Summed
 from server_app.run import schema as ev
 from server_app.state import Events, State
 
@@ -64,7 +64,7 @@ class Sum:
         )
 
 
-class Changes:
+class Changes(Masked):
     """The changes of an adapter that clients train in a round, their mean losses, and counts.
 
     `count_rule` says how clients are to count inactive neurons; empty = not at all. `parcel` gives

@@ -120,21 +120,23 @@ class Masked(Protocol):
         """
 
     def took(self, node: Node, reply: Any, good: Good) -> None:
-        """Note a reply whose numbers are in the sum.
+        """Note a reply whose numbers are in the sum; by itself nothing is noted.
 
         Args:
             node: the client it came from.
             reply: what it sent.
             good: the reply's figures.
         """
+        return
 
     def lost(self, name: str, why: str) -> None:
-        """Note a client that is left out of what follows.
+        """Note a client that is left out of what follows; by itself nothing is noted.
 
         Args:
             name: the client's.
             why: what it said, or did not.
         """
+        return
 
 
 @dataclass

@@ -18,16 +18,17 @@ from fedpft_core.wire.validate import ExpectedStatistics
 from server_app.rounds.nodes import Node
 from server_app.rounds.outcome import Good
 from server_app.rounds.requests import Request
-from server_app.rounds.secure import Summed
+from server_app.rounds.secure import Masked, Summed
 from server_app.rounds.statistics import statistics_requests
 from server_app.state import State
 
 
-class MaskedStatistics:
+class MaskedStatistics(Masked):
     """The sums over the rows of each client, of which the server learns those over all of them.
 
     `parcel` gives a state's package as it travels, `sent` is the adapter whose features are wanted,
-    in the wire's format.
+    in the wire's format. Replies are no events: statistics are no round, and one warning names who
+    is left out.
     """
 
     kind = SecureStatisticsReply
@@ -97,23 +98,6 @@ class MaskedStatistics:
         if not 0 <= reply.seconds < 2**32:
             raise ReplyError("seconds is not a finite number of at least 0")
         return reply.statistics, Good(node.examples, 0.0, reply.seconds, arrived)
-
-    def took(self, node: Node, reply: SecureStatisticsReply, good: Good) -> None:
-        """Note nothing: statistics are no round, and a round has the events of replies.
-
-        Args:
-            node: the client it came from.
-            reply: what it sent.
-            good: the reply's figures.
-        """
-
-    def lost(self, name: str, why: str) -> None:
-        """Note nothing: who is left out is named in one warning.
-
-        Args:
-            name: the client's.
-            why: what it said, or did not.
-        """
 
 
 class Total:
