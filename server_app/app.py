@@ -169,7 +169,7 @@ def _before_round_1(
     disclose.note(bench, state)
     widths.announce(bench)
     models.plug(state.adapter)
-    if config.federation.aggregate != "none" and heads.asked(bench):
+    if config.federation.aggregate != "none" and heads.computed(bench):
         with phase(events, "statistics"):
             heads.start(bench, strategy, state, events)
     agree.record(bench, 0, "start", start=True)

@@ -129,13 +129,15 @@ class AlignConfig:
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """The head in closed form, from sums over the clients' rows by class (docs/heads.md)."""
+    """The head in closed form, from sums over rows by class (docs/heads.md)."""
 
     start: str = _key(
         "statistics",
         "the head before round 1: `statistics` (the shrunken linear discriminant of the class "
-        "statistics that every client sends once) or `zero` (as the model is loaded)",
-        choices=("statistics", "zero"),
+        "statistics that every client sends once), `server` (the same of the server's own labelled "
+        "rows, half of data.validation: clients send nothing for it) or `zero` (as the model is "
+        "loaded)",
+        choices=("statistics", "server", "zero"),
     )
     end: str = _key(
         "better",

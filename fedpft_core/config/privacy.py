@@ -153,7 +153,7 @@ def check(config: Config) -> None:
 def _without_statistics(config: Config, why: str) -> dict[str, bool]:
     """What a run needs whose clients send no class statistics, and whether it is not so."""
     return {
-        f"head.start = zero ({why})": config.head.start != "zero",
+        f"head.start = zero or server ({why})": config.head.start == "statistics",
         f"head.end = trained ({why})": config.head.end != "trained",
         "plug.method = as-trained, refit or distil (the others read class statistics)": (
             config.plug.method in ("best", "mapped")
@@ -209,8 +209,8 @@ def _check_secure(config: Config) -> None:
         f"wire.adapter-up = same, not {config.wire.adapter_up} (changes travel as whole numbers)": (
             config.wire.adapter_up != "same"
         ),
-        "plan.widths empty, or head.start = zero, head.end = trained and plug.method = as-trained, "
-        "refit or distil (class statistics of several widths are not added up)": (
+        "plan.widths empty, or head.start = zero or server, head.end = trained and plug.method = "
+        "as-trained, refit or distil (class statistics of several widths are not added up)": (
             bool(config.plan.widths) and any(_without_statistics(config, "").values())
         ),
         "plan.widths empty, or align.proportion = 1 or another align.selection (counts of several "

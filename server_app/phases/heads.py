@@ -55,8 +55,20 @@ def form(bench: Bench) -> Form:
     return found
 
 
-def asked(bench: Bench) -> bool:
+def computed(bench: Bench) -> bool:
     """Whether the head before round 1 is to be computed.
+
+    Args:
+        bench: its task and head.start decide.
+
+    Returns:
+        Whether head.start is not `zero` and the task's head can be had in closed form.
+    """
+    return bench.config.head.start != "zero" and wanted(bench)
+
+
+def asked(bench: Bench) -> bool:
+    """Whether clients are asked for the statistics that the head before round 1 follows from.
 
     Args:
         bench: its task and head.start decide.
@@ -268,11 +280,11 @@ def write(bench: Bench, head: Head, model: torch.nn.Module) -> None:
 
 
 def start(bench: Bench, strategy: Strategy, state: State, events: Events) -> None:
-    """Set the head before round 1 from the clients' statistics.
+    """Set the head before round 1: from the clients' statistics, or from the server's own rows.
 
     Args:
-        bench: both models get the adapter with the head.
-        strategy: the clients, who are asked.
+        bench: both models get the adapter with the head; head.start decides.
+        strategy: the clients, who are asked for statistics if for anything.
         state: before round 1; its adapter gets the head.
         events: where what came of it is noted.
 
@@ -280,8 +292,15 @@ def start(bench: Bench, strategy: Strategy, state: State, events: Events) -> Non
         RunError: too few clients sent any.
     """
     began = time.perf_counter()
-    found = together(bench, gather(bench, strategy, state), bench.models.proxy)
-    head = best(bench, found, bench.models.proxy)
+    proxy = bench.models.proxy
+    if asked(bench):
+        found = together(bench, gather(bench, strategy, state), proxy)
+        head = best(bench, found, proxy)
+    else:
+        bench.models.plug(state.adapter)
+        found = form(bench).of(*read(bench, proxy, split(bench)[0]))
+        # The rows that it is fitted to would choose no shrinkage at all.
+        head = fit(bench, found, torch.zeros(0, 1, dtype=torch.float64), None)
     state.adapter = _with(bench, head, state.adapter)
     _emit(events, state.round, found, head, None, True, began)
 

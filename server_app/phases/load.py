@@ -120,6 +120,11 @@ def _read(config: Config, events: Events) -> tuple[models.Loaded, Rows]:
             "run.eval-split = validation, but there are no validation rows: set "
             "data.validation or data.validation-share."
         )
+    if config.head.start == "server" and task.closed_form and not len(data.validation):
+        raise UserError(
+            "head.start = server, but the server has no labelled rows: set data.validation or "
+            "data.validation-share."
+        )
     length = config.data.max_length
     scored = data.test if config.run.eval_split == "test" else data.validation
     # A fixed random part: the first rows of a file may all be of one kind.

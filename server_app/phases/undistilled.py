@@ -39,7 +39,7 @@ def undistilled(bench: Bench, transport: Transport, events: EventLog) -> None:
         models.plug(models.start)
         state = bench.fresh_state()
         disclose.note(bench, state, arm)
-        if heads.asked(bench):
+        if heads.computed(bench):
             heads.start(bench, strategy, state, arm)
         for round in range(1, config.federation.rounds + 1):
             outcome = strategy.run_round(state, round, "")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from client_app.client import Client
 from fedpft_core.config import FederationConfig
-from fedpft_core.errors import ReplyError, RunError
+from fedpft_core.errors import ReplyError, RunError, UserError
 from fedpft_core.head.closed import Classes, Labels, Values
 from fedpft_core.head.discriminant import solve
 from fedpft_core.head.statistics import Statistics
@@ -56,6 +56,35 @@ def test_the_partition_does_not_change_the_start(job: dict[str, Any], tmp_path: 
     for name, t in heads[0].items():
         torch.testing.assert_close(t, heads[1][name], rtol=1e-4, atol=1e-5)
     assert min(scores) > 0.6
+
+
+def test_the_servers_own_rows_give_a_head_without_asking_anybody(
+    job: dict[str, Any], tmp_path: Path
+) -> None:
+    """Of other clients the same head to the bit, from half of the validation rows."""
+    found = []
+    for scheme in ("iid", "shards"):
+        flat = job | {"federation.partition": scheme, "head.start": "server", "lora.dropout": 0.0}
+        flat |= {"train.lr": 1e-30, "wire.adapter": "fp32", "align.interval": 0}
+        events = tiny.run(flat | {"head.end": "trained"}, tmp_path / scheme)
+        (head,) = of(events, "head")
+        assert head["rows"] == (of(events, "task")[0]["validation"] + 1) // 2
+        assert head["loss"] is None and head["taken"]
+        assert "statistics" not in {e["kind"] for e in of(events, "bytes")}
+        assert of(events, "evaluation")[0]["value"] > 0.6
+        found.append(start_head(tmp_path / scheme))
+    for name, t in found[0].items():
+        assert torch.equal(t, found[1][name])
+
+
+def test_a_server_without_labelled_rows_has_no_head_of_its_own(
+    job: dict[str, Any], tmp_path: Path
+) -> None:
+    flat = {k: v for k, v in job.items() if k != "data.validation"} | {
+        "data.validation-share": 0.0, "head.start": "server",
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"head\.start = server.*data\.validation"):
+        tiny.run(flat, tmp_path / "run")
 
 
 def test_zero_asks_nobody(job: dict[str, Any], tmp_path: Path) -> None:
