@@ -14,9 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -123,35 +126,67 @@ def trained(model: LlamaForCausalLM, tokens: torch.Tensor, steps: int, name: str
     return sum(last) / len(last)
 
 
-def gains(cells: Path) -> list[tuple[str, int, float, float, float, float]]:
-    """What ten rounds and one gain on the model as it was, by size and partition.
+@dataclass(frozen=True)
+class Gain:
+    """What rounds gained on the model as it was: one size and partition, mean over seeds.
+
+    Attributes:
+        partition: the partition's name.
+        parameters: of the model.
+        before: perplexity of the model as it was.
+        ten: perplexity after ten rounds.
+        one: the same after one.
+        share: of what ten rounds gain in nats a token, the part that one gains.
+        spread: standard deviation of the share over seeds; not a number for a single one.
+        two: the mean share that two rounds gain, of the seeds that have them; not a number without.
+        seeds: how many there are.
+    """
+
+    partition: str
+    parameters: int
+    before: float
+    ten: float
+    one: float
+    share: float
+    spread: float
+    two: float
+    seeds: int
+
+
+def gains(cells: Path) -> list[Gain]:
+    """What ten rounds and one gain on the model as it was, by partition and size.
 
     Args:
         cells: finished cells of `experiments/sizes.yaml`.
 
     Returns:
-        Partition, parameters, and mean over seeds of the perplexities of the model as it was, after
-        ten rounds and after one, and of the share of the gain in nats a token that one round has.
+        A line for each partition and size that has both.
     """
-    rows = [json.loads(line) for line in cells.read_text(encoding="utf-8").splitlines()]
-    found: dict[tuple[str, int], list[tuple[float, float, float, float]]] = {}
-    once = {(r["dataset"], r["partition"], r["seed"]): r for r in rows if r["method"] == "one-shot"}
-    for row in rows:
-        twin = once.get((row["dataset"], row["partition"], row["seed"]))
-        if row["method"] != "rounds-10" or twin is None:
+    runs: dict[tuple[str, int, int], dict[str, Any]] = {}
+    for line in cells.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        place = (row["partition"], row["fm_parameters"], row["seed"])
+        runs.setdefault(place, {})[row["method"]] = row
+    found: dict[tuple[str, int], list[tuple[float, ...]]] = {}
+    for (partition, parameters, _), run in sorted(runs.items()):
+        if not {"rounds-10", "one-shot"} <= run.keys():
             continue
-        before, ten, one = row["baselines"]["zero-shot"], row["fm_test"], twin["fm_test"]
-        share = math.log(before / one) / math.log(before / ten)
-        found.setdefault((row["partition"], row["fm_parameters"]), []).append(
-            (before, ten, one, share)
+        before = run["rounds-10"]["baselines"]["zero-shot"]
+        one, two, ten = (
+            run[method]["fm_test"] if method in run else math.nan
+            for method in ("one-shot", "rounds-2", "rounds-10")
         )
-    return [
-        (*key, *(sum(v) / len(v) for v in zip(*values, strict=True)))  # type: ignore[misc]
-        for key, values in sorted(found.items())
-    ]
+        shares = (math.log(before / after) / math.log(before / ten) for after in (one, two))
+        found.setdefault((partition, parameters), []).append((before, ten, one, *shares))
+    lines = []
+    for place, values in found.items():
+        before, ten, one, share, two = (statistics.fmean(v) for v in zip(*values, strict=True))
+        spread = statistics.stdev(v[3] for v in values) if len(values) > 1 else math.nan
+        lines.append(Gain(*place, before, ten, one, share, spread, two, len(values)))
+    return lines
 
 
-def plot(found: list[tuple[str, int, float, float, float, float]], path: Path) -> None:
+def plot(found: list[Gain], path: Path) -> None:
     """The share of the gain over the parameters.
 
     Args:
@@ -164,9 +199,13 @@ def plot(found: list[tuple[str, int, float, float, float, float]], path: Path) -
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(5.2, 3.2), layout="constrained")
-    for partition in dict.fromkeys(f[0] for f in found):
-        own = [f for f in found if f[0] == partition]
-        axes.plot([f[1] for f in own], [100 * f[5] for f in own], "o-", label=partition)
+    for partition in dict.fromkeys(f.partition for f in found):
+        own = [f for f in found if f.partition == partition]
+        axes.errorbar(
+            [f.parameters for f in own], [100 * f.share for f in own],
+            yerr=[0 if math.isnan(f.spread) else 100 * f.spread for f in own],
+            fmt="o-", capsize=3, label=partition,
+        )  # fmt: skip
     axes.set_xscale("log")
     axes.set_ylim(0, 105)
     axes.axhline(100, color="0.6", linewidth=1)
@@ -187,11 +226,16 @@ def main() -> None:
     args = parser.parse_args()
     if args.cells:
         found = gains(args.cells)
-        print("| partition | parameters | as it was | ten rounds | one-shot | share of the gain |")
-        print("|---|--:|--:|--:|--:|--:|")
-        for partition, size, before, ten, one, share in found:
-            print(f"| {partition} | {size:,} | {before:.1f} | {ten:.1f} | {one:.1f} | "
-                  f"{100 * share:.0f} % |")  # fmt: skip
+        print(
+            "| partition | parameters | as it was | ten rounds | one-shot "
+            "| one round's share of the gain, % | two rounds' | seeds |"
+        )
+        print("|---|--:|--:|--:|--:|--:|--:|--:|")
+        for f in found:
+            print(
+                f"| {f.partition} | {f.parameters:,} | {f.before:.1f} | {f.ten:.1f} | {f.one:.1f} "
+                f"| {100 * f.share:.0f} ± {100 * f.spread:.1f} | {100 * f.two:.0f} | {f.seeds} |"
+            )
         if args.plot:
             plot(found, args.plot)
         return
