@@ -179,10 +179,10 @@ def gains(cells: Path) -> list[Gain]:
         shares = (math.log(before / after) / math.log(before / ten) for after in (one, two))
         found.setdefault((partition, parameters), []).append((before, ten, one, *shares))
     lines = []
-    for place, values in found.items():
+    for (partition, parameters), values in found.items():
         before, ten, one, share, two = (statistics.fmean(v) for v in zip(*values, strict=True))
         spread = statistics.stdev(v[3] for v in values) if len(values) > 1 else math.nan
-        lines.append(Gain(*place, before, ten, one, share, spread, two, len(values)))
+        lines.append(Gain(partition, parameters, before, ten, one, share, spread, two, len(values)))
     return lines
 
 
