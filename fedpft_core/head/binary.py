@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedpft_core.head.discriminant import SHARES, Head, doubt, least_loss, oracle_shrinkage
+from fedpft_core.head.discriminant import SHARES, Head, doubt, least_loss, oracle_shrinkage, suited
 from fedpft_core.head.mapped import steadiest
 from fedpft_core.head.moments import Moments
 
@@ -40,6 +40,34 @@ def solve(found: Moments, shrinkage: float | None = None) -> Head:
     Raises:
         ValueError: there is no row.
     """
+    weight, bias, share, covariance, level = _solved(found, shrinkage)
+    eye = torch.eye(len(covariance), dtype=torch.float64)
+    mean = found.features / found.rows
+    steady = steadiest(covariance + _LEAST_SHARE * level * eye, mean)
+    return Head(weight.contiguous(), bias, steady, share)
+
+
+def line(found: Moments, shrinkage: float) -> tuple[Tensor, Tensor]:
+    """Weights and biases of :func:`solve`, to the bit, for half of the work.
+
+    Args:
+        found: sums over at least one row, each number 0 or 1.
+        shrinkage: share of the identity, more than 0 and at most 1.
+
+    Returns:
+        Weights float64 [K, D] and biases [K], unscaled.
+
+    Raises:
+        ValueError: there is no row.
+    """
+    weight, bias, *_ = _solved(found, shrinkage)
+    return weight, bias
+
+
+def _solved(
+    found: Moments, shrinkage: float | None
+) -> tuple[Tensor, Tensor, float, Tensor, Tensor]:
+    """Weights, biases, the share taken, the features' covariance, and their mean variance."""
     if not found.rows:
         raise ValueError("there are no rows to fit a head to")
     n, have = found.rows, found.labels
@@ -59,8 +87,25 @@ def solve(found: Moments, shrinkage: float | None = None) -> Head:
     left = (1 - between * (solved * apart).sum(1)).clamp_min(_LEAST_SHARE)
     weight = solved / left[:, None]
     bias = ((have + 0.5) / (lack + 0.5)).log() - 0.5 * (weight * (one + zero)).sum(1)
-    steady = steadiest(covariance + _LEAST_SHARE * level * eye, found.features / n)
-    return Head(weight.contiguous(), bias, steady, share)
+    return weight, bias, share, covariance, level
+
+
+def losses(scores: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy of each row, at the factor of the scores that suits the rows best.
+
+    Args:
+        scores: float64 [N, K].
+        labels: float [N, K], 0 or 1.
+
+    Returns:
+        float64 [N], means over the labels, which are smoothed where rows are few, as in
+        :func:`fitted`.
+    """
+    unsure = doubt(len(labels))
+    y = labels.to(scores) * (1 - unsure) + unsure / 2
+    each = partial(F.binary_cross_entropy_with_logits, target=y)
+    factor = suited(lambda tried: float(each(scores * tried)))
+    return each(scores * factor, reduction="none").mean(1)
 
 
 def fitted(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -129,6 +130,30 @@ class Classes(Form):
         shares = (fixed,) if fixed else discriminant.SHARES
         return discriminant.fitted(found, features, answers, shares=shares)
 
+    def line(self, found: Statistics, shrinkage: float) -> tuple[Tensor, Tensor]:
+        """The discriminant at a given shrinkage.
+
+        Args:
+            found: of the rows to learn from.
+            shrinkage: above 0.
+
+        Returns:
+            Weights and bias, unscaled.
+        """
+        return discriminant.line(found, shrinkage)
+
+    def losses(self, scores: Tensor, answers: Tensor) -> Tensor:
+        """Cross-entropy of each row.
+
+        Args:
+            scores: float64 [N, C].
+            answers: of the same N.
+
+        Returns:
+            float64 [N].
+        """
+        return discriminant.losses(scores, answers)
+
     def taken(self, found: Statistics, way: Map, x: Tensor, y: Tensor) -> Statistics:
         """Class statistics in the other model.
 
@@ -154,6 +179,7 @@ class Values(Form):
 
     count: int
 
+    solver: ClassVar[Any] = ridge  # whose functions these are
     binary = False
 
     def of(self, features: Tensor, answers: Tensor) -> Moments:
@@ -255,6 +281,30 @@ class Values(Form):
         """
         return ridge.fitted(found, features, answers, fixed)
 
+    def line(self, found: Moments, shrinkage: float) -> tuple[Tensor, Tensor]:
+        """The linear layer at a given shrinkage.
+
+        Args:
+            found: of the rows to learn from.
+            shrinkage: above 0.
+
+        Returns:
+            Weights and bias, unscaled.
+        """
+        return self.solver.line(found, shrinkage)
+
+    def losses(self, scores: Tensor, answers: Tensor) -> Tensor:
+        """Squared error of each row, or whatever is chosen by.
+
+        Args:
+            scores: float64 [N, K].
+            answers: of the same N.
+
+        Returns:
+            float64 [N].
+        """
+        return self.solver.losses(scores, answers)
+
     def taken(self, found: Moments, way: Map, x: Tensor, y: Tensor) -> Moments:
         """Moments in the other model.
 
@@ -274,6 +324,7 @@ class Values(Form):
 class Labels(Values):
     """Labels that may hold at once, each 0 or 1: a discriminant for each."""
 
+    solver: ClassVar[Any] = binary
     binary = True
 
     def bounds(self, rows: int, most: int, longest: float, label: float) -> dict[str, float]:

@@ -158,6 +158,28 @@ class Form(Protocol):
             The head.
         """
 
+    def line(self, found: Any, shrinkage: float) -> tuple[Tensor, Tensor]:
+        """The linear layer of `fit` at a given shrinkage, and nothing else.
+
+        Args:
+            found: of the rows to learn from.
+            shrinkage: above 0.
+
+        Returns:
+            Weights float64 [C, D] and bias [C], unscaled.
+        """
+
+    def losses(self, scores: Tensor, answers: Tensor) -> Tensor:
+        """The loss that `fit` chooses by, row by row; scores that have a scale get the best one.
+
+        Args:
+            scores: float64 [N, C] of labelled rows, unscaled.
+            answers: of the same N.
+
+        Returns:
+            float64 [N].
+        """
+
     def taken(self, found: Any, way: Map, x: Tensor, y: Tensor) -> Any:
         """The sums that the same rows would have in another model.
 

@@ -70,6 +70,42 @@ def fitted(found: Moments, features: Tensor, labels: Tensor, share: float | None
     return best
 
 
+def line(found: Moments, share: float) -> tuple[Tensor, Tensor]:
+    """Weights and bias of :func:`solve` but for rounding, without the eigenvalues.
+
+    Args:
+        found: sums over at least one row.
+        share: pull towards 0 as a share of the features' mean variance, above 0.
+
+    Returns:
+        Weights float64 [K, D] and bias [K].
+
+    Raises:
+        ValueError: there is no row.
+    """
+    if not found.rows:
+        raise ValueError("there are no rows to fit a head to")
+    spread = found.scatter()
+    level = float(spread.diagonal().mean()) or 1.0
+    pulled = spread + share * level * torch.eye(len(spread), dtype=torch.float64)
+    weight = torch.linalg.solve(pulled, found.covariance().T).T
+    mu, mean = found.features / found.rows, found.labels / found.rows
+    return weight, mean - weight @ mu
+
+
+def losses(scores: Tensor, labels: Tensor) -> Tensor:
+    """Squared error of each row, which :func:`fitted` takes the mean of.
+
+    Args:
+        scores: float64 [N, K].
+        labels: float [N] or [N, K].
+
+    Returns:
+        float64 [N], means over the numbers.
+    """
+    return (scores - labels.to(scores).reshape(len(scores), -1)).square().mean(1)
+
+
 def _spectrum(found: Moments) -> tuple[Tensor, Tensor]:
     """Eigenvalues, not below 0, and eigenvectors of the features' covariance."""
     values, vectors = torch.linalg.eigh(found.scatter())
