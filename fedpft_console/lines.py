@@ -276,6 +276,19 @@ def _(event: ev.HeadSet, record: Record) -> list[str]:
 
 
 @lines_for.register
+def _(event: ev.Guarded, record: Record) -> list[str]:
+    of = f" of width {event.width}" if event.width else ""
+    judged = (
+        f"statistics of {event.clients} clients{of} held against {event.rows} validation rows in "
+        f"{human_seconds(event.seconds)}"
+    )
+    if not event.left_out:
+        return [f"{judged}: nobody left out"]
+    names = ", ".join(out["client"] for out in event.left_out)
+    return [f"{judged}: left out {names}; loss {number(event.before)} -> {number(event.after)}"]
+
+
+@lines_for.register
 def _(event: ev.Plugged, record: Record) -> list[str]:
     # A log without the name is of a version that knew rows right alone.
     measure = Measure(event.judged or "rows right", share=event.share or not event.judged)

@@ -48,7 +48,7 @@ from server_app.rounds.requests import (
     wanted,
 )
 from server_app.rounds.secure import Masked, Phase, Session, Summed
-from server_app.rounds.statistics import Gathered, statistics_requests
+from server_app.rounds.statistics import Gathered, Guard, statistics_requests
 from server_app.rounds.summed import MaskedStatistics, Total
 from server_app.run import schema as ev
 from server_app.state import Events, State
@@ -233,17 +233,20 @@ class Strategy:
         steps = {name: steps_of(r.examples, work) for name, r in got.good.items()}
         got.leave_out(steps, self.config.federation.largest_change)
 
-    def gather(self, state: State, want: ExpectedStatistics) -> dict[str, Sums]:
+    def gather(
+        self, state: State, want: ExpectedStatistics, guard: Guard | None = None
+    ) -> dict[str, Sums]:
         """Ask every connected client for the statistics of its rows.
 
         Args:
             state: where the run stands; what clients now have is noted in it.
             want: what a good reply looks like.
+            guard: says whose statistics are left out; not with privacy.secure.
 
         Returns:
-            By the width of the sub-FM (empty where there is one) the sum over all good replies,
-            with privacy.secure that of a session over all clients; who did not send any is named
-            in a warning.
+            By the width of the sub-FM (empty where there is one) the sum over all good replies that
+            are not left out, with privacy.secure that of a session over all clients; who did not
+            send any is named in a warning.
 
         Raises:
             RunError: fewer than federation.min-clients sent any, after federation.attempts tries,
@@ -259,6 +262,8 @@ class Strategy:
                 if got.bad:
                     self.events.emit(ev.Warned(text=f"class statistics without {why}"))
                 self.remarks.dominating("class statistics", got.rows)
+                if guard and isinstance(got, Gathered):
+                    got.leave_out(guard(got.parts(f)))
                 return got.total(f)
             text = self._too_few("class statistics", len(got.good), got.bad, attempt)
         raise RunError(text)

@@ -38,13 +38,13 @@ def sheets(record: Record) -> list[Sheet]:
 
     Returns:
         Sizes, widths and who had which, scores, one table for each further metric, what models
-        wrote, merges on the way, re-alignments, privacy, how far a backdoor got, what left of the
-        FM, traffic, time with memory, and files.
+        wrote, merges on the way, re-alignments, whose statistics were left out, privacy, how far a
+        backdoor got, what left of the FM, traffic, time with memory, and files.
     """
     made = [_sizes(record), _widths(record), _clients_of(record), _scores(record),
             *_further(record), _samples(record), _merges(record), _alignments(record),
-            _privacy(record), _backdoor(record), exposure.sheet(record), _traffic(record),
-            _phases(record), _files(record)]  # fmt: skip
+            _left_out(record), _privacy(record), _backdoor(record), exposure.sheet(record),
+            _traffic(record), _phases(record), _files(record)]  # fmt: skip
     return [sheet for sheet in made if sheet.rows]
 
 
@@ -301,6 +301,20 @@ def _merges(record: Record) -> Sheet:
     when = "after (simulated)" if simulated else "after"
     columns = ["round", "replies merged", "rows", when, "L2 norm of the adapter", "FM"]
     return Sheet("Merges", columns, rows)
+
+
+def _left_out(record: Record) -> Sheet:
+    """Whose class statistics were left out of the sums, and what that made of the loss."""
+    rows = [
+        [str(g.round), g.width or "-", out["client"], number(out["gain"]), number(out["error"])]
+        for r in record.rounds for g in r.guarded for out in g.left_out
+    ]  # fmt: skip
+    notes = [
+        "By how much the loss on the server's validation rows falls without a client's statistics, "
+        "and without those above it (head.guard): its labels are wrong, or its rows unlike these."
+    ]
+    columns = ["rounds done", "width", "client", "loss falls by", "standard error"]
+    return Sheet("Statistics left out", columns, rows, notes if rows else [])
 
 
 def _privacy(record: Record) -> Sheet:

@@ -158,6 +158,14 @@ class HeadConfig:
         low=0.0,
         high=1.0,
     )
+    guard: str = _key(
+        "none",
+        "whose statistics are summed: `none` (everybody's) or `validation` (not those of clients "
+        "without whom the head is better on the server's validation rows, of these the half that "
+        "heads are fitted with, 30 rows at least; as many clients as federation.attackers says, "
+        "rounded up, and with 0 of it any number below half)",
+        choices=("none", "validation"),
+    )
     max_features: int = _key(
         1024, "features a client sums over; wider ones are projected at random", low=8
     )

@@ -204,6 +204,7 @@ def _check_secure(config: Config) -> None:
         f"federation.schedule = multi-round, not {f.schedule}": f.schedule != "multi-round",
         f"federation.weighting = uniform, not {f.weighting}": f.weighting != "uniform",
         f"federation.clip-update-norm = 0 ({single})": f.clip_update_norm > 0,
+        f"head.guard = none, not {config.head.guard}, {single}": config.head.guard != "none",
         "federation.enough = 0": f.enough > 0,
         "federation.min-clients of at least 3": f.min_clients < FEWEST_SECURE,
         f"wire.adapter-up = same, not {config.wire.adapter_up} (changes travel as whole numbers)": (

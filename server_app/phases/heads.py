@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from fedpft_core.seeds import numpy_stream
 from fedpft_core.tensors import Tensors
 from fedpft_core.wire.validate import ExpectedStatistics
 from server_app.bench import Bench
+from server_app.phases.guard import guard_of
 from server_app.run import schema as ev
 from server_app.state import Events, State
 from server_app.strategy import Strategy
@@ -157,7 +159,8 @@ def gather(bench: Bench, strategy: Strategy, state: State) -> dict[str, Sums]:
         state: has the adapter; what clients now have is noted in it.
 
     Returns:
-        By the width of the sub-FM (empty where there is one) the sum over all good replies.
+        By the width of the sub-FM (empty where there is one) the sum over all good replies, without
+        those that head.guard leaves out.
 
     Raises:
         RunError: too few clients sent any.
@@ -170,8 +173,8 @@ def gather(bench: Bench, strategy: Strategy, state: State) -> dict[str, Sums]:
     served = (
         batches(own, config.run.eval_batch_size, None) if own is not None else bench.rows.probe()
     )
-    read = features(models.proxy, served, bench.rows.task)
-    longest = _ROOM * float(read.norm(dim=1).max())
+    seen = features(models.proxy, served, bench.rows.task)
+    longest = _ROOM * float(seen.norm(dim=1).max())
     want = ExpectedStatistics(
         round=state.round,
         digest=state.digest,
@@ -181,7 +184,14 @@ def gather(bench: Bench, strategy: Strategy, state: State) -> dict[str, Sums]:
         most=config.data.max_length,
         label=_ROOM * _farthest(bench) if config.privacy.secure else 0.0,
     )
-    return strategy.gather(state, want)
+    judging = partial(_judging, bench)
+    guard = guard_of(bench, strategy.events, state.round, want.form, judging)
+    return strategy.gather(state, want, guard)
+
+
+def _judging(bench: Bench, model: torch.nn.Module) -> tuple[Tensor, Tensor]:
+    """Features and answers of the rows that heads are fitted with."""
+    return read(bench, model, split(bench)[0])
 
 
 def _farthest(bench: Bench) -> float:

@@ -29,7 +29,7 @@ from fedpft_core.tensors import Tensors
 from server_app.bench import Bench, Rows, public_stream
 from server_app.models import Models, Width
 from server_app.owner import disclose
-from server_app.phases import cluster
+from server_app.phases import cluster, guard
 from server_app.phases.plug import refits, settles
 from server_app.phases.reporting import phase
 from server_app.run import schema as ev
@@ -120,6 +120,7 @@ def _read(config: Config, events: Events) -> tuple[models.Loaded, Rows]:
             "run.eval-split = validation, but there are no validation rows: set "
             "data.validation or data.validation-share."
         )
+    guard.check(config, len(data.validation))
     if config.head.start == "server" and task.closed_form and not len(data.validation):
         raise UserError(
             "head.start = server, but the server has no labelled rows: set data.validation or "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +28,9 @@ from server_app.rounds.ledger import printable
 from server_app.rounds.nodes import Node
 from server_app.rounds.requests import Request, by_need
 from server_app.state import Events, Given, State
+
+Guard = Callable[[Mapping[str, Mapping[str, Sums]]], Iterable[str]]
+"""From the statistics of each client, by width and name, to the names of those to leave out."""
 
 
 class Gathered(Awaited):
@@ -88,6 +91,32 @@ class Gathered(Awaited):
         """What each client's sums are of, by name."""
         return {name: s.rows for name, s in self.good.items()}
 
+    def parts(self, f: FederationConfig) -> dict[str, dict[str, Sums]]:
+        """What each client adds to the statistics of all rows.
+
+        Args:
+            f: says what a client weighs.
+
+        Returns:
+            By width and client name, in the order of the names, its sums shortened to what it
+            weighs.
+        """
+        names = sorted(self.good)
+        shares = caution.scales([self.good[name].rows for name in names], f)
+        by_width: dict[str, dict[str, Sums]] = {}
+        for name, share in zip(names, shares, strict=True):
+            by_width.setdefault(self.widths[name], {})[name] = self.good[name].part(share)
+        return by_width
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Go on as if some clients had not replied.
+
+        Args:
+            names: of clients whose statistics are good.
+        """
+        for name in names:
+            del self.good[name]
+
     def total(self, f: FederationConfig) -> dict[str, Sums]:
         """The statistics of all rows together, of each width apart.
 
@@ -97,12 +126,7 @@ class Gathered(Awaited):
         Returns:
             By width the sum over all good replies, each shortened to what it weighs.
         """
-        names = sorted(self.good)
-        parts = caution.scales([self.good[name].rows for name in names], f)
-        by_width: dict[str, list[Sums]] = {}
-        for name, part in zip(names, parts, strict=True):
-            by_width.setdefault(self.widths[name], []).append(self.good[name].part(part))
-        return {width: add(found) for width, found in by_width.items()}
+        return {width: add(found.values()) for width, found in self.parts(f).items()}
 
 
 def statistics_requests(
@@ -142,4 +166,4 @@ def statistics_requests(
     return by_need(config, state, parcel, make, answer)
 
 
-__all__ = ["Gathered", "statistics_requests"]
+__all__ = ["Gathered", "Guard", "statistics_requests"]

@@ -39,6 +39,7 @@ class Round:
     alignment: ev.Alignment | None = None
     agreements: dict[str, ev.Agreement] = field(default_factory=dict)  # by moment
     norm: float | None = None  # L2 norm of the adapter
+    guarded: list[ev.Guarded] = field(default_factory=list)  # a width each; of each exchange
     merges: list[ev.Merged] = field(default_factory=list)  # of replies, while others are awaited
     # by direction and kind, and by direction and client
     bytes: dict[str, dict[str, int]] = field(default_factory=lambda: {d: {} for d in DIRECTIONS})
@@ -297,6 +298,8 @@ class Record:
                 self.round(event.round).clients = event
             case ev.PrivacySpent():
                 self.round(event.round).privacy = event
+            case ev.Guarded():
+                self.round(event.round).guarded.append(event)
             case ev.Refit():
                 self.round(event.round).refit = event
             case ev.Alignment():

@@ -251,6 +251,7 @@ def test_a_whole_run_emits_every_event_that_is_not_about_trouble(done: Done) -> 
     optional |= {"check", "stopped"}  # of federation.early-stopping; see test_early.py
     # of several sub-FMs; see test_widths.py
     optional |= {"widths", "width_given", "width_distilled", "width_scored", "width_agreement"}
+    optional |= {"guarded"}  # of head.guard; see test_head_guard.py
     optional |= {"backdoor"}  # of simulate.attack=backdoor; see client_app/test_attacks.py
     optional |= {"pictures"}  # of text-to-image; see whole/test_pictures.py
     assert len(KINDS) > 15

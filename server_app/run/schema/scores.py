@@ -152,6 +152,34 @@ class HeadSet(Event, name="head"):
     seconds: float  # the exchange and the computation
 
 
+class LeftOut(TypedDict):
+    """A client whose statistics are left out of the sums.
+
+    Attributes:
+        client: its name.
+        gain: by how much the mean loss on the server's rows falls without it.
+        error: standard error of that.
+    """
+
+    client: str
+    gain: float
+    error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guarded(Event, name="guarded"):
+    """Clients' statistics have been held against the server's validation rows (head.guard)."""
+
+    round: int  # rounds done
+    width: str = ""  # of the sub-FM that they are of; empty where there is one
+    clients: int  # who sent statistics of it
+    rows: int  # of the server, that judge; tokens where each has a label
+    left_out: list[LeftOut]  # in the order in which they were taken away
+    before: float  # mean loss on the rows with everybody's statistics
+    after: float  # the same without those that are left out
+    seconds: float  # how long it took
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plugged(Event, name="plugged"):
     """The adapter has become the product's."""
