@@ -40,7 +40,7 @@ from client_app.sums import masked, summed
 from fedpft_core import __version__
 from fedpft_core.data.examples import Examples
 from fedpft_core.errors import ReplyError, UserError
-from fedpft_core.head.form import Form, Sums
+from fedpft_core.head.form import Summing, Sums
 from fedpft_core.proxy.int8 import give_back
 from fedpft_core.proxy.package import rebuild
 from fedpft_core.task import Task
@@ -275,8 +275,8 @@ class Client:
             self.name, request.session, request.round, request.digest, seconds, sums
         )
 
-    def _summed(self, request: StatisticsRequest) -> tuple[Sums, Form, int, int] | NeedReply:
-        """The sums over this client's rows, their form, how many rows, and most answers of one."""
+    def _summed(self, request: StatisticsRequest) -> tuple[Sums, Summing, int, int] | NeedReply:
+        """The sums over this client's rows, of what, how many rows, and most answers of one."""
         if request.width < 1 or request.batch_size < 1:
             raise ReplyError("the request cannot be used (no features, or no rows at once)")
         if not 1 <= request.threads <= _MOST_THREADS:
@@ -288,7 +288,8 @@ class Client:
         held = self._held(request)
         if isinstance(held, NeedReply):
             return held
-        return summed(request, held.model, self._rows(held).train, self.policy)
+        rows = self._rows(held).train
+        return summed(request, held, rows, self.policy, self.cache, self._rows_key(held))
 
     def _use(self, threads: int) -> None:
         """Pin torch to so many threads, or to what the node allows."""
@@ -324,11 +325,15 @@ class Client:
             give_back()
         return held
 
-    def _rows(self, held: Held) -> Rows:
-        share = self.validation_share
-        key = (
-            self.name, self.rows_id, share, held.reader, held.model.task, held.model.max_length,
+    def _rows_key(self, held: Held) -> Any:
+        """Tells these rows, encoded for this sub-FM, from all others."""
+        return (
+            self.name, self.rows_id, self.validation_share, held.reader, held.model.task,
+            held.model.max_length,
         )  # fmt: skip
+
+    def _rows(self, held: Held) -> Rows:
+        share, key = self.validation_share, self._rows_key(held)
         if key not in self.cache.rows:
             source = Source(
                 self.name, self.load_rows, self.kept_rows, self.rows_digest, self.max_bad_rows

@@ -26,7 +26,7 @@ from fedpft_core.wire.messages import (
 from fedpft_core.wire.meta import PackageMeta
 
 PREFIX = "policy-"
-LEAVING = ("adapter", "counts", "statistics", "merging")
+LEAVING = ("adapter", "counts", "statistics", "slopes", "merging")
 PARTS = ("lora", "head", "any")
 
 # By node config key: type, default, and what the rule says.
@@ -38,10 +38,11 @@ KEYS: dict[str, tuple[type, Any, str]] = {
     ),
     "policy-families": (str, "", "families of models that are trained; empty = all known"),
     "policy-leave": (
-        str, "adapter,counts,statistics",
+        str, "adapter,counts,statistics,slopes",
         "what may leave: `adapter` (what training made), `counts` (of inactive neurons), "
-        "`statistics` (sums of features by class), `merging` (squared gradients, or products of "
-        "layers' inputs, for federation.aggregate = fisher or regmean)",
+        "`statistics` (sums of features by class), `slopes` (of the loss at heads that the server "
+        "sends, for head.descent; not without `statistics`), `merging` (squared gradients, or "
+        "products of layers' inputs, for federation.aggregate = fisher or regmean)",
     ),
     "policy-min-rows": (int, 1, "rows that a request must be of in all"),
     "policy-min-step-rows": (int, 1, "rows of a training step"),
@@ -168,6 +169,8 @@ class Policy:
             raise PolicyError("secure", self.secure, "what is asked for has no masks")
         if isinstance(request, StatisticsRequest):
             self._check_leaves("statistics")
+            if request.head:
+                self._check_leaves("slopes")
             return
         self._check_leaves("adapter")
         if request.count_rule:

@@ -2,52 +2,72 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from client_app.chain import put
 from client_app.policy import Policy
+from client_app.process import Held, Portions, ProcessCache
 from client_app.secure import Secure
 from fedpft_core.data.encoded import Encoded
 from fedpft_core.errors import ReplyError
 from fedpft_core.head.closed import form_of
 from fedpft_core.head.fixed import Fixed
-from fedpft_core.head.form import Form, Sums
-from fedpft_core.head.refit import of_rows
-from fedpft_core.proxy.package import ClientModel
+from fedpft_core.head.form import Summing, Sums
+from fedpft_core.head.refit import last_linear, seen
+from fedpft_core.head.refit import summed as sums_of
 from fedpft_core.tensors import Tensors
 from fedpft_core.wire import codec
+from fedpft_core.wire.identity import tensor_digest
 from fedpft_core.wire.messages import SecureStatisticsRequest, StatisticsRequest
 
 
 def summed(
-    request: StatisticsRequest, model: ClientModel, rows: Encoded, policy: Policy
-) -> tuple[Sums, Form, int, int]:
+    request: StatisticsRequest, held: Held, rows: Encoded, policy: Policy, cache: ProcessCache,
+    key: Any,
+) -> tuple[Sums, Summing, int, int]:  # fmt: skip
     """The sums over a client's rows.
 
     Args:
         request: what is asked for; its adapter is put on the model.
-        model: the sub-FM asked for.
+        held: the sub-FM asked for.
         rows: that the client trains on.
         policy: what the node's owner lets a server ask for.
+        cache: keeps features while slopes are asked for, which come many times at one adapter.
+        key: tells these rows from all others.
 
     Returns:
-        The sums, their form, how many rows there are, and the most answers that one can have.
+        The sums, what they are of, how many rows there are, and the most answers of one.
 
     Raises:
-        ReplyError: the task's head has no closed form, or the adapter does not fit.
+        ReplyError: the task's head has no closed form or no slopes, or adapter or head do not fit.
         UserError: the policy does not allow it.
     """
     policy.check_rows(request, len(rows))
-    form = form_of(model.task)
+    model, task = held.model.model, held.model.task
+    form = form_of(task)
     if form is None:
         raise ReplyError("the request cannot be used (this task's head has no closed form)")
     assert rows.labels is not None
     policy.check_classes(form.group_rows(rows.labels))
-    put(model, codec.decode(request.adapter, request.fmt))
-    found = of_rows(model.model, rows, model.task, request.batch_size, request.width, request.seed)
-    return found, form, len(rows), model.max_length
+
+    def see() -> Portions:
+        put(held.model, codec.decode(request.adapter, request.fmt))
+        return seen(model, rows, task, request.batch_size, request.width, request.seed)
+
+    if not request.head:
+        return sums_of(form, see()), form, len(rows), held.model.max_length
+    width = min(last_linear(model).in_features, request.width)
+    slopes = form.slopes(request.head, width)
+    if slopes is None:
+        raise ReplyError("the request cannot be used (this task's head has no slopes)")
+    adapter = tuple((k, tensor_digest(t)) for k, t in sorted(request.adapter.items()))
+    here = (key, request.digest, request.fmt, adapter, request.width, request.seed)
+    portions = cache.seen(here, see)
+    return sums_of(slopes, portions), slopes, len(rows), held.model.max_length
 
 
 def masked(
-    found: Sums, form: Form, rows: int, most: int, secure: Secure,
+    found: Sums, form: Summing, rows: int, most: int, secure: Secure,
     request: SecureStatisticsRequest,
 ) -> Tensors:  # fmt: skip
     """Put the session's masks on a client's sums, once these pass what the server cannot check.

@@ -269,8 +269,9 @@ def seconds_left(record: Record) -> float | None:
 def _(event: ev.HeadSet, record: Record) -> list[str]:
     kept = "" if event.taken else "; the tuned head is better on unseen rows and stays"
     classes = f", {event.classes} classes," if event.classes else ""
+    by = f" and {event.descent} of {event.exchanges} slopes" if event.exchanges else ""
     return [
-        f"head from the statistics of {human_count(event.rows)} rows{classes} in "
+        f"head from the statistics of {human_count(event.rows)} rows{classes}{by} in "
         f"{human_seconds(event.seconds)}{kept}"
     ]
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from fedpft_core.adapter.ranks import narrowed
 from fedpft_core.aggregation import Replies, RuleSettings
@@ -363,14 +364,14 @@ class Strategy:
             work = MaskedStatistics(self.config, nodes, state, want, self._parcel, sent)
             return Total(work, self._session(nodes, state, want.round, work))
         got = Gathered(want, nodes, state, self.events)
-        request = by_node(state, self._parcel, partial(self._statistics, sent, want.max_bytes))
+        request = by_node(state, self._parcel, partial(self._statistics, sent, want))
         self._exchange(got, _to(got, request))
         return got
 
     def _statistics(
-        self, sent: Tensors, most: int, view: State, parcel: Parcel, blocks: str, rank: int
+        self, sent: Tensors, want: ExpectedStatistics, view: State, parcel: Parcel, *_: Any
     ) -> Request:
-        return statistics_requests(self.config, view, parcel, sent, most)
+        return statistics_requests(self.config, view, parcel, sent, want.head, want.max_bytes)
 
     def _parcel(self, state: State) -> Parcel:
         return self._shelf.parcel(state)

@@ -263,7 +263,7 @@ def is_good(
 def _good(envelope: Envelope, want: Expected, name: str, announced: int, held_out: int) -> bool:
     head = json.loads(envelope.head)
     exact = {
-        "protocol": 7,
+        "protocol": 8,
         "name": name,
         "round": want.round,
         "digest": want.digest,

@@ -288,6 +288,7 @@ _SAID = {
     "adapter": "the adapter: LoRA factors and head",
     "counts": "how often each neuron was inactive",
     "statistics": "sums over rows by label",
+    "head": "heads at which clients sum slopes",
     "merging": "figures by which a merge weighs the adapters",
     "control": "requests and settings",
 }

@@ -158,6 +158,14 @@ class HeadConfig:
         low=0.0,
         high=1.0,
     )
+    descent: int = _key(
+        0,
+        "exchanges at most in which a head from statistics is tuned further: each client sends the "
+        "slope of the loss over its rows, and the server takes the head on the way with the least "
+        "loss on its validation rows; for tasks of many classes; 0 = none",
+        low=0,
+        high=1000,
+    )
     guard: str = _key(
         "none",
         "whose statistics are summed: `none` (everybody's) or `validation` (not those of clients "

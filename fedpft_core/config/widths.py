@@ -88,6 +88,7 @@ def check_widths(config: Config) -> None:
         ("plan.keep-neurons", p.keep_neurons, 0),
         ("plan.disguise", p.disguise, "none"),
         ("plan.embeddings", p.embeddings, "all"),
+        ("head.descent", config.head.descent, 0),
     ):
         if value != only:
             raise UserError(f"plan.widths = {p.widths} needs {key} = {only}, not {value}.")

@@ -16,6 +16,7 @@ from fedpft_core.head.discriminant import Head
 from fedpft_core.head.form import Form
 from fedpft_core.head.mapped import Map
 from fedpft_core.head.moments import Moments
+from fedpft_core.head.slope import Slopes
 from fedpft_core.head.statistics import Layout, Statistics
 from fedpft_core.task import Task
 
@@ -168,6 +169,21 @@ class Classes(Form):
         """
         return mapped.taken(found, way, x, y)
 
+    def slopes(self, head: Mapping[str, Tensor], width: int) -> Slopes:
+        """The slope of the cross-entropy.
+
+        Args:
+            head: `weight` float64 [C, D] and `bias` float64 [C].
+            width: D.
+
+        Returns:
+            What is summed.
+
+        Raises:
+            ReplyError: it is no such head.
+        """
+        return Slopes.at(head, self.count, width, self.one_a_row)
+
 
 @dataclass(frozen=True)
 class Values(Form):
@@ -318,6 +334,15 @@ class Values(Form):
             Sums over as many rows.
         """
         return moments.taken(found, way, x, y)
+
+    def slopes(self, head: Mapping[str, Tensor], width: int) -> None:
+        """None: ridge regression has no better slope to follow, and labels are not tuned so.
+
+        Args:
+            head: not looked at.
+            width: not looked at.
+        """
+        return
 
 
 @dataclass(frozen=True)

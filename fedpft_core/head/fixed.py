@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedpft_core.head.form import Form
+from fedpft_core.head.form import Summing
 from fedpft_core.tensors import Tensors
 
 _FINEST = 2.0**-500  # a step below it could be none
@@ -40,7 +40,7 @@ class Fixed:
         label: how far from zero a number to be learned can be; 0 where there are none.
     """
 
-    form: Form
+    form: Summing
     width: int
     bits: int
     clients: int

@@ -57,8 +57,8 @@ class Sums(Protocol):
         """
 
 
-class Form(Protocol):
-    """How the head of one kind of task follows from sums."""
+class Summing(Protocol):
+    """What is summed over rows: how, how it travels, and what no rows can have."""
 
     def of(self, features: Tensor, answers: Tensor) -> Any:
         """The sums of some rows.
@@ -145,6 +145,10 @@ class Form(Protocol):
             ReplyError: naming the first thing that is wrong.
         """
 
+
+class Form(Summing, Protocol):
+    """How the head of one kind of task follows from sums."""
+
     def fit(self, found: Any, fixed: float | None, features: Tensor, answers: Tensor) -> Head:
         """The head that sums give.
 
@@ -191,4 +195,18 @@ class Form(Protocol):
 
         Returns:
             Sums over as many rows.
+        """
+
+    def slopes(self, head: Mapping[str, Tensor], width: int) -> Summing | None:
+        """What is summed where the slope of the loss at a head is wanted.
+
+        Args:
+            head: `weight` float64 [C, D] and `bias` float64 [C].
+            width: D.
+
+        Returns:
+            Its sums; None where a head of this kind is not tuned by slopes.
+
+        Raises:
+            ReplyError: it is no such head.
         """

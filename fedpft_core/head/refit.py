@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fedpft_core.data.batches import batches
 from fedpft_core.data.encoded import Encoded
 from fedpft_core.head.closed import form_of
-from fedpft_core.head.form import Sums
+from fedpft_core.head.form import Summing, Sums
 from fedpft_core.head.mapped import Map, fit
 from fedpft_core.head.statistics import add, projection
 from fedpft_core.model.batch import inputs_of, read_at
@@ -139,13 +139,43 @@ def of_rows(
     form = form_of(task)
     if form is None:
         raise ValueError(f"a head for {task.name} has no closed form")
+    return summed(form, seen(model, rows, task, batch_size, width, seed))
+
+
+def summed(form: Summing, portions: Iterable[tuple[Tensor, Tensor]]) -> Sums:
+    """The sums over features and answers.
+
+    Args:
+        form: what is summed.
+        portions: at least one, as :func:`seen` gives them.
+
+    Returns:
+        The sums.
+    """
+    found: Sums = add(form.of(features, answers) for features, answers in portions)
+    return found
+
+
+def seen(
+    model: nn.Module, rows: Encoded, task: Task, batch_size: int, width: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features and answers of some rows, so many at a time that they take little memory.
+
+    Args:
+        model: with the adapter whose features are wanted.
+        rows: labelled rows.
+        task: says what is judged.
+        batch_size: rows at once.
+        width: features kept at most; wider ones are projected.
+        seed: the run's, which the projection is drawn from.
+
+    Yields:
+        Features float64 [n, D] and their answers [n, ...].
+    """
     turn = projection(last_linear(model).in_features, width, seed)
-    parts = []
     for served in _portions(rows, batch_size, task):
         found = features(model, served, task)
-        parts.append(form.of(found if turn is None else found @ turn, answers(served, task)))
-    summed: Sums = add(parts)
-    return summed
+        yield (found if turn is None else found @ turn), answers(served, task)
 
 
 def _portions(rows: Encoded, batch_size: int, task: Task) -> Iterator[list[Batch]]:

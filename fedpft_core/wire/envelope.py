@@ -35,7 +35,7 @@ from fedpft_core.wire.messages import (
 )
 from fedpft_core.wire.package import Patch
 
-PROTOCOL = 7
+PROTOCOL = 8
 
 _MAX_HEAD = 2**20  # characters; real heads have well under a thousand per patch
 
@@ -130,14 +130,15 @@ def open_envelope(envelope: Envelope) -> Message:
         head["settings"] = _settings(head["settings"])
     if issubclass(cls, TrainRequest | StatisticsRequest):
         names = [f"patch.{i}" for i in range(len(head["patches"]))]
-        _check_parts(parts, [*needed, *names], optional=("package",))
+        heads = ("head",) if issubclass(cls, StatisticsRequest) else ()
+        _check_parts(parts, [*needed, *names], optional=("package", *heads))
         head["patches"] = tuple(
             Patch(source, target, fmt, codec.unpack(parts[name]))
             for (source, target, fmt), name in zip(head["patches"], names, strict=True)
         )
         head["package"] = parts.get("package", b"")
     else:
-        _check_parts(parts, needed, optional=_OPTIONAL if cls is TrainReply else ())
+        _check_parts(parts, needed, optional=("counts", "merging") if cls is TrainReply else ())
     head |= {name: codec.unpack(parts[name]) for name in _TENSORS if name in parts}
     for name in ("have", "lacks", "alive", "answered", "dropped"):
         if head.get(name) is not None:
@@ -231,8 +232,8 @@ _MOST_CLIENTS = 100_000  # of one session
 
 
 # What the head says of each field, by its name; fields that travel as parts are not in it.
-_TENSORS = ("adapter", "counts", "merging", "statistics")
-_OPTIONAL = ("counts", "merging")  # absent where they are empty
+_TENSORS = ("adapter", "counts", "merging", "statistics", "head")
+_OPTIONAL = ("counts", "merging", "head")  # absent where they are empty
 _IN_PARTS = (*_TENSORS, "package")
 
 

@@ -28,8 +28,8 @@ class Envelope:
         """Size of the message, as the ledger counts it.
 
         Returns:
-            Bytes by kind: package, patch, adapter, counts, merging, statistics, and control (head,
-            checksum and parts of no other kind).
+            Bytes by kind: package, patch, adapter, counts, merging, statistics, head, and
+            control (the JSON text, checksum and parts of no other kind).
         """
         out = {"control": len(_bytes(self.head)) + len(_bytes(self.check))}
         for name, data in self.parts.items():
@@ -40,7 +40,7 @@ class Envelope:
         return out
 
 
-_PART_KINDS = ("package", "patch", "adapter", "counts", "merging", "statistics")
+_PART_KINDS = ("package", "patch", "adapter", "counts", "merging", "statistics", "head")
 
 
 def _bytes(text: str) -> bytes:

@@ -87,6 +87,7 @@ class TrainReply:
 class StatisticsRequest:
     """Class statistics are wanted, of the features that the sub-FM has with this adapter.
 
+    With a `head` the slope of the loss at it is wanted instead (`fedpft_core.head.slope`).
     `package` or `patches` bring the client to `digest` if it is not there.
     """
 
@@ -100,6 +101,7 @@ class StatisticsRequest:
     threads: int
     package: bytes = b""
     patches: tuple[Patch, ...] = ()
+    head: Tensors = field(default_factory=dict)  # `weight` and `bias` over the features summed
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedpft_core.errors import ReplyError
-from fedpft_core.head.form import Form, Sums
+from fedpft_core.head.form import Summing, Sums
 from fedpft_core.model.names import is_trained
 from fedpft_core.task import Task
 from fedpft_core.tensors import Tensors
@@ -282,16 +282,18 @@ class ExpectedStatistics:
         widths: the names of the other widths, by digest.
         label: how far from zero a number to be learned can be; 0 where that is not known. Only
             statistics under masks need it.
+        head: at which slopes are wanted, `weight` and `bias`; empty = class statistics.
     """
 
     round: int
     digest: str
-    form: Form
+    form: Summing
     width: int
     longest: float
     most: int = 1
     widths: Mapping[str, str] = field(default_factory=dict)
     label: float = 0.0
+    head: Tensors = field(default_factory=dict)
 
     @property
     def max_bytes(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -23,6 +24,7 @@ from fedpft_core.seeds import numpy_stream
 from fedpft_core.tensors import Tensors
 from fedpft_core.wire.validate import ExpectedStatistics
 from server_app.bench import Bench
+from server_app.phases import descent
 from server_app.phases.guard import guard_of
 from server_app.run import schema as ev
 from server_app.state import Events, State
@@ -150,7 +152,23 @@ def projected(bench: Bench, width: int) -> Tensor | None:
     return projection(width, config.head.max_features, config.run.seed)
 
 
-def gather(bench: Bench, strategy: Strategy, state: State) -> dict[str, Sums]:
+@dataclass(frozen=True)
+class Gathered:
+    """The class statistics of the clients.
+
+    Attributes:
+        sums: by the width of the sub-FM (empty where there is one) the sum over all good replies,
+            without those that head.guard leaves out.
+        want: what was asked for.
+        left_out: who is left out.
+    """
+
+    sums: dict[str, Sums]
+    want: ExpectedStatistics
+    left_out: tuple[str, ...]
+
+
+def gather(bench: Bench, strategy: Strategy, state: State) -> Gathered:
     """The class statistics of all connected clients' rows, at the adapter of `state`.
 
     Args:
@@ -159,8 +177,7 @@ def gather(bench: Bench, strategy: Strategy, state: State) -> dict[str, Sums]:
         state: has the adapter; what clients now have is noted in it.
 
     Returns:
-        By the width of the sub-FM (empty where there is one) the sum over all good replies, without
-        those that head.guard leaves out.
+        The statistics.
 
     Raises:
         RunError: too few clients sent any.
@@ -185,8 +202,16 @@ def gather(bench: Bench, strategy: Strategy, state: State) -> dict[str, Sums]:
         label=_ROOM * _farthest(bench) if config.privacy.secure else 0.0,
     )
     judging = partial(_judging, bench)
-    guard = guard_of(bench, strategy.events, state.round, want.form, judging)
-    return strategy.gather(state, want, guard)
+    guard = guard_of(bench, strategy.events, state.round, form(bench), judging)
+    out: list[str] = []
+
+    def noted(parts: Mapping[str, Mapping[str, Sums]]) -> list[str]:
+        assert guard is not None
+        out[:] = guard(parts)
+        return out
+
+    sums = strategy.gather(state, want, noted if guard else None)
+    return Gathered(sums, want, tuple(out))
 
 
 def _judging(bench: Bench, model: torch.nn.Module) -> tuple[Tensor, Tensor]:
@@ -238,19 +263,28 @@ def together(bench: Bench, found: Mapping[str, Sums], target: torch.nn.Module) -
     return add(every)
 
 
-def best(bench: Bench, found: Sums, model: torch.nn.Module) -> Head:
-    """The head that some statistics give, shrunk and scaled to suit the server's labelled rows.
+def best(
+    bench: Bench, strategy: Strategy, state: State, got: Gathered, found: Sums
+) -> descent.Descent:
+    """The proxy's head that statistics give, as it suits the server's labelled rows best.
+
+    It is shrunk and scaled, and tuned further by clients' slopes where head.descent says so.
 
     Args:
         bench: its validation rows kept for fitting decide, where there are any.
-        found: statistics of the features of `model`.
-        model: FM or proxy.
+        strategy: the clients, who are asked for slopes if for anything.
+        state: at the adapter that the statistics are of.
+        got: the statistics as they came.
+        found: their sum, of the features of the proxy.
 
     Returns:
-        The head over the features as clients sum them.
+        The head over the features as clients sum them, and how it was found.
     """
-    read_rows, labels = read(bench, model, split(bench)[0])
-    return fit(bench, found, read_rows, labels)
+    rows, labels = _judging(bench, bench.models.proxy)
+    head = fit(bench, found, rows, labels)
+    return descent.tuned(
+        bench, strategy, state, form(bench), got.want, got.left_out, found, head, rows, labels
+    )
 
 
 def fit(bench: Bench, found: Sums, rows: Tensor, labels: Tensor | None) -> Head:
@@ -304,15 +338,17 @@ def start(bench: Bench, strategy: Strategy, state: State, events: Events) -> Non
     began = time.perf_counter()
     proxy = bench.models.proxy
     if asked(bench):
-        found = together(bench, gather(bench, strategy, state), proxy)
-        head = best(bench, found, proxy)
+        got = gather(bench, strategy, state)
+        found = together(bench, got.sums, proxy)
+        down = best(bench, strategy, state, got, found)
     else:
         bench.models.plug(state.adapter)
         found = form(bench).of(*read(bench, proxy, split(bench)[0]))
         # The rows that it is fitted to would choose no shrinkage at all.
         head = fit(bench, found, torch.zeros(0, 1, dtype=torch.float64), None)
-    state.adapter = _with(bench, head, state.adapter)
-    _emit(events, state.round, found, head, None, True, began)
+        down = descent.Descent(head, 0, 0, 0.0)
+    state.adapter = _with(bench, down.head, state.adapter)
+    _emit(events, state.round, found, down, None, True, began)
 
 
 def again(
@@ -340,27 +376,27 @@ def again(
     if not wanted(bench) or (mode == "trained" and not force):
         return None
     began = time.perf_counter()
-    by_width = gather(bench, strategy, state)
+    got = gather(bench, strategy, state)
     if mode == "trained":
-        return by_width
-    found = together(bench, by_width, bench.models.proxy)
-    head = best(bench, found, bench.models.proxy)
+        return got.sums
+    found = together(bench, got.sums, bench.models.proxy)
+    down = best(bench, strategy, state, got, found)
     merits = None
     taken = True
     if mode == "better":
         judge = split(bench)[1]
         if not len(judge):
-            return by_width
+            return got.sums
         tuned, _ = merit(bench, bench.models.proxy, judge)
-        other = _with(bench, head, state.adapter)
+        other = _with(bench, down.head, state.adapter)
         bench.models.plug(other)
         merits = (tuned, merit(bench, bench.models.proxy, judge)[0])
         taken = merits[1] > merits[0]
     if taken:
-        state.adapter = _with(bench, head, state.adapter)
+        state.adapter = _with(bench, down.head, state.adapter)
     bench.models.plug(state.adapter)
-    _emit(events, state.round, found, head, merits, taken, began)
-    return by_width
+    _emit(events, state.round, found, down, merits, taken, began)
+    return got.sums
 
 
 def merit(bench: Bench, model: torch.nn.Module, rows: Encoded) -> tuple[float, int]:
@@ -398,15 +434,16 @@ def _emit(
     events: Events,
     round: int,
     found: Sums,
-    head: Head,
+    down: descent.Descent,
     merits: tuple[float, float] | None,
     taken: bool,
     began: float,
 ) -> None:
-    before, after = merits if merits else (None, None)
+    (before, after), head = merits or (None, None), down.head
     events.emit(ev.HeadSet(
         round=round, rows=found.rows, classes=found.groups,
         shrinkage=head.shrinkage, scale=head.scale, loss=head.loss,
         right_before=before, right_after=after, taken=taken,
+        exchanges=down.exchanges, descent=down.taken,
         seconds=time.perf_counter() - began,
     ))  # fmt: skip

@@ -130,8 +130,8 @@ class Gathered(Awaited):
 
 
 def statistics_requests(
-    config: Config, state: State, parcel: Parcel, adapter: Tensors, answer: int = 0,
-    **secure: Any,
+    config: Config, state: State, parcel: Parcel, adapter: Tensors, head: Tensors,
+    answer: int = 0, **secure: Any,
 ) -> Request:  # fmt: skip
     """A function from what a client has to the message it gets.
 
@@ -140,6 +140,7 @@ def statistics_requests(
         state: where the run stands.
         parcel: the state's package as it travels.
         adapter: the adapter whose features are wanted, in the wire's format.
+        head: at which slopes are wanted; empty = class statistics.
         answer: bytes that a good reply can have; 0 for no limit.
         **secure: what `SecureStatisticsRequest` has besides; empty = statistics without masks.
 
@@ -160,6 +161,7 @@ def statistics_requests(
             threads=config.train.threads,
             package=package,
             patches=patches,
+            head=head,
             **secure,
         )
 

@@ -74,7 +74,7 @@ class MaskedStatistics(Masked):
         """
         view, fixed = self.state.of(name), self.fixed
         return statistics_requests(
-            self.config, view, self.parcel(view), self.adapter,
+            self.config, view, self.parcel(view), self.adapter, self.want.head,
             session=session, modulus_bits=fixed.bits, clients=fixed.clients, rows=fixed.rows,
             longest=fixed.longest, label=fixed.label, alive=alive,
         )  # fmt: skip

@@ -249,3 +249,26 @@ def test_the_order_of_replies_does_not_change_a_bit() -> None:
             (total,) = got.total(FederationConfig()).values()  # there is one width
             totals.append(total.tensors())
         assert all(tiny.same_bits(totals[0], other) for other in totals[1:])
+
+
+def test_slopes_tune_the_head_alike_whatever_the_partition(
+    job: dict[str, Any], tmp_path: Path
+) -> None:
+    """IID or one class a client: the same head but for rounding, and better than without."""
+    found = []
+    for scheme in ("iid", "shards"):
+        flat = job | {"federation.partition": scheme, "head.start": "statistics"}
+        flat |= {"train.lr": 1e-30, "wire.adapter": "fp32", "plug.refit": "none"}
+        flat |= {"align.interval": 0, "lora.dropout": 0.0, "head.descent": 8}
+        events = tiny.run(flat, tmp_path / scheme)
+        (head,) = of(events, "head")
+        assert 0 < head["descent"] <= head["exchanges"] <= 8
+        kinds = [e["kind"] for e in of(events, "bytes") if e["direction"] == "down"]
+        clients = len({e["client"] for e in of(events, "bytes")})
+        assert kinds.count("head") == head["exchanges"] * clients
+        found.append((start_head(tmp_path / scheme), head["descent"], head["loss"]))
+    for name, t in found[0][0].items():
+        torch.testing.assert_close(t, found[1][0][name], rtol=1e-4, atol=1e-5)
+    assert found[0][1] == found[1][1]
+    plain = tiny.run(job | {"head.start": "statistics", "align.interval": 0}, tmp_path / "plain")
+    assert found[0][2] < of(plain, "head")[0]["loss"]

@@ -149,7 +149,9 @@ class HeadSet(Event, name="head"):
     right_before: float | None
     right_after: float | None  # the same, of the head computed
     taken: bool  # whether the computed head is used
-    seconds: float  # the exchange and the computation
+    seconds: float  # the exchanges and the computation
+    exchanges: int = 0  # of slopes, by which the head of the statistics was tuned (head.descent)
+    descent: int = 0  # the exchange that led to the head which is used; 0 = that of the statistics
 
 
 class LeftOut(TypedDict):
