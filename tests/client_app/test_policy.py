@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 
 from client_app import client as client_module
 from client_app.app_hash import app_hash
@@ -23,6 +24,7 @@ from fedpft_core.wire.messages import (
     Hello,
     Message,
     RefusalReply,
+    StatisticsReply,
     StatisticsRequest,
     TrainReply,
 )
@@ -118,6 +120,27 @@ def test_the_rules_refuse_by_name(ask: Ask, request_for: Any, sub_fm: Any) -> No
     assert not isinstance(ask(asked), RefusalReply)
     refused(ask(good, leave="statistics"), "leave")
     assert isinstance(ask(good, max_mb=1), TrainReply)
+
+
+def slopes(package: Package, adapter: Any, weight: float = 0.0) -> StatisticsRequest:
+    """A request for the slope at a head of equal weights."""
+    classes, width = adapter["classifier.weight"].shape
+    head = {
+        "weight": torch.full((classes, width), weight, dtype=torch.float64),
+        "bias": torch.zeros(classes, dtype=torch.float64),
+    }
+    return replace(statistics(package, adapter), head=head)
+
+
+def test_slopes_leave_where_the_owner_lets_them(ask: Ask, sub_fm: Any) -> None:
+    asked = slopes(*sub_fm)
+    assert isinstance(ask(asked), StatisticsReply)
+    refused(ask(asked, leave="adapter,counts,statistics"), "leave")
+    refused(ask(asked, leave="adapter,slopes"), "leave")
+    refused(ask(asked, min_class_rows=2), "min-class-rows")
+    wide = {k: torch.cat([t, t]) for k, t in asked.head.items()}
+    answer = ask(replace(asked, head=wide))
+    assert isinstance(answer, RefusalReply) and "type or shape" in answer.reason
 
 
 def test_a_message_that_is_too_large_is_not_opened(

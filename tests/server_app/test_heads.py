@@ -272,3 +272,34 @@ def test_slopes_tune_the_head_alike_whatever_the_partition(
     assert found[0][1] == found[1][1]
     plain = tiny.run(job | {"head.start": "statistics", "align.interval": 0}, tmp_path / "plain")
     assert found[0][2] < of(plain, "head")[0]["loss"]
+
+
+def test_masked_slopes_tune_the_head_as_plain_ones_do(job: dict[str, Any], tmp_path: Path) -> None:
+    flat = job | {"head.start": "statistics", "head.descent": 3, "head.end": "trained"}
+    flat |= {"train.lr": 1e-30, "wire.adapter": "fp32", "align.interval": 0, "lora.dropout": 0.0}
+    flat |= {"federation.min-clients": 3, "plug.method": "refit", "plug.refit": "none"}
+    steps, made = [], []
+    for weighting in (
+        "examples",
+        "uniform",
+    ):  # of changes; masked sums are over rows whatever it is
+        run, secure = tmp_path / weighting, weighting == "uniform"
+        asked = {"federation.weighting": weighting, "privacy.secure": secure}
+        (head,) = of(tiny.run(flat | asked, run), "head")
+        steps.append((head["exchanges"], head["descent"]))
+        made.append(start_head(run))
+    assert steps[0] == steps[1] and steps[0][1] > 0
+    for name, t in made[0].items():
+        torch.testing.assert_close(t, made[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_without_labelled_rows_there_is_no_descent(job: dict[str, Any], tmp_path: Path) -> None:
+    flat = {k: v for k, v in job.items() if k != "data.validation"} | {
+        "data.validation-share": 0.0, "head.start": "statistics", "head.descent": 3,
+        "head.end": "trained", "plug.method": "as-trained",
+    }  # fmt: skip
+    events = tiny.run(flat, tmp_path / "run")
+    assert [e.get("exchanges", 0) for e in of(events, "head")] == [0]
+    assert [e for e in of(events, "warning") if "head.descent" in e["text"]]
+    with pytest.raises(UserError, match=r"needs head\.descent = 0"):
+        tiny.run(flat | {"plan.widths": "0.25,0.5"}, tmp_path / "widths")
