@@ -207,6 +207,14 @@ class PlugConfig:
         choices=("better", "validation", "public", "none"),
     )
     rows: int = _key(512, "rows it is refitted on at most", low=1)
+    map_rows: int = _key(
+        0,
+        "with plug.method = best or mapped: public rows, texts as long as the task's, that the "
+        "maps of `refit` and `mapped` are fitted to first; on the task's rows they are then "
+        "pulled towards that map, not towards none. For heads that small differences of features "
+        "mislead, as those of many classes; 0 = none",
+        low=0,
+    )
     ridge: float = _key(
         1.0, "pull of the refitted head towards the trained one, as a share of the features' "
         "mean square", above=0.0,

@@ -43,13 +43,15 @@ class Map:
         return (x - self.mean_x) @ self.turn + self.mean_y
 
 
-def fit(x: Tensor, y: Tensor, ridge: float) -> Map:
-    """Least squares with a pull towards the identity: with few rows little is turned.
+def fit(x: Tensor, y: Tensor, ridge: float, prior: Tensor | None = None) -> Map:
+    """Least squares with a pull towards what is known before: with few rows little is turned.
 
     Args:
         x: float64 [N, D], features of the rows in the one model.
         y: float64 [N, D], features of the same rows in the other.
-        ridge: weight of |turn - I|^2 as a share of the mean squared norm of a feature, > 0.
+        ridge: weight of |turn - prior|^2 as a share of the mean squared norm of a feature, > 0.
+        prior: float64 [D, D], such as the turn of a map fitted on other rows; None for the
+            identity.
 
     Returns:
         The map from x to y.
@@ -60,7 +62,8 @@ def fit(x: Tensor, y: Tensor, ridge: float) -> Map:
     one = torch.eye(len(gram), dtype=gram.dtype)
     # A feature that never moves has no say; were they all such, the identity would be the answer.
     pull = ridge * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny) * one
-    turn = torch.linalg.solve(gram + pull, a.T @ b + pull)
+    known = pull if prior is None else pull @ prior
+    turn = torch.linalg.solve(gram + pull, a.T @ b + known)
     spread = b.square().sum().clamp_min(torch.finfo(gram.dtype).tiny)
     before = float((x - y).square().sum() / spread)
     after = float((a @ turn - b).square().sum() / spread)

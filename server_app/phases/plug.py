@@ -7,14 +7,19 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from fedpft_core.adapter import lora as adapters
 from fedpft_core.data.batches import batches
 from fedpft_core.data.encoded import Encoded
+from fedpft_core.data.stream import public_batches
 from fedpft_core.head import refit as plug
 from fedpft_core.head.form import Sums
 from fedpft_core.head.imitate import Settings, imitate
 from fedpft_core.head.mapped import fit as mapped_to
 from fedpft_core.head.statistics import add
+from fedpft_core.model.device import Batch
 from fedpft_core.seeds import derive, numpy_stream
 from fedpft_core.task import Headless
 from fedpft_core.tensors import Tensors
@@ -31,6 +36,9 @@ METHODS = ("as-trained", "refit", "mapped", "distil")
 
 HEADLESS = ("as-trained", "distil")
 """The same for tasks that train no head."""
+
+_SHORTEST = 8  # tokens of a public row, special ones included
+_LOOSE = 0.01  # pull of the map on public rows towards the identity; they are many
 
 
 def refits(bench: Bench) -> bool:
@@ -151,7 +159,8 @@ def finish(bench: Bench, strategy: Strategy, state: State, events: Events) -> No
     wanted: Sequence[str] = (method,)
     if method == "best":
         wanted = METHODS if len(judge) else ("refit", "mapped")
-    made = _candidates(bench, sums, fit_rows, events, wanted)
+    known = _public_features(bench) if {"refit", "mapped"} & set(wanted) else None
+    made = _candidates(bench, sums, fit_rows, events, wanted, known)
     taken, right, fitted, judges = method, dict[str, float](), len(fit_rows), 0
     if len(judge):
         for name, adapter in made.items():
@@ -164,7 +173,8 @@ def finish(bench: Bench, strategy: Strategy, state: State, events: Events) -> No
                 # The choice is made; the rows that made it now serve what was chosen.
                 models.plug(state.adapter)
                 rows = heads.fitting(bench)
-                made, fitted = _candidates(bench, sums, rows, events, (taken,)), len(rows)
+                made = _candidates(bench, sums, rows, events, (taken,), known)
+                fitted = len(rows)
     elif method == "best":
         taken = "mapped" if "mapped" in made else "refit"
     adapters.load(models.fm, made[taken])
@@ -209,6 +219,7 @@ def _candidates(
     rows: Encoded,
     events: Events,
     wanted: Sequence[str],
+    known: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Tensors]:
     """What the FM's adapter may become: as trained, and by the methods that are wanted.
 
@@ -219,6 +230,7 @@ def _candidates(
             any.
         events: where progress is noted.
         wanted: of METHODS.
+        known: features of public rows in proxy and FM, which maps are fitted to first.
 
     Returns:
         Adapters by the candidate's name, `as-trained` first. The last one is on the FM.
@@ -229,7 +241,8 @@ def _candidates(
         served = list(batches(rows, bench.config.run.eval_batch_size, None))
         f_S, f_T = (plug.features(m, served, bench.rows.task) for m in (models.proxy, models.fm))
     if "refit" in wanted:
-        weight, bias = plug.turned(plug.last_linear(models.fm), mapped_to(f_T, f_S, p.ridge))
+        way = mapped_to(f_T, f_S, p.ridge, _prior(known, back=True))
+        weight, bias = plug.turned(plug.last_linear(models.fm), way)
         layer = plug.last_linear(models.fm)
         plug.put(layer, weight, bias)
         made["refit"] = adapters.read(models.fm)
@@ -246,11 +259,12 @@ def _candidates(
                 mine = width.proxy is models.proxy
                 f_W = f_S if mine else plug.features(width.proxy, served, bench.rows.task)
                 x = f_W if turn is None else f_W @ turn
-                own = heads.form(bench).taken(own, mapped_to(x, y, p.ridge), x, y)
+                prior = _prior(known, turn) if mine else None
+                own = heads.form(bench).taken(own, mapped_to(x, y, p.ridge, prior), x, y)
             taken.append(own)
         there = add(taken)
-        known = plug.answers(served, bench.rows.task) if "labels" in served[0] else None
-        head = heads.fit(bench, there, y, known)
+        told = plug.answers(served, bench.rows.task) if "labels" in served[0] else None
+        head = heads.fit(bench, there, y, told)
         heads.write(bench, head, models.fm)
         made["mapped"] = adapters.read(models.fm)
     if "distil" in wanted:
@@ -265,3 +279,31 @@ def _candidates(
         )  # fmt: skip
         made["distil"] = adapters.read(models.fm)
     return made
+
+
+def _public_features(bench: Bench) -> tuple[Tensor, Tensor] | None:
+    """What proxy and FM have of plug.map-rows public rows, texts as long as the task's own."""
+    config, rows = bench.config, bench.rows
+    count, size = config.plug.map_rows, config.run.eval_batch_size
+    if not count:
+        return None
+    own = rows.validation.offsets if len(rows.data.validation) else None
+    lengths = np.array([config.distill.length]) if own is None else own.diff().numpy()
+    stream = numpy_stream(config.run.seed, "map-rows")
+    served: list[Batch] = []
+    for i in range(math.ceil(count / size)):
+        length = max(int(stream.choice(lengths)), _SHORTEST)
+        seed = derive(config.run.seed, "map-rows", i)
+        served += public_batches(rows.public, rows.processor, size, length, 1, seed)
+    found = [plug.features(m, served, rows.task) for m in (bench.models.proxy, bench.models.fm)]
+    return found[0], found[1]
+
+
+def _prior(
+    known: tuple[Tensor, Tensor] | None, turn: Tensor | None = None, back: bool = False
+) -> Tensor | None:
+    """The map that public rows give, from proxy to FM or back; None without any."""
+    if known is None:
+        return None
+    x, y = known if turn is None else (known[0] @ turn, known[1] @ turn)
+    return mapped_to(y, x, _LOOSE).turn if back else mapped_to(x, y, _LOOSE).turn

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fedpft_core.adapter import lora as adapters
+from fedpft_core.head import mapped
 from fedpft_core.head import refit as plug
 from fedpft_core.head.mapped import steadiest
 from fedpft_core.task.classify import logits
@@ -162,3 +163,22 @@ def test_every_family(family: str) -> None:
     assert len(changed) == (1 if head.bias is None else 2)
     for k in changed:
         assert k.replace(".modules_to_save.default", "") in trained
+
+
+def test_a_map_is_pulled_towards_what_other_rows_gave() -> None:
+    """With few rows of its own it stays near the prior, with many it finds the truth."""
+    g = torch.Generator().manual_seed(0)
+    truth = torch.randn(6, 6, generator=g, dtype=torch.float64)
+    near = truth + 0.1 * torch.randn(6, 6, generator=g, dtype=torch.float64)
+
+    def off(n: int, prior: torch.Tensor | None) -> float:
+        x = torch.randn(n, 6, generator=g, dtype=torch.float64)
+        y = x @ truth + 0.5 * torch.randn(n, 6, generator=g, dtype=torch.float64)
+        return float((mapped.fit(x, y, 1.0, prior).turn - truth).norm())
+
+    assert off(4, near) < 0.5 * off(4, None)
+    assert off(4, near) < 1.1 * float((near - truth).norm())
+    x = torch.randn(9, 6, generator=g, dtype=torch.float64)
+    one = torch.eye(6, dtype=torch.float64)
+    plain, eye = mapped.fit(x, x + 1, 0.1), mapped.fit(x, x + 1, 0.1, one)
+    torch.testing.assert_close(plain.turn, eye.turn, rtol=1e-12, atol=1e-12)

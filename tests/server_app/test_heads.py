@@ -303,3 +303,21 @@ def test_without_labelled_rows_there_is_no_descent(job: dict[str, Any], tmp_path
     assert [e for e in of(events, "warning") if "head.descent" in e["text"]]
     with pytest.raises(UserError, match=r"needs head\.descent = 0"):
         tiny.run(flat | {"plan.widths": "0.25,0.5"}, tmp_path / "widths")
+
+
+@pytest.mark.parametrize("method", ["best", "mapped"])
+def test_public_rows_can_come_before_the_tasks_in_the_maps(
+    job: dict[str, Any], tmp_path: Path, method: str
+) -> None:
+    """Another map, the same from run to run, and none of another kind than before."""
+    flat = job | {"head.start": "statistics", "head.end": "better", "plug.method": method}
+    flat |= {"plug.distil-steps": 2, "run.evaluate-every": 100}
+    made = []
+    for name, rows in (("none", 0), ("some", 40), ("again", 40)):
+        events = tiny.run(flat | {"plug.map-rows": rows}, tmp_path / name)
+        (plugged,) = of(events, "plugged")
+        assert plugged["method"] in ("as-trained", "refit", "mapped", "distil")
+        made.append((plugged["right"], start_head(tmp_path / name)))
+    assert made[1][0] == made[2][0] and tiny.same_bits(made[1][1], made[2][1])
+    if method == "mapped":
+        assert not tiny.same_bits(made[0][1], made[1][1])
