@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fedpft_core.wire.envelope import Envelope, checksum
+from fedpft_core.wire.envelope import PROTOCOL, Envelope, checksum
 from fedpft_core.wire.validate import Expected
 
 _NUMPY = {
@@ -263,7 +263,7 @@ def is_good(
 def _good(envelope: Envelope, want: Expected, name: str, announced: int, held_out: int) -> bool:
     head = json.loads(envelope.head)
     exact = {
-        "protocol": 8,
+        "protocol": PROTOCOL,
         "name": name,
         "round": want.round,
         "digest": want.digest,

@@ -23,7 +23,7 @@ from fedpft_core.proxy.patch import apply_patch
 from fedpft_core.train.inactivity import Counts, sum_counts
 from fedpft_core.train.tune import LocalSettings
 from fedpft_core.wire import codec
-from fedpft_core.wire.envelope import Envelope, open_envelope, seal
+from fedpft_core.wire.envelope import PROTOCOL, Envelope, open_envelope, seal
 from fedpft_core.wire.identity import tensor_digest
 from fedpft_core.wire.messages import (
     Hello,
@@ -319,7 +319,8 @@ def test_damage_to_any_message_is_noticed(message: Any) -> None:
 
 def test_another_protocol_is_named() -> None:
     sealed = seal(Hello())
-    for version in (1, 2, 3, 4, 5, 6, 8, 0, "7", True, 7.0, None, [7]):
+    others = [v for v in range(PROTOCOL + 2) if v != PROTOCOL]
+    for version in (*others, str(PROTOCOL), True, float(PROTOCOL), None, [PROTOCOL]):
         head = json.dumps({"protocol": version})
         with pytest.raises(ReplyError, match="version mismatch"):
             open_envelope(corrupt.reseal(sealed, head=head))
