@@ -268,10 +268,14 @@ def seconds_left(record: Record) -> float | None:
 @lines_for.register
 def _(event: ev.HeadSet, record: Record) -> list[str]:
     kept = "" if event.taken else "; the tuned head is better on unseen rows and stays"
-    classes = f", {event.classes} classes," if event.classes else ""
-    by = f" and {event.descent} of {event.exchanges} slopes" if event.exchanges else ""
+    parts = [f"{event.classes} classes"] if event.classes else []
+    if event.descent:
+        parts.append(f"tuned by {event.descent} of {event.exchanges} slopes")
+    elif event.exchanges:
+        parts.append(f"which {event.exchanges} slopes made no better")
+    more = f", {', '.join(parts)}," if parts else ""
     return [
-        f"head from the statistics of {human_count(event.rows)} rows{classes}{by} in "
+        f"head from the statistics of {human_count(event.rows)} rows{more} in "
         f"{human_seconds(event.seconds)}{kept}"
     ]
 

@@ -142,3 +142,17 @@ def test_a_choice_on_few_rows_is_called_one() -> None:
     assert len(lines_for(made("plugged", rows=300, **chosen), Record())) == 1
     none = {**chosen, "right": {}}
     assert len(lines_for(made("plugged", rows=0, **none), Record())) == 1
+
+
+def test_the_heads_line_says_what_slopes_brought() -> None:
+    head = {
+        "round": 0, "rows": 400, "classes": 4, "shrinkage": 0.1, "scale": 1.0, "loss": 0.5,
+        "right_before": None, "right_after": None, "taken": True, "seconds": 2.0,
+    }  # fmt: skip
+    for more, said in (
+        ({}, "400 rows, 4 classes, in 2.0 s"),
+        ({"exchanges": 9, "descent": 6}, "classes, tuned by 6 of 9 slopes, in 2.0 s"),
+        ({"exchanges": 3}, "classes, which 3 slopes made no better, in 2.0 s"),
+    ):
+        (line,) = lines_for(made("head", **head, **more), Record())
+        assert said in line, line
