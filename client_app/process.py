@@ -82,7 +82,7 @@ class ProcessCache:
             made = iter(make())
             for portion in made:
                 kept.append(portion)
-                size += sum(t.numel() * t.element_size() for t in portion)
+                size += _bytes([portion])
                 if size > self.max_features:
                     return chain(kept, made)
         self.features[key] = kept  # at the end: what was not used for longest makes room

@@ -21,8 +21,40 @@ from fedpft_core.head.statistics import Layout, Statistics
 from fedpft_core.task import Task
 
 
+class _Solved(Form):
+    """A form whose heads a module of this room solves for."""
+
+    solver: ClassVar[Any]
+
+    def line(self, found: Any, shrinkage: float) -> tuple[Tensor, Tensor]:
+        """The linear layer at a given shrinkage.
+
+        Args:
+            found: of the rows to learn from.
+            shrinkage: above 0.
+
+        Returns:
+            Weights and bias, unscaled.
+        """
+        line: tuple[Tensor, Tensor] = self.solver.line(found, shrinkage)
+        return line
+
+    def losses(self, scores: Tensor, answers: Tensor) -> Tensor:
+        """What a head is chosen by, for each row.
+
+        Args:
+            scores: float64 [N, C].
+            answers: of the same N.
+
+        Returns:
+            float64 [N].
+        """
+        losses: Tensor = self.solver.losses(scores, answers)
+        return losses
+
+
 @dataclass(frozen=True)
-class Classes(Form):
+class Classes(_Solved):
     """One of C classes for each answer: the shrunken linear discriminant.
 
     Attributes:
@@ -32,6 +64,8 @@ class Classes(Form):
 
     count: int
     one_a_row: bool = True
+
+    solver: ClassVar[Any] = discriminant
 
     def of(self, features: Tensor, answers: Tensor) -> Statistics:
         """Counts and sums by class.
@@ -131,30 +165,6 @@ class Classes(Form):
         shares = (fixed,) if fixed else discriminant.SHARES
         return discriminant.fitted(found, features, answers, shares=shares)
 
-    def line(self, found: Statistics, shrinkage: float) -> tuple[Tensor, Tensor]:
-        """The discriminant at a given shrinkage.
-
-        Args:
-            found: of the rows to learn from.
-            shrinkage: above 0.
-
-        Returns:
-            Weights and bias, unscaled.
-        """
-        return discriminant.line(found, shrinkage)
-
-    def losses(self, scores: Tensor, answers: Tensor) -> Tensor:
-        """Cross-entropy of each row.
-
-        Args:
-            scores: float64 [N, C].
-            answers: of the same N.
-
-        Returns:
-            float64 [N].
-        """
-        return discriminant.losses(scores, answers)
-
     def taken(self, found: Statistics, way: Map, x: Tensor, y: Tensor) -> Statistics:
         """Class statistics in the other model.
 
@@ -186,7 +196,7 @@ class Classes(Form):
 
 
 @dataclass(frozen=True)
-class Values(Form):
+class Values(_Solved):
     """Numbers for each row: ridge regression.
 
     Attributes:
@@ -195,7 +205,7 @@ class Values(Form):
 
     count: int
 
-    solver: ClassVar[Any] = ridge  # whose functions these are
+    solver: ClassVar[Any] = ridge
     binary = False
 
     def of(self, features: Tensor, answers: Tensor) -> Moments:
@@ -296,30 +306,6 @@ class Values(Form):
             The head.
         """
         return ridge.fitted(found, features, answers, fixed)
-
-    def line(self, found: Moments, shrinkage: float) -> tuple[Tensor, Tensor]:
-        """The linear layer at a given shrinkage.
-
-        Args:
-            found: of the rows to learn from.
-            shrinkage: above 0.
-
-        Returns:
-            Weights and bias, unscaled.
-        """
-        return self.solver.line(found, shrinkage)
-
-    def losses(self, scores: Tensor, answers: Tensor) -> Tensor:
-        """Squared error of each row, or whatever is chosen by.
-
-        Args:
-            scores: float64 [N, K].
-            answers: of the same N.
-
-        Returns:
-            float64 [N].
-        """
-        return self.solver.losses(scores, answers)
 
     def taken(self, found: Moments, way: Map, x: Tensor, y: Tensor) -> Moments:
         """Moments in the other model.

@@ -42,13 +42,13 @@ class Descent:
         head: the one with the least loss.
         taken: the exchange after which it was reached; 0 = the start.
         exchanges: how many there were.
-        before: loss of the start on the rows that judge.
+        before: loss of the start on the rows that judge; None where there was no descent.
     """
 
     head: Head
-    taken: int
-    exchanges: int
-    before: float
+    taken: int = 0
+    exchanges: int = 0
+    before: float | None = None
 
 
 def descend(

@@ -71,16 +71,6 @@ class Summing(Protocol):
             Their sums.
         """
 
-    def group_rows(self, labels: Tensor) -> list[int]:
-        """How many rows each group has whose features the sums tell apart from the others'.
-
-        Args:
-            labels: of a client's rows, first axis rows, as the task encodes them.
-
-        Returns:
-            A number for each group, 0 included; empty where the sums know no groups.
-        """
-
     def numbers(self, width: int) -> int:
         """How many numbers of 8 bytes the sums are.
 
@@ -148,6 +138,16 @@ class Summing(Protocol):
 
 class Form(Summing, Protocol):
     """How the head of one kind of task follows from sums."""
+
+    def group_rows(self, labels: Tensor) -> list[int]:
+        """How many rows each group has whose features the sums tell apart from the others'.
+
+        Args:
+            labels: of a client's rows, first axis rows, as the task encodes them.
+
+        Returns:
+            A number for each group, 0 included; empty where the sums know no groups.
+        """
 
     def fit(self, found: Any, fixed: float | None, features: Tensor, answers: Tensor) -> Head:
         """The head that sums give.

@@ -136,18 +136,6 @@ class Slopes(Summing):
         slope = torch.cat([off.T @ features, off.sum(0)[:, None]], dim=1)
         return Slope(torch.tensor([len(answers)]), slope)
 
-    def group_rows(self, labels: Tensor) -> list[int]:
-        """Rows that have each class: at some heads the slope is hardly more than one class's sum.
-
-        Args:
-            labels: int64 [rows] or [rows, L].
-
-        Returns:
-            A number for each class.
-        """
-        rows = labels.reshape(len(labels), -1)
-        return [int((rows == c).any(1).sum()) for c in range(len(self.bias))]
-
     def layout(self, width: int) -> Layout:
         """A vector and a number for each class, and a count.
 

@@ -55,16 +55,15 @@ def tuned(
     Raises:
         RunError: too few clients answered an exchange, or all of them were left out.
     """
-    same = Descent(head, 0, 0, head.loss or 0.0)
     most = bench.config.head.descent
     if not most or not isinstance(found, Statistics):
-        return same
+        return Descent(head)
     if not len(labels):
         bench.events.emit(ev.Warned(
             text="head.descent: the server has no labelled rows to say where to stop, so the head "
             "stays as the statistics give it (data.validation)"
         ))  # fmt: skip
-        return same
+        return Descent(head)
     tell = progress(bench.events, "statistics", "exchanges")
     asked = 0
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -161,11 +161,14 @@ class Gathered:
             without those that head.guard leaves out.
         want: what was asked for.
         left_out: who is left out.
+        judging: gives a proxy's features of the rows that heads are fitted with, and their
+            answers, at the adapter that the statistics are of.
     """
 
     sums: dict[str, Sums]
     want: ExpectedStatistics
     left_out: tuple[str, ...]
+    judging: Callable[[torch.nn.Module], tuple[Tensor, Tensor]]
 
 
 def gather(bench: Bench, strategy: Strategy, state: State) -> Gathered:
@@ -201,7 +204,7 @@ def gather(bench: Bench, strategy: Strategy, state: State) -> Gathered:
         most=config.data.max_length,
         label=_ROOM * _farthest(bench) if config.privacy.secure else 0.0,
     )
-    judging = partial(_judging, bench)
+    judging = cache(partial(_judging, bench))  # the guard and the head ask for the same
     guard = guard_of(bench, strategy.events, state.round, form(bench), judging)
     out: list[str] = []
 
@@ -211,7 +214,7 @@ def gather(bench: Bench, strategy: Strategy, state: State) -> Gathered:
         return out
 
     sums = strategy.gather(state, want, noted if guard else None)
-    return Gathered(sums, want, tuple(out))
+    return Gathered(sums, want, tuple(out), judging)
 
 
 def _judging(bench: Bench, model: torch.nn.Module) -> tuple[Tensor, Tensor]:
@@ -280,7 +283,7 @@ def best(
     Returns:
         The head over the features as clients sum them, and how it was found.
     """
-    rows, labels = _judging(bench, bench.models.proxy)
+    rows, labels = got.judging(bench.models.proxy)
     head = fit(bench, found, rows, labels)
     return descent.tuned(
         bench, strategy, state, form(bench), got.want, got.left_out, found, head, rows, labels
@@ -346,7 +349,7 @@ def start(bench: Bench, strategy: Strategy, state: State, events: Events) -> Non
         found = form(bench).of(*read(bench, proxy, split(bench)[0]))
         # The rows that it is fitted to would choose no shrinkage at all.
         head = fit(bench, found, torch.zeros(0, 1, dtype=torch.float64), None)
-        down = descent.Descent(head, 0, 0, 0.0)
+        down = descent.Descent(head)
     state.adapter = _with(bench, down.head, state.adapter)
     _emit(events, state.round, found, down, None, True, began)
 
